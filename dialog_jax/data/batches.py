@@ -1,0 +1,167 @@
+"""Rows to batches: the arrays a step is given, in an order that is a pure function of (seed, step).
+
+Knows no JAX: arrays are NumPy's, and sharding is the step's affair. Resuming needs only the number of the step.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Float32, Int
+
+from dialog_jax.data import packing, tries
+from dialog_jax.data.dataset import Trees
+
+
+class Batch(NamedTuple):
+    """Packed rows: B rows of T tokens and S targets, for M micro-batches.
+
+    Padding tokens have segment 0, position 0 and see only themselves; padding targets have weight 0, source 0, turn -1.
+    Targets stand before their padding.
+    """
+
+    tokens: Int[np.ndarray, "*M B T"]
+    position: Int[np.ndarray, "*M B T"]
+    """Index of the token in its sequence, for rotary embeddings."""
+    subtree_end: Int[np.ndarray, "*M B T"]
+    """Key j is visible to query i iff j <= i < subtree_end[j]."""
+    segment: Int[np.ndarray, "*M B T"]
+    """1, 2, ... for the trees of a row, 0 for padding."""
+    source: Int[np.ndarray, "*M B S"]
+    """Index in the row of the token whose hidden state predicts the target."""
+    target: Int[np.ndarray, "*M B S"]
+    """Token id to predict."""
+    weight: Float32[np.ndarray, "*M B S"]
+    turn: Int[np.ndarray, "*M B S"]
+    """Which response of its dialogue the target belongs to, -1 outside responses."""
+
+
+def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, max_targets: int) -> Batch:
+    """Returns the arrays of `rows`, lists of tree numbers, with B = len(rows); an empty list is a row of padding.
+
+    Two trees, a path of 3 tokens (a response of 2) and one of 2, in a row of 6 tokens and 4 targets:
+
+        tokens       7  8  9  5  6  0        source  0  1  3  0
+        position     0  1  2  0  1  0        target  8  9  6  0
+        subtree_end  3  3  3  5  5  6        weight  1  1  1  0
+        segment      1  1  1  2  2  0        turn    0  0  0 -1
+    """
+    shape, target_shape = (len(rows), max_length), (len(rows), max_targets)
+    batch = Batch(
+        tokens=np.zeros(shape, np.int32),
+        position=np.zeros(shape, np.int32),
+        subtree_end=np.broadcast_to(np.arange(1, max_length + 1, dtype=np.int32), shape).copy(),
+        segment=np.zeros(shape, np.int32),
+        source=np.zeros(target_shape, np.int32),
+        target=np.zeros(target_shape, np.int32),
+        weight=np.zeros(target_shape, np.float32),
+        turn=np.full(target_shape, -1, np.int32),
+    )
+    for b, row in enumerate(rows):
+        start, filled = 0, 0
+        for segment, number in enumerate(row, 1):
+            tree = trees.tree(number)
+            stop = start + len(tree.tokens)
+            batch.tokens[b, start:stop] = tree.tokens
+            batch.position[b, start:stop] = tree.position
+            batch.subtree_end[b, start:stop] = tree.subtree_end + start
+            batch.segment[b, start:stop] = segment
+            sources, nodes = tries.targets(tree)
+            end = filled + len(nodes)
+            batch.source[b, filled:end] = sources + start
+            batch.target[b, filled:end] = tree.tokens[nodes]
+            batch.weight[b, filled:end] = tree.weight[nodes]
+            batch.turn[b, filled:end] = tree.turn[nodes]
+            start, filled = stop, end
+    return batch
+
+
+class Plan:
+    """Which rows each step is given.
+
+    Epoch e packs and shuffles all trees anew, from (seed, e); epochs follow each other without a gap, and step n takes
+    the next `micro_batches * rows` rows. No tree is left out, and none comes twice in an epoch.
+
+    Args:
+      trees: the data set.
+      rows: rows of a micro-batch, over all devices and hosts.
+      micro_batches: micro-batches of a step.
+      host, hosts: this host is given the rows of every micro-batch from `host * rows / hosts` on.
+    """
+
+    def __init__(
+        self,
+        trees: Trees,
+        *,
+        max_length: int,
+        max_targets: int,
+        rows: int,
+        micro_batches: int,
+        seed: int,
+        host: int = 0,
+        hosts: int = 1,
+    ):
+        assert rows % hosts == 0, (rows, hosts)
+        self._trees, self._seed = trees, seed
+        self._max_length, self._max_targets = max_length, max_targets
+        self._rows, self._micro_batches = rows, micro_batches
+        self._own = slice(host * rows // hosts, (host + 1) * rows // hosts)
+        self._tokens, self._targets = trees.sizes()
+        self._epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
+        self.rows_per_epoch = len(self._epoch(0))
+
+    def rows(self, step: int) -> list[list[int]]:
+        """The tree numbers of all rows of a step, micro-batch by micro-batch, over all hosts."""
+        count = self._rows * self._micro_batches
+        return [
+            self._epoch(row // self.rows_per_epoch)[row % self.rows_per_epoch]
+            for row in range(step * count, (step + 1) * count)
+        ]
+
+    def batch(self, step: int) -> Batch:
+        """This host's part of step `step`: arrays [M, B, ...]."""
+        rows = self.rows(step)
+        own = [rows[m * self._rows : (m + 1) * self._rows][self._own] for m in range(self._micro_batches)]
+        filled = fill_rows(
+            self._trees,
+            [row for part in own for row in part],
+            max_length=self._max_length,
+            max_targets=self._max_targets,
+        )
+        return Batch(*(array.reshape(self._micro_batches, -1, array.shape[-1]) for array in filled))
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps `start` to `stop` (exclusive), made ahead of their use in a thread."""
+        steps = grain.MapDataset.range(start, stop).map(self.batch)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+    def _pack_epoch(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self._seed, epoch])
+        rows = packing.pack(
+            self._tokens, self._targets, max_length=self._max_length, max_targets=self._max_targets, rng=rng
+        )
+        return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def evaluation_batches(
+    trees: Trees, *, max_length: int, max_targets: int, rows: int, limit: int = 0
+) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """Yields ([1, B, ...] batches that hold every tree once, in a fixed order, and their rows).
+
+    The last batch is filled up with rows of padding.
+
+    Args:
+      rows: rows of a batch.
+      limit: number of rows after which to stop, 0 for all; which rows these are depends on nothing but the trees.
+    """
+    tokens, targets = trees.sizes()
+    rng = np.random.default_rng(0)
+    packed = packing.pack(tokens, targets, max_length=max_length, max_targets=max_targets, rng=rng)
+    packed = [packed[i] for i in rng.permutation(len(packed))][: limit or None]
+    for start in range(0, len(packed), rows):
+        part = packed[start : start + rows]
+        part += [[] for _ in range(rows - len(part))]
+        filled = fill_rows(trees, part, max_length=max_length, max_targets=max_targets)
+        yield Batch(*(array[None] for array in filled)), part

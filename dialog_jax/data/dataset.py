@@ -1,0 +1,312 @@
+"""Dialogues to stored trees: renders, weighs, cuts to length and builds the tree of each, and counts what it did.
+
+Trees are stored once, end to end in flat arrays; on disk these are memory-mapped `.npy` files in a directory named by a
+hash of all that determines them.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+
+from dialog_jax.data import objectives, tries
+from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.tries import Tree
+
+TRUNCATIONS = ("turns", "drop", "split", "error")
+FORMAT = 1  # raise whenever the same input gives other trees
+_RENDERED_TOGETHER = 256  # dialogues
+_NAMES_KEPT = 20  # dialogues named for each reason in a report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of a set of dialogues. Counts; `named` lists the first dialogues of each reason."""
+
+    dialogues: int
+    trees: int
+    tokens: int
+    targets: int
+    turns: int
+    """Responses that are trained on."""
+    turns_cut: int
+    """Responses that were left out because their dialogue is too long."""
+    shortened: int
+    split: int
+    dropped_too_long: int
+    dropped_no_target: int
+    branching: int
+    """Trees with branches: their template renders history otherwise than it was generated."""
+    named: Mapping[str, Sequence[str]]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.dialogues:,} dialogues read, {self.trees:,} trees kept: {self.tokens:,} tokens, "
+            f"{self.targets:,} of them targets ({self.targets / max(1, self.tokens):.2%}), in {self.turns:,} turns"
+        ]
+        if self.branching:
+            lines.append(f"{self.branching:,} trees branch: the template renders their history not as it was generated")
+        for reason, count in (
+            ("shortened", self.shortened),
+            ("split", self.split),
+            ("dropped, too long", self.dropped_too_long),
+            ("dropped, no target", self.dropped_no_target),
+        ):
+            if count:
+                names = self.named[reason][:3]
+                more = f" and {count - len(names):,} more" if count > len(names) else ""
+                lines.append(f"{count:,} {reason}: {'; '.join(names)}{more}")
+        if self.turns_cut:
+            lines.append(f"{self.turns_cut:,} turns cut with them")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trees:
+    """Many trees end to end: tree n is tokens `offsets[n]` to `offsets[n + 1]`."""
+
+    tokens: Int32[np.ndarray, " N"]
+    parent: Int32[np.ndarray, " N"]
+    position: Int32[np.ndarray, " N"]
+    subtree_end: Int32[np.ndarray, " N"]
+    weight: Float32[np.ndarray, " N"]
+    turn: Int32[np.ndarray, " N"]
+    offsets: Int64[np.ndarray, " trees+1"]
+    ids: tuple[str | int, ...]
+    """The dialogue of each tree."""
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tree(self, number: int) -> Tree:
+        """Tree `number`, as views."""
+        part = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
+        return Tree(*(getattr(self, field)[part] for field in Tree._fields))
+
+    def sizes(self) -> tuple[Int64[np.ndarray, " trees"], Int64[np.ndarray, " trees"]]:
+        """(tokens, targets) of each tree."""
+        targets = np.concatenate([[0], np.cumsum(self.weight > 0, dtype=np.int64)])
+        return np.diff(self.offsets), np.diff(targets[self.offsets])
+
+
+def prepare(
+    dialogues: Iterable[Dialogue],
+    renderer: Renderer,
+    *,
+    objective: ObjectiveConfig,
+    max_length: int,
+    truncate: str = "turns",
+    progress: Callable[[int], None] | None = None,
+) -> Trees:
+    """Returns the trees of `dialogues`, in order.
+
+    Args:
+      max_length: tokens a tree may have.
+      truncate: what becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a
+        supervised response; `drop` leaves it out; `split` goes on in further trees, each with the system prompt and as
+        many of the turns before as fit half of `max_length`; `error` refuses it.
+      progress: called with the number of dialogues done.
+
+    Raises:
+      ValueError: nothing is left to train on; a dialogue is too long and `truncate` is `error`; what `Renderer.render`
+        raises. Names the dialogue, where it stands and what to do.
+    """
+    if truncate not in TRUNCATIONS:
+        raise ValueError(f"truncate is {truncate!r}; it must be one of {', '.join(TRUNCATIONS)}.")
+    counts: collections.Counter[str] = collections.Counter()
+    named: dict[str, list[str]] = collections.defaultdict(list)
+    trees: list[Tree] = []
+    ids: list[str | int] = []
+
+    def name(reason: str, dialogue: Dialogue, detail: str = "") -> None:
+        counts[reason] += 1
+        if len(named[reason]) < _NAMES_KEPT:
+            named[reason].append(dialogue.name + detail)
+
+    for batch in _batched(dialogues, _RENDERED_TOGETHER):
+        rendered = renderer.render(batch, limit=max_length, whole=objective.whole, locate=objective.locates)
+        for dialogue, sequences in zip(batch, rendered, strict=True):
+            counts["dialogues"] += 1
+            wanted = sum(message.role == "assistant" and message.weight > 0 for message in dialogue.messages)
+            pieces = [(dialogue, _that_fit(sequences, max_length), 0)]
+            kept = _count_turns(pieces[0][1])
+            if kept < wanted:
+                if truncate == "error":
+                    raise ValueError(
+                        f"{dialogue.name}: its tree has more than max_length = {max_length:,} tokens. Raise max_length, "
+                        "or set truncate to turns, split or drop."
+                    )
+                if truncate == "split":
+                    pieces = list(_split(dialogue, pieces[0][1], renderer, objective, max_length))
+                    kept = sum(_count_turns(piece[1]) for piece in pieces)
+                if truncate == "drop" or not kept:
+                    detail = "" if kept else f", whose first turn alone exceeds {max_length:,} tokens"
+                    name("dropped, too long", dialogue, detail)
+                    counts["turns cut"] += wanted
+                    continue
+                counts["turns cut"] += wanted - kept
+                name("split" if len(pieces) > 1 else "shortened", dialogue)
+            found = False
+            for piece, fitting, first_turn in pieces:
+                tree = _tree(piece, fitting, objective, first_turn)
+                if tree is not None:
+                    found = True
+                    trees.append(tree)
+                    ids.append(dialogue.id)
+            if not found:
+                name("dropped, no target", dialogue)
+        if progress is not None:
+            progress(counts["dialogues"])
+
+    report = _report(trees, counts, named)
+    if not trees:
+        raise ValueError(
+            f"None of {counts['dialogues']:,} dialogues has a target under objective {objective.name!r} within "
+            f"{max_length:,} tokens.\n{report}"
+        )
+    offsets = np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64)
+    return Trees(*(np.concatenate(column) for column in zip(*trees, strict=True)), offsets, tuple(ids), report)
+
+
+def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], make: Callable[[], Trees]) -> Trees:
+    """Returns the stored trees of `key`, made and stored first if they are not there.
+
+    Args:
+      cache_directory: holds one directory for each key; made if missing.
+      key: all that determines the trees, as JSON values.
+    """
+    text = json.dumps({**key, "format": FORMAT}, sort_keys=True)
+    directory = pathlib.Path(cache_directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not directory.exists():
+        trees = make()
+        unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for field in (*Tree._fields, "offsets"):
+            np.save(unfinished / f"{field}.npy", getattr(trees, field))
+        (unfinished / "ids.json").write_text(json.dumps(trees.ids), encoding="utf-8")
+        (unfinished / "report.json").write_text(
+            json.dumps(dataclasses.asdict(trees.report), indent=1), encoding="utf-8"
+        )
+        (unfinished / "key.json").write_text(text, encoding="utf-8")
+        if directory.exists():  # another process was faster
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.rename(directory)
+    arrays = [np.load(directory / f"{field}.npy", mmap_mode="r") for field in (*Tree._fields, "offsets")]
+    ids = tuple(json.loads((directory / "ids.json").read_text(encoding="utf-8")))
+    report = Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
+    return Trees(*arrays, ids, report)
+
+
+def _batched(dialogues: Iterable[Dialogue], count: int) -> Iterator[list[Dialogue]]:
+    iterator = iter(dialogues)
+    while batch := list(itertools.islice(iterator, count)):
+        yield batch
+
+
+def _that_fit(sequences: Iterable[RenderedSequence], max_length: int) -> list[RenderedSequence]:
+    """The longest prefix of `sequences` whose tree has at most `max_length` tokens."""
+    fitting: list[RenderedSequence] = []
+    size = 0
+    for sequence in sequences:
+        shared = max((tries.common_prefix(other.tokens, sequence.tokens) for other in reversed(fitting)), default=0)
+        size += len(sequence.tokens) - shared
+        if size > max_length:
+            break
+        fitting.append(sequence)
+    return fitting
+
+
+def _count_turns(sequences: Sequence[RenderedSequence]) -> int:
+    return sum(sequence.turn >= 0 for sequence in sequences)
+
+
+def _split(
+    dialogue: Dialogue,
+    fitting: list[RenderedSequence],
+    renderer: Renderer,
+    objective: ObjectiveConfig,
+    max_length: int,
+) -> Iterator[tuple[Dialogue, list[RenderedSequence], int]]:
+    """The pieces of a dialogue that is too long: (dialogue, its sequences, index of its first turn in the whole).
+
+    A response that fits no piece, however little comes before it, is left out.
+    """
+    if fitting:
+        yield dialogue, fitting, 0
+    messages = dialogue.messages
+    system = 1 if messages[0].role == "system" else 0
+    turn_starts = [i for i in range(system, len(messages)) if messages[i].role == "user"]
+    done = fitting[-1].message + 1 if fitting else system  # messages before this one are trained on or given up
+    while True:
+        starts = [i for i in turn_starts if i <= done]
+        remaining = [
+            i for i in range(done, len(messages)) if messages[i].role == "assistant" and messages[i].weight > 0
+        ]
+        if not starts or not remaining:
+            return
+        best: tuple[Dialogue, list[RenderedSequence], int] | None = None
+        for start in reversed(starts):  # ever more history, as long as it leaves half of the row to new turns
+            history = tuple(dataclasses.replace(message, weight=0.0) for message in messages[start:done])
+            piece = dataclasses.replace(dialogue, messages=messages[:system] + history + messages[done:])
+            (rendered,) = renderer.render([piece], limit=max_length, whole=False, locate=objective.locates)
+            sequences = _that_fit(rendered, max_length)
+            if not sequences or (best is not None and sequences[0].start > max_length // 2):
+                break
+            dropped = sum(message.role == "assistant" for message in messages[system:start])
+            best = piece, sequences, dropped
+        if best is None:
+            later = [i for i in turn_starts if i > remaining[0]]
+            done = later[0] if later else len(messages)
+            continue
+        yield best
+        done = best[1][-1].message + (len(messages) - len(best[0].messages)) + 1
+
+
+def _tree(
+    dialogue: Dialogue, sequences: list[RenderedSequence], objective: ObjectiveConfig, first_turn: int
+) -> Tree | None:
+    """The weighted tree of one piece, or None if nothing of it is supervised."""
+    spans, totals = objectives.supervise(sequences, dialogue, objective)
+    supervised = [(sequence.tokens, own) for sequence, own in zip(sequences, spans, strict=True) if own]
+    if not supervised:
+        return None
+    tree = tries.normalise(tries.build_tree(supervised), objective.normalise, totals)
+    if not tree.weight.any():
+        return None
+    if first_turn:
+        tree = tree._replace(turn=np.where(tree.turn < 0, -1, tree.turn + first_turn).astype(np.int32))
+    return tree
+
+
+def _report(trees: Sequence[Tree], counts: Mapping[str, int], named: Mapping[str, list[str]]) -> Report:
+    supervised = [tree.weight > 0 for tree in trees]
+    return Report(
+        dialogues=counts["dialogues"],
+        trees=len(trees),
+        tokens=sum(len(tree.tokens) for tree in trees),
+        targets=int(sum(mask.sum() for mask in supervised)),
+        turns=sum(
+            len(np.unique(tree.turn[mask & (tree.turn >= 0)])) for tree, mask in zip(trees, supervised, strict=True)
+        ),
+        turns_cut=counts["turns cut"],
+        shortened=counts["shortened"],
+        split=counts["split"],
+        dropped_too_long=counts["dropped, too long"],
+        dropped_no_target=counts["dropped, no target"],
+        branching=sum(not (tree.subtree_end == len(tree.tokens)).all() for tree in trees),
+        named=dict(named),
+    )

@@ -1,0 +1,155 @@
+"""A model directory, hub name or GGUF file in; a fast tokenizer with a chat template out.
+
+Knows how text becomes token ids, and nothing of dialogues. Fast tokenizers only: rendering needs character offsets.
+"""
+
+import pathlib
+from typing import Any
+
+import gguf
+import jinja2
+import tokenizers
+import transformers
+
+# How GGUF numbers the kinds of its tokens.
+_CONTROL, _USER_DEFINED = 3, 4
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DIGITS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
+_GGUF_SPLITS = ("gpt-2", "smollm", *_DIGITS)
+
+
+def load_tokenizer(
+    name_or_path: str | pathlib.Path, *, chat_template: str = ""
+) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer, with a chat template.
+
+    Args:
+      name_or_path: a Hugging Face model directory, a hub name, or a `.gguf` file.
+      chat_template: the path of a Jinja file, or the Jinja text itself; empty keeps the tokenizer's own.
+
+    Raises:
+      ValueError: there is no such tokenizer, it is a slow one, its GGUF is of a kind not read here, or there is no
+        chat template or a broken one.
+    """
+    path = pathlib.Path(name_or_path).expanduser()
+    if path.suffix.lower() == ".gguf":
+        tokenizer = _gguf_tokenizer(path)
+    else:
+        tokenizer = _published_tokenizer(str(path) if path.is_dir() else str(name_or_path), path)
+    if chat_template:
+        tokenizer.chat_template = _template_text(chat_template)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{path.name}: the tokenizer has no chat template, which says how a dialogue becomes text. "
+            "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
+        )
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{path.name}: the chat template is not Jinja at line {error.lineno}: {error.message}. Correct it."
+        ) from None
+    except jinja2.TemplateError:
+        pass  # A template may refuse this dialogue; whether it takes the user's is told with theirs.
+    return tokenizer
+
+
+def _published_tokenizer(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path.name}: no tokenizer could be loaded ({reason}). Give a directory with tokenizer.json and "
+            "tokenizer_config.json, a hub name, or a .gguf file; a tokenizer that needs code of its own is not run."
+        ) from None
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise ValueError(
+            f"{path.name}: got the slow tokenizer {type(tokenizer).__name__}; needed a fast one, which tells where in "
+            "the text a token stands. Convert it to a tokenizer.json first."
+        )
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if "{" in chat_template or "\n" in chat_template:
+        return chat_template
+    path = pathlib.Path(chat_template).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"{path.name}: chat_template is neither Jinja text (it has no brace) nor a file. Check the path."
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    """The byte-level BPE of a GGUF file.
+
+    Built here because the reader of transformers knows no `tokenizer.ggml.pre`: it drops SmolLM's split of digits.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.name}: no such file. Check the path.")
+    try:
+        fields = gguf.GGUFReader(path).fields
+    except ValueError as error:
+        raise ValueError(f"{path.name}: not a GGUF file ({error}). Check that it was downloaded in full.") from None
+
+    def field(name: str) -> Any:
+        found = fields.get(f"tokenizer.{name}")
+        return None if found is None else found.contents()
+
+    if field("ggml.model") != "gpt2":
+        raise ValueError(
+            f"{path.name}: its tokenizer is of the kind {field('ggml.model')!r}; only byte-level BPE ('gpt2') is read "
+            "from GGUF. Use the model's Hugging Face directory."
+        )
+    tokens = field("ggml.tokens")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")],
+            # Llama 3 takes a word that is a token as it is, even where merges would not lead there.
+            ignore_merges=field("ggml.pre") == "llama-bpe",
+        )
+    )
+    if field("ggml.pre") == "qwen2":
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(field("ggml.pre"), path.name)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    kinds = field("ggml.token_type") or [1] * len(tokens)
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    numbers = {name: field(f"ggml.{key}_token_id") for key, name in names.items()}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=field("chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{name: tokens[number] for name, number in numbers.items() if number is not None},
+    )
+
+
+def _pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:
+    """How text is cut before merging. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
+    split = tokenizers.pre_tokenizers
+    if kind == "gpt-2":
+        return split.ByteLevel(add_prefix_space=False)
+    if kind == "smollm":
+        return split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
+    if kind in _DIGITS:
+        pattern = tokenizers.Regex("|".join((_CONTRACTIONS, _WORDS, _DIGITS[kind], _REST)))
+        return split.Sequence(
+            [split.Split(pattern, "isolated"), split.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    raise ValueError(
+        f"{file}: its text is split in the way {kind!r}; from GGUF are read {', '.join(_GGUF_SPLITS)}. "
+        "Use the model's Hugging Face directory."
+    )

@@ -1,0 +1,312 @@
+"""The decoder of the llama, qwen2 and qwen3 families: tokens to hidden states.
+
+In: a config, parameters (a nested dict of arrays; those of the layers stacked on a leading axis L) and rows of tokens.
+Out: hidden states after the final norm; the vocabulary is met elsewhere, and only where there is a target.
+Flax NNX declares the modules; outside this file parameters are plain arrays. Knows no files and no devices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key
+
+from dialog_jax.model import attention as attention_lib
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+_READ = jax.checkpoint_policies.save_only_these_names("read")
+
+# What a policy keeps of a stretch of the layer for the backward pass: (of attention with its projections, of the layer).
+_REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
+    "none": (None, None),
+    "attention": (_READ, None),
+    "dots": (
+        None,
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _READ
+        ),
+    ),
+    "full": (None, jax.checkpoint_policies.nothing_saveable),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder. `max_length` is the model's context in tokens; `rope_theta` the base of its RoPE."""
+
+    family: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    max_length: int
+    rope_theta: float
+    rope_scaling: attention_lib.Llama3Scaling | None = None
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"model family is {self.family!r}; known families are {', '.join(FAMILIES)}")
+        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "max_length"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        for name in ("rope_theta", "norm_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
+        if self.qk_norm != (self.family == "qwen3"):
+            raise ValueError(f"qk_norm is {self.qk_norm}, but qwen3 has q/k norms and no other family has")
+        if self.family == "qwen2" and not (self.qkv_bias and not self.output_bias):
+            raise ValueError("qwen2 has biases on q, k and v and none on the output: qkv_bias=True, output_bias=False")
+        if self.family != "qwen2" and self.qkv_bias != self.output_bias:
+            raise ValueError(
+                f"{self.family} has biases on all attention projections or on none, got qkv_bias={self.qkv_bias}, "
+                f"output_bias={self.output_bias}"
+            )
+
+
+class Cache(NamedTuple):
+    """Keys and values of one linear history; the caller knows how many of the C slots are filled."""
+
+    keys: Float[Array, "L B C K H"]
+    values: Float[Array, "L B C K H"]
+
+
+def rms_norm(x: Float[Array, "..."], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "..."]:
+    """`x` over its root mean square, times `weight`: computed in float32, returned in the type of `x`."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale * jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
+
+
+def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _ones(size: int) -> nnx.Param:
+    return nnx.Param(jnp.ones((size,), jnp.float32))
+
+
+def _zeros(size: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros((size,), jnp.float32))
+
+
+class Attention(nnx.Module):
+    """Projections, q/k norms and RoPE around a given way to attend."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.w_query = _normal(rngs, config.width, query)
+        self.w_key = _normal(rngs, config.width, key)
+        self.w_value = _normal(rngs, config.width, key)
+        self.w_output = _normal(rngs, query, config.width)
+        if config.qkv_bias:
+            self.b_query, self.b_key, self.b_value = _zeros(query), _zeros(key), _zeros(key)
+        if config.output_bias:
+            self.b_output = _zeros(config.width)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = _ones(config.head_dim), _ones(config.head_dim)
+
+    def __call__(self, x, turn, attend):
+        config = self.config
+        q = _project(x, self.w_query, self.b_query if config.qkv_bias else None)
+        k = _project(x, self.w_key, self.b_key if config.qkv_bias else None)
+        v = _project(x, self.w_value, self.b_value if config.qkv_bias else None)
+        q = q.reshape(*x.shape[:2], config.heads, config.head_dim)  # [B, T, N, H]
+        k = k.reshape(*x.shape[:2], config.kv_heads, config.head_dim)  # [B, T, K, H]
+        v = v.reshape(*x.shape[:2], config.kv_heads, config.head_dim)
+        if config.qk_norm:
+            q = rms_norm(q, self.query_norm[...], config.norm_epsilon)
+            k = rms_norm(k, self.key_norm[...], config.norm_epsilon)
+        read, kept = attend(turn(q), turn(k), v)
+        read = checkpoint_name(read, "read")
+        read = read.reshape(*x.shape[:2], config.heads * config.head_dim)
+        return _project(read, self.w_output, self.b_output if config.output_bias else None), kept
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.w_gate = _normal(rngs, config.width, config.feed_forward)
+        self.w_up = _normal(rngs, config.width, config.feed_forward)
+        self.w_down = _normal(rngs, config.feed_forward, config.width)
+
+    def __call__(self, x):
+        return _project(jax.nn.silu(_project(x, self.w_gate)) * _project(x, self.w_up), self.w_down)
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward, each on the normed residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.epsilon = config.norm_epsilon
+        self.attention_norm = _ones(config.width)
+        self.attention = Attention(config, rngs=rngs)
+        self.feed_forward_norm = _ones(config.width)
+        self.feed_forward = FeedForward(config, rngs=rngs)
+
+    def __call__(self, x, turn, attend, policy=None):
+        """The stream after this layer, and whatever `attend` wants kept beside it.
+
+        Args:
+          turn: heads to heads turned by their positions.
+          attend: (q, k, v) to (what the queries read, what to keep): this is where training and decoding differ.
+          policy: what to keep of attention and its projections for the backward pass; None is all.
+        """
+
+        def read_others(x):
+            return self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), turn, attend)
+
+        if policy is not None:
+            read_others = jax.checkpoint(read_others, policy=policy, prevent_cse=False)
+        read, kept = read_others(x)
+        x = x + read
+        return x + self.feed_forward(rms_norm(x, self.feed_forward_norm[...], self.epsilon)), kept
+
+
+class Decoder(nnx.Module):
+    """The whole model; `layers` is one `Layer` whose parameters carry a leading axis L."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.embedding = _normal(rngs, config.vocab_size, config.width)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Layer(config, rngs=nnx.Rngs(0))))
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.layers = nnx.merge(graph, jax.vmap(lambda key: nnx.state(Layer(config, rngs=nnx.Rngs(key))))(keys))
+        self.final_norm = _ones(config.width)
+        if not config.tie_embeddings:
+            self.lm_head = _normal(rngs, config.vocab_size, config.width)
+
+
+def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
+    y = x @ weight[...].astype(x.dtype) if x.ndim == 2 else jnp.einsum("btd,de->bte", x, weight[...].astype(x.dtype))
+    return y if bias is None else y + bias[...].astype(x.dtype)[None, None]
+
+
+@functools.lru_cache(maxsize=16)
+def _declare(config: DecoderConfig) -> tuple:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+
+def abstract_parameters(config: DecoderConfig) -> dict:
+    """The nested dict of parameters as `jax.ShapeDtypeStruct`, float32."""
+    return nnx.to_pure_dict(_declare(config)[1])
+
+
+def init_parameters(config: DecoderConfig, key: Key[Array, ""]) -> dict:
+    """Fresh float32 parameters: matrices normal with deviation 0.02, norms one, biases zero."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
+
+
+def hidden_states(
+    config: DecoderConfig,
+    parameters: dict,
+    tokens: Int[Array, "B T"],
+    position: Int[Array, "B T"],
+    subtree_end: Int[Array, "B T"],
+    *,
+    compute_dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: str = "none",
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm, in `compute_dtype`.
+
+    Args:
+      position: of each token in its own context, for RoPE; siblings in a tree share it.
+      subtree_end: one more than the last token that sees this one (see `model.attention`).
+      remat: what the backward pass computes again, from least to most. "none": only attention's probabilities, which
+        are never kept; "attention": also queries, keys and values; "dots": all but the products with weights and what
+        attention read; "full": all but each layer's input.
+
+    Raises:
+      ValueError: for an unknown `remat`.
+    """
+    if remat not in _REMAT:
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(_REMAT)}")
+    model = nnx.merge(_declare(config)[0], parameters)
+    graph, layers = nnx.split(model.layers)
+    turn = _turn(config, position)
+
+    def attend(q, k, v):
+        return attention_lib.attention(q, k, v, subtree_end), None
+
+    attention_policy, layer_policy = _REMAT[remat]
+
+    def body(x, layer):
+        return nnx.merge(graph, layer)(x, turn, attend, attention_policy)
+
+    if layer_policy is not None:
+        # A scan keeps the forward and backward pass apart by itself; the barrier that prevents CSE only costs.
+        body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
+    x = model.embedding[...][tokens].astype(compute_dtype)  # [B, T, D]
+    x, _ = jax.lax.scan(body, x, layers)
+    return rms_norm(x, model.final_norm[...], config.norm_epsilon)
+
+
+def output_matrix(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
+    """What turns hidden states into logits: the embedding itself where the two are tied."""
+    return parameters["embedding"] if config.tie_embeddings else parameters["lm_head"]
+
+
+def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+    """A cache of `capacity` tokens."""
+    shape = (config.layers, batch, capacity, config.kv_heads, config.head_dim)
+    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def extend(
+    config: DecoderConfig, parameters: dict, cache: Cache, tokens: Int[Array, "B T"], start: Int[Array, ""]
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states of `tokens`, which follow the `start` tokens in the cache, and the cache with them added.
+
+    Computes in the type of the cache. What is in the cache from `start` on is overwritten or unseen, so rolling back is
+    a matter of a smaller `start`, and tokens may be padded on the right: later tokens overwrite what padding left.
+
+    Args:
+      start: at most capacity - T, or the write would land elsewhere; the caller's to ensure.
+    """
+    model = nnx.merge(_declare(config)[0], parameters)
+    graph, layers = nnx.split(model.layers)
+    position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
+    visible = jnp.arange(cache.keys.shape[2])[None, None, :] <= position[:, :, None]  # [1, T, C]
+    turn = _turn(config, jnp.broadcast_to(position, tokens.shape))
+
+    def body(carry, layer_and_index):
+        x, cache = carry
+        layer, index = layer_and_index
+
+        def attend(q, k, v):
+            corner = (index, 0, start, 0, 0)
+            grown = Cache(
+                keys=jax.lax.dynamic_update_slice(cache.keys, k[None], corner),
+                values=jax.lax.dynamic_update_slice(cache.values, v[None], corner),
+            )
+            return attention_lib.read_visible(q, grown.keys[index], grown.values[index], visible), grown
+
+        return nnx.merge(graph, layer)(x, turn, attend), None
+
+    x = model.embedding[...][tokens].astype(cache.keys.dtype)  # [B, T, D]
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(config.layers)))
+    return rms_norm(x, model.final_norm[...], config.norm_epsilon), cache
+
+
+def _turn(config: DecoderConfig, position: Int[Array, "B T"]) -> Callable[[Array], Array]:
+    frequency = attention_lib.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    cosine, sine = attention_lib.rotation(position, frequency)
+    return lambda x: attention_lib.rotate(x, cosine, sine)

@@ -1,0 +1,130 @@
+"""What a run is told: `TrainConfig`, and its two forms, a frozen dataclass and the ConfigDict that flags override."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where dialogues come from and how long a row is."""
+
+    train: str = ""
+    """A .jsonl, .json or .parquet file, or the name of a hub data set."""
+    validation: str = ""
+    """Held-out dialogues, likewise."""
+    train_split: str = "train"
+    """Of a hub data set; files have none."""
+    validation_split: str = "validation"
+    max_length: int = 1024
+    """Tokens of a row, and at most of a dialogue."""
+    max_targets: int = 0
+    """Targets of a row; 0 for as many as tokens."""
+    truncate: str = "turns"
+    """What becomes of longer dialogues: turns, drop, split or error (see `data.dataset.prepare`)."""
+    chat_template: str = ""
+    """A Jinja file, or the template's text; empty for the tokenizer's own."""
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further variables of the template, such as enable_thinking."""
+    cache_dir: str = ""
+    """Where prepared trees are kept; empty for the run's own directory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. `experiments/` holds examples."""
+
+    model: str = ""
+    """A directory with config.json and safetensors, a .gguf file, or a name on the Hugging Face Hub."""
+    tokenizer: str = ""
+    """Likewise; empty for the model's own."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rows: int = 1
+    """Rows of a micro-batch, over all devices."""
+    gradient_accumulation: int = 8
+    """Micro-batches of an update."""
+    steps: int = 0
+    """Updates; 0 for `epochs`."""
+    epochs: float = 1.0
+    compute_dtype: str = "auto"
+    """auto (bfloat16 on accelerators, float32 on CPU), float32 or bfloat16. Parameters and moments are float32."""
+    remat: str = "none"
+    """What the backward pass computes again to save memory: none, attention, dots or full."""
+    evaluate_every: int = 50
+    """Updates between evaluations on held-out dialogues; there is one before the first and one after the last."""
+    evaluate_rows: int = 0
+    """Rows of an evaluation, always the same; 0 for all."""
+    checkpoint_every: int = 50
+    """A multiple of evaluate_every."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints to keep; the best by held-out loss is kept besides."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("model", "data.train", "data.validation"):
+            value = self.model if field == "model" else getattr(self.data, field.removeprefix("data."))
+            if not value:
+                raise ValueError(f"{field} is empty; a run needs it (--config.{field}=...).")
+        for field in ("rows", "gradient_accumulation", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        if self.data.max_length < 2:
+            raise ValueError(f"data.max_length is {self.data.max_length}; it must be at least 2.")
+        if not 0 <= self.data.max_targets <= self.data.max_length:
+            raise ValueError(f"data.max_targets is {self.data.max_targets}; it must be 0 to data.max_length.")
+        if self.steps < 0 or (not self.steps and not self.epochs > 0):
+            raise ValueError(f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0.")
+        if self.checkpoint_every % self.evaluate_every:
+            raise ValueError(
+                f"checkpoint_every is {self.checkpoint_every}; it must be a multiple of evaluate_every = "
+                f"{self.evaluate_every}, because the best checkpoint is chosen by held-out loss."
+            )
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
+
+
+def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
+    """Returns the form that `--config.field=value` overrides; no field can be added to it."""
+    return ml_collections.ConfigDict(_fields(config)).lock()
+
+
+def from_config_dict(overridden: ml_collections.ConfigDict) -> TrainConfig:
+    """Returns the checked config.
+
+    Raises:
+      ValueError: a value does not go with the others, or a field is unknown; lists the fields there are.
+    """
+    return _build(TrainConfig, overridden, "config")
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {
+        field.name: _fields(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
+        for field in dataclasses.fields(config)
+    }
+
+
+def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    types_of = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(types_of))
+    if unknown:
+        raise ValueError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(types_of)}.")
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types_of[name]):
+            made[name] = _build(typing.cast(type, types_of[name]), value, f"{where}.{name}")
+        elif isinstance(value, ml_collections.ConfigDict):
+            made[name] = value.to_dict()
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)

@@ -1,0 +1,359 @@
+"""A run: from a config to checkpoints and figures in one directory. Composes all other modules.
+
+`training.run_directory` says what lies in that directory.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+import transformers
+from jax.sharding import Mesh
+
+from dialog_jax.data import batches, dataset
+from dialog_jax.data.batches import Batch
+from dialog_jax.data.dataset import Trees
+from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.model import decoder, pretrained
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import checkpoints, metrics, optimizer, run_directory, sharding
+from dialog_jax.training import step as step_lib
+from dialog_jax.training.config import TrainConfig
+
+_TURNS_SHOWN = 32  # turns that held-out figures list one by one
+
+
+class RunResult(NamedTuple):
+    """Where a run stands at its end."""
+
+    step: int
+    first: dict[str, Any]
+    """Held-out figures before training, as `metrics.Evaluation.figures` gives them."""
+    last: dict[str, Any]
+
+
+def run(
+    config: TrainConfig, output_dir: str | os.PathLike, *, console: rich.console.Console | None = None
+) -> RunResult:
+    """Trains as `config` says, or goes on from the newest checkpoint in `output_dir`; a finished run is left alone.
+
+    Raises:
+      ValueError: the directory belongs to another config, or model, tokenizer and data do not go together.
+      FloatingPointError: the loss or the gradient is not finite; the checkpoints before stay.
+    """
+    console = console or rich.console.Console(highlight=False)
+    directory = pathlib.Path(output_dir)
+    mesh = sharding.make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    run_directory.claim(directory, config)
+
+    model_path = pretrained.resolve(config.model)
+    model = pretrained.load_config(model_path)
+    tokenizer = load_tokenizer(config.tokenizer or str(model_path), chat_template=config.data.chat_template)
+    check_vocabulary(tokenizer, model)
+    if config.data.max_length > model.max_length:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
+        )
+    renderer = Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs)
+    train = _trees(config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console)
+    held_out = _trees(
+        config, config.data.validation, config.data.validation_split, tokenizer, renderer, directory, console
+    )
+    plan = batches.Plan(
+        train,
+        max_length=config.data.max_length,
+        max_targets=config.data.max_targets or config.data.max_length,
+        rows=config.rows,
+        micro_batches=config.gradient_accumulation,
+        seed=config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    rows_per_step = config.rows * config.gradient_accumulation
+    steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
+    used = train.report.tokens / (plan.rows_per_epoch * config.data.max_length)
+    console.print(
+        f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
+        f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
+    )
+    run_directory.write_model(directory, model, tokenizer)
+
+    transform = optimizer.make_optimizer(config.optimizer, steps)
+    schedule = optimizer.make_schedule(config.optimizer, steps)
+    with checkpoints.open_manager(directory / "checkpoints", keep=config.keep_checkpoints) as manager:
+        start = manager.latest_step() or 0
+        if start >= steps:
+            lines = metrics.read_lines(directory / "evaluation.jsonl")
+            console.print(f"The run is finished: step {start:,}. Nothing to do.")
+            return RunResult(start, lines[0], lines[-1])
+        state, shardings = _state(model_path, model, mesh, transform, manager, start)
+        for line in sharding.undivided(mesh, state.parameters):
+            console.print(f"not divided over the mesh: {line}")
+        dtype = _compute_dtype(config, mesh)
+        train_step = step_lib.make_train_step(
+            model, transform, mesh, shardings, compute_dtype=dtype, remat=config.remat
+        )
+        evaluation_step = step_lib.make_evaluation_step(
+            model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
+        )
+
+        def evaluate(state: step_lib.TrainState) -> dict[str, Any]:
+            evaluation = metrics.Evaluation()
+            for batch, _ in batches.evaluation_batches(
+                held_out,
+                max_length=config.data.max_length,
+                max_targets=config.data.max_targets or config.data.max_length,
+                rows=config.rows,
+                limit=config.evaluate_rows,
+            ):
+                evaluation.add(evaluation_step(state.parameters, _place(mesh, batch)))
+            return evaluation.figures()
+
+        writer = metrics.Writer(directory, step=start)
+        if start:
+            console.print(f"going on from step {start:,}")
+        else:
+            figures = evaluate(state)
+            writer.evaluation(0, figures)
+            console.print(_held_out_line(0, figures))
+        peak = metrics.peak_flops(mesh.devices.flat[0])
+        clock = _Clock()
+        previous: _Update | None = None
+
+        def check(update: _Update) -> dict[str, float]:
+            """Waits for the update; its figures, if they are finite."""
+            figures = _figures(update, clock, model, mesh, peak, float(schedule(update.step - 1)))
+            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
+                ids = sorted({str(train.ids[tree]) for row in plan.rows(update.step - 1) for tree in row})
+                raise FloatingPointError(
+                    f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}. The run "
+                    f"stops; the checkpoints before stay. Its dialogues: {', '.join(ids[:20])}"
+                    f"{' and more' if len(ids) > 20 else ''}. Lower optimizer.learning_rate, or look at them."
+                )
+            return figures
+
+        def report(figures: dict[str, float]) -> None:
+            assert previous is not None
+            writer.train(previous.step, figures)
+            progress.show(previous.step, figures)
+
+        with _Progress(console, steps, start) as progress:
+            for number, batch in enumerate(plan.batches(start, steps), start + 1):
+                placed = _place(mesh, batch)
+                figures = check(previous) if previous else {}
+                state, measured = train_step(state, placed)
+                if previous:
+                    report(figures)  # while the device works on
+                previous = _Update(number, batch, measured)
+                if number % config.evaluate_every and number != steps:
+                    continue
+                report(check(previous))
+                previous = None
+                held_out_figures = evaluate(state)
+                writer.evaluation(number, held_out_figures)
+                progress.print(_held_out_line(number, held_out_figures))
+                if number % config.checkpoint_every == 0 or number == steps:
+                    checkpoints.save(manager, state, loss=held_out_figures["loss"])
+                clock.restart()
+        writer.close()
+    lines = metrics.read_lines(directory / "evaluation.jsonl")
+    return RunResult(steps, lines[0], lines[-1])
+
+
+def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig) -> None:
+    """Raises ValueError if the tokenizer has ids that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+            f"model's vocabulary has {model.vocab_size:,}. Use the tokenizer that belongs to the model."
+        )
+
+
+class _Clock:
+    """Seconds between updates, evaluations and saves left out."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+
+class _Update(NamedTuple):
+    """An update that the device may still be working on."""
+
+    step: int
+    batch: Batch
+    measured: step_lib.StepMetrics
+
+
+class _Progress:
+    """Shows updates while it is open: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: rich.console.Console, steps: int, start: int):
+        self._console, self._steps = console, steps
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> "_Progress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows one update."""
+        text = f"loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
+            left = (self._steps - step) * figures["seconds"] / 60
+            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {left:.1f} min left")
+
+    def print(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(line)
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    divided = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.rows % divided:
+        raise ValueError(
+            f"rows is {config.rows}; it must be a multiple of data * fsdp = {divided}, so that every device has rows."
+        )
+
+
+def _trees(
+    config: TrainConfig,
+    source: str,
+    split: str,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    renderer: Renderer,
+    directory: pathlib.Path,
+    console: rich.console.Console,
+) -> Trees:
+    """The prepared trees of one source, from the cache if they are there."""
+    file = pathlib.Path(source).expanduser()
+    digest = hashlib.sha256()
+    if file.is_file():
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    else:
+        for dialogue in read_dialogues(source, split=split):
+            digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
+    key = {
+        "dialogues": digest.hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "chat_template": tokenizer.chat_template,
+        "chat_template_kwargs": dict(config.data.chat_template_kwargs),
+        "objective": dataclasses.asdict(config.objective),
+        "max_length": config.data.max_length,
+        "truncate": config.data.truncate,
+    }
+
+    def make() -> Trees:
+        with console.status(f"preparing {os.path.basename(source)}"):
+            return dataset.prepare(
+                read_dialogues(source, split=split),
+                renderer,
+                objective=config.objective,
+                max_length=config.data.max_length,
+                truncate=config.data.truncate,
+            )
+
+    trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make)
+    console.print(f"{os.path.basename(source)}: {trees.report}")
+    return trees
+
+
+def _state(model_path, model: DecoderConfig, mesh: Mesh, transform, manager, start: int):
+    """(the state to begin with, its shardings)."""
+
+    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        return sharding.parameter_sharding(mesh, path, shape)
+
+    if not start:
+        return step_lib.initial_state(mesh, pretrained.load_parameters(model_path, model, sharding=place), transform)
+    abstract = jax.eval_shape(
+        lambda parameters: step_lib.TrainState(jnp.zeros((), jnp.int32), parameters, transform.init(parameters)),
+        decoder.abstract_parameters(model),
+    )
+    shardings = sharding.state_sharding(mesh, abstract)
+    like = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
+    )
+    return checkpoints.restore(manager, start, like), shardings
+
+
+def _compute_dtype(config: TrainConfig, mesh: Mesh):
+    if config.compute_dtype == "auto":
+        return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.compute_dtype)
+
+
+def _place(mesh: Mesh, batch: Batch) -> Batch:
+    rows = sharding.batch_sharding(mesh)
+    return Batch(*(jax.make_array_from_process_local_data(rows, array) for array in batch))
+
+
+def _figures(
+    update: _Update,
+    clock: _Clock,
+    model: DecoderConfig,
+    mesh: Mesh,
+    peak: float | None,
+    learning_rate: float,
+) -> dict[str, float]:
+    """The figures of one update; waits for it."""
+    values = step_lib.StepMetrics(*(np.asarray(value).item() for value in update.measured))
+    seconds = clock.lap()
+    figures = {
+        "loss": values.loss,
+        "gradient_norm": values.gradient_norm,
+        "learning_rate": learning_rate,
+        "seconds": seconds,
+        "tokens_per_second": values.tokens / seconds,
+        "response_tokens_per_second": values.response_tokens / seconds,
+        "tokens": values.tokens,
+        "targets": values.targets,
+        "row_tokens_used": values.tokens / (update.batch.tokens.size * jax.process_count()),
+    }
+    if peak is not None:
+        flops = metrics.useful_flops(model, update.batch) * jax.process_count()
+        figures["mfu"] = flops / seconds / (peak * mesh.devices.size)
+    return figures
+
+
+def _held_out_line(step: int, figures: Mapping[str, Any]) -> str:
+    return (
+        f"step {step:,}: held-out loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.2%} "
+        f"on {figures['targets']:,} targets"
+    )

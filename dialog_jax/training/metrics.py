@@ -1,0 +1,142 @@
+"""Sums to figures, and figures to files: held-out loss by turn, throughput, MFU, JSONL and TensorBoard."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+from dialog_jax.data.batches import Batch
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training.step import EvaluationSums
+
+# Dense bf16 peak, FLOP/s of one device. Sources: NVIDIA data sheets of A100, H100 and H200 (SXM, without sparsity);
+# Google Cloud's TPU system-architecture pages.
+_PEAK = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def useful_flops(config: DecoderConfig, batch: Batch) -> float:
+    """FLOPs that forward and backward pass of `batch` need: no padding, no masked pair, no logit without a target.
+
+    A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
+    """
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
+    used = batch.segment > 0
+    pairs = int(np.sum(batch.position[used].astype(np.int64) + 1))
+    forward = (
+        2 * layer * config.layers * int(used.sum())
+        + 4 * query * config.layers * pairs
+        + 2 * config.vocab_size * config.width * int(np.sum(batch.weight > 0))
+    )
+    return 3.0 * forward
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bf16 FLOP/s of one device; None where it is not known, as on CPUs."""
+    return next((peak for kind, peak in _PEAK.items() if device.device_kind.startswith(kind)), None)
+
+
+class Evaluation:
+    """Held-out figures, summed over batches in float64."""
+
+    def __init__(self) -> None:
+        self._sums: EvaluationSums | None = None
+
+    def add(self, sums: EvaluationSums) -> None:
+        """Adds one batch's sums."""
+        wide = EvaluationSums(*(np.asarray(array, np.float64) for array in sums))
+        self._sums = wide if self._sums is None else EvaluationSums(*map(np.add, self._sums, wide))
+
+    def figures(self) -> dict[str, Any]:
+        """{"loss", "accuracy", "targets", "turns": [{"turn", "loss", "accuracy", "targets"}, ...]}.
+
+        `loss` is a weighted mean in nats; `turns` holds those that have targets, and its last entry, whose `turn` ends
+        in "+", all later ones together.
+        """
+        assert self._sums is not None, "no batch was added"
+        nll, weight, targets, correct = self._sums
+        turns = []
+        for place in range(1, len(nll)):
+            if weight[place] > 0:
+                turns.append(
+                    {
+                        "turn": place - 1 if place < len(nll) - 1 else f"{place - 1}+",
+                        "loss": nll[place] / weight[place],
+                        "accuracy": correct[place] / targets[place],
+                        "targets": int(targets[place]),
+                    }
+                )
+        return {
+            "loss": nll.sum() / weight.sum(),
+            "accuracy": correct.sum() / targets.sum(),
+            "targets": int(targets.sum()),
+            "turns": turns,
+        }
+
+
+class Writer:
+    """Appends figures to `metrics.jsonl`, `evaluation.jsonl` and TensorBoard files in a run's directory.
+
+    Args:
+      directory: made if missing.
+      step: the run goes on from here; lines of later steps, left by an interrupted run, are dropped.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._train = _open_from(directory / "metrics.jsonl", step)
+        self._evaluation = _open_from(directory / "evaluation.jsonl", step)
+        self._tensorboard = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step or None)
+
+    def train(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of update `step` (the first is 1)."""
+        _write_line(self._train, {"step": step, **figures})
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(f"train/{name}", value, step)
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Writes what `Evaluation.figures` gave after update `step`."""
+        _write_line(self._evaluation, {"step": step, **figures})
+        for name in ("loss", "accuracy"):
+            self._tensorboard.add_scalar(f"held_out/{name}", figures[name], step)
+        for turn in figures["turns"]:
+            self._tensorboard.add_scalar(f"held_out_turns/{turn['turn']}", turn["loss"], step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._train.close()
+        self._evaluation.close()
+        self._tensorboard.close()
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file written here; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _open_from(path: pathlib.Path, step: int):
+    """Opens for appending, after dropping the lines of steps after `step`; at step 0, all of them."""
+    kept = [record for record in read_lines(path) if step and record["step"] <= step]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+def _write_line(file, record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(record) + "\n")
+    file.flush()

@@ -1,0 +1,91 @@
+"""Learning-rate schedules, weight-decay mask and the optax chain."""
+
+import dataclasses
+
+import jax
+import optax
+
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW after clipping by the global norm. Moments are float32, as the parameters are."""
+
+    learning_rate: float = 2e-5
+    schedule: str = "cosine"
+    """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
+    falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.0
+    """Applied to matrices; norms, biases and the embedding are left alone."""
+    b1: float = 0.9
+    b2: float = 0.99
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.")
+        for field in ("warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0.")
+        for field in ("final_fraction", "decay_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step, counted from 0, for a run of `steps` steps.
+
+    The first of `warmup_steps` = w steps has 1/w of the peak, step w - 1 the whole.
+    """
+    warmup = config.warmup_steps
+    if warmup >= steps:
+        raise ValueError(f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps only.")
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    rest = steps - warmup
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif config.schedule == "warmup_stable_decay":
+        decay = min(rest, max(1, round(steps * config.decay_fraction)))
+        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def decay_mask(parameters: dict) -> dict:
+    """True on the parameters that weight decay shrinks: all matrices but the embedding.
+
+    Parameters of layers are stacked, so a norm or a bias has two axes there and a matrix three.
+    """
+
+    def decays(path: tuple[jax.tree_util.DictKey, ...], parameter: jax.Array) -> bool:
+        names = [key.key for key in path]
+        return names[-1] != "embedding" and parameter.ndim >= (3 if names[0] == "layers" else 2)
+
+    return jax.tree_util.tree_map_with_path(decays, parameters)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns clipping and AdamW under the schedule of a run of `steps` steps."""
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

