@@ -10,7 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+from absl import flags
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("dialog_jax", "beartype.beartype")
+flags.FLAGS.mark_as_parsed()  # under pytest nobody else does; absltest.main parses them again

@@ -82,7 +82,7 @@ class Trees:
     subtree_end: Int32[np.ndarray, " N"]
     weight: Float32[np.ndarray, " N"]
     turn: Int32[np.ndarray, " N"]
-    offsets: Int64[np.ndarray, " trees+1"]
+    offsets: Int64[np.ndarray, " offsets"]
     ids: tuple[str | int, ...]
     """The dialogue of each tree."""
     report: Report

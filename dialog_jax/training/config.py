@@ -114,7 +114,7 @@ def _fields(config: Any) -> dict[str, Any]:
     }
 
 
-def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def _build(kind: type, values: ml_collections.ConfigDict, where: str) -> Any:
     types_of = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(types_of))
     if unknown:

@@ -48,11 +48,11 @@ class StepMetrics(NamedTuple):
 class EvaluationSums(NamedTuple):
     """Sums over a batch, by turn; the last bin holds all later turns, and the first the targets outside responses."""
 
-    nll: Float[Array, "turns+2"]
+    nll: Float[Array, "bins"]
     """sum(weight * nll), nats."""
-    weight: Float[Array, "turns+2"]
-    targets: Int[Array, "turns+2"]
-    correct: Int[Array, "turns+2"]
+    weight: Float[Array, "bins"]
+    targets: Int[Array, "bins"]
+    correct: Int[Array, "bins"]
     """Targets that have the highest logit."""
 
 
@@ -114,7 +114,7 @@ def make_train_step(
         parameters = optax.apply_updates(state.parameters, updates)
         metrics = StepMetrics(
             loss=value,
-            gradient_norm=optax.global_norm(gradient),
+            gradient_norm=optax.tree.norm(gradient),
             weight=weight,
             tokens=jnp.sum(batch.segment > 0),
             targets=jnp.sum(batch.weight > 0),

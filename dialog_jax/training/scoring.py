@@ -1,0 +1,258 @@
+"""The loss of every response of every dialogue, by itself: dialogues in, a record each out, in the same order.
+
+Each dialogue is one tree and is read once, packed into rows with others; where a template makes the tree larger than
+the model's context, it is divided. Rows have one of a few lengths, so that short dialogues are cheap, memory is bounded
+by the model's context, and there is one compilation a length.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from dialog_jax.data import batches, dataset, packing, tries
+from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.tries import Span, Tree
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import step
+from dialog_jax.training.loss import TargetScores
+
+_WINDOW = 1024  # dialogues that are packed together
+_RENDERED_TOGETHER = 128
+_SHORTEST_ROW = 256
+_PACKED_ROW = 1024  # rows of shorter dialogues are filled up to this length
+_BATCH_TOKENS = 8192  # of a batch of several rows, on accelerators; on CPU a batch is one row
+
+_NO_REPORT = dataset.Report(
+    named={}, **{field.name: 0 for field in dataclasses.fields(dataset.Report) if field.name != "named"}
+)
+
+
+class Score(NamedTuple):
+    """What is known of one dialogue."""
+
+    record: dict[str, Any]
+    """{"id", "tokens", "nll", "turns": [{"turn", "message", "tokens", "nll"}]}; nll in nats, summed over `tokens`,
+    which are the response's, its end of turn included. With `turns_cut`, how many responses exceed the context."""
+    name: str
+    """The dialogue as messages to the user call it."""
+    tokens_read: int
+    """Tokens that went through the model."""
+
+
+class _Piece(NamedTuple):
+    """Sequences of one dialogue that share a tree."""
+
+    dialogue: int  # index in the window
+    tree: Tree
+    sequences: list[RenderedSequence]
+
+
+def score_dialogues(
+    dialogues: Iterable[Dialogue],
+    renderer: Renderer,
+    model: DecoderConfig,
+    parameters: dict,
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+) -> Iterator[Score]:
+    """Yields the scores of `dialogues`, in their order.
+
+    Scored are the assistant messages of weight above 0; the weight does not scale them. A response that exceeds the
+    model's context together with its prompt is left out and counted in `turns_cut`.
+
+    Args:
+      compute_dtype: of the forward pass; log-probabilities are float32, sums over a response float64.
+
+    Raises:
+      ValueError: what `Renderer.render` raises.
+      FloatingPointError: a loss is not finite; names the dialogue.
+    """
+    score_step = step.make_score_step(model, compute_dtype=compute_dtype)
+    on_cpu = all(device.platform == "cpu" for device in jax.tree.leaves(parameters)[0].devices())
+    remaining = iter(dialogues)
+    while window := list(itertools.islice(remaining, _WINDOW)):
+        turns: list[list[dict[str, Any]]] = [[] for _ in window]
+        read = [0] * len(window)
+        pieces, cut = _pieces(window, renderer, model.max_length)
+        for row, nll in _rows(pieces, model.max_length, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
+            for piece, by_node in _by_node(row, nll):
+                read[piece.dialogue] += len(piece.tree.tokens)
+                turns[piece.dialogue] += _turns(window[piece.dialogue], piece, by_node)
+        for dialogue, unordered, responses_cut, tokens_read in zip(window, turns, cut, read, strict=True):
+            ordered = sorted(unordered, key=lambda turn: turn["turn"])
+            record: dict[str, Any] = {
+                "id": dialogue.id,
+                "tokens": sum(turn["tokens"] for turn in ordered),
+                "nll": math.fsum(turn["nll"] for turn in ordered),
+                "turns": ordered,
+            }
+            if responses_cut:
+                record["turns_cut"] = responses_cut
+            yield Score(record, dialogue.name, tokens_read)
+
+
+def _pieces(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tuple[list[_Piece], list[int]]:
+    """(the trees of the window's dialogues, for each dialogue how many responses do not fit)."""
+    cut = [
+        sum(message.role == "assistant" and message.weight > 0 for message in dialogue.messages) for dialogue in window
+    ]
+    pieces = []
+    scored = [index for index, count in enumerate(cut) if count]
+    for start in range(0, len(scored), _RENDERED_TOGETHER):
+        part = scored[start : start + _RENDERED_TOGETHER]
+        rendered = renderer.render([window[index] for index in part], limit=context)
+        for index, sequences in zip(part, rendered, strict=True):
+            for group in _groups(_that_fit(window[index], list(sequences), cut[index], renderer, context), context):
+                spans = [Span(sequence.start, len(sequence.tokens), 1.0, sequence.turn) for sequence in group]
+                tokens = [sequence.tokens for sequence in group]
+                tree = tries.build_tree([(string, [span]) for string, span in zip(tokens, spans, strict=True)])
+                pieces.append(_Piece(index, tree, group))
+                cut[index] -= len(group)
+    return pieces, cut
+
+
+def _that_fit(
+    dialogue: Dialogue, first: list[RenderedSequence], wanted: int, renderer: Renderer, context: int
+) -> list[RenderedSequence]:
+    """All sequences of a dialogue that have at most `context` tokens; `first` are those before one that has more.
+
+    Where the template renders history as it was generated, later ones are longer still. Where it strips reasoning, one
+    that fits may come after one that does not.
+    """
+    if len(first) == wanted:
+        return first
+    done = first[-1].message + 1 if first else 0
+    left = range(done, len(dialogue.messages))
+    index = next(i for i in left if dialogue.messages[i].role == "assistant" and dialogue.messages[i].weight > 0)
+    if renderer.text(dialogue, len(dialogue.messages)).startswith(renderer.text(dialogue, index + 1)):
+        return first
+    (sequences,) = renderer.render([dialogue])
+    return [sequence for sequence in sequences if len(sequence.tokens) <= context]
+
+
+def _groups(sequences: Iterable[RenderedSequence], context: int) -> Iterator[list[RenderedSequence]]:
+    """The sequences in order, divided so that each group's tree has at most `context` tokens."""
+    group: list[RenderedSequence] = []
+    size = 0
+    for sequence in sequences:
+        shared = max((tries.common_prefix(other.tokens, sequence.tokens) for other in reversed(group)), default=0)
+        if group and size + len(sequence.tokens) - shared > context:
+            yield group
+            group, size, shared = [], 0, 0
+        group.append(sequence)
+        size += len(sequence.tokens) - shared
+    if group:
+        yield group
+
+
+def _rows(
+    pieces: Sequence[_Piece],
+    context: int,
+    batch_tokens: int,
+    score_step: Callable[[dict, batches.Batch], TargetScores],
+    parameters: dict,
+) -> Iterator[tuple[list[_Piece], Float[np.ndarray, " targets"]]]:
+    """(the pieces of each row, the loss of each of its targets)."""
+    if not pieces:
+        return
+    trees = _stored([piece.tree for piece in pieces])
+
+    def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], jax.Array]:
+        return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length, max_targets=length)).nll
+
+    def finish(rows: list[list[int]], nll: jax.Array) -> Iterator[tuple[list[_Piece], Float[np.ndarray, " targets"]]]:
+        for row, of_row in zip(rows, np.asarray(nll), strict=True):
+            yield [pieces[number] for number in row], of_row
+
+    running = None
+    for length, rows in _batches(trees, context, batch_tokens):
+        started = start(length, rows)
+        if running is not None:  # while the device works on what was just started
+            yield from finish(*running)
+        running = started
+    assert running is not None
+    yield from finish(*running)
+
+
+def _batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iterator[tuple[int, list[list[int]]]]:
+    """(length of the rows, the rows of a batch): the longest first, so that too little memory shows at once.
+
+    Trees longer than half a row's length get rows of that length, filled up with shorter ones; lengths halve from the
+    context down to `_PACKED_ROW`. A row that stays emptier is run at the shortest length that holds it.
+    """
+    tokens, targets = trees.sizes()
+    left = np.arange(len(trees))
+    length = context
+    by_length: dict[int, list[list[int]]] = collections.defaultdict(list)
+    while len(left):
+        below = length // 2 if length // 2 >= _PACKED_ROW else 0
+        rng = np.random.default_rng(0)
+        packed = packing.pack(tokens[left], targets[left], max_length=length, max_targets=length, rng=rng)
+        rows = [left[part].tolist() for part in packed]
+        kept = [row for row in rows if tokens[row].max() > below]
+        for row in kept:
+            by_length[_row_length(tokens[row].sum(), length)].append(row)
+        left = np.setdiff1d(left, list(itertools.chain(*kept)))
+        length = below
+    for length, rows in sorted(by_length.items(), reverse=True):
+        together = max(1, batch_tokens // length)
+        for start in range(0, len(rows), together):
+            batch = rows[start : start + together]
+            yield length, batch + [[] for _ in range(together - len(batch))]
+
+
+def _row_length(used: int, longest: int) -> int:
+    """The shortest of `longest`, half of it, a quarter, ... down to `_SHORTEST_ROW` that holds `used` tokens."""
+    length = longest
+    while length // 2 >= max(used, _SHORTEST_ROW):
+        length //= 2
+    return length
+
+
+def _by_node(
+    pieces: Sequence[_Piece], nll: Float[np.ndarray, " targets"]
+) -> Iterator[tuple[_Piece, Float[np.ndarray, " nodes"]]]:
+    """(each piece of a row, the loss of each of its nodes, 0 where there is no target)."""
+    filled = 0
+    for piece in pieces:
+        _, nodes = tries.targets(piece.tree)
+        by_node = np.zeros(len(piece.tree.tokens))
+        by_node[nodes] = nll[filled : filled + len(nodes)]
+        filled += len(nodes)
+        yield piece, by_node
+
+
+def _turns(dialogue: Dialogue, piece: _Piece, nll: Float[np.ndarray, " nodes"]) -> list[dict[str, Any]]:
+    """One entry a response; one that two responses share is counted in both."""
+    parent, tokens = piece.tree.parent.tolist(), piece.tree.tokens.tolist()
+    is_path = parent == list(range(-1, len(parent) - 1))
+    node_of = {} if is_path else {key: node for node, key in enumerate(zip(parent, tokens, strict=True))}
+    turns = []
+    for sequence in piece.sequences:
+        nodes = list(range(len(sequence.tokens)))
+        if not is_path:
+            walk = itertools.accumulate(sequence.tokens.tolist(), lambda at, token: node_of[at, token], initial=-1)
+            nodes = list(walk)[1:]
+        response = nodes[max(sequence.start, 1) :]  # a first token has no context to be predicted from
+        value = math.fsum(nll[response])
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{dialogue.name}: the loss of message {sequence.message} is {value}. The model's weights are damaged, "
+                "or too large for the type they are computed in: try float32."
+            )
+        turns.append({"turn": sequence.turn, "message": sequence.message, "tokens": len(response), "nll": value})
+    return turns
+
+
+def _stored(trees: Sequence[Tree]) -> dataset.Trees:
+    offsets = np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64)
+    columns = (np.concatenate(column) for column in zip(*trees, strict=True))
+    return dataset.Trees(*columns, offsets, tuple(range(len(trees))), _NO_REPORT)

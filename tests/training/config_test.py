@@ -1,0 +1,53 @@
+"""The two forms of a config, and what they refuse."""
+
+from absl.testing import absltest, parameterized
+
+from dialog_jax.training import config
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+
+
+def example(**changes):
+    return TrainConfig(model="m", data=DataConfig(train="t.jsonl", validation="v.jsonl"), **changes)
+
+
+class ConfigTest(parameterized.TestCase):
+    def test_config_dict_and_back_is_the_same(self):
+        original = TrainConfig(
+            model="m",
+            data=DataConfig(train="t", validation="v", chat_template_kwargs={"enable_thinking": False}),
+            optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear"),
+        )
+        self.assertEqual(config.from_config_dict(config.to_config_dict(original)), original)
+
+    def test_override_reaches_the_dataclass(self):
+        overridden = config.to_config_dict(example())
+        overridden.optimizer.learning_rate = 0.5
+        overridden.objective.roles = ("user",)
+        built = config.from_config_dict(overridden)
+        self.assertEqual((built.optimizer.learning_rate, built.objective.roles), (0.5, ("user",)))
+
+    def test_unknown_field_is_refused_with_those_there_are(self):
+        overridden = config.to_config_dict(example())
+        with overridden.unlocked():
+            overridden.optimizer.lr = 1.0
+        with self.assertRaisesRegex(ValueError, r"config.optimizer has no field lr; it has learning_rate, schedule"):
+            config.from_config_dict(overridden)
+
+    @parameterized.parameters(
+        ({"rows": 0}, "rows is 0"),
+        ({"checkpoint_every": 30}, "multiple of evaluate_every = 50"),
+        ({"steps": 0, "epochs": 0.0}, "one of them must be above 0"),
+        ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
+    )
+    def test_bad_value_is_refused(self, changes, message):
+        with self.assertRaisesRegex(ValueError, message):
+            example(**changes)
+
+    def test_missing_source_names_its_flag(self):
+        with self.assertRaisesRegex(ValueError, "--config.data.train="):
+            TrainConfig(model="m")
+
+
+if __name__ == "__main__":
+    absltest.main()

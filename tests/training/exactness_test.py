@@ -1,0 +1,246 @@
+"""The laws of DESIGN.md section 6 that concern loss and gradient, against K separate passes.
+
+The oracle renders and tokenises every turn by `apply_chat_template`, runs it alone as a plain causal sequence, and takes
+the whole vocabulary's log-softmax at every position: no trie, no packing, no list of targets.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dialog_jax.data import batches, dataset, tries
+from dialog_jax.data.dialogues import Dialogue, Message, dialogues_from_records
+from dialog_jax.model import decoder
+from dialog_jax.training import loss
+from tests.data import chat_templates
+from tests.training import tiny
+
+_LENGTH = 256
+
+
+@functools.cache
+def tokenizer_and_model(family):
+    tokenizer = chat_templates.train_tokenizer(family)
+    model = tiny.config(len(tokenizer))
+    return tokenizer, model, tiny.parameters(model)
+
+
+def reasoning_dialogue():
+    return Dialogue(
+        id="r",
+        messages=(
+            Message(role="user", content="What is 12 plus 7?"),
+            Message(role="assistant", content="<think>\nten and nine\n</think>\n\n19."),
+            Message(role="user", content="And twice that?"),
+            Message(role="assistant", content="<think>\n19 and 19\n</think>\n\n38."),
+            Message(role="user", content="Thanks"),
+            Message(role="assistant", content="<think>\npolite\n</think>\n\nYou are welcome."),
+        ),
+    )
+
+
+def plain_dialogue(seed=0, turns=4):
+    return chat_templates.random_dialogue(np.random.default_rng(seed), turns=turns)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def packed_loss(model, parameters, batch):
+    """Sum of weighted loss of [B, ...] rows."""
+    hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
+    matrix = decoder.output_matrix(model, parameters)
+    return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
+
+
+def alone_nll(model, parameters, tokens):
+    """-log p of every token but the first, of one sequence by itself under the causal mask.
+
+    Zeros after its end, which it cannot see, keep the number of compilations down.
+    """
+    padded = jnp.zeros((1, 256), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
+    return _causal_nll(model, parameters, padded)[: len(tokens) - 1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _causal_nll(model, parameters, tokens):
+    length = tokens.shape[1]
+    hidden = decoder.hidden_states(
+        model, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
+    )
+    logits = jnp.einsum("td,vd->tv", hidden[0, :-1], decoder.output_matrix(model, parameters))
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
+
+
+def turns_of(dialogue, tokenizer):
+    """(prompt ids, response ids) of every assistant message, from the tokenizer's own chat interface."""
+    found = []
+    for index, message in enumerate(dialogue.messages):
+        if message.role != "assistant":
+            continue
+        dicts = [entry.as_dict() for entry in dialogue.messages]
+        prompt = tokenizer.apply_chat_template(dicts[:index], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(dicts[: index + 1], tokenize=False)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        response_ids = tokenizer(whole, add_special_tokens=False)["input_ids"][len(prompt_ids) :]
+        stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        found.append((prompt_ids, response_ids[: response_ids.index(stop) + 1]))
+    return found
+
+
+def k_pass_loss(model, tokenizer, dialogues, parameters):
+    total = 0.0
+    for dialogue in dialogues:
+        for prompt, response in turns_of(dialogue, tokenizer):
+            total += alone_nll(model, parameters, prompt + response)[len(prompt) - 1 :].sum()
+    return total
+
+
+class OnePassTest(parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("prefix_preserving_template", "chatml", plain_dialogue()),
+        ("reasoning_stripped_from_history", "qwen3", reasoning_dialogue()),
+    )
+    def test_one_pass_equals_k_passes(self, family, dialogue):
+        tokenizer, model, parameters = tokenizer_and_model(family)
+        prepared = tiny.trees([dialogue], tokenizer)
+        batch = tiny.rows(prepared, [[0]], max_length=_LENGTH)
+        value, gradient = jax.value_and_grad(functools.partial(packed_loss, model))(parameters, batch)
+        expected, expected_gradient = jax.value_and_grad(
+            lambda parameters: k_pass_loss(model, tokenizer, [dialogue], parameters)
+        )(parameters)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        self.assertLess(tiny.largest_difference(gradient, expected_gradient), 1e-4)
+
+    def test_reasoning_branches_and_saves_tokens(self):
+        tokenizer, _, _ = tokenizer_and_model("qwen3")
+        prepared = tiny.trees([reasoning_dialogue()], tokenizer)
+        tree = prepared.tree(0)
+        self.assertFalse((tree.subtree_end == len(tree.tokens)).all())
+        separate = sum(len(prompt) + len(response) for prompt, response in turns_of(reasoning_dialogue(), tokenizer))
+        self.assertLess(len(tree.tokens), separate)
+
+    def test_message_tree_equals_its_paths(self):
+        _, model, parameters = tokenizer_and_model("chatml")
+        rng = np.random.default_rng(0)
+        history, more = rng.integers(3, 90, 20), rng.integers(3, 90, 9)
+        first, second, third = rng.integers(3, 90, 7), rng.integers(3, 90, 5), rng.integers(3, 90, 6)
+        paths = [
+            (np.concatenate([history, first]), 20),
+            (np.concatenate([history, second]), 20),
+            (np.concatenate([history, second, more, third]), 34),
+        ]
+        spans = [[tries.Span(start, len(tokens), 1.0, turn)] for turn, (tokens, start) in enumerate(paths)]
+        tree = tries.build_tree([(tokens, own) for (tokens, _), own in zip(paths, spans, strict=True)])
+        self.assertLen(tree.tokens, 20 + 7 + 5 + 9 + 6)
+        offsets = np.array([0, len(tree.tokens)], np.int64)
+        report = tiny.trees([plain_dialogue()], tokenizer_and_model("chatml")[0]).report
+        batch = tiny.rows(dataset.Trees(*tree, offsets, ("t",), report), [[0]], max_length=64)
+        value, gradient = jax.value_and_grad(functools.partial(packed_loss, model))(parameters, batch)
+
+        def separately(parameters):
+            return sum(alone_nll(model, parameters, tokens)[start - 1 :].sum() for tokens, start in paths)
+
+        expected, expected_gradient = jax.value_and_grad(separately)(parameters)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        self.assertLess(tiny.largest_difference(gradient, expected_gradient), 1e-4)
+
+
+class PackingTest(absltest.TestCase):
+    def test_a_row_equals_its_dialogues_alone(self):
+        tokenizer, model, parameters = tokenizer_and_model("chatml")
+        prepared = tiny.trees([plain_dialogue(seed, turns=2) for seed in range(4)], tokenizer)
+        together = tiny.rows(prepared, [[2, 0, 3], [1]], max_length=768)
+        run = jax.jit(jax.value_and_grad(functools.partial(packed_loss, model)))
+        value, gradient = run(parameters, together)
+        alone = [run(parameters, tiny.rows(prepared, [[tree]], max_length=_LENGTH)) for tree in range(4)]
+        np.testing.assert_allclose(value, sum(part[0] for part in alone), rtol=1e-5)
+        summed = jax.tree.map(lambda *leaves: sum(leaves), *[part[1] for part in alone])
+        self.assertLess(tiny.largest_difference(gradient, summed), 1e-4)
+
+
+class CausalityTest(absltest.TestCase):
+    def test_the_last_user_message_does_not_move_the_first_response(self):
+        tokenizer, model, parameters = tokenizer_and_model("chatml")
+        records = [
+            {
+                "messages": [
+                    {"role": "user", "content": "Hello there"},
+                    {"role": "assistant", "content": "Good morning"},
+                    {"role": "user", "content": last},
+                    {"role": "assistant", "content": "Yes"},
+                ]
+            }
+            for last in ("Is it raining today?", "Is it snowing today?")
+        ]
+        prepared = tiny.trees(dialogues_from_records(records), tokenizer)
+        lengths, _ = prepared.sizes()
+
+        def by_turn(tree):
+            batch = tiny.rows(prepared, [[tree]], max_length=_LENGTH)
+            hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
+            scores = loss.score_targets(
+                hidden, decoder.output_matrix(model, parameters), batch.source, batch.target, batch.weight
+            )
+            return [scores.nll[0][(batch.turn[0] == turn) & (batch.weight[0] > 0)] for turn in (0, 1)]
+
+        first, second = by_turn(0), by_turn(1)
+        np.testing.assert_array_equal(first[0], second[0])
+        self.assertGreater(float(np.abs(first[1] - second[1]).max()), 1e-3)
+        self.assertGreater(int(lengths[0]), 20)
+
+    def test_no_gradient_reaches_a_token_that_is_no_ancestor(self):
+        tokenizer, model, parameters = tokenizer_and_model("qwen3")
+        prepared = tiny.trees([reasoning_dialogue(), plain_dialogue()], tokenizer)
+        batch = tiny.rows(prepared, [[1, 0]], max_length=768)
+        length = 768
+        tree = prepared.tree(0)
+        offset = len(prepared.tree(1).tokens)
+        tokens = jnp.asarray(batch.tokens)
+
+        def one_target(embedded, target):
+            # A row-sized table of embeddings makes each token's own input a separate row.
+            own = parameters | {"embedding": embedded}
+            hidden = decoder.hidden_states(
+                tiny.config(length), own, jnp.arange(length)[None], batch.position, batch.subtree_end
+            )
+            return jnp.sum(hidden[0, offset + jnp.asarray(tree.parent)[target]])
+
+        embedded = parameters["embedding"][tokens[0]]
+        reach = jax.jit(jax.grad(one_target))
+        for target in np.flatnonzero(tree.weight > 0)[::7]:
+            gradient = reach(embedded, target)
+            reached = np.flatnonzero(np.abs(gradient).sum(axis=1))
+            context, node = [], int(tree.parent[target])
+            while node >= 0:
+                context.append(offset + node)
+                node = int(tree.parent[node])
+            np.testing.assert_array_equal(reached, context[::-1])
+
+
+class JointTest(absltest.TestCase):
+    def test_joint_minus_the_prompt_equals_conditional(self):
+        tokenizer, model, parameters = tokenizer_and_model("chatml")
+        dialogue = plain_dialogue(3)
+        joint = tiny.rows(tiny.trees([dialogue], tokenizer, name="joint"), [[0]], max_length=_LENGTH)
+        conditional = tiny.rows(tiny.trees([dialogue], tokenizer), [[0]], max_length=_LENGTH)
+        prompt = batches.Batch(*joint)._replace(weight=np.where(joint.turn < 0, joint.weight, 0))
+        order = np.argsort(prompt.weight == 0, axis=1, kind="stable")
+        prompt = prompt._replace(
+            **{
+                name: np.take_along_axis(getattr(prompt, name), order, axis=1)
+                for name in ("source", "target", "weight", "turn")
+            }
+        )
+        run = jax.jit(jax.value_and_grad(functools.partial(packed_loss, model)))
+        (all_value, all_gradient), (prompt_value, prompt_gradient) = run(parameters, joint), run(parameters, prompt)
+        value, gradient = run(parameters, conditional)
+        np.testing.assert_allclose(all_value - prompt_value, value, rtol=1e-5)
+        self.assertLess(
+            tiny.largest_difference(jax.tree.map(jnp.subtract, all_gradient, prompt_gradient), gradient), 1e-4
+        )
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,193 @@
+"""Whole runs of a tiny model: what they write, how they go on, and how they refuse."""
+
+import dataclasses
+import io
+import json
+import math
+import pathlib
+from unittest import mock
+
+import jax
+import numpy as np
+import rich.console
+from absl.testing import absltest
+
+from dialog_jax.model import decoder, pretrained
+from dialog_jax.training import checkpoints, loop, metrics, run_directory
+from dialog_jax.training import step as step_lib
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.sharding import MeshConfig
+from tests.data import chat_templates
+from tests.training import tiny
+
+
+class RunTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.create_tempdir().full_path)
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        model = tiny.config(len(tokenizer))
+        pretrained.save_pretrained(self.directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
+        rng = np.random.default_rng(0)
+        for name, count in (("train", 24), ("validation", 4)):
+            dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3) for i in range(count)]
+            lines = [
+                json.dumps({"id": f"{name}-{i}", "messages": [message.as_dict() for message in dialogue.messages]})
+                for i, dialogue in enumerate(dialogues)
+            ]
+            (self.directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.config = TrainConfig(
+            model=str(self.directory / "model"),
+            data=DataConfig(
+                train=str(self.directory / "train.jsonl"),
+                validation=str(self.directory / "validation.jsonl"),
+                max_length=256,
+            ),
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+            mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+            rows=4,
+            gradient_accumulation=2,
+            steps=6,
+            evaluate_every=2,
+            checkpoint_every=2,
+        )
+        self.output = io.StringIO()
+
+    def run_in(self, name, **changes):
+        console = rich.console.Console(file=self.output, highlight=False, soft_wrap=True)
+        return loop.run(dataclasses.replace(self.config, **changes), self.directory / name, console=console)
+
+    def parameters_of(self, name, step):
+        with checkpoints.open_manager(self.directory / name / "checkpoints") as manager:
+            model = run_directory.read_model(self.directory / name)
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+                ),
+                decoder.abstract_parameters(model),
+            )
+            return jax.device_get(checkpoints.restore_parameters(manager, step, like))
+
+    def test_run_learns_and_writes_what_it_says(self):
+        result = self.run_in("run")
+        self.assertLess(result.last["loss"], result.first["loss"] - 0.05)
+        lines = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        self.assertEqual([line["step"] for line in lines], [1, 2, 3, 4, 5, 6])
+        for line in lines:
+            self.assertContainsSubset(
+                {
+                    "loss",
+                    "gradient_norm",
+                    "learning_rate",
+                    "tokens_per_second",
+                    "response_tokens_per_second",
+                    "row_tokens_used",
+                },
+                line,
+            )
+            self.assertTrue(all(math.isfinite(value) for value in line.values()))
+        self.assertEqual(lines[0]["learning_rate"], np.float32(3e-3))
+        held_out = metrics.read_lines(self.directory / "run" / "evaluation.jsonl")
+        self.assertEqual([line["step"] for line in held_out], [0, 2, 4, 6])
+        self.assertEqual([turn["turn"] for turn in held_out[0]["turns"]], [0, 1, 2])
+        self.assertEqual(sum(turn["targets"] for turn in held_out[0]["turns"]), held_out[0]["targets"])
+        self.assertNotEmpty(list((self.directory / "run" / "tensorboard").iterdir()))
+        with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
+            self.assertEqual(manager.latest_step(), 6)
+            self.assertEqual(manager.best_step(), min(held_out[1:], key=lambda line: line["loss"])["step"])
+
+    def test_no_absolute_path_is_written(self):
+        self.run_in("run", steps=2)
+        for file in (self.directory / "run").rglob("*"):
+            if file.is_file() and file.name != "commit_success.txt":  # orbax's own
+                self.assertNotIn(str(self.directory).encode(), file.read_bytes(), file.name)
+
+    def test_stopped_run_goes_on_to_the_same_bits(self):
+        self.run_in("whole")
+        evaluations = 0
+        original = metrics.Writer.evaluation
+
+        def stop_after_the_third(writer, step, figures):
+            nonlocal evaluations
+            evaluations += 1
+            original(writer, step, figures)
+            if evaluations == 3:  # step 4: its checkpoint is never written
+                raise KeyboardInterrupt
+
+        with mock.patch.object(metrics.Writer, "evaluation", stop_after_the_third), self.assertRaises(KeyboardInterrupt):
+            self.run_in("stopped")
+        self.run_in("stopped")
+        self.assertIn("going on from step 2", self.output.getvalue())
+        for whole, stopped in zip(
+            *(jax.tree.leaves(self.parameters_of(name, 6)) for name in ("whole", "stopped")), strict=True
+        ):
+            np.testing.assert_array_equal(whole, stopped)
+        for file in ("metrics.jsonl", "evaluation.jsonl"):
+            whole, stopped = (
+                [(line["step"], line["loss"]) for line in metrics.read_lines(self.directory / name / file)]
+                for name in ("whole", "stopped")
+            )
+            self.assertEqual(whole, stopped)
+
+    def test_finished_run_is_left_alone(self):
+        first = self.run_in("run", steps=2)
+        again = self.run_in("run", steps=2)
+        self.assertIn("Nothing to do", self.output.getvalue())
+        self.assertEqual(first.last, again.last)
+
+    def test_directory_of_another_run_is_refused_with_the_fields_that_differ(self):
+        self.run_in("run", steps=2)
+        with self.assertRaisesRegex(ValueError, r"seed: 0 there, 1 asked for.*--output_dir"):
+            self.run_in("run", steps=2, seed=1)
+
+    def test_directory_with_other_files_is_refused(self):
+        (self.directory / "full").mkdir()
+        (self.directory / "full" / "thesis.txt").write_text("precious")
+        with self.assertRaisesRegex(ValueError, "full is not empty and holds no run"):
+            self.run_in("full")
+        self.assertEqual([file.name for file in (self.directory / "full").iterdir()], ["thesis.txt"])
+
+    def test_nan_stops_with_step_and_dialogues_and_keeps_the_last_good_checkpoint(self):
+        original = step_lib.make_train_step
+
+        def poisoned(*args, **kwargs):
+            run = original(*args, **kwargs)
+
+            def step(state, batch):
+                if int(state.step) == 3:
+                    batch = batch._replace(weight=batch.weight * np.nan)
+                return run(state, batch)
+
+            return step
+
+        with (
+            mock.patch.object(step_lib, "make_train_step", poisoned),
+            self.assertRaisesRegex(FloatingPointError, r"step 4: loss nan.*train-\d+"),
+        ):
+            self.run_in("run")
+        with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
+            self.assertEqual(manager.latest_step(), 2)
+        for leaf in jax.tree.leaves(self.parameters_of("run", 2)):
+            self.assertTrue(np.isfinite(leaf).all())
+
+    def test_tokenizer_larger_than_the_vocabulary_is_refused(self):
+        model = tiny.config(100)
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        pretrained.save_pretrained(self.directory / "small", model, tiny.parameters(model), tokenizer=tokenizer)
+        with self.assertRaisesRegex(ValueError, r"token ids up to 511 .*vocabulary has 100"):
+            self.run_in("run", model=str(self.directory / "small"))
+
+    def test_rows_that_do_not_divide_over_devices_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "rows is 3; it must be a multiple of data \\* fsdp = 4"):
+            self.run_in("run", rows=3)
+        self.assertFalse((self.directory / "run").exists())
+
+    def test_row_longer_than_the_context_is_refused(self):
+        data = dataclasses.replace(self.config.data, max_length=4096)
+        with self.assertRaisesRegex(ValueError, "max_length is 4,096, but the model's context is 2,048"):
+            self.run_in("run", data=data)
+
+
+if __name__ == "__main__":
+    absltest.main()

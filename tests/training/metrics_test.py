@@ -1,0 +1,75 @@
+"""FLOPs by hand, held-out sums, and files that survive an interruption."""
+
+import pathlib
+
+import numpy as np
+from absl.testing import absltest
+
+from dialog_jax.training import metrics
+from dialog_jax.training.step import EvaluationSums
+from tests.data import chat_templates
+from tests.training import tiny
+
+
+class UsefulFlopsTest(absltest.TestCase):
+    def test_flops_are_counted_token_by_token(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        model = tiny.config(len(tokenizer))
+        rng = np.random.default_rng(0)
+        prepared = tiny.trees([chat_templates.random_dialogue(rng, turns=2) for _ in range(2)], tokenizer)
+        batch = tiny.rows(prepared, [[0, 1], []], max_length=512)
+        multiplies = 0
+        for number in (0, 1):
+            tree = prepared.tree(number)
+            for node in range(len(tree.tokens)):
+                projections = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+                visible = int(((np.arange(len(tree.tokens)) <= node) & (node < tree.subtree_end)).sum())
+                multiplies += model.layers * (projections + 2 * visible * 32)
+                multiplies += len(tokenizer) * 32 if tree.weight[node] > 0 else 0
+        self.assertEqual(metrics.useful_flops(model, batch), 3 * 2 * multiplies)
+
+
+class EvaluationTest(absltest.TestCase):
+    def test_figures_are_means_over_all_batches(self):
+        evaluation = metrics.Evaluation()
+        for nll, targets in ((6.0, 3), (4.0, 1)):
+            evaluation.add(
+                EvaluationSums(
+                    nll=np.array([0, nll, 1, 0]),
+                    weight=np.array([0, targets, 0.5, 0]),
+                    targets=np.array([0, targets, 2, 0]),
+                    correct=np.array([0, 1, 2, 0]),
+                )
+            )
+        self.assertEqual(
+            evaluation.figures(),
+            {
+                "loss": 12 / 5,
+                "accuracy": 6 / 8,
+                "targets": 8,
+                "turns": [
+                    {"turn": 0, "loss": 10 / 4, "accuracy": 2 / 4, "targets": 4},
+                    {"turn": 1, "loss": 2 / 1, "accuracy": 1.0, "targets": 4},
+                ],
+            },
+        )
+
+
+class WriterTest(absltest.TestCase):
+    def test_lines_after_the_step_gone_on_from_and_a_torn_line_are_dropped(self):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        writer = metrics.Writer(directory, step=0)
+        for step in (1, 2, 3):
+            writer.train(step, {"loss": float(step)})
+        writer.close()
+        with (directory / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "lo')
+        writer = metrics.Writer(directory, step=2)
+        writer.train(3, {"loss": 30.0})
+        writer.close()
+        lines = metrics.read_lines(directory / "metrics.jsonl")
+        self.assertEqual([(line["step"], line["loss"]) for line in lines], [(1, 1.0), (2, 2.0), (3, 30.0)])
+
+
+if __name__ == "__main__":
+    absltest.main()

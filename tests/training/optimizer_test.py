@@ -1,0 +1,64 @@
+"""Schedules against their formulas, and what weight decay touches."""
+
+import math
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dialog_jax.model import decoder
+from dialog_jax.training import optimizer
+from dialog_jax.training.optimizer import OptimizerConfig
+from tests.training import tiny
+
+
+class ScheduleTest(parameterized.TestCase):
+    def rates(self, steps=20, **fields):
+        schedule = optimizer.make_schedule(OptimizerConfig(learning_rate=1.0, final_fraction=0.1, **fields), steps)
+        return np.array([float(schedule(step)) for step in range(steps)])
+
+    def test_warmup_rises_by_equal_parts_to_the_peak(self):
+        np.testing.assert_allclose(self.rates(schedule="constant", warmup_steps=4)[:5], [0.25, 0.5, 0.75, 1, 1])
+
+    def test_warmup_of_one_step_is_the_peak_at_once(self):
+        np.testing.assert_allclose(self.rates(schedule="constant", warmup_steps=1), np.ones(20))
+
+    def test_cosine_follows_its_formula(self):
+        expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+        np.testing.assert_allclose(self.rates(schedule="cosine", warmup_steps=4)[4:], expected, rtol=1e-5)
+
+    def test_linear_falls_evenly(self):
+        expected = [1 - 0.9 * step / 20 for step in range(20)]
+        np.testing.assert_allclose(self.rates(schedule="linear"), expected, rtol=1e-5)
+
+    def test_warmup_stable_decay_stays_and_falls_at_the_end(self):
+        rates = self.rates(schedule="warmup_stable_decay", warmup_steps=2, decay_fraction=0.25)
+        np.testing.assert_allclose(rates[1:16], np.ones(15))
+        np.testing.assert_allclose(rates[15:], [1 - 0.9 * step / 5 for step in range(5)], rtol=1e-5)
+
+    def test_warmup_as_long_as_the_run_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "warmup_steps is 20, but the run has 20 steps only"):
+            self.rates(warmup_steps=20)
+
+    @parameterized.parameters(
+        {"schedule": "exponential"}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"b2": 1.5}
+    )
+    def test_bad_value_is_refused(self, **fields):
+        with self.assertRaisesRegex(ValueError, f"optimizer.{next(iter(fields))} is"):
+            OptimizerConfig(**fields)
+
+
+class DecayMaskTest(absltest.TestCase):
+    def test_matrices_decay_and_norms_biases_and_embedding_do_not(self):
+        model = tiny.config(64, family="qwen2", qkv_bias=True, tie_embeddings=False)
+        mask = optimizer.decay_mask(decoder.init_parameters(model, jax.random.key(0)))
+        decaying = {
+            "/".join(key.key for key in keys) for keys, decays in jax.tree_util.tree_leaves_with_path(mask) if decays
+        }
+        attention = {f"layers/attention/w_{name}" for name in ("query", "key", "value", "output")}
+        feed_forward = {f"layers/feed_forward/w_{name}" for name in ("gate", "up", "down")}
+        self.assertEqual(decaying, attention | feed_forward | {"lm_head"})
+
+
+if __name__ == "__main__":
+    absltest.main()

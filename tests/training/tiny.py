@@ -1,0 +1,53 @@
+"""A decoder small enough for tests, random parameters for it, and dialogues through the whole data room."""
+
+import jax
+import numpy as np
+
+from dialog_jax.data import batches, dataset
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import Renderer
+from dialog_jax.model import decoder
+
+
+def config(vocab_size, **changes):
+    """Two layers, grouped heads, tied embeddings."""
+    fields = {
+        "family": "llama",
+        "vocab_size": vocab_size,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "feed_forward": 48,
+        "max_length": 2048,
+        "rope_theta": 10000.0,
+        "tie_embeddings": True,
+    }
+    return decoder.DecoderConfig(**(fields | changes))
+
+
+def parameters(model, seed=0):
+    """Parameters far enough from zero that every path matters."""
+    drawn = decoder.init_parameters(model, jax.random.key(seed))
+    return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, drawn)
+
+
+def trees(dialogues, tokenizer, *, max_length=512, **objective):
+    """The trees of dialogues under an objective."""
+    return dataset.prepare(
+        dialogues, Renderer(tokenizer), objective=ObjectiveConfig(**objective), max_length=max_length
+    )
+
+
+def rows(prepared, assignment, *, max_length):
+    """A [B, ...] batch of rows on the device, given as lists of tree numbers."""
+    filled = batches.fill_rows(prepared, assignment, max_length=max_length, max_targets=max_length)
+    return jax.tree.map(jax.numpy.asarray, filled)
+
+
+def largest_difference(a, b):
+    """The largest difference between two trees of arrays, relative to the largest entry of `b`."""
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(b))
+    gaps = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)
+    return max(jax.tree.leaves(gaps)) / scale
