@@ -13,15 +13,20 @@ A row of two dialogues, the first of which branches after its first two tokens (
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 _SMALLEST_BLOCK = 256
 _MOST_BLOCKS = 16
+
+# A block's sums are kept for the backward pass, its probabilities are not: those are one product and one exp away.
+_KEPT = jax.checkpoint_policies.save_only_these_names("softmax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,7 @@ def attention(
         stop = min(start + block, length)
 
         # Bound as a default: the checkpointed function is traced again in the backward pass.
-        @jax.checkpoint
+        @functools.partial(jax.checkpoint, policy=_KEPT)
         def attend(q, k, v, subtree_end, start=start, stop=stop):
             query, key = jnp.arange(start, stop)[None, :, None], jnp.arange(stop)[None, None, :]
             return read_visible(q, k, v, (key <= query) & (query < subtree_end[:, None, :]))
@@ -120,9 +125,10 @@ def read_visible(
     score = jnp.matmul(rows, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
     score = score.reshape(batch, kv_heads, group, queries, keys)
     score = score + jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-    weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
-    total = jnp.sum(weight, axis=-1, keepdims=True)  # [B, K, G, Q, 1]
+    peak = checkpoint_name(jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)), "softmax")
+    weight = jnp.exp(score - peak)
+    total = checkpoint_name(jnp.sum(weight, axis=-1, keepdims=True), "softmax")  # [B, K, G, Q, 1]
     weight = weight.astype(v.dtype).reshape(batch, kv_heads, group * queries, keys)
     read = jnp.matmul(weight, v.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
-    read = read.reshape(batch, kv_heads, group, queries, head_dim) / total
+    read = checkpoint_name(read, "softmax").reshape(batch, kv_heads, group, queries, head_dim) / total
     return read.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

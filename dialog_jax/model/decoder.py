@@ -22,7 +22,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 _READ = jax.checkpoint_policies.save_only_these_names("read")
 
-# What a policy keeps of a stretch of the layer for the backward pass: (of attention with its projections, of the layer).
+# What is kept for the backward pass: of attention with its projections, of the whole layer. None is everything.
 _REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
     "none": (None, None),
     "attention": (_READ, None),
@@ -196,8 +196,11 @@ class Decoder(nnx.Module):
 
 
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
-    y = x @ weight[...].astype(x.dtype) if x.ndim == 2 else jnp.einsum("btd,de->bte", x, weight[...].astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(x.dtype)[None, None]
+    # As one matrix of all tokens: with a batch axis XLA:CPU transposes what the weight's gradient is made of, a third
+    # of the feed-forward's time.
+    flat = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
+    y = flat.reshape(*x.shape[:-1], flat.shape[-1])
+    return y if bias is None else y + jnp.expand_dims(bias[...].astype(x.dtype), range(y.ndim - 1))
 
 
 @functools.lru_cache(maxsize=16)

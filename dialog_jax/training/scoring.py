@@ -253,6 +253,9 @@ def _turns(dialogue: Dialogue, piece: _Piece, nll: Float[np.ndarray, " nodes"]) 
 
 
 def _stored(trees: Sequence[Tree]) -> dataset.Trees:
-    offsets = np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64)
-    columns = (np.concatenate(column) for column in zip(*trees, strict=True))
-    return dataset.Trees(*columns, offsets, tuple(range(len(trees))), _NO_REPORT)
+    return dataset.Trees(
+        **{field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields},
+        offsets=np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64),
+        ids=tuple(range(len(trees))),
+        report=_NO_REPORT,
+    )

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +49,14 @@ class DecoderTest(parameterized.TestCase):
         parents = forests.random_parents(rng, 30, root=0.1, branch=0.3)
         parameters, tokens = _parameters(config), jnp.asarray(rng.integers(0, config.vocab_size, 30))
         position, subtree_end = map(jnp.asarray, forests.arrays(parents))
-        got = decoder.hidden_states(config, parameters, tokens[None], position[None], subtree_end[None])
+        run = jax.jit(functools.partial(decoder.hidden_states, config, parameters))
+        got = run(tokens[None], position[None], subtree_end[None])
         leaves = sorted(set(range(30)) - set(parents))
         for leaf in leaves:
             lineage = np.array(forests.lineage(parents, leaf))
-            alone = decoder.hidden_states(config, parameters, tokens[lineage][None], *_path(len(lineage)))
-            np.testing.assert_allclose(got[0, lineage], alone[0], atol=2e-5)
+            padded = jnp.zeros((1, 30), jnp.int32).at[0, : len(lineage)].set(tokens[lineage])
+            alone = run(padded, *_path(30))  # causal: what follows the lineage is not seen
+            np.testing.assert_allclose(got[0, lineage], alone[0, : len(lineage)], atol=2e-5)
         self.assertGreater(len(leaves), 3)
 
     @parameterized.named_parameters(*_FAMILIES.items())
@@ -117,8 +120,8 @@ class DecoderTest(parameterized.TestCase):
             hidden = decoder.hidden_states(_LLAMA, parameters, tokens, *_path(20), compute_dtype=dtype)
             return jnp.sum(hidden.astype(jnp.float32)), hidden
 
-        wide = run(parameters, jnp.float32)[1]
-        gradient, narrow = jax.grad(run, has_aux=True)(parameters, jnp.bfloat16)
+        wide = jax.jit(run, static_argnums=1)(parameters, jnp.float32)[1]
+        gradient, narrow = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)(parameters, jnp.bfloat16)
         self.assertEqual(narrow.dtype, jnp.bfloat16)
         self.assertEqual({leaf.dtype for leaf in jax.tree.leaves(gradient)}, {jnp.dtype(jnp.float32)})
         self.assertLess(float(jnp.max(jnp.abs(narrow.astype(jnp.float32) - wide)) / jnp.max(jnp.abs(wide))), 0.05)

@@ -1,0 +1,96 @@
+"""Files of tensors, read lazily: safetensors (one file or shards with an index) and GGUF.
+
+A file that is missing, cut short or not what it says is an error that names it. Knows published names only.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import safetensors
+
+from dialog_jax.model import decoder
+
+
+class Tensors(NamedTuple):
+    """The tensors of a model, read when asked for."""
+
+    where: pathlib.Path  # for errors
+    shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, pathlib.Path]
+    read: Callable[[str], np.ndarray]
+
+
+@contextlib.contextmanager
+def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
+    index = directory / "model.safetensors.index.json"
+    listed: Mapping[str, str] = {}
+    if index.exists():
+        listed = read_json(index).get("weight_map") or {}
+        shards = sorted(set(listed.values()))
+        for shard in shards:
+            if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+                raise ValueError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
+    else:
+        shards = ["model.safetensors"]
+    if not shards:
+        raise ValueError(f"{index} lists no tensors; download or save the model again")
+    with contextlib.ExitStack() as stack:
+        handles, files, shapes = {}, {}, {}
+        for shard in shards:
+            file = directory / shard
+            if not file.exists():
+                raise ValueError(f"{file} does not exist; weights are read from safetensors (or a .gguf file) only")
+            try:
+                handle = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+                for name in handle.keys():  # noqa: SIM118  (not a dict)
+                    handles[name], files[name] = handle, file
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {error}. Download it again.") from error
+        for name in listed.keys() - shapes.keys():
+            raise ValueError(f"{directory / listed[name]}: tensor {name} of {index.name} is missing; download it again")
+        yield Tensors(directory, shapes, files, lambda name: handles[name].get_tensor(name))
+
+
+@contextlib.contextmanager
+def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[Tensors]:
+    tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    # llama.cpp pairs components (2i, 2i + 1) in llama's rotary dimensions, Hugging Face (i, i + H/2); qwen's stay.
+    interleaved = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if config.family == "llama" else ()
+
+    def read(name):
+        array = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).reshape(shapes[name])
+        if name.endswith(interleaved):
+            pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+        return array
+
+    yield Tensors(path, shapes, dict.fromkeys(shapes, path), read)
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; anything else is an error."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist; a model is a directory with config.json, or a .gguf file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}. Download or save the model again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds a {type(fields).__name__}, not an object; download or save the model again")
+    return fields
+
+
+def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file: {error}. Download it again.") from error

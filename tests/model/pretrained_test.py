@@ -1,0 +1,385 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from absl.testing import absltest, parameterized
+
+from dialog_jax.model import decoder, pretrained
+
+_REFERENCES = pathlib.Path(__file__).parents[1] / "references"
+_SMOLLM2 = pathlib.Path(__file__).parents[2] / "assets" / "smollm2-135m-instruct"
+_TINY = ("llama", "llama_bias", "qwen2", "qwen3")
+
+
+def _logits(config, parameters, tokens):
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    subtree_end = jnp.full(tokens.shape, tokens.shape[1])
+    hidden = decoder.hidden_states(config, parameters, jnp.asarray(tokens), position, subtree_end)
+    return np.asarray(jnp.einsum("btd,vd->btv", hidden, decoder.output_matrix(config, parameters)))
+
+
+def _load(directory):
+    config = pretrained.load_config(directory)
+    return config, pretrained.load_parameters(directory, config)
+
+
+def _assert_equal_bits(first, second):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True), first, second)
+
+
+class _TemporaryTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.directory = pathlib.Path(temporary.name)
+
+    def copy(self, name="llama"):
+        shutil.copytree(_REFERENCES / f"tiny_{name}", self.directory / name)
+        return self.directory / name
+
+    def edit_config(self, directory, **fields):
+        config = json.loads((directory / "config.json").read_text()) | fields
+        (directory / "config.json").write_text(json.dumps(config))
+
+    def edit_tensors(self, directory, edit):
+        tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+        edit(tensors)
+        safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+
+    def assert_load_fails(self, directory, *patterns):
+        with self.assertRaises(ValueError) as caught:
+            _load(directory)
+        for pattern in patterns:
+            self.assertRegex(str(caught.exception), pattern)
+
+
+class ReferenceTest(parameterized.TestCase):
+    @parameterized.parameters(*_TINY)
+    def test_tiny_models_give_the_logits_of_transformers(self, name):
+        reference = np.load(_REFERENCES / f"tiny_{name}" / "reference.npz")
+        got = _logits(*_load(_REFERENCES / f"tiny_{name}"), reference["tokens"])
+        np.testing.assert_allclose(got, reference["logits"], atol=2e-5)
+
+    def test_smollm2_gives_the_logits_of_transformers(self):
+        if not (_SMOLLM2 / "config.json").exists():
+            self.fail(f"{_SMOLLM2} is missing: run scripts/prepare_demo.py, or scripts/test.sh, which does")
+        reference = np.load(_REFERENCES / "smollm2.npz")
+        config, parameters = _load(_SMOLLM2)
+        self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(parameters)), 134_515_008)
+        got = _logits(config, parameters, reference["tokens"][None])[0]
+        np.testing.assert_allclose(got[:, reference["vocabulary"]], reference["logits"], atol=1e-4)
+        wide = got.astype(np.float64)
+        logsumexp = np.log(np.sum(np.exp(wide - wide.max(-1, keepdims=True)), -1)) + wide.max(-1)
+        np.testing.assert_allclose(logsumexp, reference["logsumexp"], atol=1e-4)
+
+
+class ConfigTest(_TemporaryTest):
+    def test_config_of_transformers_5_and_before_read_the_same(self):
+        directory = self.copy()
+        new = pretrained.load_config(directory)
+        fields = json.loads((directory / "config.json").read_text())
+        scaling = fields.pop("rope_parameters")
+        theta = scaling.pop("rope_theta")
+        for kind in ("rope_type", "type"):
+            old = {name: value for name, value in scaling.items() if name != "rope_type"} | {kind: "llama3"}
+            fields |= {"rope_theta": theta, "rope_scaling": old}
+            (directory / "config.json").write_text(json.dumps(fields))
+            self.assertEqual(pretrained.load_config(directory), new)
+        self.assertEqual(new.rope_scaling.original_max_length, 32)
+        self.assertEqual((new.head_dim, new.width, new.heads, new.kv_heads), (20, 48, 4, 2))
+
+    def test_config_defaults_are_those_of_each_family(self):
+        directory = self.copy("qwen2")
+        got = pretrained.load_config(directory)
+        self.assertEqual((got.head_dim, got.qkv_bias, got.output_bias, got.rope_theta), (12, True, False, 1e6))
+        self.assertTrue(pretrained.load_config(_REFERENCES / "tiny_llama_bias").output_bias)
+
+    @parameterized.parameters(
+        dict(model_type="gpt_neox"),
+        dict(model_type=None),
+        dict(hidden_act="gelu"),
+        dict(mlp_bias=True),
+        dict(attention_dropout=0.1),
+        dict(quantization_config={"quant_method": "fp8"}),
+        dict(sliding_window=128),
+        dict(use_sliding_window=True),
+        dict(layer_types=["full_attention", "sliding_attention"]),
+        dict(partial_rotary_factor=0.5),
+        dict(hidden_size=None),
+        dict(num_key_value_heads=3),
+    )
+    def test_config_unsupported_is_an_error_that_names_file_and_field(self, **fields):
+        directory = self.copy()
+        self.edit_config(directory, **fields)
+        name = {"num_key_value_heads": "kv_heads"}.get(next(iter(fields)), next(iter(fields)))
+        with self.assertRaisesRegex(ValueError, f"config.json.*{name}"):
+            pretrained.load_config(directory)
+
+    def test_config_with_unknown_rope_or_incomplete_scaling_is_an_error(self):
+        directory = self.copy()
+        self.edit_config(directory, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+        with self.assertRaisesRegex(ValueError, "rope_type is 'yarn'"):
+            pretrained.load_config(directory)
+        self.edit_config(directory, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0})
+        with self.assertRaisesRegex(ValueError, "lacks low_freq_factor"):
+            pretrained.load_config(directory)
+
+    def test_config_sliding_window_that_is_off_is_no_error(self):
+        directory = self.copy("qwen2")
+        self.edit_config(directory, sliding_window=128, use_sliding_window=False)
+        pretrained.load_config(directory)
+
+    def test_config_missing_or_broken_is_an_error_that_names_the_file(self):
+        with self.assertRaisesRegex(ValueError, "config.json does not exist"):
+            pretrained.load_config(self.directory)
+        for text in ("{", "[]"):
+            (self.directory / "config.json").write_text(text)
+            with self.assertRaisesRegex(ValueError, "config.json"):
+                pretrained.load_config(self.directory)
+
+
+class SaveTest(_TemporaryTest):
+    @parameterized.parameters(*_TINY)
+    def test_save_gives_back_the_same_tensors_and_config(self, name):
+        config, parameters = _load(_REFERENCES / f"tiny_{name}")
+        pretrained.save_pretrained(self.directory / "saved", config, parameters)
+        self.assertEqual(pretrained.load_config(self.directory / "saved"), config)
+        _assert_equal_bits(pretrained.load_parameters(self.directory / "saved", config), parameters)
+        first = safetensors.numpy.load_file(_REFERENCES / f"tiny_{name}" / "model.safetensors")
+        second = safetensors.numpy.load_file(self.directory / "saved" / "model.safetensors")
+        self.assertEqual(first.keys(), second.keys())
+        _assert_equal_bits(first, second)
+
+    def test_save_in_shards_reads_back_the_same(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        saved = self.directory / "saved"
+        pretrained.save_pretrained(saved, config, parameters, shard_bytes=50_000)
+        shards = sorted(file.name for file in saved.glob("*.safetensors"))
+        index = json.loads((saved / "model.safetensors.index.json").read_text())
+        self.assertGreater(len(shards), 2)
+        self.assertEqual(sorted(set(index["weight_map"].values())), shards)
+        self.assertEqual(index["metadata"]["total_size"], 4 * sum(leaf.size for leaf in jax.tree.leaves(parameters)))
+        self.assertLess(max((saved / shard).stat().st_size for shard in shards), 55_000)
+        _assert_equal_bits(_load(saved)[1], parameters)
+
+    def test_save_replaces_a_model_whole_and_nothing_else(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        saved = self.directory / "saved"
+        pretrained.save_pretrained(saved, config, parameters, shard_bytes=50_000)
+        pretrained.save_pretrained(saved, config, parameters)
+        names = {file.name for file in saved.iterdir()}
+        self.assertEqual(names, {"config.json", "generation_config.json", "model.safetensors"})
+        self.assertEqual([file.name for file in self.directory.iterdir()], ["saved"])
+        other = self.directory / "other"
+        other.mkdir()
+        (other / "notes.txt").write_text("mine")
+        with self.assertRaisesRegex(ValueError, "other than a model"):
+            pretrained.save_pretrained(other, config, parameters)
+        self.assertEqual((other / "notes.txt").read_text(), "mine")
+
+    def test_save_interrupted_leaves_the_earlier_model(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        saved = self.directory / "saved"
+        pretrained.save_pretrained(saved, config, parameters)
+
+        class Tokenizer:
+            def save_pretrained(self, directory):
+                raise KeyboardInterrupt
+
+        with self.assertRaises(KeyboardInterrupt):
+            pretrained.save_pretrained(saved, config, jax.tree.map(jnp.zeros_like, parameters), tokenizer=Tokenizer())
+        _assert_equal_bits(_load(saved)[1], parameters)
+        pretrained.save_pretrained(saved, config, parameters)  # what was left behind is no obstacle
+        self.assertEqual([file.name for file in self.directory.iterdir()], ["saved"])
+
+    def test_save_with_parameters_of_another_config_is_an_error_and_writes_nothing(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        with self.assertRaisesRegex(ValueError, "embedding"):
+            pretrained.save_pretrained(self.directory / "saved", dataclasses.replace(config, vocab_size=5), parameters)
+        with self.assertRaisesRegex(ValueError, "lm_head"):
+            pretrained.save_pretrained(
+                self.directory / "saved", dataclasses.replace(config, tie_embeddings=True), parameters
+            )
+        self.assertEmpty(list(self.directory.iterdir()))
+
+
+class LoadTest(_TemporaryTest):
+    @parameterized.parameters(ml_dtypes.bfloat16, np.float16)
+    def test_load_of_half_precision_gives_float32_of_the_same_values(self, dtype):
+        directory = self.copy()
+        _, parameters = _load(directory)
+        self.edit_tensors(directory, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
+        needed = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), parameters)
+        _assert_equal_bits(_load(directory)[1], needed)
+
+    def test_load_places_each_parameter_where_it_is_told(self):
+        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        seen = {}
+
+        def sharding(path, shape):
+            seen[path] = shape
+            axis = next((i for i, size in enumerate(shape) if size % 8 == 0), None)
+            spec = [None] * len(shape)
+            if axis is not None:
+                spec[axis] = "fsdp"
+            return jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+        config, plain = _load(_REFERENCES / "tiny_llama")
+        placed = pretrained.load_parameters(_REFERENCES / "tiny_llama", config, sharding=sharding)
+        _assert_equal_bits(placed, plain)
+        weight = placed["layers"]["feed_forward"]["w_gate"]
+        self.assertEqual(weight.sharding.spec, jax.sharding.PartitionSpec(None, "fsdp", None))
+        self.assertEqual(seen["layers", "feed_forward", "w_gate"], (2, 48, 80))
+
+    def test_load_with_missing_tensor_is_an_error_that_names_it(self):
+        directory = self.copy()
+        self.edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+        self.assert_load_fails(directory, "llama: ", r"model\.layers\.1\.mlp\.up_proj\.weight is missing", "again")
+
+    def test_load_with_unexpected_tensor_is_an_error_that_names_it(self):
+        directory = self.copy()
+        self.edit_tensors(directory, lambda tensors: tensors.update(extra=np.zeros(3, np.float32)))
+        self.assert_load_fails(directory, "model.safetensors", "tensor extra")
+
+    def test_load_ignores_a_copy_of_the_tied_matrix_and_old_rotary_buffers(self):
+        directory = self.copy("qwen2")
+        _, needed = _load(directory)
+
+        def edit(tensors):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+            tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(6, np.float32)
+
+        self.edit_tensors(directory, edit)
+        _assert_equal_bits(_load(directory)[1], needed)
+
+    def test_load_with_wrong_vocabulary_is_an_error_with_both_shapes(self):
+        directory = self.copy()
+        self.edit_config(directory, vocab_size=132)
+        self.assert_load_fails(directory, "model.safetensors", "embed_tokens", r"\[131, 48\]", r"\[132, 48\]")
+
+    def test_load_of_integer_tensors_is_an_error(self):
+        directory = self.copy()
+        self.edit_tensors(directory, lambda t: t.update({"model.norm.weight": np.ones(48, np.int8)}))
+        self.assert_load_fails(directory, "model.norm.weight is int8")
+
+    @parameterized.parameters(4, 5000, 200_000)
+    def test_load_of_truncated_file_is_an_error_that_names_it(self, kept):
+        directory = self.copy()
+        file = directory / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:kept])
+        self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file", "again")
+
+    def test_load_without_weights_is_an_error(self):
+        directory = self.copy()
+        (directory / "model.safetensors").unlink()
+        self.assert_load_fails(directory, "model.safetensors does not exist")
+
+    def test_load_with_missing_shard_or_listed_tensor_is_an_error(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        saved = self.directory / "saved"
+        pretrained.save_pretrained(saved, config, parameters, shard_bytes=100_000)
+        index = saved / "model.safetensors.index.json"
+        fields = json.loads(index.read_text())
+        index.write_text(
+            json.dumps(fields | {"weight_map": fields["weight_map"] | {"more": "model-00001-of-00003.safetensors"}})
+        )
+        self.assert_load_fails(saved, "tensor more of model.safetensors.index.json is missing")
+        index.write_text(json.dumps(fields))
+        next(saved.glob("model-00002*")).unlink()
+        self.assert_load_fails(saved, "model-00002-of-.* does not exist")
+
+    @parameterized.parameters("../model.safetensors", "/etc/passwd", "..", "a\\b", "sub/model.safetensors")
+    def test_load_with_index_that_leaves_the_directory_is_an_error(self, shard):
+        directory = self.copy()
+        index = directory / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+        self.assert_load_fails(directory, "index.json", "not a file name")
+
+    def test_resolve_of_local_paths_is_the_path_and_of_nothing_an_error(self):
+        self.assertEqual(pretrained.resolve(self.directory), self.directory)
+        with self.assertRaisesRegex(ValueError, "nobody/nothing.*no local directory.*Hub"):
+            pretrained.resolve("nobody/nothing")
+        with self.assertRaisesRegex(ValueError, "no local directory"):
+            pretrained.resolve(self.directory / "typo" / "in" / "path")
+
+
+class GgufTest(_TemporaryTest):
+    def write(self, name, edit=lambda tensors: None, fields=()):
+        """The tiny model as llama.cpp stores it, and its tensors as published."""
+        source = _REFERENCES / f"tiny_{name}"
+        config = pretrained.load_config(source)
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        edit(tensors)
+        file = self.directory / f"{name}.gguf"
+        writer = gguf.GGUFWriter(file, config.family)
+        writer.add_block_count(config.layers)
+        writer.add_context_length(config.max_length)
+        writer.add_embedding_length(config.width)
+        writer.add_feed_forward_length(config.feed_forward)
+        writer.add_head_count(config.heads)
+        writer.add_head_count_kv(config.kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_layer_norm_rms_eps(config.norm_epsilon)
+        for key, value in fields:
+            writer.add_string(key, value)
+        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, config.family.upper()), config.layers)
+        for published, array in tensors.items():
+            if config.family == "llama" and ("q_proj" in published or "k_proj" in published):
+                half = config.head_dim // 2
+                order = [
+                    head * config.head_dim + part * half + pair
+                    for head in range(len(array) // config.head_dim)
+                    for pair in range(half)
+                    for part in range(2)
+                ]
+                array = array[order]
+            writer.add_tensor(names.get_name(published, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(array))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return file
+
+    @parameterized.parameters("llama_bias", "qwen2", "qwen3")
+    def test_gguf_gives_the_same_config_and_parameters_as_safetensors(self, name):
+        config, needed = _load(_REFERENCES / f"tiny_{name}")
+        got_config, got = _load(self.write(name))
+        self.assertEqual(got_config, config)
+        _assert_equal_bits(got, needed)
+
+    def test_gguf_with_missing_tensor_or_truncated_is_an_error(self):
+        file = self.write("qwen3", edit=lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+        self.assert_load_fails(file, r"qwen3\.gguf: tensor blk\.1\.ffn_up\.weight is missing")
+        file = self.write("qwen3")
+        for kept in (2, 1000, 100_000):
+            file.write_bytes(file.read_bytes()[:kept])
+            self.assert_load_fails(file, r"qwen3\.gguf is not a whole GGUF file")
+            file = self.write("qwen3")
+
+    def test_gguf_with_scaled_rope_is_an_error(self):
+        self.assert_load_fails(self.write("qwen3", fields=[("qwen3.rope.scaling.type", "yarn")]), "rope.scaling.type")
+
+    def test_gguf_of_another_architecture_is_an_error(self):
+        file = self.directory / "other.gguf"
+        writer = gguf.GGUFWriter(file, "mamba")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        self.assert_load_fails(file, "general.architecture is 'mamba'")
+
+
+if __name__ == "__main__":
+    absltest.main()
