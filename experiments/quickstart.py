@@ -11,7 +11,7 @@ from dialog_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """SmolLM2-135M-Instruct on ChitChat: 24 steps of 4 rows of 512 tokens."""
+    """SmolLM2-135M-Instruct on ChitChat: 24 steps of 2 rows of 512 tokens."""
     return config.to_config_dict(
         TrainConfig(
             model="assets/smollm2-135m-instruct",
@@ -22,10 +22,10 @@ def get_config() -> ml_collections.ConfigDict:
             ),
             optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=3),
             rows=1,
-            gradient_accumulation=4,
+            gradient_accumulation=2,
             steps=24,
             evaluate_every=24,
-            evaluate_rows=24,
+            evaluate_rows=16,
             checkpoint_every=24,
         )
     )

@@ -1,6 +1,6 @@
 """Measures full fine-tuning: real tokens a second, response tokens a second, peak memory, compile time.
 
-    python scripts/benchmark.py --max_length=1024 --remat=none
+    python scripts/benchmark.py --max_length=1024 --remat=dots
 
 Real means: tokens of dialogues, padding not counted. The step is the one that scripts/train.py runs, on the first
 `--dialogues` dialogues of the file, one row a micro-batch; times are medians over the steps after the first.
@@ -32,7 +32,7 @@ _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the 
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
 _ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 8, "Micro-batches of one row a step.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 8, "Measured steps, after one that is not.", lower_bound=1)
-_REMAT = flags.DEFINE_string("remat", "none", "none, attention, dots or full.")
+_REMAT = flags.DEFINE_string("remat", "dots", "none, attention, dots or full.")
 _OUT = flags.DEFINE_string("out", "", "A JSON file for the figures.")
 
 

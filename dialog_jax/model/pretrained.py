@@ -192,14 +192,13 @@ def save_pretrained(
     """Writes a directory that Hugging Face transformers and vLLM open: float32 weights, config, tokenizer if given.
 
     All of it appears at once, by a rename: what is left of an interrupted save is a directory named `.NAME.partial`.
-    An earlier model in `directory` is replaced.
 
     Raises:
-      ValueError: if `directory` holds something other than a model, or parameters and config do not fit.
+      ValueError: if `directory` is there and not empty, or parameters and config do not fit.
     """
     directory = pathlib.Path(os.path.abspath(directory))
-    if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} holds something other than a model; give a new directory")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists already; give a new directory, or remove this one")
     flat, needed = _flatten(parameters), _flatten(decoder.abstract_parameters(config))
     for key in sorted(flat.keys() | needed.keys()):
         got = tuple(flat[key].shape) if key in flat else None
@@ -207,9 +206,8 @@ def save_pretrained(
             raise ValueError(
                 f"parameter {key} has shape {got}, but its config needs {needed[key].shape if key in needed else None}"
             )
-    partial, replaced = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "replaced"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _save_weights(partial, config, flat, shard_bytes)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
@@ -219,10 +217,11 @@ def save_pretrained(
         shutil.copymode(partial / "config.json", file)  # the writer leaves them readable by their owner only
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    if directory.exists():
-        directory.rename(replaced)
+        settings = partial / "tokenizer_config.json"
+        # transformers 5 writes a class name that transformers 4, and what is built on it, does not know.
+        text = settings.read_text(encoding="utf-8")
+        settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
     partial.rename(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ class TrainConfig:
     epochs: float = 1.0
     compute_dtype: str = "auto"
     """auto (bfloat16 on accelerators, float32 on CPU), float32 or bfloat16. Parameters and moments are float32."""
-    remat: str = "none"
+    remat: str = "dots"
     """What the backward pass computes again to save memory: none, attention, dots or full."""
     evaluate_every: int = 50
     """Updates between evaluations on held-out dialogues; there is one before the first and one after the last."""

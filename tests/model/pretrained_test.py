@@ -171,34 +171,28 @@ class SaveTest(_TemporaryTest):
         self.assertLess(max((saved / shard).stat().st_size for shard in shards), 55_000)
         _assert_equal_bits(_load(saved)[1], parameters)
 
-    def test_save_replaces_a_model_whole_and_nothing_else(self):
+    def test_save_into_a_directory_that_is_not_empty_is_an_error_and_leaves_it(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, parameters, shard_bytes=50_000)
         pretrained.save_pretrained(saved, config, parameters)
-        names = {file.name for file in saved.iterdir()}
-        self.assertEqual(names, {"config.json", "generation_config.json", "model.safetensors"})
-        self.assertEqual([file.name for file in self.directory.iterdir()], ["saved"])
-        other = self.directory / "other"
-        other.mkdir()
-        (other / "notes.txt").write_text("mine")
-        with self.assertRaisesRegex(ValueError, "other than a model"):
-            pretrained.save_pretrained(other, config, parameters)
-        self.assertEqual((other / "notes.txt").read_text(), "mine")
+        with self.assertRaisesRegex(ValueError, "saved exists already; give a new directory"):
+            pretrained.save_pretrained(saved, config, jax.tree.map(jnp.zeros_like, parameters))
+        _assert_equal_bits(_load(saved)[1], parameters)
 
-    def test_save_interrupted_leaves_the_earlier_model(self):
+    def test_save_interrupted_leaves_no_model_and_is_no_obstacle(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, parameters)
 
         class Tokenizer:
             def save_pretrained(self, directory):
                 raise KeyboardInterrupt
 
         with self.assertRaises(KeyboardInterrupt):
-            pretrained.save_pretrained(saved, config, jax.tree.map(jnp.zeros_like, parameters), tokenizer=Tokenizer())
-        _assert_equal_bits(_load(saved)[1], parameters)
-        pretrained.save_pretrained(saved, config, parameters)  # what was left behind is no obstacle
+            pretrained.save_pretrained(saved, config, parameters, tokenizer=Tokenizer())
+        self.assertFalse(saved.exists())
+        pretrained.save_pretrained(saved, config, parameters)
+        names = {file.name for file in saved.iterdir()}
+        self.assertEqual(names, {"config.json", "generation_config.json", "model.safetensors"})
         self.assertEqual([file.name for file in self.directory.iterdir()], ["saved"])
 
     def test_save_with_parameters_of_another_config_is_an_error_and_writes_nothing(self):
