@@ -73,8 +73,10 @@ def main(argv):
         "dtype": jnp.dtype(dtype).name,
         "prepare_seconds": round(prepared, 2),
         "compile_seconds": round(time.perf_counter() - started, 2),
-        "temporaries_gb": round(compiled.memory_analysis().temp_size_in_bytes / 1e9, 2),
     }
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        figures["temporaries_gb"] = round(memory.temp_size_in_bytes / 1e9, 2)
     seconds, rates, response_rates, useful = [], [], [], []
     for number, batch in enumerate(plan.batches(0, _STEPS.value + 1)):
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))

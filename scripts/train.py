@@ -3,26 +3,80 @@
     python scripts/train.py --config=experiments/quickstart.py --output_dir=runs/mine \\
         --config.data.train=my.jsonl --config.optimizer.learning_rate=1e-5
 
-Every field of `dialog_jax.training.config.TrainConfig` is a flag: `--config.` and its path. What the run writes is
-listed at the top of `dialog_jax/training/run_directory.py`.
+Every field of `dialog_jax.training.config.TrainConfig` is a flag: `--config.` and its path, as listed below. What the
+run writes is listed at the top of `dialog_jax/training/run_directory.py`.
 """
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dialog_jax.training import config, loop
+from dialog_jax.training.config import DataConfig, TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/quickstart.py.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory of the run; made if missing.")
-flags.mark_flags_as_required(["config", "output_dir"])
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory of the run; made if missing.", required=True)
+flags.mark_flag_as_required("config")
 
 
-def main(argv):
-    del argv
+def config_fields() -> dict[str, Any]:
+    """Every field that a flag can set, with its default: {"optimizer.learning_rate": 2e-05, ...}."""
+    example = TrainConfig(model="required", data=DataConfig(train="required", validation="required"))
+    return dict(_flat(config.to_config_dict(example).to_dict(), ""))
+
+
+def _flat(fields: Mapping[str, Any], prefix: str):
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return "\n".join(f"  --config.{name}={value}" for name, value in fields.items())
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line. A field that does not exist ends the program with a list of those that do."""
+    fields = config_fields()
+    for argument in arguments[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name.startswith("config."):
+            path = name.removeprefix("config.")
+            # A mapping, such as data.chat_template_kwargs, has the keys that the experiment gives it.
+            if path not in fields and not any(path.startswith(f"{field}.") for field in fields):
+                _no_field(path, fields)
+    try:
+        return app.parse_flags_with_usage(list(arguments))
+    except (AttributeError, KeyError) as error:
+        _no_field(str(error), fields)
+
+
+def _no_field(path: str, fields: Mapping[str, Any]) -> NoReturn:
+    sys.exit(f"The fields, with their defaults, are:\n{_listed(fields)}\ntrain.py: {path} is none of these fields")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
-    result = loop.run(config.from_config_dict(_CONFIG.value), _OUTPUT_DIR.value)
+    try:
+        asked = config.from_config_dict(_CONFIG.value.copy_and_resolve_references())
+    except OSError as error:  # what ml_collections keeps until the config is read
+        sys.exit(f"train.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    try:
+        result = loop.run(asked, _OUTPUT_DIR.value)
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
     print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    __doc__ = f"{__doc__}\nFields and defaults, which an experiment file replaces:\n{_listed(config_fields())}\n"
+    app.run(main, flags_parser=parse_flags)

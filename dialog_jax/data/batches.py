@@ -5,7 +5,7 @@ Knows no JAX: arrays are NumPy's, and sharding is the step's affair. Resuming ne
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -16,25 +16,25 @@ from dialog_jax.data.dataset import Trees
 
 
 class Batch(NamedTuple):
-    """Packed rows: B rows of T tokens and S targets, for M micro-batches.
+    """Packed rows: B rows of T tokens and S targets, for M micro-batches. Arrays are NumPy's here and JAX's in a step.
 
     Padding tokens have segment 0, position 0 and see only themselves; padding targets have weight 0, source 0, turn -1.
     Targets stand before their padding.
     """
 
-    tokens: Int[np.ndarray, "*M B T"]
-    position: Int[np.ndarray, "*M B T"]
+    tokens: Int[Any, "*M B T"]
+    position: Int[Any, "*M B T"]
     """Index of the token in its sequence, for rotary embeddings."""
-    subtree_end: Int[np.ndarray, "*M B T"]
+    subtree_end: Int[Any, "*M B T"]
     """Key j is visible to query i iff j <= i < subtree_end[j]."""
-    segment: Int[np.ndarray, "*M B T"]
+    segment: Int[Any, "*M B T"]
     """1, 2, ... for the trees of a row, 0 for padding."""
-    source: Int[np.ndarray, "*M B S"]
+    source: Int[Any, "*M B S"]
     """Index in the row of the token whose hidden state predicts the target."""
-    target: Int[np.ndarray, "*M B S"]
+    target: Int[Any, "*M B S"]
     """Token id to predict."""
-    weight: Float32[np.ndarray, "*M B S"]
-    turn: Int[np.ndarray, "*M B S"]
+    weight: Float32[Any, "*M B S"]
+    turn: Int[Any, "*M B S"]
     """Which response of its dialogue the target belongs to, -1 outside responses."""
 
 

@@ -5,6 +5,7 @@ hash of all that determines them.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from dialog_jax.data import objectives, tries
+from dialog_jax.data import objectives, tries, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import RenderedSequence, Renderer
 from dialog_jax.data.tries import Tree
+from dialog_jax.data.truncation import Piece
 
 TRUNCATIONS = ("turns", "drop", "split", "error")
 FORMAT = 1  # raise whenever the same input gives other trees
@@ -135,22 +137,25 @@ def prepare(
         if len(named[reason]) < _NAMES_KEPT:
             named[reason].append(dialogue.name + detail)
 
-    for batch in _batched(dialogues, _RENDERED_TOGETHER):
-        rendered = renderer.render(batch, limit=max_length, whole=objective.whole, locate=objective.locates)
+    def render(batch: Sequence[Dialogue]) -> list[Iterator[RenderedSequence]]:
+        return renderer.render(batch, limit=max_length, whole=objective.whole, locate=objective.locates)
+
+    for batch, rendered in _ahead(render, _batched(dialogues, _RENDERED_TOGETHER)):
         for dialogue, sequences in zip(batch, rendered, strict=True):
             counts["dialogues"] += 1
             wanted = sum(message.role == "assistant" and message.weight > 0 for message in dialogue.messages)
-            pieces = [(dialogue, _that_fit(sequences, max_length), 0)]
-            kept = _count_turns(pieces[0][1])
-            if kept < wanted:
+            fitting = truncation.that_fit(sequences, objective, max_length)
+            pieces = [Piece(dialogue, fitting, first_turn=0, trained=0)]
+            kept = pieces[0].turns
+            if kept < wanted or (objective.whole and not (fitting and fitting[-1].turn < 0)):
                 if truncate == "error":
                     raise ValueError(
-                        f"{dialogue.name}: its tree has more than max_length = {max_length:,} tokens. Raise max_length, "
-                        "or set truncate to turns, split or drop."
+                        f"{dialogue.name}: has more than max_length = {max_length:,} tokens. Raise max_length, or set "
+                        "truncate to turns, split or drop."
                     )
                 if truncate == "split":
-                    pieces = list(_split(dialogue, pieces[0][1], renderer, objective, max_length))
-                    kept = sum(_count_turns(piece[1]) for piece in pieces)
+                    pieces = truncation.split(pieces[0], renderer, objective, max_length)
+                    kept = sum(piece.turns for piece in pieces)
                 if truncate == "drop" or not kept:
                     detail = "" if kept else f", whose first turn alone exceeds {max_length:,} tokens"
                     name("dropped, too long", dialogue, detail)
@@ -158,14 +163,11 @@ def prepare(
                     continue
                 counts["turns cut"] += wanted - kept
                 name("split" if len(pieces) > 1 else "shortened", dialogue)
-            found = False
-            for piece, fitting, first_turn in pieces:
-                tree = _tree(piece, fitting, objective, first_turn)
-                if tree is not None:
-                    found = True
-                    trees.append(tree)
-                    ids.append(dialogue.id)
-            if not found:
+            last_turn = max((piece.last_turn for piece in pieces), default=-1)
+            made = [tree for piece in pieces if (tree := _tree(piece, objective, last_turn)) is not None]
+            trees += made
+            ids += [dialogue.id] * len(made)
+            if not made:
                 name("dropped, no target", dialogue)
         if progress is not None:
             progress(counts["dialogues"])
@@ -177,7 +179,8 @@ def prepare(
             f"{max_length:,} tokens.\n{report}"
         )
     offsets = np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64)
-    return Trees(*(np.concatenate(column) for column in zip(*trees, strict=True)), offsets, tuple(ids), report)
+    columns = {field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields}
+    return Trees(**columns, offsets=offsets, ids=tuple(ids), report=report)
 
 
 def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], make: Callable[[], Trees]) -> Trees:
@@ -201,14 +204,16 @@ def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], 
             json.dumps(dataclasses.asdict(trees.report), indent=1), encoding="utf-8"
         )
         (unfinished / "key.json").write_text(text, encoding="utf-8")
-        if directory.exists():  # another process was faster
-            shutil.rmtree(unfinished)
-        else:
+        try:
             unfinished.rename(directory)
-    arrays = [np.load(directory / f"{field}.npy", mmap_mode="r") for field in (*Tree._fields, "offsets")]
+        except OSError:
+            if not directory.exists():
+                raise
+            shutil.rmtree(unfinished)  # another process was faster
+    columns = {field: np.load(directory / f"{field}.npy", mmap_mode="r") for field in (*Tree._fields, "offsets")}
     ids = tuple(json.loads((directory / "ids.json").read_text(encoding="utf-8")))
     report = Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
-    return Trees(*arrays, ids, report)
+    return Trees(**columns, ids=ids, report=report)
 
 
 def _batched(dialogues: Iterable[Dialogue], count: int) -> Iterator[list[Dialogue]]:
@@ -217,79 +222,37 @@ def _batched(dialogues: Iterable[Dialogue], count: int) -> Iterator[list[Dialogu
         yield batch
 
 
-def _that_fit(sequences: Iterable[RenderedSequence], max_length: int) -> list[RenderedSequence]:
-    """The longest prefix of `sequences` whose tree has at most `max_length` tokens."""
-    fitting: list[RenderedSequence] = []
-    size = 0
-    for sequence in sequences:
-        shared = max((tries.common_prefix(other.tokens, sequence.tokens) for other in reversed(fitting)), default=0)
-        size += len(sequence.tokens) - shared
-        if size > max_length:
-            break
-        fitting.append(sequence)
-    return fitting
+def _ahead(
+    render: Callable[[Sequence[Dialogue]], list[Iterator[RenderedSequence]]], batches: Iterable[list[Dialogue]]
+) -> Iterator[tuple[list[Dialogue], list[Iterator[RenderedSequence]]]]:
+    """Yields each batch with what `render` makes of it, in a thread, since the tokenizer leaves Python to others."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        waiting: collections.deque = collections.deque()
+        for batch in batches:
+            waiting.append((batch, executor.submit(render, batch)))
+            if len(waiting) > 1:
+                done, rendered = waiting.popleft()
+                yield done, rendered.result()
+        for done, rendered in waiting:
+            yield done, rendered.result()
 
 
-def _count_turns(sequences: Sequence[RenderedSequence]) -> int:
-    return sum(sequence.turn >= 0 for sequence in sequences)
-
-
-def _split(
-    dialogue: Dialogue,
-    fitting: list[RenderedSequence],
-    renderer: Renderer,
-    objective: ObjectiveConfig,
-    max_length: int,
-) -> Iterator[tuple[Dialogue, list[RenderedSequence], int]]:
-    """The pieces of a dialogue that is too long: (dialogue, its sequences, index of its first turn in the whole).
-
-    A response that fits no piece, however little comes before it, is left out.
-    """
-    if fitting:
-        yield dialogue, fitting, 0
-    messages = dialogue.messages
-    system = 1 if messages[0].role == "system" else 0
-    turn_starts = [i for i in range(system, len(messages)) if messages[i].role == "user"]
-    done = fitting[-1].message + 1 if fitting else system  # messages before this one are trained on or given up
-    while True:
-        starts = [i for i in turn_starts if i <= done]
-        remaining = [
-            i for i in range(done, len(messages)) if messages[i].role == "assistant" and messages[i].weight > 0
-        ]
-        if not starts or not remaining:
-            return
-        best: tuple[Dialogue, list[RenderedSequence], int] | None = None
-        for start in reversed(starts):  # ever more history, as long as it leaves half of the row to new turns
-            history = tuple(dataclasses.replace(message, weight=0.0) for message in messages[start:done])
-            piece = dataclasses.replace(dialogue, messages=messages[:system] + history + messages[done:])
-            (rendered,) = renderer.render([piece], limit=max_length, whole=False, locate=objective.locates)
-            sequences = _that_fit(rendered, max_length)
-            if not sequences or (best is not None and sequences[0].start > max_length // 2):
-                break
-            dropped = sum(message.role == "assistant" for message in messages[system:start])
-            best = piece, sequences, dropped
-        if best is None:
-            later = [i for i in turn_starts if i > remaining[0]]
-            done = later[0] if later else len(messages)
-            continue
-        yield best
-        done = best[1][-1].message + (len(messages) - len(best[0].messages)) + 1
-
-
-def _tree(
-    dialogue: Dialogue, sequences: list[RenderedSequence], objective: ObjectiveConfig, first_turn: int
-) -> Tree | None:
+def _tree(piece: Piece, objective: ObjectiveConfig, last_turn: int) -> Tree | None:
     """The weighted tree of one piece, or None if nothing of it is supervised."""
-    spans, totals = objectives.supervise(sequences, dialogue, objective)
-    supervised = [(sequence.tokens, own) for sequence, own in zip(sequences, spans, strict=True) if own]
+    spans, totals = objectives.supervise(
+        piece.sequences,
+        piece.dialogue,
+        objective,
+        trained=piece.trained,
+        last_turn=last_turn - piece.first_turn,
+    )
+    supervised = [(sequence.tokens, own) for sequence, own in zip(piece.sequences, spans, strict=True) if own]
     if not supervised:
         return None
     tree = tries.normalise(tries.build_tree(supervised), objective.normalise, totals)
     if not tree.weight.any():
         return None
-    if first_turn:
-        tree = tree._replace(turn=np.where(tree.turn < 0, -1, tree.turn + first_turn).astype(np.int32))
-    return tree
+    return tree._replace(turn=np.where(tree.turn < 0, -1, tree.turn + piece.first_turn).astype(np.int32))
 
 
 def _report(trees: Sequence[Tree], counts: Mapping[str, int], named: Mapping[str, list[str]]) -> Report:

@@ -63,7 +63,12 @@ class ObjectiveConfig:
 
 
 def supervise(
-    sequences: Sequence[RenderedSequence], dialogue: Dialogue, objective: ObjectiveConfig
+    sequences: Sequence[RenderedSequence],
+    dialogue: Dialogue,
+    objective: ObjectiveConfig,
+    *,
+    trained: int = 0,
+    last_turn: int | None = None,
 ) -> tuple[list[list[Span]], dict[int, float]]:
     """Returns (for each sequence its supervised spans, for each turn the weight of its message times its schedule).
 
@@ -74,8 +79,11 @@ def supervise(
     Args:
       sequences: as rendered, in order, perhaps fewer than the dialogue's turns (the rest was cut off).
       dialogue: whose messages the sequences count.
+      trained: the first so many messages, all of weight 0, are trained on elsewhere, and so is the text around them.
+      last_turn: the turn that is the last one, if that is not the last of `sequences`.
     """
-    last_turn = max((sequence.turn for sequence in sequences), default=-1)
+    if last_turn is None:
+        last_turn = max((sequence.turn for sequence in sequences), default=-1)
     spans: list[list[Span]] = []
     totals: dict[int, float] = {}
     previous = None
@@ -86,8 +94,10 @@ def supervise(
             # What the sequence shares with the one before it has its weight from there.
             start = common_prefix(previous.tokens, sequence.tokens) if previous else 1
             for other, weight in others:
-                own += [Span(start, other.start, 1.0, -1), Span(other.start, other.stop, weight, -1)]
-                start = other.stop
+                if other.message >= trained:
+                    own.append(Span(start, other.start, 1.0, -1))
+                own.append(Span(max(start, other.start), other.stop, weight, -1))
+                start = max(start, other.stop)
             own.append(Span(start, sequence.start, 1.0, -1))
         elif objective.name == "roles":
             own += [Span(other.start, other.stop, weight, -1) for other, weight in others]

@@ -8,19 +8,21 @@ full rendering, in text and in tokens, one tokenisation is cut K times; elsewher
 Knows templates and tokenizers; knows no objective, tree or row.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import tokenizers
 import transformers
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
 from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.data.templates import ChatTemplate
 
-_PROBE = "Qx7 zebra"  # content of the message by which the end-of-turn token is found; any text no template contains
+_PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
+_CHARACTERS_PER_TOKEN = 6  # so much is tokenised of a text for each token of the limit; what lies behind, turn by turn
 
 
 class MessageSpan(NamedTuple):
@@ -45,19 +47,24 @@ class RenderedSequence(NamedTuple):
 
 
 class _Tokenized(NamedTuple):
-    """A text, its token ids, and where each token starts and ends in it, in characters."""
+    """A text and its tokens."""
 
     text: str
     ids: Int32[np.ndarray, " n"]
-    starts: Int32[np.ndarray, " n"]
-    ends: Int32[np.ndarray, " n"]
+    encoding: tokenizers.Encoding
 
     def index_at(self, character: int) -> int | None:
-        """Number of tokens before `character`, or None where a token crosses it."""
-        index = int(np.searchsorted(self.starts, character, "left"))
-        if index and self.ends[index - 1] > character:
-            return None
-        return index
+        """Number of tokens before `character`, or None where no token begins there."""
+        if character == len(self.text):
+            return len(self.ids)
+        index = self.encoding.char_to_token(character)
+        return index if index is not None and self.start(index) == character else None
+
+    def start(self, index: int) -> int:
+        """The character at which a token begins."""
+        characters = self.encoding.token_to_chars(index)
+        assert characters is not None, index
+        return characters[0]
 
 
 class Renderer:
@@ -74,45 +81,32 @@ class Renderer:
     def __init__(
         self, tokenizer: transformers.PreTrainedTokenizerFast, *, chat_template_kwargs: Mapping[str, Any] | None = None
     ):
-        self._tokenizer = tokenizer
-        self._kwargs = dict(chat_template_kwargs or {})
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs)
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self._special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
         self._special[[index for index, token in added.items() if token.special]] = True
-        self._encode_tail = functools.lru_cache(maxsize=4096)(self._encode_ids)
+        self._encode_tail = functools.lru_cache(maxsize=4096)(self._encode)
+        # Behind a special token no space is put in front of a text.
+        anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
+        self._anchor = next(anchors, "")
         probe = Dialogue(
             id="probe", messages=(Message(role="user", content="Hello"), Message(role="assistant", content=_PROBE))
         )
-        text = self._tokenize([self.text(probe, 2)])[0]
-        content = text.text.rfind(_PROBE)
-        if content < 0:
+        text = self.text(probe, 2)
+        _, found, after = text.rpartition(_PROBE)
+        if not found:
             raise ValueError("The chat template does not render the content of an assistant message. Use another one.")
-        after = text.ids[np.searchsorted(text.starts, content + len(_PROBE), "left") :]
-        special = after[self._is_special(after)]
-        self.end_of_turn: int | None = int(special[0]) if len(special) else None
+        ends = [index for index in self._encode_continuation(after).tolist() if index in added]
+        special = [index for index in ends if added[index].special]
+        named = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
+        self.end_of_turn: int | None = next(iter(special + named), None)
         """Id of the special token that the template writes after a response; None if it writes none."""
+        self._end_text = "" if self.end_of_turn is None else added[self.end_of_turn].content
 
     def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
-        """The template's rendering of the first `count` messages.
-
-        Raises:
-          ValueError: the template refuses them; names the dialogue and repeats the template's reason.
-        """
-        try:
-            return self._tokenizer.apply_chat_template(
-                [message.as_dict() for message in dialogue.messages[:count]],
-                tools=list(dialogue.tools) if dialogue.tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **self._kwargs,
-            )
-        except (jinja2.TemplateError, TypeError, IndexError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{dialogue.name}: the chat template refuses its first {count} messages "
-                f"({', '.join(message.role for message in dialogue.messages[:count]) or 'none'}): {error}. "
-                "Change the dialogue, or pass another --config.data.chat_template."
-            ) from error
+        """The template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
+        return self._template.text(dialogue, count, add_generation_prompt=add_generation_prompt)
 
     def render(
         self,
@@ -135,154 +129,171 @@ class Renderer:
           locate: says of which messages, responses apart, the place is wanted in `others`.
 
         Raises:
-          ValueError: while reading: the template refuses a dialogue, does not begin with the prompt when it renders
-            the response, or (with `locate`) does not contain a message's content verbatim.
+          ValueError: the template refuses a dialogue, or while reading: it does not begin with the prompt when it
+            renders the response, or (with `locate`) a message changes more than its own part of the text.
         """
         texts = [self.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
+        beginnings = self._tokenize([text[: limit * _CHARACTERS_PER_TOKEN or None] for text in texts])
         return [
-            self._sequences(dialogue, tokenized, limit, whole, locate)
-            for dialogue, tokenized in zip(dialogues, self._tokenize(texts), strict=True)
+            self._sequences(dialogue, text, beginning, limit, whole, locate)
+            for dialogue, text, beginning in zip(dialogues, texts, beginnings, strict=True)
         ]
 
     def prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Token ids of all messages and the generation prompt: what a reply to the dialogue continues."""
-        return self._encode_ids(self.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
+        return self._encode(self.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
 
     def _sequences(
-        self, dialogue: Dialogue, full: _Tokenized, limit: int, whole: bool, locate: Callable[[Message], bool] | None
+        self,
+        dialogue: Dialogue,
+        text: str,
+        beginning: _Tokenized,
+        limit: int,
+        whole: bool,
+        locate: Callable[[Message], bool] | None,
     ) -> Iterator[RenderedSequence]:
+        roles = [message.role for message in dialogue.messages]
+        wanted = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
         shown = 0  # messages that earlier sequences have shown
-        turn = -1
-        for index, message in enumerate(dialogue.messages):
-            if message.role != "assistant":
-                continue
-            turn += 1
-            if message.weight == 0:
-                continue
-            # Of texts that begin the full rendering, no longer one can fit.
-            reach = int(full.ends[limit]) if limit and len(full.ids) > limit else len(full.text)
-            prompt = self.text(dialogue, index, add_generation_prompt=True)
-            if len(prompt) > reach and full.text.startswith(prompt):
+        for index, prompt, rendered in self._template.turns(dialogue):
+            start = self._cut_prompt(beginning, prompt)
+            if limit and start is not None and start >= limit:
                 return
-            rendered = self.text(dialogue, index + 1)
             if not rendered.startswith(prompt):
                 raise ValueError(
                     f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
                     f"inference shows: {_difference(prompt, rendered)}. Responses cannot be trained as they would be "
-                    "generated; set chat_template_kwargs (such as enable_thinking) or pass another chat template."
+                    "generated; merge assistant messages that follow each other, set chat_template_kwargs (such as "
+                    "enable_thinking) or pass another chat template."
                 )
-            source = full
-            cut = self._cut_full(full, prompt, rendered)
-            if cut is None:
-                source, tokens, start = self._tokenize_alone(dialogue, index, prompt, rendered)
+            stop = None if start is None else self._cut_response(beginning, rendered, len(prompt))
+            if start is None or stop is None:
+                tokens, start = self._tokenize_alone(dialogue, index, prompt, rendered)
             else:
-                start, stop = cut
-                tokens = full.ids[:stop]
+                tokens = beginning.ids[:stop]
             if limit and len(tokens) > limit:
                 return
-            others = self._locate(dialogue, source, shown, index, locate, len(prompt))
+            others = self._locate(dialogue, prompt, index, [i for i in wanted if shown <= i < index], is_prompt=True)
             shown = index + 1
-            yield RenderedSequence(tokens, start, index, turn, others)
-        if whole and not (limit and len(full.ids) > limit):
-            others = self._locate(dialogue, full, shown, len(dialogue.messages), locate, len(full.text))
-            yield RenderedSequence(full.ids, len(full.ids), -1, -1, others)
+            yield RenderedSequence(tokens, start, index, roles[:index].count("assistant"), others)
+        if whole:
+            tokens = beginning.ids if len(beginning.text) == len(text) else self._encode(text)
+            if not limit or len(tokens) <= limit:
+                others = self._locate(dialogue, text, len(roles), [i for i in wanted if shown <= i], is_prompt=False)
+                yield RenderedSequence(tokens, len(tokens), -1, -1, others)
 
-    def _cut_full(self, full: _Tokenized, prompt: str, rendered: str) -> tuple[int, int] | None:
-        """(start, stop) of the response in `full`, or None where that would not be what inference sees."""
-        if not full.text.startswith(rendered):
+    def _cut_prompt(self, beginning: _Tokenized, prompt: str) -> int | None:
+        """Number of tokens of `prompt` in `beginning`; None where they are not the tokens that it has by itself."""
+        if self.end_of_turn is None or not beginning.text.startswith(prompt):
             return None
-        start, end = full.index_at(len(prompt)), full.index_at(len(rendered))
-        if start is None or end is None:
+        start = beginning.index_at(len(prompt))
+        if start is None:
             return None
         # A special token splits the text it stands in, so only what follows the last one can tokenise differently
         # when the prompt stands alone.
-        special = np.flatnonzero(self._is_special(full.ids[max(0, start - 64) : start]))
-        tail = max(0, start - 64) + int(special[-1]) if len(special) else 0
-        character = int(full.starts[tail]) if tail else 0
-        if not np.array_equal(self._encode_tail(prompt[character:]), full.ids[tail:start]):
+        near = max(0, start - 64)
+        special = np.flatnonzero(self._special[beginning.ids[near:start]])
+        tail = near + int(special[-1]) if len(special) else 0
+        tail_ids = self._encode_tail(prompt[beginning.start(tail) if tail else 0 :])
+        return start if np.array_equal(tail_ids, beginning.ids[tail:start]) else None
+
+    def _cut_response(self, beginning: _Tokenized, rendered: str, start: int) -> int | None:
+        """Number of tokens of `beginning` up to the last end of turn of `rendered` after character `start`.
+
+        None where that is not there, or not the same text; without a special token at its end, what follows the
+        response could merge with it.
+        """
+        last = rendered.rfind(self._end_text, start)
+        if last < 0 or not beginning.text.startswith(rendered[: last + len(self._end_text)]):
             return None
-        stop = self._response_end(full.ids[start:end])
-        if stop is None:  # without a special token at its end, the response may merge with what follows
-            return None if len(full.text) > len(rendered) else (start, end)
-        return start, start + stop
+        index = beginning.index_at(last)
+        return index + 1 if index is not None and beginning.ids[index] == self.end_of_turn else None
 
     def _tokenize_alone(
         self, dialogue: Dialogue, index: int, prompt: str, rendered: str
-    ) -> tuple[_Tokenized, Int32[np.ndarray, " n"], int]:
-        """(the tokenised rendering, prompt ++ response, where the response starts) of one turn by itself."""
-        prompt_ids = self._encode_ids(prompt)
-        source = self._tokenize([rendered])[0]
+    ) -> tuple[Int32[np.ndarray, " n"], int]:
+        """(prompt ++ response, where the response starts) of one turn by itself."""
+        prompt_ids, ids = self._encode(prompt), self._encode(rendered)
         start = len(prompt_ids)
-        if np.array_equal(source.ids[:start], prompt_ids):
-            response = source.ids[start:]
+        if np.array_equal(ids[:start], prompt_ids):
+            response = ids[start:]
         else:  # a token crosses from prompt to response: inference fixes the prompt's tokens first
-            response = self._encode_ids(rendered[len(prompt) :])
-            joined = np.concatenate([prompt_ids, response])
-            if self._backend.decode(joined, skip_special_tokens=False) != self._backend.decode(
-                source.ids, skip_special_tokens=False
-            ):
+            response = self._encode_continuation(rendered[len(prompt) :])
+            if self._decode(np.concatenate([prompt_ids, response])) != self._decode(ids):
                 raise ValueError(
                     f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
                     f"cross from {prompt[-20:]!r} to {rendered[len(prompt) :][:20]!r}. Pass a chat template that ends "
                     "the generation prompt where a token ends."
                 )
-        stop = self._response_end(response)
-        return source, np.concatenate([prompt_ids, response[:stop]]), start
+        return np.concatenate([prompt_ids, response[: self._response_length(response)]]), start
 
-    def _response_end(self, response: Int32[np.ndarray, " n"]) -> int | None:
-        """Number of tokens up to the end of turn, or to the last special token; None if there is none of them."""
-        ends = np.flatnonzero(response == self.end_of_turn) if self.end_of_turn is not None else ()
+    def _response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
+        """Number of tokens up to the last end of turn, or up to another special token that ends the text."""
+        if self.end_of_turn is None:
+            return len(ids)
+        ends = np.flatnonzero(ids == self.end_of_turn)
         if not len(ends):
-            ends = np.flatnonzero(self._is_special(response))
-        return int(ends[-1]) + 1 if len(ends) else None
+            ends = np.flatnonzero(self._special[ids])
+            if not len(ends) or self._decode(ids[ends[-1] + 1 :]).strip():
+                return len(ids)
+        return int(ends[-1]) + 1
 
     def _locate(
-        self,
-        dialogue: Dialogue,
-        source: _Tokenized,
-        first: int,
-        last: int,
-        locate: Callable[[Message], bool] | None,
-        stop: int,
+        self, dialogue: Dialogue, text: str, count: int, wanted: list[int], *, is_prompt: bool
     ) -> tuple[MessageSpan, ...]:
-        """Spans of the wanted ones of messages `first` to `last` (exclusive), found by their content before `stop`."""
-        if locate is None or not any(map(locate, dialogue.messages[first:last])):
+        """Where the `wanted` messages stand in the tokens of `text`, which renders the first `count` messages."""
+        if not wanted:
             return ()
+        tokenized = self._tokenize([text])[0]
+        starts, ends = np.array(tokenized.encoding.offsets, np.int32).T
         spans = []
-        character = len(self.text(dialogue, first)) if first else 0
-        for index in range(first, last):
-            message = dialogue.messages[index]
-            content = message.content.strip()
-            found = source.text.find(content, character, stop) if content else -1
-            if found >= 0:
-                character = found + len(content)
-            if not locate(message):
-                continue
-            if found < 0:
-                raise ValueError(
-                    f"{dialogue.name}: message {index} ({message.role}) cannot be weighted by itself, because the chat "
-                    "template does not render its content verbatim. Leave its role out of the objective's roles, or "
-                    "its weight at 1."
-                )
-            start = int(np.searchsorted(source.ends, found, "right"))
-            end = int(np.searchsorted(source.starts, character, "left"))
-            if end < len(source.ids) and source.ids[end] == self.end_of_turn:
-                end += 1
-            spans.append(MessageSpan(index, start, end))
+        for index in wanted:
+            begin, end = self._place(dialogue, text, count, index, is_prompt=is_prompt)
+            start, stop = int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(starts, end, "left"))
+            if dialogue.messages[index].role == "assistant":
+                stop = start + self._response_length(tokenized.ids[start:stop])
+            if stop < len(tokenized.ids) and tokenized.ids[stop] == self.end_of_turn:
+                stop += 1
+            spans.append(MessageSpan(index, start, stop))
         return tuple(spans)
 
-    def _is_special(self, ids: Int32[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        return self._special[ids]
+    def _place(self, dialogue: Dialogue, text: str, count: int, index: int, *, is_prompt: bool) -> tuple[int, int]:
+        """The characters of `text` that are message `index`: as a response where it is one, else its content."""
+        message = dialogue.messages[index]
+        if message.role == "assistant" and index:
+            prompt = self.text(dialogue, index, add_generation_prompt=True)
+            rendered = self.text(dialogue, index + 1)
+            if text.startswith(rendered) and rendered.startswith(prompt):
+                return len(prompt), len(rendered)
+        # The content is what changes when another stands in its place.
+        messages = list(dialogue.messages)
+        messages[index] = dataclasses.replace(message, content=_PROBE)
+        probe = dataclasses.replace(dialogue, messages=tuple(messages))
+        before, found, after = self.text(probe, count, add_generation_prompt=is_prompt).partition(_PROBE)
+        if not (found and text.startswith(before) and text[len(before) :].endswith(after)):
+            raise ValueError(
+                f"{dialogue.name}: message {index} ({message.role}) cannot be weighted by itself, because its content "
+                "changes other parts of what the chat template renders. Leave its role out of the objective's roles, "
+                "or its weight at 1."
+            )
+        return len(before), len(text) - len(after)
 
-    def _encode_ids(self, text: str) -> Int32[np.ndarray, " n"]:
+    def _encode(self, text: str) -> Int32[np.ndarray, " n"]:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def _encode_continuation(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Token ids of a text that continues another."""
+        return self._encode(self._anchor + text)[bool(self._anchor) :]
+
+    def _decode(self, ids: Int32[np.ndarray, " n"]) -> str:
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+
     def _tokenize(self, texts: Sequence[str]) -> list[_Tokenized]:
-        tokenized = []
-        for text, encoding in zip(texts, self._backend.encode_batch(texts, add_special_tokens=False), strict=True):
-            offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-            tokenized.append(_Tokenized(text, np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
-        return tokenized
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            _Tokenized(text, np.array(encoding.ids, np.int32), encoding)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
 
 def _difference(prompt: str, rendered: str) -> str:

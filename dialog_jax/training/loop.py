@@ -54,7 +54,7 @@ def run(
       ValueError: the directory belongs to another config, or model, tokenizer and data do not go together.
       FloatingPointError: the loss or the gradient is not finite; the checkpoints before stay.
     """
-    console = console or rich.console.Console(highlight=False)
+    console = console or rich.console.Console(highlight=False, soft_wrap=True)
     directory = pathlib.Path(output_dir)
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)

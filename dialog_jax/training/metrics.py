@@ -53,12 +53,12 @@ class Evaluation:
     """Held-out figures, summed over batches in float64."""
 
     def __init__(self) -> None:
-        self._sums: EvaluationSums | None = None
+        self._sums: list[np.ndarray] | None = None
 
     def add(self, sums: EvaluationSums) -> None:
         """Adds one batch's sums."""
-        wide = EvaluationSums(*(np.asarray(array, np.float64) for array in sums))
-        self._sums = wide if self._sums is None else EvaluationSums(*map(np.add, self._sums, wide))
+        wide = [np.asarray(array, np.float64) for array in sums]
+        self._sums = wide if self._sums is None else list(map(np.add, self._sums, wide))
 
     def figures(self) -> dict[str, Any]:
         """{"loss", "accuracy", "targets", "turns": [{"turn", "loss", "accuracy", "targets"}, ...]}.

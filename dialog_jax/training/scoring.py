@@ -143,7 +143,10 @@ def _groups(sequences: Iterable[RenderedSequence], context: int) -> Iterator[lis
     group: list[RenderedSequence] = []
     size = 0
     for sequence in sequences:
-        shared = max((tries.common_prefix(other.tokens, sequence.tokens) for other in reversed(group)), default=0)
+        shared = 0
+        for other in reversed(group):
+            if len(other.tokens) > shared:  # in a path, only the last is looked at
+                shared = max(shared, tries.common_prefix(other.tokens, sequence.tokens))
         if group and size + len(sequence.tokens) - shared > context:
             yield group
             group, size, shared = [], 0, 0
@@ -199,7 +202,7 @@ def _batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iterator[
         rows = [left[part].tolist() for part in packed]
         kept = [row for row in rows if tokens[row].max() > below]
         for row in kept:
-            by_length[_row_length(tokens[row].sum(), length)].append(row)
+            by_length[_row_length(int(tokens[row].sum()), length)].append(row)
         left = np.setdiff1d(left, list(itertools.chain(*kept)))
         length = below
     for length, rows in sorted(by_length.items(), reverse=True):

@@ -61,7 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) -> NamedSharding:
     """Returns how the parameter at `path` is laid out; an axis that the mesh does not divide evenly stays whole."""
     rule = _RULES.get(path[-1], ())
-    axes: list[str | None] = [None] * (len(shape) - len(rule)) + list(rule)
+    axes = (None,) * (len(shape) - len(rule)) + rule
     divided = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*divided))
 

@@ -80,8 +80,8 @@ def make_train_step(
     *,
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the compiled update. The state it is given is donated: use the one it returns."""
+) -> jax.stages.Wrapped:
+    """Returns the jitted update: (state, batch) to (next state, `StepMetrics`). The state it is given is donated: use the one it returns."""
 
     def micro_batch_loss(parameters, batch: Batch, total_weight):
         hidden = decoder.hidden_states(
@@ -125,8 +125,8 @@ def make_train_step(
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(
         update,
-        in_shardings=(shardings, Batch(*(rows for _ in Batch._fields))),
-        out_shardings=(shardings, StepMetrics(*(whole for _ in StepMetrics._fields))),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, whole),
         donate_argnums=0,
     )
 
@@ -155,7 +155,7 @@ def make_evaluation_step(
     rows = sharding.batch_sharding(mesh)
     return jax.jit(
         evaluate,
-        in_shardings=(parameter_shardings, Batch(*(rows for _ in Batch._fields))),
+        in_shardings=(parameter_shardings, rows),
         out_shardings=sharding.replicated(mesh),
     )
 

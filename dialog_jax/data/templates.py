@@ -1,0 +1,111 @@
+"""Dialogues to text, by the chat template of a tokenizer: the prompts that inference shows and what follows them.
+
+Knows nothing of tokens. The template is run by transformers' own `apply_chat_template`, with all it does to messages.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jinja2
+import transformers
+
+from dialog_jax.data.dialogues import Dialogue
+
+_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
+
+_TURNS_TOGETHER = 4  # rendered in one call
+_MARK = "\ue000turn\ue000"  # between the renderings of one call
+# A template around the given one. A call of its own for each prompt would copy all messages before it each time.
+# The line break behind the first tag goes with it (trim_blocks); the empty output before the second keeps white space
+# at the template's end (lstrip_blocks).
+_TOGETHER = """\
+{%% macro one_rendering(messages, add_generation_prompt) %%}
+%s{{ '' }}{%% endmacro %%}
+{%%- for count in rendered_counts -%%}
+{{ one_rendering(messages[:count], true) }}{{ rendered_mark }}
+{{- one_rendering(messages[:count + 1], false) }}{{ rendered_mark }}
+{%%- endfor -%%}"""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+      tokenizer: its `chat_template` is set.
+      kwargs: further variables of the template, for example `{"enable_thinking": False}`.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, kwargs: Mapping[str, Any] | None = None):
+        self._tokenizer = tokenizer
+        self._kwargs = dict(kwargs or {})
+        self._alike: dict[str, bool] = {}  # whether a template renders together what it renders one by one
+
+    def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
+        """The template's rendering of the first `count` messages.
+
+        Raises:
+          ValueError: the template refuses them; names the dialogue and repeats the template's reason.
+        """
+        if not count:
+            raise ValueError(
+                f"{dialogue.name}: begins with an assistant message, to which no prompt leads. Put a message before "
+                'it, or give it "train": false.'
+            )
+        try:
+            return self._apply(dialogue, count, add_generation_prompt=add_generation_prompt)
+        except _REFUSALS as error:
+            raise ValueError(
+                f"{dialogue.name}: the chat template refuses its first {count} messages "
+                f"({', '.join(message.role for message in dialogue.messages[:count])}): {error}. "
+                "Change the dialogue, or pass another --config.data.chat_template."
+            ) from error
+
+    def turns(self, dialogue: Dialogue) -> Iterator[tuple[int, str, str]]:
+        """(message, its prompt, the rendering that ends with it) of each assistant message of weight above 0."""
+        messages = enumerate(dialogue.messages)
+        indices = [index for index, message in messages if message.role == "assistant" and message.weight > 0]
+        for start in range(0, len(indices), _TURNS_TOGETHER):
+            part = indices[start : start + _TURNS_TOGETHER]
+            yield from self._turns_together(dialogue, part) or self._turns_alone(dialogue, part)
+
+    def _turns_alone(self, dialogue: Dialogue, indices: list[int]) -> Iterator[tuple[int, str, str]]:
+        for index in indices:
+            yield index, self.text(dialogue, index, add_generation_prompt=True), self.text(dialogue, index + 1)
+
+    def _turns_together(self, dialogue: Dialogue, indices: list[int]) -> list[tuple[int, str, str]]:
+        """The same from one call; empty where that cannot be relied on, or the template refuses a part of it."""
+        template = self._tokenizer.get_chat_template(tools=_tools(dialogue))
+        if not indices[0] or not self._alike.get(template, True):
+            return []
+        try:
+            together = self._apply(
+                dialogue,
+                indices[-1] + 1,
+                chat_template=_TOGETHER % template.removesuffix("\n"),  # as Jinja does at the end of a template
+                rendered_counts=indices,
+                rendered_mark=_MARK,
+            )
+        except _REFUSALS:
+            return []
+        texts = together.split(_MARK)
+        if len(texts) != 2 * len(indices) + 1:  # a message contains the mark
+            return []
+        turns = list(zip(indices, texts[0::2], texts[1::2], strict=False))
+        if template not in self._alike:
+            self._alike[template] = turns == list(self._turns_alone(dialogue, indices))
+        return turns if self._alike[template] else []
+
+    def _apply(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
+        text = self._tokenizer.apply_chat_template(
+            [message.as_dict() for message in dialogue.messages[:count]],
+            tools=_tools(dialogue),
+            tokenize=False,
+            **kwargs,
+            **self._kwargs,
+        )
+        assert isinstance(text, str)
+        return text
+
+
+def _tools(dialogue: Dialogue) -> list[Any] | None:
+    return [dict(tool) for tool in dialogue.tools] if dialogue.tools else None

@@ -1,0 +1,116 @@
+"""Chats with a model in the terminal.
+
+    python scripts/chat.py --model=runs/quickstart/model
+    python scripts/chat.py --model=runs/quickstart/model --message="How was your weekend?"
+
+Type a message and press return; the reply appears as it is written, and Ctrl-C stops it. `/reset` starts a new
+dialogue, `/quit` (or Ctrl-D) leaves. With --message there is one reply, and nothing else on standard output. What the
+model is shown is what its chat template renders of the dialogue so far; only what is new in it is computed.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from dialog_jax import chat, generation
+from dialog_jax.data.dialogues import Message
+
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  (gives input() its line editing)
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
+)
+_MESSAGE = flags.DEFINE_string("message", None, "Reply to this one message, then exit.")
+_SYSTEM = flags.DEFINE_string("system", None, "System message; without one the template may add its default.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
+_TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that have this probability together.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a reply, at most.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed and messages give the same replies.")
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
+
+
+def speak(model: chat.ChatModel, session: generation.Session, messages: Sequence[Message]) -> str:
+    """Prints the reply to `messages` as it comes and returns it. Ctrl-C ends it early."""
+    said = []
+    end = "interrupted"
+    pieces = chat.reply(
+        model,
+        messages,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value + len(messages),
+        session=session,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+            said.append(piece.text)
+            end = piece.end
+    print()
+    if end == "max_new_tokens":
+        _tell(f"(cut after {_MAX_NEW_TOKENS.value:,} tokens; --max_new_tokens=N allows more)")
+    elif end == "context":
+        _tell(f"(cut: the model's context of {model.config.max_length:,} tokens is full; /reset starts a new dialogue)")
+    elif end == "interrupted":
+        _tell("(stopped)")
+    return "".join(said)
+
+
+def converse(model: chat.ChatModel, opening: Sequence[Message]) -> None:
+    """Reads messages and replies until the user leaves."""
+    session = generation.Session(model.config, model.parameters)
+    messages = list(opening)
+    _tell("/reset starts a new dialogue, /quit leaves.")
+    while True:
+        try:
+            text = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            messages = list(opening)
+            _tell("(new dialogue)")
+            continue
+        if text.startswith("/"):
+            _tell(f"{text.split()[0]} is no command; there are /reset and /quit.")
+            continue
+        if not text:
+            continue
+        messages.append(Message(role="user", content=text))
+        print("model> ", end="", flush=True)
+        try:
+            messages.append(Message(role="assistant", content=speak(model, session, messages)))
+        except ValueError as error:
+            messages.pop()
+            print()
+            _tell(f"No reply: {error} (/reset starts a new dialogue)")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        model = chat.load(_MODEL.value, chat_template=_CHAT_TEMPLATE.value)
+        opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
+        if _MESSAGE.value is not None:
+            session = generation.Session(model.config, model.parameters)
+            speak(model, session, [*opening, Message(role="user", content=_MESSAGE.value)])
+        else:
+            converse(model, opening)
+    except ValueError as error:
+        sys.exit(f"chat.py: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,99 @@
+"""Writes a model that a run has trained as a Hugging Face directory, for transformers, vLLM and the scripts here.
+
+    python scripts/export.py --checkpoint=runs/quickstart --out=runs/quickstart/model
+
+--checkpoint is the --output_dir of scripts/train.py. The directory appears when it is complete: float32 safetensors,
+config.json, the tokenizer with its chat template, and export.json, which names the checkpoint it was made of. If it is
+there already and was made of the same checkpoint, nothing is done.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.model import decoder, pretrained
+from dialog_jax.training import checkpoints, run_directory
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Directory of a run: the --output_dir of scripts/train.py.", required=True
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Directory to write; must not exist, or be empty, or hold this very export.", required=True
+)
+_STEP = flags.DEFINE_string("step", "best", "best (by held-out loss), latest, or the number of a checkpointed step.")
+
+
+def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
+    """Writes the directory and returns what to tell of it.
+
+    Raises:
+      ValueError: there is no run, or no such step, or something else is in `out`.
+    """
+    model = run_directory.read_model(run)
+    with checkpoints.open_manager(run / "checkpoints") as manager:
+        number = _choose(run, step, manager.best_step(), manager.latest_step(), list(manager.all_steps()))
+        source = _identity(run, number)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; give a directory.")
+        if out.exists() and any(out.iterdir()):
+            if _is_made_of(out, source):
+                return f"{out}: already there, made of step {number:,}"
+            raise ValueError(
+                f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out."
+            )
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
+            decoder.abstract_parameters(model),
+        )
+        parameters = checkpoints.restore_parameters(manager, number, like)
+    # All of it, export.json included, appears by one rename.
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pretrained.save_pretrained(unfinished, model, parameters, tokenizer=load_tokenizer(run / "tokenizer"))
+    (unfinished / "export.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(out)
+    return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
+
+
+def _choose(run: pathlib.Path, step: str, best: int | None, latest: int | None, steps: list[int]) -> int:
+    if latest is None or best is None:
+        raise ValueError(f"{run} has no checkpoint yet. Let the run get to its first one (checkpoint_every).")
+    named = {"best": best, "latest": latest}
+    if step not in named and not (step.isdecimal() and int(step) in steps):
+        raise ValueError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
+    return named[step] if step in named else int(step)
+
+
+def _identity(run: pathlib.Path, step: int) -> dict[str, Any]:
+    """What tells this checkpoint from all others: its step and a hash of the run's config and the time of saving."""
+    digest = hashlib.sha256((run / "config.json").read_bytes())
+    digest.update((run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").read_bytes())
+    return {"step": step, "checkpoint": digest.hexdigest()}
+
+
+def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
+    file = out / "export.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == source
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        print(export(pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value), step=_STEP.value))
+    except ValueError as error:
+        sys.exit(f"export.py: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

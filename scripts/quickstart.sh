@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Fine-tunes SmolLM2-135M-Instruct on dialogues of real people and shows what it learned.
+#
+#   ./scripts/quickstart.sh
+#
+# Makes .venv, assets/ and runs/quickstart/ in the checkout, whatever the working directory. What is there already is
+# not made again; a run that was stopped goes on from its last checkpoint. PYTHON names the interpreter to use.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Leave out what transformers says about PyTorch, which is not needed here.
+export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
+
+run=runs/quickstart
+python=.venv/bin/python
+held_out=assets/chitchat/validation.jsonl
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/6 environment"
+scripts/setup_environment.sh
+"$python" -c 'import sys, jax; print(f"Python {sys.version.split()[0]}, JAX {jax.__version__} on {jax.devices()[0].device_kind}")'
+
+step "2/6 model and dialogues"
+"$python" scripts/prepare_demo.py --assets_dir=assets
+
+step "3/6 training"
+"$python" scripts/train.py --config=experiments/quickstart.py --output_dir="$run"
+
+step "4/6 export"
+"$python" scripts/export.py --checkpoint="$run" --out="$run/model"
+
+step "5/6 plot"
+"$python" scripts/plot.py --run="$run"
+
+step "6/6 one held-out dialogue, before and after"
+if [[ ! -f $run/compare.txt || $run/compare.txt -ot $run/model/export.json ]]; then
+  "$python" scripts/compare.py --models="assets/smollm2-135m-instruct,$run/model" --data="$held_out" \
+    --index=36 --turn=2 >"$run/compare.unfinished"
+  mv "$run/compare.unfinished" "$run/compare.txt"
+fi
+cat "$run/compare.txt"
+
+cat <<END
+
+== Done. In $PWD:
+  $run/plot.png           loss over steps; held-out loss by turn, before and after
+  $run/model/             the model, for Hugging Face transformers, vLLM and the commands below
+  $run/compare.txt        the replies above
+  $run/metrics.jsonl      a line a step;  $run/evaluation.jsonl  held-out figures
+  $run/checkpoints/       to go on from
+
+Next:
+  chat with it      $python scripts/chat.py --model=$run/model
+  score a file      $python scripts/score.py --model=$run/model --data=$held_out --out=scores.jsonl
+  train your own    $python scripts/train.py --config=experiments/quickstart.py --output_dir=runs/mine \\
+                      --config.data.train=my_train.jsonl --config.data.validation=my_validation.jsonl
+  the full run      $python scripts/train.py --config=experiments/chitchat.py --output_dir=runs/chitchat
+                      (for a GPU or TPU; the README says how to install for one)
+END

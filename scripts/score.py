@@ -1,0 +1,128 @@
+"""Scores dialogues: how many nats a model needs for each response, given what stands before it.
+
+    python scripts/score.py --model=runs/quickstart/model --data=assets/chitchat/validation.jsonl --out=scores.jsonl
+
+Writes one line of JSON a dialogue, in the order of the input:
+
+    {"id": "a1", "tokens": 19, "nll": 61.2, "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2}]}
+
+`id` is the dialogue's own, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
+`messages`; `nll` is -log p in nats, summed over the `tokens` of the response, its end of turn included. Scored is every
+assistant message that has not "train": false or weight 0; other weights change nothing. Where a response does not fit
+the model's context with what stands before it, it is left out and counted in "turns_cut". The file appears when it is
+complete. The end prints nats a token, perplexity and tokens a second.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import rich.console
+from absl import app, flags, logging
+
+from dialog_jax import chat
+from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.training import scoring
+from dialog_jax.training.scoring import Score
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; one that is there is replaced.", required=True)
+_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the model computes in.")
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
+_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
+)
+
+_WARNINGS_SHOWN = 20
+
+
+def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, console: rich.console.Console) -> str:
+    """Writes the file, whole or not at all, and returns what to tell of it. Warnings go to the console."""
+    totals: collections.Counter[str] = collections.Counter()
+    nll = 0.0
+    started = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as lines, console.status("scoring") as status:
+            for score in scores:
+                lines.write(json.dumps(score.record, ensure_ascii=False) + "\n")
+                totals["dialogues"] += 1
+                totals["turns"] += len(score.record["turns"])
+                totals["tokens"] += score.record["tokens"]
+                totals["read"] += score.tokens_read
+                nll += score.record["nll"]
+                if warning := _warning(score, context):
+                    totals["warnings"] += 1
+                    if totals["warnings"] <= _WARNINGS_SHOWN:
+                        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+                status.update(f"{totals['dialogues']:,} dialogues scored")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds = time.perf_counter() - started
+    if totals["warnings"] > _WARNINGS_SHOWN:
+        unnamed = totals["warnings"] - _WARNINGS_SHOWN
+        console.print(f"warning: {unnamed:,} more; their lines have turns_cut, or no turns", soft_wrap=True)
+    told = [f"{out}: {totals['dialogues']:,} dialogues, {totals['turns']:,} responses of {totals['tokens']:,} tokens"]
+    if totals["tokens"]:
+        mean = nll / totals["tokens"]
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        told.append(f"{mean:.4f} nats a token, perplexity {perplexity:,.2f}")
+    told.append(f"{totals['read']:,} tokens read in {seconds:.1f} s: {totals['read'] / seconds:,.0f} tokens/s")
+    return "\n".join(told)
+
+
+def _warning(score: Score, context: int) -> str:
+    if cut := score.record.get("turns_cut"):
+        return f"{score.name}: {cut:,} responses exceed the model's context of {context:,} tokens and are not scored"
+    if not score.record["turns"]:
+        return f"{score.name}: nothing to score; no assistant message has a weight above 0"
+    return ""
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat_template_kwargs is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    logging.set_verbosity(logging.WARNING)
+    dtype = jnp.dtype(_DTYPE.value)
+    try:
+        dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
+        model = chat.load(
+            _MODEL.value,
+            dtype=dtype,
+            chat_template=_CHAT_TEMPLATE.value,
+            chat_template_kwargs=_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+        )
+        scores = scoring.score_dialogues(dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype)
+        console = rich.console.Console(stderr=True, highlight=False)
+        print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"score.py: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

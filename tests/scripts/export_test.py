@@ -1,0 +1,94 @@
+"""scripts/export.py on a run directory made by hand: the chosen step's parameters, bit for bit, and no overwriting."""
+
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest
+
+from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.model import pretrained
+from dialog_jax.training import checkpoints, run_directory
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.step import TrainState
+from tests.data import chat_templates
+from tests.scripts import running
+from tests.training import tiny
+
+
+class ExportTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.run_directory, self.out = self.directory / "run", self.directory / "model"
+        self.tokenizer = chat_templates.train_tokenizer("chatml")
+        self.model = tiny.config(len(self.tokenizer))
+        config = TrainConfig(model="some", data=DataConfig(train="a.jsonl", validation="b.jsonl"))
+        run_directory.claim(self.run_directory, config)
+        run_directory.write_model(self.run_directory, self.model, self.tokenizer)
+        # Step 1 is the best by held-out loss, step 2 the latest.
+        self.parameters = {step: tiny.parameters(self.model, seed=step) for step in (1, 2)}
+        with checkpoints.open_manager(self.run_directory / "checkpoints") as manager:
+            for step, loss in ((1, 2.0), (2, 3.0)):
+                parameters = self.parameters[step]
+                state = TrainState(jnp.int32(step), parameters, optax.adam(1e-3).init(parameters))
+                checkpoints.save(manager, state, loss=loss)
+
+    def export(self, *flags):
+        return running.run("export", f"--checkpoint={self.run_directory}", f"--out={self.out}", *flags)
+
+    def assert_holds(self, step):
+        self.assertEqual(pretrained.load_config(self.out), self.model)
+        loaded = pretrained.load_parameters(self.out, self.model)
+        jax.tree.map(np.testing.assert_array_equal, loaded, self.parameters[step])
+
+    def test_best_step_goes_there_and_back_bit_for_bit(self):
+        told, error = self.export()
+        self.assertEmpty(error)
+        self.assertIn("step 1,", told)
+        self.assert_holds(1)
+        tokenizer = load_tokenizer(self.out)
+        self.assertEqual(tokenizer.chat_template, self.tokenizer.chat_template)
+        self.assertEqual(tokenizer.get_vocab(), self.tokenizer.get_vocab())
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["model", "run"])
+
+    def test_latest_and_numbered_steps_can_be_had(self):
+        self.export("--step=latest")
+        self.assert_holds(2)
+        told, _ = self.export("--step=2")
+        self.assertIn("already there", told)
+
+    def test_same_export_is_left_alone_and_another_is_refused(self):
+        self.export()
+        weights = self.out / "model.safetensors"
+        before = weights.stat().st_mtime_ns
+        told, error = self.export()
+        self.assertIn("already there, made of step 1", told)
+        self.assertEmpty(error)
+        told, error = self.export("--step=latest")
+        self.assertEmpty(told)
+        self.assertRegex(error, "model is not empty and holds no export of step 2")
+        self.assertEqual(weights.stat().st_mtime_ns, before)
+
+    def test_directory_with_other_files_is_refused_and_kept(self):
+        self.out.mkdir()
+        (self.out / "config.json").write_text("mine")
+        _, error = self.export()
+        self.assertIn("not empty", error)
+        self.assertEqual([path.name for path in self.out.iterdir()], ["config.json"])
+
+    def test_unknown_step_and_missing_run_are_explained(self):
+        _, error = self.export("--step=7")
+        self.assertIn("must be best, latest or one of 1, 2", error)
+        _, error = running.run("export", f"--checkpoint={self.directory}", f"--out={self.out}")
+        self.assertIn("holds no run", error)
+        self.assertFalse(self.out.exists())
+        self.assertEqual(json.loads((self.run_directory / "config.json").read_text())["model"], "some")
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,270 @@
+"""scripts/score.py against one forward pass a response, on tiny random models.
+
+The oracle renders and tokenises every turn with the tokenizer's own chat interface and runs prompt ++ response alone.
+"""
+
+import functools
+import json
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dialog_jax.data import tries
+from dialog_jax.model import decoder, pretrained
+from dialog_jax.training import scoring
+from tests.data import chat_templates
+from tests.scripts import running
+from tests.training import tiny
+
+_OTHER = {"role": "assistant", "content": "<think>\nlong ago\n</think>\n\nFine.", "weight": 2.0}
+_LONG = " ".join(["the capital of France is Paris."] * 6)
+
+_DIALOGUES = [
+    {"id": "text", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! 🙂"}]},
+    {
+        "id": 7,
+        "messages": [
+            {"role": "system", "content": "Answer in one sentence."},
+            {"role": "user", "content": "How are you?"},
+            _OTHER,
+            {"role": "user", "content": "And you?"},
+            {"role": "assistant", "content": "I am fine.", "train": False},
+            {"role": "user", "content": "12 x 12"},
+            {"role": "assistant", "content": "<think>\nfirst, second\n</think>\n\n144", "weight": 0.25},
+        ],
+    },
+    {"messages": [{"role": "user", "content": _LONG}, {"role": "assistant", "content": _LONG}]},
+    {"prompt": "What is the capital of France?", "completion": "Paris."},
+]
+
+
+def _oracle(model, parameters, tokenizer, messages, end_of_turn):
+    """[(message, tokens of prompt ++ response, tokens of the response, nll)] of every response that is trained on."""
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    found = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("train") is False:
+            continue
+        prompt = tokenizer.apply_chat_template(plain[:index], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(plain[: index + 1], tokenize=False)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert ids[: len(prompt_ids)] == prompt_ids
+        stop = ids.index(tokenizer.convert_tokens_to_ids(end_of_turn), len(prompt_ids)) + 1
+        nll = _alone(model, parameters, ids[:stop])[len(prompt_ids) - 1 :].sum()
+        found.append((index, stop, stop - len(prompt_ids), float(nll)))
+    return found
+
+
+def _alone(model, parameters, ids):
+    """-log p of every token but the first under the causal mask."""
+    length = 512
+    padded = np.zeros((1, length), np.int32)
+    padded[0, : len(ids)] = ids
+    logits = np.asarray(_logits(model, parameters, padded)[0, : len(ids) - 1], np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(logits, np.asarray(ids)[1:, None], axis=1)[:, 0]
+    return np.log(np.exp(logits).sum(axis=-1)) - chosen
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, parameters, tokens):
+    length = tokens.shape[1]
+    hidden = decoder.hidden_states(
+        model, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
+    )
+    return jnp.einsum("btd,vd->btv", hidden, decoder.output_matrix(model, parameters))
+
+
+def _messages(record):
+    if "messages" in record:
+        return record["messages"]
+    return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+
+
+class ScoreTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.out = self.directory / "scores.jsonl"
+
+    def save_model(self, family, **changes):
+        """(config, parameters, tokenizer) of a model in self.directory / "model"."""
+        tokenizer = chat_templates.train_tokenizer(family)
+        model = tiny.config(len(tokenizer), **({"max_length": 512} | changes))
+        parameters = tiny.parameters(model)
+        pretrained.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
+        return model, parameters, tokenizer
+
+    def score(self, records, *flags):
+        """(records written, standard output, standard error)."""
+        data = self.directory / "data.jsonl"
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        data.write_text("\n".join(lines) + "\n")
+        model = self.directory / "model"
+        told, error = running.run("score", f"--model={model}", f"--data={data}", f"--out={self.out}", *flags)
+        written = [json.loads(line) for line in self.out.read_text().splitlines()] if self.out.exists() else None
+        return written, told, error
+
+    @parameterized.parameters("chatml", "qwen3")
+    def test_scores_equal_one_forward_pass_a_response(self, family):
+        model, parameters, tokenizer = self.save_model(family)
+        written, told, error = self.score(_DIALOGUES)
+        self.assertEqual([record["id"] for record in written], ["text", 7, 2, 3])
+        total = total_tokens = 0
+        for record, dialogue in zip(written, _DIALOGUES, strict=True):
+            self.assertEqual(list(record), ["id", "tokens", "nll", "turns"])
+            expected = _oracle(model, parameters, tokenizer, _messages(dialogue), "<|im_end|>")
+            self.assertEqual(
+                [(turn["message"], turn["tokens"]) for turn in record["turns"]], [(m, n) for m, _, n, _ in expected]
+            )
+            np.testing.assert_allclose(
+                [turn["nll"] for turn in record["turns"]], [nll for *_, nll in expected], rtol=1e-5
+            )
+            np.testing.assert_allclose(record["nll"], sum(nll for *_, nll in expected), rtol=1e-5)
+            self.assertEqual(record["tokens"], sum(n for _, _, n, _ in expected))
+            total, total_tokens = total + record["nll"], total_tokens + record["tokens"]
+        self.assertEqual([turn["turn"] for turn in written[1]["turns"]], [0, 2])
+        self.assertIn(f"{total / total_tokens:.4f} nats a token", told)
+        self.assertIn("4 dialogues, 5 responses", told)
+        self.assertEmpty(error)
+
+    def test_scores_many_dialogues_of_all_lengths_stay_in_order(self):
+        self.save_model("chatml", max_length=2048)
+        rng = np.random.default_rng(0)
+        records = [
+            {
+                "id": f"number {number}",
+                "messages": [
+                    {"role": role, "content": "yes " * int(rng.integers(1, 60))}
+                    for _ in range(int(rng.integers(1, 9)))
+                    for role in ("user", "assistant")
+                ],
+            }
+            for number in range(30)
+        ]
+        together, _, _ = self.score(records)
+        self.assertEqual([record["id"] for record in together], [record["id"] for record in records])
+        for number in (0, 17, 29):
+            alone, _, _ = self.score([records[number]])
+            self.assertEqual(alone[0]["tokens"], together[number]["tokens"])
+            np.testing.assert_allclose(alone[0]["nll"], together[number]["nll"], rtol=1e-5)
+
+    @parameterized.parameters("chatml", "qwen3")
+    def test_turns_beyond_the_context_are_cut_counted_and_named(self, family):
+        model, parameters, tokenizer = self.save_model(family, max_length=80)
+        # The second response alone is too long because of its reasoning; qwen3 forgets that in the third prompt.
+        contents = ["Hi", "Hello!", "And?", f"<think>\n{_LONG}\n</think>\n\nyes", "So?", "No."]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+        written, _, error = self.score([_DIALOGUES[0], {"id": "long", "messages": messages}])
+        expected = _oracle(model, parameters, tokenizer, messages, "<|im_end|>")
+        fitting = [entry for entry in expected if entry[1] <= 80]
+        self.assertLen(fitting, {"chatml": 1, "qwen3": 2}[family])
+        self.assertEqual([turn["message"] for turn in written[1]["turns"]], [entry[0] for entry in fitting])
+        np.testing.assert_allclose(
+            [turn["nll"] for turn in written[1]["turns"]], [entry[3] for entry in fitting], rtol=1e-5
+        )
+        self.assertEqual(written[1]["turns_cut"], 3 - len(fitting))
+        self.assertNotIn("turns_cut", written[0])
+        self.assertRegex(error, r"warning: dialogue long \(data.jsonl:2\): . responses exceed .* 80 tokens")
+
+    def test_tree_larger_than_the_context_is_scored_in_parts(self):
+        model, parameters, tokenizer = self.save_model("qwen3", max_length=128)
+        messages = []
+        for number in range(4):
+            messages.append({"role": "user", "content": f"{number}?"})
+            reasoning = "First, second, third. " * 3 + str(number)
+            messages.append({"role": "assistant", "content": f"<think>\n{reasoning}\n</think>\n\n{number}."})
+        written, _, _ = self.score([{"messages": messages}])
+        expected = _oracle(model, parameters, tokenizer, messages, "<|im_end|>")
+        self.assertLessEqual(max(length for _, length, _, _ in expected), 128)
+        self.assertGreater(sum(tokens for _, _, tokens, _ in expected), 128)
+        self.assertLen(written[0]["turns"], 4)
+        np.testing.assert_allclose(
+            [turn["nll"] for turn in written[0]["turns"]], [entry[3] for entry in expected], rtol=1e-5
+        )
+
+    def test_dialogue_with_nothing_to_score_has_a_line_without_turns(self):
+        self.save_model("chatml")
+        silent = [
+            {"id": "asks", "messages": [{"role": "user", "content": "Hi"}]},
+            {"id": "untrained", "messages": [*_DIALOGUES[0]["messages"][:1], {**_OTHER, "weight": 0}]},
+        ]
+        written, told, error = self.score([silent[0], _DIALOGUES[0], silent[1]])
+        self.assertEqual(written[0], {"id": "asks", "tokens": 0, "nll": 0.0, "turns": []})
+        self.assertEqual(written[2], {"id": "untrained", "tokens": 0, "nll": 0.0, "turns": []})
+        self.assertLen(written[1]["turns"], 1)
+        self.assertIn("dialogue asks (data.jsonl:1): nothing to score", error)
+        self.assertIn("dialogue untrained (data.jsonl:3): nothing to score", error)
+        written, told, _ = self.score(silent)
+        self.assertLen(written, 2)
+        self.assertIn("2 dialogues, 0 responses of 0 tokens", told)
+
+    def test_error_leaves_what_was_there_and_nothing_half_written(self):
+        self.save_model("chatml")
+        before = sorted(path.name for path in self.directory.iterdir())
+        written, told, error = self.score([_DIALOGUES[0], '{"messages": [{"role": "user", "content": "Hi"}'])
+        self.assertIsNone(written)
+        self.assertEmpty(told)
+        self.assertRegex(error, r"score\.py: data\.jsonl:2: not JSON")
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), sorted([*before, "data.jsonl"]))
+        self.out.write_text('{"id": "earlier"}\n')
+        written, _, error = self.score([{"messages": [{"role": "bot", "content": "Hi"}]}])
+        self.assertEqual(written, [{"id": "earlier"}])
+        self.assertIn("role 'bot'", error)
+
+    def test_weights_that_are_not_finite_are_an_error_that_names_the_dialogue(self):
+        model, parameters, tokenizer = self.save_model("chatml")
+        parameters["final_norm"] = parameters["final_norm"].at[3].set(jnp.nan)
+        shutil.rmtree(self.directory / "model")
+        pretrained.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
+        written, _, error = self.score(_DIALOGUES[:1])
+        self.assertIsNone(written)
+        self.assertRegex(error, r"dialogue text \(data.jsonl:1\): the loss of message 1 is nan")
+
+    def test_template_and_its_variables_are_used(self):
+        model, parameters, tokenizer = self.save_model("chatml")
+        template = "{% for m in messages %}{{ m.role + word + m.content + '<|im_end|>' }}{% endfor %}"
+        template += "{% if add_generation_prompt %}{{ 'assistant' + word }}{% endif %}"
+        flags = f"--chat_template={template}", '--chat_template_kwargs={"word": ": "}'
+        written, _, _ = self.score([_DIALOGUES[0]], *flags)
+        prompt, response = "user: Hi<|im_end|>assistant: ", "Hello! 🙂<|im_end|>"
+        ids = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        self.assertEqual(written[0]["tokens"], len(ids) - start)
+        expected = _alone(model, parameters, ids)[start - 1 :].sum()
+        np.testing.assert_allclose(written[0]["nll"], expected, rtol=1e-5)
+        _, _, error = self.score([_DIALOGUES[0]], "--chat_template_kwargs={word")
+        self.assertIn("--chat_template_kwargs is not JSON", error)
+
+
+class BatchesTest(parameterized.TestCase):
+    @parameterized.parameters(2048, 3000, 8192)
+    def test_every_tree_is_in_one_row_and_few_shapes_occur(self, context):
+        rng = np.random.default_rng(0)
+        sizes = np.minimum(rng.lognormal(6, 1.2, 400).astype(int) + 2, context)
+        spans = [tries.Span(size // 2, size, 1.0, 0) for size in sizes]
+        trees = [
+            tries.build_tree([(np.arange(size, dtype=np.int32), [span])])
+            for size, span in zip(sizes, spans, strict=True)
+        ]
+        seen, shapes, room = [], set(), 0
+        for length, rows in scoring._batches(scoring._stored(trees), context, 4096):
+            shapes.add((length, len(rows)))
+            room += length * len(rows)
+            for row in rows:
+                self.assertLessEqual(sizes[row].sum(), length)
+                seen += row
+        self.assertCountEqual(seen, range(400))
+        self.assertLess(len(shapes), 7)
+        self.assertLess(max(length for length, _ in shapes), context + 1)
+        self.assertGreater(sizes.sum() / room, 0.9)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,115 @@
+"""Flags of scripts/train.py: every field can be set, an unknown one lists those there are, bad values are explained."""
+
+import contextlib
+import io
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+
+from dialog_jax.training import loop
+from tests.scripts import running
+
+_EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+
+
+class TrainFlagsTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.output_dir = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory())) / "run"
+
+    def configured(self, *flags, experiment="quickstart"):
+        """The TrainConfig that a run is started with."""
+        result = loop.RunResult(3, {"loss": 2.0}, {"loss": 1.5})
+        with mock.patch.object(loop, "run", return_value=result) as run:
+            told, error = self.run_script(f"--config={_EXPERIMENTS / experiment}.py", *flags)
+        self.assertEmpty(error)
+        self.assertIn("2.0000 before, 1.5000 after 3 steps", told)
+        return run.call_args.args[0]
+
+    def run_script(self, *flags):
+        return running.run("train", *flags, f"--output_dir={self.output_dir}")
+
+    def test_fields_are_set_by_flags(self):
+        config = self.configured(
+            "--config.optimizer.learning_rate=0.5",
+            "--config.data.train=mine.jsonl",
+            "--config.objective.roles=('user', 'assistant')",
+            "--config.data.chat_template_kwargs={'enable_thinking': False}",
+        )
+        self.assertEqual(config.optimizer.learning_rate, 0.5)
+        self.assertEqual(config.data.train, "mine.jsonl")
+        self.assertEqual(config.objective.roles, ("user", "assistant"))
+        self.assertEqual(dict(config.data.chat_template_kwargs), {"enable_thinking": False})
+
+    def test_every_experiment_is_a_config(self):
+        experiments = [path.stem for path in _EXPERIMENTS.glob("*.py") if path.stem != "__init__"]
+        self.assertContainsSubset({"quickstart", "chitchat"}, experiments)
+        for experiment in experiments:
+            with self.subTest(experiment):
+                self.assertTrue(self.configured(experiment=experiment).model)
+
+    @parameterized.parameters("config.optimizer.lr=1", "config.optimzer.learning_rate=1", "config.lr=1")
+    def test_unknown_field_lists_the_valid_ones(self, flag):
+        argv = [
+            "train.py",
+            f"--config={_EXPERIMENTS / 'quickstart.py'}",
+            f"--{flag}",
+            f"--output_dir={self.output_dir}",
+        ]
+        with running.loaded("train") as script, mock.patch.object(sys, "argv", argv):
+            with self.assertRaises(SystemExit) as stopped:
+                script.parse_flags(argv)
+            fields = script.config_fields()
+        message = str(stopped.exception.code)
+        self.assertContainsSubset({"model", "data.train", "objective.name", "mesh.fsdp", "seed"}, fields)
+        for field in fields:
+            self.assertIn(f"--config.{field}=", message)
+        self.assertTrue(message.endswith(f"{flag.removeprefix('config.').partition('=')[0]} is none of these fields"))
+
+    @parameterized.parameters(
+        ("--config.rows=0", "rows is 0; it must be at least 1"),
+        ("--config.compute_dtype=float16", "compute_dtype is 'float16'; it must be auto, float32 or bfloat16"),
+        ("--config.objective.name=all", "objective.name is 'all'; it must be one of conditional"),
+        ("--config.optimizer.schedule=step", "optimizer.schedule is 'step'; it must be one of cosine"),
+        ("--config.data.train=./nowhere.jsonl", "nowhere.jsonl: no such file"),
+    )
+    def test_bad_value_is_explained(self, flag, message):
+        experiment = f"--config={_EXPERIMENTS / 'quickstart.py'}"
+        told, error = self.run_script(experiment, f"--config.model={self.model()}", "--config.rows=8", flag)
+        self.assertEmpty(told.replace("preparing nowhere.jsonl", "").strip())
+        self.assertStartsWith(error, f"train.py: {message}")
+
+    def model(self):
+        """A model directory whose weights are never read here."""
+        from dialog_jax.model import pretrained
+        from tests.data import chat_templates
+        from tests.training import tiny
+
+        path = self.output_dir.with_name("model")
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        config = tiny.config(len(tokenizer))
+        pretrained.save_pretrained(path, config, tiny.parameters(config), tokenizer=tokenizer)
+        return path
+
+    def test_value_of_the_wrong_type_is_a_flag_error(self):
+        argv = ["train.py", f"--config={_EXPERIMENTS / 'quickstart.py'}", "--config.rows=many", "--output_dir=x"]
+        with (
+            running.loaded("train") as script,
+            mock.patch.object(sys, "argv", argv),
+            contextlib.redirect_stderr(io.StringIO()) as told,
+            self.assertRaises(SystemExit) as stopped,
+        ):
+            script.parse_flags(argv)
+        self.assertEqual(stopped.exception.code, 1)
+        self.assertIn("--config.rows=many", told.getvalue())
+
+    def test_experiment_that_is_not_there_is_named(self):
+        _, error = self.run_script("--config=experiments/nope.py")
+        self.assertRegex(error, r"(?s)the experiment cannot be read.*experiments/nope\.py")
+
+
+if __name__ == "__main__":
+    absltest.main()
