@@ -19,6 +19,7 @@ setuptools.setup(
         "flax>=0.12.8",
         "gguf>=0.19",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "jax>=0.10,<0.12",
         "jaxtyping>=0.3.11",
         "jinja2>=3.1",

@@ -15,7 +15,7 @@ import transformers
 from dialog_jax import generation
 from dialog_jax.data.dialogues import Dialogue, Message
 from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.data.tokenizers import check_vocabulary, load_tokenizer
 from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
 
@@ -63,12 +63,7 @@ def load(
     path = pretrained.resolve(name_or_path)
     config = pretrained.load_config(path)
     tokenizer = load_tokenizer(str(path), chat_template=chat_template)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"{path.name}: the tokenizer has token ids up to {largest:,}, but the model's vocabulary has "
-            f"{config.vocab_size:,}. Use the tokenizer that belongs to the model."
-        )
+    check_vocabulary(tokenizer, config.vocab_size)
     renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
     stops = {renderer.end_of_turn, tokenizer.eos_token_id, *_published_ends(path)} - {None}
     parameters = pretrained.load_parameters(path, config, dtype=dtype)

@@ -68,9 +68,16 @@ def _draw_turns(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
     if len(evaluations) > 1:
         drawn.append((evaluations[-1], _AFTER, "after"))
     labels = []
+    title = "Held-out loss by turn"
     for line, color, word in drawn:
         single = [turn for turn in line["turns"] if isinstance(turn["turn"], int)]  # the last may be "32+"
-        turns = [turn for turn in single if turn["targets"] >= _FEWEST_TARGETS] or single
+        large = [turn for turn in single if turn["targets"] >= _FEWEST_TARGETS]
+        if large:
+            title = f"Held-out loss by turn, where it has {_FEWEST_TARGETS} tokens or more"
+        turns = large or single
+        if not turns:  # an objective that trains on no response
+            axes.text(0.5, 0.5, "no response is trained on", transform=axes.transAxes, ha="center")
+            return
         axes.plot(
             [turn["turn"] for turn in turns],
             [turn["loss"] for turn in turns],
@@ -83,14 +90,14 @@ def _draw_turns(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
     axes.set(
         xlabel="turn (0 is the first response of a dialogue)",
         ylabel="held-out loss (nats a token)",
-        title=f"Held-out loss by turn, where it has {_FEWEST_TARGETS} tokens or more",
+        title=title,
     )
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     _frame(axes)
     _label(axes, labels)
 
 
 def _frame(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.margins(x=0.02, y=0.08)
     axes.grid(axis="y", alpha=0.25)
 

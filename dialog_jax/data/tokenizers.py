@@ -57,6 +57,16 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:
+    """Raises ValueError if the tokenizer has ids for which a model with `size` embeddings has none."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+            f"model's vocabulary has {size:,}. Use the tokenizer that belongs to the model."
+        )
+
+
 def _published_tokenizer(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -72,15 +72,17 @@ def split(whole: Piece, renderer: Renderer, objective: ObjectiveConfig, max_leng
         return dataclasses.replace(whole.dialogue, messages=head + known[start:new] + messages[new:stop])
 
     while remaining := [i for i in responses if i >= done]:
-        best = None
-        for start in reversed([i for i in range(system, remaining[0]) if messages[i].role == "user"]):
-            (first,) = map(list, renderer.render([begin(start, remaining[0] + 1)], limit=max_length))
-            if not first or (best is not None and first[0].start > max_length // 2):
-                break
-            best = start
-        if best is None:
+        starts = [i for i in range(system, remaining[0]) if messages[i].role == "user"]
+        first = [] if not starts else list(renderer.render([begin(starts[-1], remaining[0] + 1)], limit=max_length)[0])
+        if not first:
             done = remaining[0] + 1
             continue
+        room = min(max_length // 2, max_length - (len(first[0].tokens) - first[0].start))
+        best = starts[-1]
+        for start in reversed(starts[:-1]):
+            if len(renderer.prompt(begin(start, remaining[0]))) > room:
+                break
+            best = start
         dialogue = begin(best, len(messages))
         (rendered,) = renderer.render([dialogue], limit=max_length, whole=objective.whole, locate=objective.locates)
         dropped = sum(message.role == "assistant" for message in messages[system:best])

@@ -26,7 +26,7 @@ from dialog_jax.data.batches import Batch
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.data.tokenizers import check_vocabulary, load_tokenizer
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory, sharding
@@ -58,12 +58,12 @@ def run(
     directory = pathlib.Path(output_dir)
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
-    run_directory.claim(directory, config)
+    run_directory.check(directory, config)
 
     model_path = pretrained.resolve(config.model)
     model = pretrained.load_config(model_path)
     tokenizer = load_tokenizer(config.tokenizer or str(model_path), chat_template=config.data.chat_template)
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model.vocab_size)
     if config.data.max_length > model.max_length:
         raise ValueError(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
@@ -90,7 +90,7 @@ def run(
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
     )
-    run_directory.write_model(directory, model, tokenizer)
+    run_directory.claim(directory, config, model, tokenizer)
 
     transform = optimizer.make_optimizer(config.optimizer, steps)
     schedule = optimizer.make_schedule(config.optimizer, steps)
@@ -172,16 +172,6 @@ def run(
         writer.close()
     lines = metrics.read_lines(directory / "evaluation.jsonl")
     return RunResult(steps, lines[0], lines[-1])
-
-
-def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig) -> None:
-    """Raises ValueError if the tokenizer has ids that the model has no embedding for."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has token ids up to {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
-            f"model's vocabulary has {model.vocab_size:,}. Use the tokenizer that belongs to the model."
-        )
 
 
 class _Clock:

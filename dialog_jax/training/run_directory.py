@@ -40,34 +40,40 @@ def _described(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def claim(directory: pathlib.Path, config: TrainConfig) -> None:
-    """Makes the directory this config's own.
-
-    Raises:
-      ValueError: it holds another run, or files that are no run's.
-    """
-    described = _described(config)
-    file = directory / "config.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != described:
-            old, new = _flat(before), _flat(described)
-            differences = [
-                f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-            ]
+def check(directory: pathlib.Path, config: TrainConfig) -> None:
+    """Raises ValueError if the directory holds another run, or files that are no run's."""
+    if (directory / "config.json").exists():
+        before = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        old, new = _flat(before), _flat(_described(config))
+        differences = [
+            f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if differences:
             raise ValueError(
                 f"{directory.name} belongs to a run with another config ({'; '.join(differences)}). Choose another "
                 "--output_dir, or remove this one."
             )
-        return
-    if directory.exists() and any(directory.iterdir()):
+    # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
+    elif directory.exists() and any(file.name != "trees" for file in directory.iterdir()):
         raise ValueError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(described, indent=1) + "\n")
+
+
+def claim(
+    directory: pathlib.Path,
+    config: TrainConfig,
+    model: DecoderConfig,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+) -> None:
+    """Makes the directory this config's own: writes tokenizer, shape of the model and, last, the config."""
+    if not (directory / "config.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(directory / "tokenizer"))
+        write_whole(directory / "decoder.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
+        write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -78,14 +84,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def write_model(directory: pathlib.Path, model: DecoderConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
-    """Writes the shape of the model and the tokenizer, unless they are there."""
-    file = directory / "decoder.json"
-    if not file.exists():
-        tokenizer.save_pretrained(str(directory / "tokenizer"))
-        write_whole(file, json.dumps(dataclasses.asdict(model), indent=1) + "\n")
 
 
 def read_model(directory: pathlib.Path) -> DecoderConfig:

@@ -194,6 +194,8 @@ class OptionsTest(parameterized.TestCase):
         renderer = renderer_of(family)
         for seed in range(4):
             dialogue = chat_templates.random_dialogue(np.random.default_rng(seed), turns=8)
+            if seed == 3:  # responses of one token
+                dialogue = said(*[("user", "a"), ("assistant", "")] * 3)
             free = render(renderer, dialogue)
             lengths = [len(sequence.tokens) for sequence in free]
             for limit in {*lengths, *(length - 1 for length in lengths), 1, 2 * max(lengths)}:
@@ -250,6 +252,33 @@ class OptionsTest(parameterized.TestCase):
         wanted = None if family == "plain" else chat_templates.train_tokenizer(family).convert_tokens_to_ids(ends)
         self.assertEqual(renderer_of(family).end_of_turn, wanted)
 
+    @parameterized.parameters(
+        ("call()", "call()<|endoftext|>"), ("<|endoftext|> is it", "<|endoftext|> is it<|endoftext|>"), ("bye", "bye\n")
+    )
+    def test_a_response_without_end_of_turn_ends_with_another_special_token_or_the_text(self, content, response):
+        # Some templates end a call of a tool otherwise than an answer.
+        tokenizer = with_template(
+            "chatml",
+            "{% for m in messages %}<|im_start|>{{ m.content }}{{ '' if m.content == 'bye' else '<|endoftext|>' if "
+            "m.end else '<|im_end|>' }}{{ '\\n' }}{% endfor %}{{ '<|im_start|>' if add_generation_prompt }}",
+        )
+        last = Message(role="assistant", content=content, fields={"end": True})
+        dialogue = Dialogue(id=0, messages=(*said(("user", "a"), ("assistant", "b"), ("user", "c")).messages, last))
+        _, sequence = render(rendering.Renderer(tokenizer), dialogue)
+        self.assertEqual(tokenizer.decode(sequence.tokens[sequence.start :]), response)
+
+    def test_special_text_in_a_response_that_ends_with_nothing_does_not_end_it(self):
+        tokenizer = with_template(
+            "chatml",
+            "{% for m in messages %}<|im_start|>{{ m.content }}{{ '<|im_end|>' if m.role == 'user' or not m.open }}"
+            "{% endfor %}{{ '<|im_start|>' if add_generation_prompt }}",
+        )
+        last = Message(role="assistant", content="to <|endoftext|> be", fields={"open": True})
+        (sequence,) = render(
+            rendering.Renderer(tokenizer), Dialogue(id=0, messages=(Message(role="user", content="a"), last))
+        )
+        self.assertEqual(tokenizer.decode(sequence.tokens[sequence.start :]), "to <|endoftext|> be")
+
     def test_end_of_turn_may_be_a_token_that_is_not_special(self):
         tokenizer = with_template(
             "plain", "{% for m in messages %}[{{ m.role }}]{{ m.content }}[done]\n{% endfor %}[assistant]"
@@ -288,6 +317,11 @@ class LocateTest(parameterized.TestCase):
         if system:
             wanted.insert(0, "Rule 365." + behind)
         self.assertEqual(found, {index: text for index, text in enumerate(wanted) if text is not None})
+
+    def test_each_message_is_located_in_the_first_sequence_that_shows_it(self):
+        dialogue = said(*[("user", "a"), ("user", "b"), ("assistant", "c")] * 3, ("user", "d"))
+        sequences = render(renderer_of("chatml"), dialogue, whole=True, locate=lambda m: m.role == "user")
+        self.assertEqual([[span.message for span in s.others] for s in sequences], [[0, 1], [3, 4], [6, 7], [9]])
 
     def test_an_empty_message_has_its_end_of_turn_only(self):
         dialogue = said(("user", ""), ("assistant", "x"))

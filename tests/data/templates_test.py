@@ -106,7 +106,9 @@ class TurnsTest(parameterized.TestCase):
         tokenizer = with_template(_TEMPLATES["chatml"])
         messages = [Message(role="user", content=templates._MARK), Message(role="assistant", content="b")]
         dialogue = Dialogue(id=0, messages=(*messages, *messages))
-        self.assertEqual(list(templates.ChatTemplate(tokenizer).turns(dialogue)), self.expected(tokenizer, dialogue))
+        template = templates.ChatTemplate(tokenizer)
+        for shown in (chat_templates.random_dialogue(np.random.default_rng(0), turns=1), dialogue):
+            self.assertEqual(list(template.turns(shown)), self.expected(tokenizer, shown))
 
 
 if __name__ == "__main__":

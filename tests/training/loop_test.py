@@ -115,7 +115,10 @@ class RunTest(absltest.TestCase):
             if evaluations == 3:  # step 4: its checkpoint is never written
                 raise KeyboardInterrupt
 
-        with mock.patch.object(metrics.Writer, "evaluation", stop_after_the_third), self.assertRaises(KeyboardInterrupt):
+        with (
+            mock.patch.object(metrics.Writer, "evaluation", stop_after_the_third),
+            self.assertRaises(KeyboardInterrupt),
+        ):
             self.run_in("stopped")
         self.run_in("stopped")
         self.assertIn("going on from step 2", self.output.getvalue())
@@ -147,6 +150,13 @@ class RunTest(absltest.TestCase):
         with self.assertRaisesRegex(ValueError, "full is not empty and holds no run"):
             self.run_in("full")
         self.assertEqual([file.name for file in (self.directory / "full").iterdir()], ["thesis.txt"])
+
+    def test_mistake_in_the_data_claims_nothing(self):
+        data = dataclasses.replace(self.config.data, validation=str(self.directory / "validatoin.jsonl"))
+        with self.assertRaisesRegex(ValueError, "validatoin.jsonl"):
+            self.run_in("run", data=data)
+        self.assertFalse((self.directory / "run" / "config.json").exists())
+        self.run_in("run", steps=2)
 
     def test_nan_stops_with_step_and_dialogues_and_keeps_the_last_good_checkpoint(self):
         original = step_lib.make_train_step
