@@ -27,6 +27,7 @@ class ObjectiveConfig:
     | `roles` | the messages of the named `roles` |
 
     These are multiplied by the message's own weight, and for the K assistant messages by `turn_discount ** (K-1-k)`.
+    Under `joint`, what the template writes around messages has weight 1, and so has history that it renders anew.
     """
 
     name: str = "conditional"

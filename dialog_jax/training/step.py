@@ -81,7 +81,10 @@ def make_train_step(
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
 ) -> jax.stages.Wrapped:
-    """Returns the jitted update: (state, batch) to (next state, `StepMetrics`). The state it is given is donated: use the one it returns."""
+    """Returns the jitted update: (state, batch) to (next state, `StepMetrics`).
+
+    The state it is given is donated: go on with the one it returns.
+    """
 
     def micro_batch_loss(parameters, batch: Batch, total_weight):
         hidden = decoder.hidden_states(

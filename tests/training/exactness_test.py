@@ -1,7 +1,7 @@
 """The laws of DESIGN.md section 6 that concern loss and gradient, against K separate passes.
 
-The oracle renders and tokenises every turn by `apply_chat_template`, runs it alone as a plain causal sequence, and takes
-the whole vocabulary's log-softmax at every position: no trie, no packing, no list of targets.
+The oracle renders and tokenises every turn by `apply_chat_template`, runs it alone as a plain causal sequence and
+takes the whole vocabulary's log-softmax at every position: no trie, no packing, no list of targets.
 """
 
 import functools
@@ -191,7 +191,7 @@ class CausalityTest(absltest.TestCase):
         self.assertGreater(int(lengths[0]), 20)
 
     def test_no_gradient_reaches_a_token_that_is_no_ancestor(self):
-        tokenizer, model, parameters = tokenizer_and_model("qwen3")
+        tokenizer, _, parameters = tokenizer_and_model("qwen3")
         prepared = tiny.trees([reasoning_dialogue(), plain_dialogue()], tokenizer)
         batch = tiny.rows(prepared, [[1, 0]], max_length=768)
         length = 768
