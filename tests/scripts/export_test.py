@@ -28,8 +28,7 @@ class ExportTest(absltest.TestCase):
         self.tokenizer = chat_templates.train_tokenizer("chatml")
         self.model = tiny.config(len(self.tokenizer))
         config = TrainConfig(model="some", data=DataConfig(train="a.jsonl", validation="b.jsonl"))
-        run_directory.claim(self.run_directory, config)
-        run_directory.write_model(self.run_directory, self.model, self.tokenizer)
+        run_directory.claim(self.run_directory, config, self.model, self.tokenizer)
         # Step 1 is the best by held-out loss, step 2 the latest.
         self.parameters = {step: tiny.parameters(self.model, seed=step) for step in (1, 2)}
         with checkpoints.open_manager(self.run_directory / "checkpoints") as manager:
