@@ -65,9 +65,24 @@ def load(
     tokenizer = load_tokenizer(str(path), chat_template=chat_template)
     check_vocabulary(tokenizer, config.vocab_size)
     renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
-    stops = {renderer.end_of_turn, tokenizer.eos_token_id, *_published_ends(path)} - {None}
+    stops = {renderer.end_of_turn, tokenizer.eos_token_id, *pretrained.stop_tokens(path)} - {None}
     parameters = pretrained.load_parameters(path, config, dtype=dtype)
     return ChatModel(config, parameters, tokenizer, renderer, frozenset(int(token) for token in stops))
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Returns the variables of a template that a flag --chat_template_kwargs gives as JSON.
+
+    Raises:
+      ValueError: it is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat_template_kwargs is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
+    return found
 
 
 def prompt(model: ChatModel, messages: Sequence[Message]) -> list[int]:
@@ -131,13 +146,3 @@ def _pieces(model: ChatModel, generated: Iterator[int], end: str) -> Iterator[Pi
             yield Piece(text[len(shown) :])
             shown = text
     yield Piece(text[len(shown) :], end)
-
-
-def _published_ends(path) -> set[int]:
-    """The ids that config.json and generation_config.json name as ends of text."""
-    found: set[int] = set()
-    for file in ("config.json", "generation_config.json"):
-        if (path / file).is_file():
-            ends = json.loads((path / file).read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(ends) if isinstance(ends, list) else {ends} - {None}
-    return found

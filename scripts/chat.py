@@ -30,6 +30,9 @@ _TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that h
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a reply, at most.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed and messages give the same replies.")
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
+_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
+)
 
 
 def speak(model: chat.ChatModel, session: generation.Session, messages: Sequence[Message]) -> str:
@@ -101,14 +104,18 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
     try:
-        model = chat.load(_MODEL.value, chat_template=_CHAT_TEMPLATE.value)
+        model = chat.load(
+            _MODEL.value,
+            chat_template=_CHAT_TEMPLATE.value,
+            chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+        )
         opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
         if _MESSAGE.value is not None:
             session = generation.Session(model.config, model.parameters)
             speak(model, session, [*opening, Message(role="user", content=_MESSAGE.value)])
         else:
             converse(model, opening)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"chat.py: {error}")
 
 

@@ -26,6 +26,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeli
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that have this probability together.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Tokens of a reply, at most.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same for every model.")
+_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
+)
 
 _LINE = 88  # characters
 
@@ -44,7 +47,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = chat.load(name)
+        model = chat.load(name, chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value))
         pieces = chat.reply(
             model,
             history,
@@ -83,7 +86,7 @@ def main(arguments: list[str]) -> None:
         if found is None:
             raise ValueError(f"{_DATA.value} has no dialogue {_INDEX.value}; --index counts them from 0.")
         compare(_MODELS.value, found, _TURN.value)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"compare.py: {error}")
 
 

@@ -37,7 +37,7 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
     Raises:
       ValueError: there is no run, or no such step, or something else is in `out`.
     """
-    model = run_directory.read_model(run)
+    model, stop_tokens = run_directory.read_model(run)
     with checkpoints.open_manager(run / "checkpoints") as manager:
         number = _choose(run, step, manager.best_step(), manager.latest_step(), list(manager.all_steps()))
         source = _identity(run, number)
@@ -58,7 +58,8 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
     # All of it, export.json included, appears by one rename.
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    pretrained.save_pretrained(unfinished, model, parameters, tokenizer=load_tokenizer(run / "tokenizer"))
+    tokenizer = load_tokenizer(run / "tokenizer")
+    pretrained.save_pretrained(unfinished, model, parameters, tokenizer=tokenizer, stop_tokens=stop_tokens)
     (unfinished / "export.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(out)
     return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
@@ -76,7 +77,10 @@ def _choose(run: pathlib.Path, step: str, best: int | None, latest: int | None, 
 def _identity(run: pathlib.Path, step: int) -> dict[str, Any]:
     """What tells this checkpoint from all others: its step and a hash of the run's config and the time of saving."""
     digest = hashlib.sha256((run / "config.json").read_bytes())
-    digest.update((run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").read_bytes())
+    file = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    if not file.exists():
+        raise ValueError(f"the checkpoint of step {step} is not whole: {file.name} is missing. Choose another --step.")
+    digest.update(file.read_bytes())
     return {"step": step, "checkpoint": digest.hexdigest()}
 
 
@@ -91,7 +95,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         print(export(pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value), step=_STEP.value))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"export.py: {error}")
 
 

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         print(plot(pathlib.Path(_RUN.value)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"plot.py: {error}")
 
 

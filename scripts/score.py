@@ -21,7 +21,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import jax.numpy as jnp
 import rich.console
@@ -94,33 +93,25 @@ def _warning(score: Score, context: int) -> str:
     return ""
 
 
-def _template_kwargs(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
-    return found
-
-
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
     dtype = jnp.dtype(_DTYPE.value)
     try:
+        if pathlib.Path(_OUT.value).is_dir():
+            raise ValueError(f"--out={_OUT.value} is a directory; name a file.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
         model = chat.load(
             _MODEL.value,
             dtype=dtype,
             chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
         )
         scores = scoring.score_dialogues(dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype)
         console = rich.console.Console(stderr=True, highlight=False)
         print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"score.py: {error}")
 
 

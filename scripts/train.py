@@ -72,8 +72,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train.py: {error}")
     try:
         result = loop.run(asked, _OUTPUT_DIR.value)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
 
 

@@ -29,7 +29,8 @@ from dialog_jax.data.truncation import Piece
 TRUNCATIONS = ("turns", "drop", "split", "error")
 FORMAT = 1  # raise whenever the same input gives other trees
 _RENDERED_TOGETHER = 256  # dialogues
-_NAMES_KEPT = 20  # dialogues named for each reason in a report
+_NAMES_KEPT = 1000  # dialogues named for each reason in a stored report
+_NAMES_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,16 +60,16 @@ class Report:
         ]
         if self.branching:
             lines.append(f"{self.branching:,} trees branch: the template renders their history not as it was generated")
-        for reason, count in (
-            ("shortened", self.shortened),
-            ("split", self.split),
-            ("dropped, too long", self.dropped_too_long),
-            ("dropped, no target", self.dropped_no_target),
+        for reason, count, remedy in (
+            ("shortened", self.shortened, "raise max_length, or set truncate to split"),
+            ("split", self.split, "raise max_length to keep them whole"),
+            ("dropped, too long", self.dropped_too_long, "raise max_length"),
+            ("dropped, no target", self.dropped_no_target, "give an assistant message a weight above 0"),
         ):
             if count:
-                names = self.named[reason][:3]
+                names = self.named[reason][:_NAMES_SHOWN]
                 more = f" and {count - len(names):,} more" if count > len(names) else ""
-                lines.append(f"{count:,} {reason}: {'; '.join(names)}{more}")
+                lines.append(f"{count:,} {reason}: {'; '.join(names)}{more} ({remedy})")
         if self.turns_cut:
             lines.append(f"{self.turns_cut:,} turns cut with them")
         return "\n".join(lines)
@@ -110,7 +111,6 @@ def prepare(
     objective: ObjectiveConfig,
     max_length: int,
     truncate: str = "turns",
-    progress: Callable[[int], None] | None = None,
 ) -> Trees:
     """Returns the trees of `dialogues`, in order.
 
@@ -119,7 +119,6 @@ def prepare(
       truncate: what becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a
         supervised response; `drop` leaves it out; `split` goes on in further trees, each with the system prompt and as
         many of the turns before as fit half of `max_length`; `error` refuses it.
-      progress: called with the number of dialogues done.
 
     Raises:
       ValueError: nothing is left to train on; a dialogue is too long and `truncate` is `error`; what `Renderer.render`
@@ -169,8 +168,6 @@ def prepare(
             ids += [dialogue.id] * len(made)
             if not made:
                 name("dropped, no target", dialogue)
-        if progress is not None:
-            progress(counts["dialogues"])
 
     report = _report(trees, counts, named)
     if not trees:

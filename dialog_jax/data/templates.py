@@ -57,7 +57,7 @@ class ChatTemplate:
             raise ValueError(
                 f"{dialogue.name}: the chat template refuses its first {count} messages "
                 f"({', '.join(message.role for message in dialogue.messages[:count])}): {error}. "
-                "Change the dialogue, or pass another --config.data.chat_template."
+                "Change the dialogue, or pass another chat template."
             ) from error
 
     def turns(self, dialogue: Dialogue) -> Iterator[tuple[int, str, str]]:

@@ -45,7 +45,10 @@ class _Path(NamedTuple):
 
 
 def build_tree(sequences: Sequence[tuple[Int[np.ndarray, " _"], Sequence[Span]]]) -> Tree:
-    """Returns the prefix trie of `sequences`; a token that several share is one node, with the largest of its weights.
+    """Returns the prefix trie of `sequences`; a token that several share is one node.
+
+    As in K separate passes, the weights of responses that share a token add up there; a token that belongs to no
+    response (turn -1) has the largest of its weights. A token of several responses counts for the last one's turn.
 
     Two responses to one history, and a later turn whose template renders the first answer `a b` as `b`:
 
@@ -84,14 +87,18 @@ def build_tree(sequences: Sequence[tuple[Int[np.ndarray, " _"], Sequence[Span]]]
 
     parent = np.concatenate(parents)
     value = np.zeros(size, np.int32)
-    weight = np.zeros(size, np.float32)
+    weight, responses = np.zeros(size, np.float32), np.zeros(size, np.float32)
     turn = np.full(size, -1, np.int32)
     for (tokens, spans), nodes in zip(sequences, placed, strict=True):
         value[nodes] = tokens
         for span in spans:
             supervised = nodes[span.start : span.stop]
-            weight[supervised] = np.maximum(weight[supervised], span.weight)
+            if span.turn >= 0:
+                responses[supervised] += span.weight
+            else:
+                weight[supervised] = np.maximum(weight[supervised], span.weight)
             turn[supervised] = np.maximum(turn[supervised], span.turn)
+    weight = np.maximum(weight, responses)
     weight[parent < 0] = 0
     if len(paths) == 1:  # a single path: insertion order is depth-first order
         return Tree(value, parent, np.arange(size, dtype=np.int32), np.full(size, size, np.int32), weight, turn)

@@ -23,7 +23,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 _READ = jax.checkpoint_policies.save_only_these_names("read")
 
 # What is kept for the backward pass: of attention with its projections, of the whole layer. None is everything.
-_REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
+REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
     "none": (None, None),
     "attention": (_READ, None),
     "dots": (
@@ -240,8 +240,8 @@ def hidden_states(
     Raises:
       ValueError: for an unknown `remat`.
     """
-    if remat not in _REMAT:
-        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(_REMAT)}")
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
     model = nnx.merge(_declare(config)[0], parameters)
     graph, layers = nnx.split(model.layers)
     turn = _turn(config, position)
@@ -249,7 +249,7 @@ def hidden_states(
     def attend(q, k, v):
         return attention_lib.attention(q, k, v, subtree_end), None
 
-    attention_policy, layer_policy = _REMAT[remat]
+    attention_policy, layer_policy = REMAT[remat]
 
     def body(x, layer):
         return nnx.merge(graph, layer)(x, turn, attend, attention_policy)

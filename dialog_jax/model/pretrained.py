@@ -5,12 +5,13 @@ the nested dict of parameters; and the same the other way, as a directory that H
 One table of names, used both ways. Knows nothing of tokenizers but how to have one saved.
 """
 
+import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -84,6 +85,10 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         return published_config.from_gguf(path, tensor_files.open_gguf(path))
+    if (path / "model.json").exists():
+        raise ValueError(
+            f"{path} is a run, not a model. Export it first: scripts/export.py --checkpoint={path} --out={path}/model"
+        )
     return published_config.from_json(path / "config.json", tensor_files.read_json(path / "config.json"))
 
 
@@ -181,15 +186,41 @@ def _load(
     return jax.make_array_from_callback(shape, placement, lambda index: whole[index])
 
 
+def stop_tokens(path: pathlib.Path) -> set[int]:
+    """The ids at which a published model's config.json and generation_config.json say that generation ends."""
+    found: set[int] = set()
+    for file in ("config.json", "generation_config.json"):
+        if (path / file).is_file():
+            ends = tensor_files.read_json(path / file).get("eos_token_id")
+            found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return found
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """A hash of a model's config and of names, sizes and headers of its weight files, which tells models apart fast."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
 def save_pretrained(
     directory: str | os.PathLike[str],
     config: decoder.DecoderConfig,
     parameters: Mapping[str, Any],
     *,
     tokenizer: Any = None,
+    stop_tokens: Collection[int] = (),
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Writes a directory that Hugging Face transformers and vLLM open: float32 weights, config, tokenizer if given.
+
+    `stop_tokens` are the ids at which generation ends; the tokenizer's own end if there are none.
 
     All of it appears at once, by a rename: what is left of an interrupted save is a directory named `.NAME.partial`.
 
@@ -212,7 +243,9 @@ def save_pretrained(
     _save_weights(partial, config, flat, shard_bytes)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
     _write_json(partial / "config.json", published_config.to_json(config) | ids)
-    _write_json(partial / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    ends = {"eos_token_id": sorted(stop_tokens)} if stop_tokens else {}
+    generation = {name: value for name, value in (ids | ends).items() if value is not None}
+    _write_json(partial / "generation_config.json", generation)
     for file in partial.glob("*.safetensors"):
         shutil.copymode(partial / "config.json", file)  # the writer leaves them readable by their owner only
     if tokenizer is not None:

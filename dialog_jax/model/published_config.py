@@ -53,12 +53,14 @@ def from_json(file: pathlib.Path, fields: Mapping[str, Any]) -> decoder.DecoderC
             output_bias=bias and family != "qwen2",
             qk_norm=family == "qwen3",
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def _refuse_unsupported(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
-    sliding = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    sliding = (
+        fields.get("sliding_window") if fields.get("use_sliding_window", fields["model_type"] == "llama") else None
+    )
     partial = (fields.get("rope_parameters") or {}).get("partial_rotary_factor", fields.get("partial_rotary_factor", 1))
     other_layers = sorted(set(fields.get("layer_types") or []) - {"full_attention"})
     bias = fields.get("attention_bias", True)

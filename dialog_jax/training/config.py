@@ -7,7 +7,9 @@ from typing import Any
 
 import ml_collections
 
+from dialog_jax.data import dataset
 from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.model import decoder
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 
@@ -88,6 +90,14 @@ class TrainConfig:
             raise ValueError(
                 f"checkpoint_every is {self.checkpoint_every}; it must be a multiple of evaluate_every = "
                 f"{self.evaluate_every}, because the best checkpoint is chosen by held-out loss."
+            )
+        if self.evaluate_rows < 0:
+            raise ValueError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
+        if self.remat not in decoder.REMAT:
+            raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
+        if self.data.truncate not in dataset.TRUNCATIONS:
+            raise ValueError(
+                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(dataset.TRUNCATIONS)}."
             )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")

@@ -56,6 +56,8 @@ def run(
     """
     console = console or rich.console.Console(highlight=False, soft_wrap=True)
     directory = pathlib.Path(output_dir)
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes: runs on several hosts are not supported yet. Use one.")
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
     run_directory.check(directory, config)
@@ -69,8 +71,10 @@ def run(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
     renderer = Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs)
-    train = _trees(config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console)
-    held_out = _trees(
+    train, train_hash = _trees(
+        config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console
+    )
+    held_out, held_out_hash = _trees(
         config, config.data.validation, config.data.validation_split, tokenizer, renderer, directory, console
     )
     plan = batches.Plan(
@@ -80,8 +84,6 @@ def run(
         rows=config.rows,
         micro_batches=config.gradient_accumulation,
         seed=config.seed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
     )
     rows_per_step = config.rows * config.gradient_accumulation
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
@@ -90,17 +92,31 @@ def run(
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
     )
-    run_directory.claim(directory, config, model, tokenizer)
-
     transform = optimizer.make_optimizer(config.optimizer, steps)
     schedule = optimizer.make_schedule(config.optimizer, steps)
+    inputs = {
+        "model": pretrained.fingerprint(model_path),
+        "data.train": train_hash,
+        "data.validation": held_out_hash,
+        "steps": steps,
+    }
+    run_directory.check_inputs(directory, inputs)
+    # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
+    loaded = None if (directory / "checkpoints").exists() else _load(model_path, model, mesh)
+    stop_tokens = pretrained.stop_tokens(model_path) | {renderer.end_of_turn, tokenizer.eos_token_id}
+    run_directory.claim(directory, config, inputs, model, tokenizer, stop_tokens=stop_tokens - {None})
+
     with checkpoints.open_manager(directory / "checkpoints", keep=config.keep_checkpoints) as manager:
         start = manager.latest_step() or 0
         if start >= steps:
             lines = metrics.read_lines(directory / "evaluation.jsonl")
             console.print(f"The run is finished: step {start:,}. Nothing to do.")
             return RunResult(start, lines[0], lines[-1])
-        state, shardings = _state(model_path, model, mesh, transform, manager, start)
+        if start:
+            state, shardings = _restored(model, mesh, transform, manager, start)
+        else:
+            state, shardings = step_lib.initial_state(mesh, loaded or _load(model_path, model, mesh), transform)
+        del loaded  # donated to the state
         for line in sharding.undivided(mesh, state.parameters):
             console.print(f"not divided over the mesh: {line}")
         dtype = _compute_dtype(config, mesh)
@@ -111,7 +127,7 @@ def run(
             model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
         )
 
-        def evaluate(state: step_lib.TrainState) -> dict[str, Any]:
+        def evaluate(number: int, state: step_lib.TrainState) -> dict[str, Any]:
             evaluation = metrics.Evaluation()
             for batch, _ in batches.evaluation_batches(
                 held_out,
@@ -121,13 +137,19 @@ def run(
                 limit=config.evaluate_rows,
             ):
                 evaluation.add(evaluation_step(state.parameters, _place(mesh, batch)))
-            return evaluation.figures()
+            figures = evaluation.figures()
+            if not math.isfinite(figures["loss"]):
+                raise FloatingPointError(
+                    f"step {number}: held-out loss {figures['loss']}. The run stops; the checkpoints before stay. "
+                    "Lower optimizer.learning_rate."
+                )
+            return figures
 
         writer = metrics.Writer(directory, step=start)
         if start:
             console.print(f"going on from step {start:,}")
         else:
-            figures = evaluate(state)
+            figures = evaluate(0, state)
             writer.evaluation(0, figures)
             console.print(_held_out_line(0, figures))
         peak = metrics.peak_flops(mesh.devices.flat[0])
@@ -163,7 +185,7 @@ def run(
                     continue
                 report(check(previous))
                 previous = None
-                held_out_figures = evaluate(state)
+                held_out_figures = evaluate(number, state)
                 writer.evaluation(number, held_out_figures)
                 progress.print(_held_out_line(number, held_out_figures))
                 if number % config.checkpoint_every == 0 or number == steps:
@@ -248,8 +270,8 @@ def _trees(
     renderer: Renderer,
     directory: pathlib.Path,
     console: rich.console.Console,
-) -> Trees:
-    """The prepared trees of one source, from the cache if they are there."""
+) -> tuple[Trees, str]:
+    """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
     file = pathlib.Path(source).expanduser()
     digest = hashlib.sha256()
     if file.is_file():
@@ -281,17 +303,24 @@ def _trees(
 
     trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make)
     console.print(f"{os.path.basename(source)}: {trees.report}")
-    return trees
+    targets = trees.sizes()[1]
+    if config.data.max_targets and targets.max() > config.data.max_targets:
+        raise ValueError(
+            f"dialogue {trees.ids[int(targets.argmax())]} ({os.path.basename(source)}) has {targets.max():,} targets, "
+            f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
+        )
+    return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _state(model_path, model: DecoderConfig, mesh: Mesh, transform, manager, start: int):
-    """(the state to begin with, its shardings)."""
+def _load(model_path: pathlib.Path, model: DecoderConfig, mesh: Mesh) -> dict:
+    """The published parameters, laid out over the mesh."""
+    return pretrained.load_parameters(
+        model_path, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
+    )
 
-    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        return sharding.parameter_sharding(mesh, path, shape)
 
-    if not start:
-        return step_lib.initial_state(mesh, pretrained.load_parameters(model_path, model, sharding=place), transform)
+def _restored(model: DecoderConfig, mesh: Mesh, transform, manager, start: int):
+    """(the state saved at step `start`, its shardings)."""
     abstract = jax.eval_shape(
         lambda parameters: step_lib.TrainState(jnp.zeros((), jnp.int32), parameters, transform.init(parameters)),
         decoder.abstract_parameters(model),
@@ -334,11 +363,10 @@ def _figures(
         "response_tokens_per_second": values.response_tokens / seconds,
         "tokens": values.tokens,
         "targets": values.targets,
-        "row_tokens_used": values.tokens / (update.batch.tokens.size * jax.process_count()),
+        "row_tokens_used": values.tokens / update.batch.tokens.size,
     }
     if peak is not None:
-        flops = metrics.useful_flops(model, update.batch) * jax.process_count()
-        figures["mfu"] = flops / seconds / (peak * mesh.devices.size)
+        figures["mfu"] = metrics.useful_flops(model, update.batch) / seconds / (peak * mesh.devices.size)
     return figures
 
 

@@ -2,7 +2,8 @@
 
 output_dir/
   config.json        what was asked for; a directory serves one config only
-  decoder.json       the shape of the model
+  inputs.json        hashes of model and data, which must not change while a run goes on
+  model.json         the shape of the model, and the tokens at which a reply ends
   tokenizer/         with its chat template
   trees/             prepared data
   checkpoints/       train states, orbax
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import transformers
@@ -56,23 +57,45 @@ def check(directory: pathlib.Path, config: TrainConfig) -> None:
                 "--output_dir, or remove this one."
             )
     # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
-    elif directory.exists() and any(file.name != "trees" for file in directory.iterdir()):
+    elif directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory.name} is a file. Choose another --output_dir.")
+    elif directory.exists() and any(
+        file.name not in ("trees", "tokenizer", "model.json", "inputs.json") for file in directory.iterdir()
+    ):
         raise ValueError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."
         )
 
 
+def check_inputs(directory: pathlib.Path, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError if the run began with other inputs: hashes of model and data, and the number of steps."""
+    file = directory / "inputs.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, value in inputs.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"{directory.name} began with another content of {', '.join(changed)}, so going on would not give the "
+                "same run. Put back what it began with, or choose another --output_dir."
+            )
+
+
 def claim(
     directory: pathlib.Path,
     config: TrainConfig,
+    inputs: Mapping[str, Any],
     model: DecoderConfig,
     tokenizer: transformers.PreTrainedTokenizerFast,
+    *,
+    stop_tokens: Collection[int],
 ) -> None:
-    """Makes the directory this config's own: writes tokenizer, shape of the model and, last, the config."""
+    """Makes the directory this config's own: writes what an export needs, the inputs' hashes and, last, the config."""
     if not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
-        write_whole(directory / "decoder.json", json.dumps(dataclasses.asdict(model), indent=1) + "\n")
+        fields = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
+        write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
+        write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
         write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
@@ -86,21 +109,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_model(directory: pathlib.Path) -> DecoderConfig:
-    """The shape of the model that a run trains.
+def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
+    """(shape of the model that a run trains, ids of the tokens at which a reply ends).
 
     Raises:
       ValueError: there is no run in the directory.
     """
-    file = directory / "decoder.json"
+    file = directory / "model.json"
     if not file.exists():
-        raise ValueError(
-            f"{directory} holds no run: decoder.json is missing. Name the --output_dir of scripts/train.py."
-        )
-    fields = json.loads(file.read_text(encoding="utf-8"))
+        raise ValueError(f"{directory} holds no run: model.json is missing. Name the --output_dir of scripts/train.py.")
+    read = json.loads(file.read_text(encoding="utf-8"))
+    fields = read["decoder"]
     if fields["rope_scaling"] is not None:
         fields["rope_scaling"] = Llama3Scaling(**fields["rope_scaling"])
-    return DecoderConfig(**fields)
+    return DecoderConfig(**fields), read["stop_tokens"]
 
 
 def write_whole(file: pathlib.Path, text: str) -> None:

@@ -36,8 +36,6 @@ class StepMetrics(NamedTuple):
     """Weighted mean over the batch, in nats."""
     gradient_norm: Float[Array, ""]
     """Of the gradient of the loss, before clipping."""
-    weight: Float[Array, ""]
-    """Sum of the targets' weights."""
     tokens: Int[Array, ""]
     """Tokens that are not padding."""
     targets: Int[Array, ""]
@@ -118,7 +116,6 @@ def make_train_step(
         metrics = StepMetrics(
             loss=value,
             gradient_norm=optax.tree.norm(gradient),
-            weight=weight,
             tokens=jnp.sum(batch.segment > 0),
             targets=jnp.sum(batch.weight > 0),
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),

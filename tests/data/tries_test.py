@@ -37,6 +37,12 @@ class BuildTreeTest(parameterized.TestCase):
         np.testing.assert_array_equal(tree.turn,        [-1,-1, 0,  0, -1, -1, 1])
         # fmt: on
 
+    def test_text_outside_responses_that_sequences_share_counts_once(self):
+        text = np.arange(6, dtype=np.int32)
+        spans = [tries.Span(1, 4, 0.5, -1)], [tries.Span(1, 4, 1.0, -1), tries.Span(4, 6, 1.0, 0)]
+        tree = tries.build_tree([(text[:5], spans[0]), (text, spans[1])])
+        np.testing.assert_array_equal(tree.weight, [0, 1, 1, 1, 1, 1])
+
     def test_prefixes_of_one_string_are_a_path(self):
         text = np.arange(10, dtype=np.int32)
         tree = tries.build_tree([(text[:4], [tries.Span(2, 4, 1, 0)]), (text[:9], [tries.Span(7, 9, 1, 1)])])
@@ -58,8 +64,8 @@ class BuildTreeTest(parameterized.TestCase):
         for tokens, (span,) in zip(sequences, spans, strict=True):
             for i in range(len(tokens)):
                 weight, turn = prefixes.get(tuple(tokens[: i + 1]), (0.0, -1))
-                if span.start <= i < span.stop:
-                    weight, turn = max(weight, span.weight), max(turn, span.turn)
+                if span.start <= i < span.stop:  # every sequence is a response of its own
+                    weight, turn = weight + span.weight, max(turn, span.turn)
                 prefixes[tuple(tokens[: i + 1])] = (weight if i else 0.0, turn)
 
         self.assertLen(tree.tokens, len(prefixes))

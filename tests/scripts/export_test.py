@@ -28,7 +28,7 @@ class ExportTest(absltest.TestCase):
         self.tokenizer = chat_templates.train_tokenizer("chatml")
         self.model = tiny.config(len(self.tokenizer))
         config = TrainConfig(model="some", data=DataConfig(train="a.jsonl", validation="b.jsonl"))
-        run_directory.claim(self.run_directory, config, self.model, self.tokenizer)
+        run_directory.claim(self.run_directory, config, {}, self.model, self.tokenizer, stop_tokens={1, 2})
         # Step 1 is the best by held-out loss, step 2 the latest.
         self.parameters = {step: tiny.parameters(self.model, seed=step) for step in (1, 2)}
         with checkpoints.open_manager(self.run_directory / "checkpoints") as manager:
@@ -53,6 +53,8 @@ class ExportTest(absltest.TestCase):
         tokenizer = load_tokenizer(self.out)
         self.assertEqual(tokenizer.chat_template, self.tokenizer.chat_template)
         self.assertEqual(tokenizer.get_vocab(), self.tokenizer.get_vocab())
+        generation = json.loads((self.out / "generation_config.json").read_text())
+        self.assertEqual(generation["eos_token_id"], [1, 2])
         self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["model", "run"])
 
     def test_latest_and_numbered_steps_can_be_had(self):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pathlib
+import shutil
 from unittest import mock
 
 import jax
@@ -60,7 +61,7 @@ class RunTest(absltest.TestCase):
 
     def parameters_of(self, name, step):
         with checkpoints.open_manager(self.directory / name / "checkpoints") as manager:
-            model = run_directory.read_model(self.directory / name)
+            model, _ = run_directory.read_model(self.directory / name)
             like = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -157,6 +158,55 @@ class RunTest(absltest.TestCase):
             self.run_in("run", data=data)
         self.assertFalse((self.directory / "run" / "config.json").exists())
         self.run_in("run", steps=2)
+
+    def test_missing_weights_claim_nothing(self):
+        broken = self.directory / "broken"
+        shutil.copytree(self.directory / "model", broken)
+        weights = broken / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with self.assertRaisesRegex(ValueError, "model.safetensors"):
+            self.run_in("run", model=str(broken))
+        self.assertFalse((self.directory / "run" / "config.json").exists())
+
+    def test_more_targets_than_the_budget_name_the_dialogue(self):
+        data = dataclasses.replace(self.config.data, max_targets=8)
+        with self.assertRaisesRegex(
+            ValueError, r"dialogue train-\d+ \(train.jsonl\) has \d+ targets, .*max_targets is 8"
+        ):
+            self.run_in("run", data=data)
+
+    def test_data_that_changed_since_the_run_began_is_refused(self):
+        self.run_in("run", steps=2)
+        file = self.directory / "train.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
+        with self.assertRaisesRegex(ValueError, "began with another content of data.train,"):
+            self.run_in("run", steps=2)
+
+    def test_other_model_of_the_same_name_is_refused(self):
+        self.run_in("run", steps=2)
+        model = tiny.config(520)
+        other = self.directory / "elsewhere" / "model"
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        pretrained.save_pretrained(other, model, tiny.parameters(model), tokenizer=tokenizer)
+        with self.assertRaisesRegex(ValueError, "began with another content of model,"):
+            self.run_in("run", steps=2, model=str(other))
+
+    def test_held_out_nan_stops_before_it_can_be_the_best_checkpoint(self):
+        figures = metrics.Evaluation.figures
+        calls = 0
+
+        def poisoned(evaluation):
+            nonlocal calls
+            calls += 1  # before training, after step 2, after step 4
+            return figures(evaluation) | ({"loss": math.nan} if calls == 3 else {})
+
+        with (
+            mock.patch.object(metrics.Evaluation, "figures", poisoned),
+            self.assertRaisesRegex(FloatingPointError, "step 4: held-out loss nan"),
+        ):
+            self.run_in("run")
+        with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
+            self.assertEqual((manager.latest_step(), manager.best_step()), (2, 2))
 
     def test_nan_stops_with_step_and_dialogues_and_keeps_the_last_good_checkpoint(self):
         original = step_lib.make_train_step
