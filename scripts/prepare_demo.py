@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from dialog_jax.data import tokenizers
 from dialog_jax.model import pretrained
@@ -148,7 +148,11 @@ def prepare(assets: pathlib.Path) -> None:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
-    prepare(pathlib.Path(_ASSETS_DIR.value))
+    logging.set_verbosity(logging.WARNING)
+    try:
+        prepare(pathlib.Path(_ASSETS_DIR.value))
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare_demo.py: {error}")
 
 
 if __name__ == "__main__":
