@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-import rich.progress
 import transformers
 from jax.sharding import Mesh
 
@@ -32,6 +30,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory, sharding
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.progress import Clock, Progress
 
 _TURNS_SHOWN = 32  # turns that held-out figures list one by one
 
@@ -153,7 +152,7 @@ def run(
             writer.evaluation(0, figures)
             console.print(_held_out_line(0, figures))
         peak = metrics.peak_flops(mesh.devices.flat[0])
-        clock = _Clock()
+        clock = Clock()
         previous: _Update | None = None
 
         def check(update: _Update) -> dict[str, float]:
@@ -173,7 +172,7 @@ def run(
             writer.train(previous.step, figures)
             progress.show(previous.step, figures)
 
-        with _Progress(console, steps, start) as progress:
+        with Progress(console, steps, start) as progress:
             for number, batch in enumerate(plan.batches(start, steps), start + 1):
                 placed = _place(mesh, batch)
                 figures = check(previous) if previous else {}
@@ -196,62 +195,12 @@ def run(
     return RunResult(steps, lines[0], lines[-1])
 
 
-class _Clock:
-    """Seconds between updates, evaluations and saves left out."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last
-
-
 class _Update(NamedTuple):
     """An update that the device may still be working on."""
 
     step: int
     batch: Batch
     measured: step_lib.StepMetrics
-
-
-class _Progress:
-    """Shows updates while it is open: a bar on a terminal, lines elsewhere."""
-
-    def __init__(self, console: rich.console.Console, steps: int, start: int):
-        self._console, self._steps = console, steps
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=start)
-
-    def __enter__(self) -> "_Progress":
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def show(self, step: int, figures: Mapping[str, float]) -> None:
-        """Shows one update."""
-        text = f"loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s"
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, description=text)
-        elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
-            left = (self._steps - step) * figures["seconds"] / 60
-            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {left:.1f} min left")
-
-    def print(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(line)
 
 
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
@@ -345,7 +294,7 @@ def _place(mesh: Mesh, batch: Batch) -> Batch:
 
 def _figures(
     update: _Update,
-    clock: _Clock,
+    clock: Clock,
     model: DecoderConfig,
     mesh: Mesh,
     peak: float | None,

@@ -1,0 +1,59 @@
+"""What a person sees of a run while it goes on, and the clock behind the figures."""
+
+import time
+from collections.abc import Mapping
+
+import rich.console
+import rich.progress
+
+
+class Clock:
+    """Seconds between updates, evaluations and saves left out."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a lap."""
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap began; starts the next."""
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+
+class Progress:
+    """Shows updates while it is open: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: rich.console.Console, steps: int, start: int):
+        self._console, self._steps = console, steps
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows one update."""
+        text = f"loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
+            left = (self._steps - step) * figures["seconds"] / 60
+            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {left:.1f} min left")
+
+    def print(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(line)
