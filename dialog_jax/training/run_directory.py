@@ -69,9 +69,8 @@ def check(directory: pathlib.Path, config: TrainConfig) -> None:
 
 def check_inputs(directory: pathlib.Path, inputs: Mapping[str, Any]) -> None:
     """Raises ValueError if the run began with other inputs: hashes of model and data, and the number of steps."""
-    file = directory / "inputs.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    if (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
+        before = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
         changed = [name for name, value in inputs.items() if before.get(name) != value]
         if changed:
             raise ValueError(

@@ -3,7 +3,6 @@
 import itertools
 import pathlib
 import tempfile
-import unittest
 from unittest import mock
 
 import gguf
@@ -248,8 +247,9 @@ class DirectoryTest(_Files):
         load.assert_called_once_with("owner/name", trust_remote_code=False)
 
 
-@unittest.skipUnless((_ASSETS / "chitchat" / "validation.jsonl").is_file(), "needs scripts/prepare_demo.py to have run")
 class SmolLM2Test(parameterized.TestCase):
+    """Reads assets/, which `python scripts/prepare_demo.py` makes; scripts/test.sh runs it first."""
+
     def test_real_tokenizer_on_real_dialogues(self):
         tokenizer = tokenizers.load_tokenizer(_ASSETS / "smollm2-135m-instruct")
         self.assertLen(tokenizer, 49152)

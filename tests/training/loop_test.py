@@ -159,6 +159,13 @@ class RunTest(absltest.TestCase):
         self.assertFalse((self.directory / "run" / "config.json").exists())
         self.run_in("run", steps=2)
 
+    def test_claim_that_was_cut_off_is_no_run(self):
+        self.run_in("run", steps=2)
+        for file in (self.directory / "run").iterdir():
+            if file.name not in ("trees", "tokenizer", "model.json", "inputs.json"):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        self.assertEqual(self.run_in("run", steps=4).step, 4)
+
     def test_missing_weights_claim_nothing(self):
         broken = self.directory / "broken"
         shutil.copytree(self.directory / "model", broken)
