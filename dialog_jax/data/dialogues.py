@@ -1,14 +1,16 @@
 """Files, hub data sets and Python records in; checked `Dialogue`s out, one at a time.
 
-Knows the formats people keep dialogues in, and nothing of templates, tokens or loss.
+Knows the forms people give dialogues, and nothing of templates, tokens or loss.
 """
 
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from dialog_jax.data import sources
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -28,9 +30,17 @@ _SHAREGPT_ROLES = {
 }
 
 _FORMATS = (
-    '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion"'
+    '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion" '
+    'or "continuations"'
 )
-_PARQUET_BATCH = 256  # records held in memory at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a message's content with a weight of its own, which the message's weight multiplies."""
+
+    text: str
+    weight: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,8 @@ class Message:
     content: str
     weight: float = 1.0
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    """What `content` is joined from, where not all of it has weight 1; else empty."""
 
     def as_dict(self) -> dict[str, Any]:
         """What a chat template sees: role, content and the further fields, never the weight."""
@@ -49,10 +61,12 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """Messages in order. `id` is the record's own, or its index in the source; `where` is for error messages."""
+    """Messages, in order or as a tree. `id` is the record's own, or its index in the source; `where` is for errors."""
 
     id: str | int
     messages: tuple[Message, ...]
+    parents: tuple[int, ...] = ()
+    """Empty where each message follows the one before it; else the index of each one's parent, -1 for the first."""
     tools: tuple[Mapping[str, Any], ...] | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     where: str = ""
@@ -64,6 +78,22 @@ class Dialogue:
 
     def __str__(self) -> str:
         return self.name
+
+    def before(self, index: int) -> tuple[int, ...]:
+        """The messages that lead to message `index`, the first of the dialogue first."""
+        if not self.parents:
+            return tuple(range(index))
+        path = []
+        while (index := self.parents[index]) >= 0:
+            path.append(index)
+        return tuple(reversed(path))
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The messages from the first to each that none follows, depth first; a list of messages is one path."""
+        if not self.parents:
+            return [tuple(range(len(self.messages)))]
+        leaves = set(range(len(self.messages))) - set(self.parents)
+        return sorted((*self.before(leaf), leaf) for leaf in leaves)
 
 
 def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue]:
@@ -78,25 +108,7 @@ def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Itera
       ValueError: the source does not exist, cannot be read as what its name says, is empty, or holds a record that is
         no dialogue. Names the file, the line and what to do.
     """
-    path = pathlib.Path(source).expanduser()
-    readers: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _jsonl_records,
-        ".json": _json_records,
-        ".parquet": _parquet_records,
-    }
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix not in readers:
-        raise ValueError(
-            f"{path.name}: got a file that ends in {path.suffix or 'nothing'}; dialogues are read from "
-            f"{', '.join(readers)}, a directory or a hub data set. Convert it, or rename it to what it is."
-        )
-    if suffix in readers and not path.is_dir():
-        if not path.is_file():
-            raise ValueError(
-                f"{path.name}: no such file. Check the path; relative paths start at the working directory."
-            )
-        return _parse_all(readers[suffix](path), path.name)
-    return _parse_all(_dataset_records(str(source), path, split), path.name)
+    return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
 
 
 def dialogues_from_records(records: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
@@ -113,6 +125,14 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind."}
         {"prompt": "Hi", "completion": "Hello"}                     or lists of messages for either
 
+    Any of them may have `continuations` (in the last form instead of `completion`): a list of several responses to the
+    history, each a string, a message or a list of messages. Or its messages are a tree, listed parents first:
+
+        {"messages": [{"id": "q", "role": "user", "content": "Hi"},
+                      {"id": "a", "parent": "q", "role": "assistant", "content": "Hello"},
+                      {"id": "b", "parent": "q", "role": "assistant", "content": "Good day"}]}
+
+    `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with a weight of its own.
     A message's `weight` is 1 unless given, and `"train": false` makes it 0. An assistant message inside `prompt` is
     history, not what the record teaches: its weight is 0 unless given. A message's field that is null is absent, and
     null `content` is the empty string where there are `tool_calls`. JSON text in `tool_calls` and in the fields of a
@@ -146,13 +166,24 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
         items = _system_items(record.get("system"), items, name) + items
     elif record.get("prompt") is not None and record.get("completion") is not None:
         used |= {"prompt", "completion"}
-        items = _prompt_items(record["prompt"], name) + _completion_items(record["completion"], name)
+        items = _prompt_items(record["prompt"], name) + _chain(record["completion"], "completion", name)
+    elif record.get("prompt") is not None and record.get("continuations") is not None:
+        used |= {"prompt"}
+        items = _prompt_items(record["prompt"], name)
     else:
         keys = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
         raise ValueError(f"{name}: has the keys {keys}; needed {_FORMATS}. Rename or convert its fields.")
+    items, parents = _tree(items, name)
+    if record.get("continuations") is not None:
+        if "completion" in used or parents != list(range(-1, len(items) - 1)):
+            other = "a completion" if "completion" in used else "messages with a parent"
+            raise ValueError(f"{name}: has continuations and {other}; needed one of them. Remove the other.")
+        used |= {"continuations"}
+        items, parents = _continued(items, record["continuations"], name)
     return Dialogue(
         id=identifier,
         messages=tuple(_message(item, f"{name}: message {i}") for i, item in enumerate(items)),
+        parents=() if parents == list(range(-1, len(items) - 1)) else tuple(parents),
         tools=_tools(record.get("tools"), name),
         metadata={key: value for key, value in record.items() if key not in used},
         where=where,
@@ -181,15 +212,19 @@ def _message(item: Any, where: str) -> Message:
     fields = {
         key: value
         for key, value in item.items()
-        if key not in (role_key, content_key, "weight", "train") and value is not None
+        if key not in (role_key, content_key, "weight", "train", "parent") and value is not None
     }
     content = item.get(content_key)
+    parts: tuple[Part, ...] = ()
+    if isinstance(content, list):
+        parts = _parts(content, f"{where} ({role})")
+        content = "".join(part.text for part in parts)
     if content is None and fields.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise ValueError(
-            f"{where} ({role}) has {content_key} {_shown(content)}; needed a string. "
-            "Join text parts to one string; only a message with tool_calls may leave it out."
+            f"{where} ({role}) has {content_key} {_shown(content)}; needed a string or a list of text parts. "
+            "Write it as text; only a message with tool_calls may leave it out."
         )
     try:
         content.encode()
@@ -198,7 +233,62 @@ def _message(item: Any, where: str) -> Message:
             f"{where} ({role}) has half a surrogate pair at character {error.start} of its {content_key}; "
             "needed Unicode text. Write the whole pair, or remove it."
         ) from None
-    return Message(role=role, content=content, weight=_weight(item, where), fields=fields)
+    weighted = any(part.weight != 1 for part in parts)
+    return Message(
+        role=role, content=content, weight=_weight(item, where), fields=fields, parts=parts if weighted else ()
+    )
+
+
+def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
+    parts = []
+    for number, item in enumerate(items):
+        is_text = isinstance(item, Mapping) and item.get("type", "text") == "text" and isinstance(item.get("text"), str)
+        if not is_text:
+            raise ValueError(
+                f"{where}: part {number} of its content is {_shown(item)}; needed text, as "
+                '{"type": "text", "text": "...", "weight": 0.5}. Images and other parts are not supported: remove them.'
+            )
+        parts.append(Part(text=item["text"], weight=_weight(item, f"{where}: part {number} of its content")))
+    return tuple(parts)
+
+
+def _tree(items: list[Any], name: str) -> tuple[list[Any], list[int]]:
+    """(the items, the index of each one's parent): the item before it, unless they name parents."""
+    if not any(isinstance(item, Mapping) and item.get("parent") is not None for item in items):
+        return items, list(range(-1, len(items) - 1))
+    places: dict[str | int, int] = {}
+    parents = []
+    for index, item in enumerate(items):
+        identifier, parent = (item.get("id"), item.get("parent")) if isinstance(item, Mapping) else (None, None)
+        if not isinstance(item, Mapping) or (parent is None and index):
+            raise ValueError(
+                f"{name}: message {index} has no parent, but others have; only the first message of a tree has none. "
+                'Give it "parent", the id of the message it follows.'
+            )
+        if parent is not None and (not isinstance(parent, str | int) or parent not in places):
+            raise ValueError(
+                f"{name}: message {index} has parent {_shown(parent)}, which is the id of no message before it. List "
+                "parents before what follows them."
+            )
+        if identifier is not None and (not isinstance(identifier, str | int) or identifier in places):
+            raise ValueError(
+                f"{name}: message {index} has id {_shown(identifier)}; needed a string or an integer that no message "
+                "before it has. Change it."
+            )
+        parents.append(-1 if parent is None else places[parent])
+        if identifier is not None:
+            places[identifier] = index
+    return [{key: value for key, value in dict(item).items() if key != "id"} for item in items], parents
+
+
+def _continued(history: list[Any], continuations: Any, name: str) -> tuple[list[Any], list[int]]:
+    """(the history and all continuations, the index of each message's parent)."""
+    items, parents = list(history), list(range(-1, len(history) - 1))
+    for continuation in _items(continuations, "continuations", name):
+        chain = _chain(continuation, "continuations", name)
+        parents += [len(history) - 1, *range(len(items), len(items) + len(chain) - 1)]
+        items += chain
+    return items, parents
 
 
 def _weight(item: Mapping[str, Any], where: str) -> float:
@@ -244,10 +334,13 @@ def _prompt_items(prompt: Any, name: str) -> list[Any]:
     return history
 
 
-def _completion_items(completion: Any, name: str) -> list[Any]:
-    if isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
-    return _items(completion, "completion", name)
+def _chain(value: Any, key: str, name: str) -> list[Any]:
+    """One message or several of a completion: text and a message without a role are the assistant's."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, Mapping):
+        return [value if "role" in value or "from" in value else {"role": "assistant", **value}]
+    return _items(value, key, name)
 
 
 def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
@@ -264,105 +357,6 @@ def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"{name}: tools is {_shown(tools)}; needed a list of objects. {remedy}")
     return tuple(tools) or None
-
-
-def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    # Bytes, so that only a newline ends a line: text mode would also split at a lone carriage return.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            yield where, _decoded_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object a line.")
-
-
-def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        return
-    remedy = "Write a list of records; if the file has one object a line, name it .jsonl."
-    value = _decoded_json(data, path.name, remedy)
-    if isinstance(value, list):
-        for index, record in enumerate(value):
-            yield f"{path.name}[{index}]", record
-    else:
-        yield path.name, value
-
-
-def _decoded_json(data: bytes, where: str, remedy: str) -> Any:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {error.start + 1} is not UTF-8; dialogues are UTF-8 text. Save the file as UTF-8."
-        ) from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        # A file's line is part of the place; the lines of a .jsonl file are numbered in `where` already.
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
-        raise ValueError(f"{where}: not JSON at {place}: {error.msg}. {remedy}") from None
-
-
-def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path.name}: reading Parquet needs pyarrow. Run: pip install pyarrow") from None
-    try:
-        parquet = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path.name}: not a Parquet file ({error}). Write it again, or rename it.") from None
-    with parquet:
-        index = 0
-        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
-            for record in batch.to_pylist():
-                yield f"{path.name}[{index}]", _without_nulls(record)
-                index += 1
-
-
-def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tuple[str, Any]]:
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise ValueError(
-            f"{path.name}: no such file or directory. Check the path; relative paths start at the working directory, "
-            "and a hub data set is written owner/name."
-        )
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{path.name}: got a directory or hub name, which the package datasets reads, and it is not installed. "
-            "Run: pip install datasets; or give a .jsonl, .json or .parquet file."
-        ) from None
-    try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            stored = datasets.load_from_disk(str(path))
-            rows = stored[split] if isinstance(stored, Mapping) else stored
-        else:
-            rows = datasets.load_dataset(source, split=split, streaming=True)
-    except KeyError:
-        raise ValueError(
-            f"{path.name}: has no split {split!r}; it has {', '.join(stored)}. Name one of them."
-        ) from None
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"{path.name}: split {split!r} could not be opened as a data set ({error}). Check name, split and network."
-        ) from None
-    for index, record in enumerate(rows):
-        yield f"{path.name}[{index}]", _without_nulls(record)
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value less null fields: in a column every struct has all keys of all structs, null where it had none."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _name(identifier: str | int, where: str) -> str:

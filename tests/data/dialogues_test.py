@@ -230,6 +230,67 @@ class FilesTest(_Files):
             )
 
 
+class TreesTest(_Files):
+    def contents(self, record):
+        (dialogue,) = dialogues.dialogues_from_records([record])
+        return dialogue, [[dialogue.messages[i].content for i in path] for path in dialogue.paths()]
+
+    def test_a_list_is_one_path(self):
+        dialogue, paths = self.contents(_GOOD)
+        self.assertEqual(dialogue.parents, ())
+        self.assertEqual(paths, [[message.content for message in dialogue.messages]])
+        self.assertEqual([dialogue.before(0), dialogue.before(1)], [(), (0,)])
+
+    def test_messages_with_parents_are_a_tree(self):
+        record = _tree((None, "q"), ("q", "a"), ("q", "b"), ("a", "q2"), ("b", "q3"), ("q2", "c"), ("q2", "d"))
+        dialogue, paths = self.contents(record)
+        self.assertEqual(dialogue.parents, (-1, 0, 0, 1, 2, 3, 3))
+        self.assertEqual(paths, [["q", "a", "q2", "c"], ["q", "a", "q2", "d"], ["q", "b", "q3"]])
+        self.assertEqual(dialogue.before(6), (0, 1, 3))
+        self.assertEqual(dialogue.messages[6].as_dict(), {"role": "user", "content": "d"})
+
+    def test_a_tree_that_is_a_list_is_a_list(self):
+        dialogue, paths = self.contents(_tree((None, "q"), ("q", "a"), ("a", "q2")))
+        self.assertEqual(dialogue.parents, ())
+        self.assertEqual(paths, [["q", "a", "q2"]])
+
+    def test_continuations_follow_the_last_message(self):
+        chain = [{"role": "user", "content": "q2"}, {"role": "assistant", "content": "c"}]
+        messages = [{"role": "user", "content": "q"}]
+        record = {"messages": messages, "continuations": ["a", {"content": "b", "weight": 0.5}, chain]}
+        dialogue, paths = self.contents(record)
+        self.assertEqual(paths, [["q", "a"], ["q", "b"], ["q", "q2", "c"]])
+        self.assertEqual([message.weight for message in dialogue.messages], [1, 1, 0.5, 1, 1])
+        self.assertEqual([message.role[0] for message in dialogue.messages], list("uaaua"))
+        self.assertEqual(dialogue.metadata, {})
+
+    def test_continuations_of_a_prompt_and_of_sharegpt(self):
+        history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "old"}]
+        dialogue, paths = self.contents({"prompt": history, "continuations": ["a", "b"]})
+        self.assertEqual(paths, [["q", "old", "a"], ["q", "old", "b"]])
+        self.assertEqual([message.weight for message in dialogue.messages], [1, 0, 1, 1])
+        record = {"conversations": [{"from": "human", "value": "q"}], "continuations": [{"from": "gpt", "value": "a"}]}
+        dialogue, paths = self.contents(record)
+        self.assertEqual((paths, dialogue.messages[1].role), ([["q", "a"]], "assistant"))
+
+
+class PartsTest(_Files):
+    def message(self, content, **fields):
+        record = {"messages": [{"role": "assistant", "content": content, **fields}]}
+        (dialogue,) = dialogues.dialogues_from_records([record])
+        return dialogue.messages[0]
+
+    def test_parts_are_joined_and_keep_their_weights(self):
+        parts = [{"type": "text", "text": "so ", "weight": 0.2}, {"text": "yes", "train": False}, {"text": "."}]
+        message = self.message(parts, weight=2)
+        self.assertEqual((message.content, message.weight), ("so yes.", 2))
+        self.assertEqual([(part.text, part.weight) for part in message.parts], [("so ", 0.2), ("yes", 0), (".", 1)])
+        self.assertEqual(message.as_dict(), {"role": "assistant", "content": "so yes."})
+
+    def test_parts_of_weight_1_are_plain_content(self):
+        self.assertEqual(self.message([{"text": "so "}, {"text": "yes"}]), self.message("so yes"))
+
+
 class BadFilesTest(_Files):
     @parameterized.named_parameters(
         ("truncated", "train.jsonl:2: not JSON at column 9", '{"id": 1'),
@@ -284,6 +345,14 @@ def _with_message(**fields):
     return {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x", **fields}]}
 
 
+def _tree(*messages):
+    """Messages by (parent, id); user and assistant are not told apart."""
+    made = [
+        {"role": "user", "content": identifier, "id": identifier, "parent": parent} for parent, identifier in messages
+    ]
+    return {"id": "a", "messages": made}
+
+
 # fmt: off
 _BAD_RECORDS = (
     ("list", ["Hi"], ["dialogue 1 (bad.jsonl:2)", "(list)", "needed an object", '"messages"']),
@@ -303,8 +372,30 @@ _BAD_RECORDS = (
     ("two_systems", {"id": "a", "system": "x", "conversations": [{"from": "system", "value": "y"}]}, ["system"]),
     ("content_null", _with_message(content=None), ["message 1", "None", "string", "tool_calls"]),
     ("content_null_empty_calls", _with_message(content=None, tool_calls=[]), ["message 1", "None", "string"]),
-    ("content_number", _with_message(content=4), ["message 1", "content 4 (int)", "string", "Join"]),
-    ("content_parts", _with_message(content=[{"type": "text"}]), ["message 1", "(list)", "string", "Join"]),
+    ("content_number", _with_message(content=4), ["message 1", "content 4 (int)", "string", "text parts"]),
+    ("part_without_text", _with_message(content=[{"type": "text"}]), ["message 1", "part 0", '"text"', "remove"]),
+    ("part_image", _with_message(content=[{"text": "a"}, {"type": "image", "url": "x"}]), ["message 1", "part 1"]),
+    ("part_string", _with_message(content=["a"]), ["message 1", "part 0", "'a' (str)", '"text"']),
+    ("part_weight", _with_message(content=[{"text": "a", "weight": -1}]), ["part 0", "weight -1 (int)", ">= 0"]),
+    ("tree_two_roots", _tree((None, "q"), ("q", "a"), (None, "b")), ["message 2 has no parent", "first", "Give it"]),
+    ("tree_unknown_parent", _tree((None, "q"), ("z", "a")), ["message 1", "parent 'z'", "no message before it"]),
+    ("tree_later_parent", _tree((None, "q"), ("b", "a"), ("q", "b")), ["message 1", "parent 'b'", "before"]),
+    ("tree_own_parent", _tree((None, "q"), ("a", "a")), ["message 1", "parent 'a'", "before"]),
+    ("tree_same_id", _tree((None, "q"), ("q", "a"), ("q", "a")), ["message 2", "id 'a'", "Change"]),
+    ("tree_parent_list", _tree((None, "q"), (["q"], "a")), ["message 1", "parent ['q']", "before"]),
+    ("continuations_empty", {**_GOOD, "continuations": []}, ["no messages", "continuations"]),
+    ("continuations_text", {**_GOOD, "continuations": "x"}, ["continuations is 'x' (str)", "list"]),
+    ("continuation_number", {**_GOOD, "continuations": [1]}, ["continuations is 1 (int)", "list"]),
+    (
+        "continuations_of_a_tree",
+        {**_tree((None, "q"), ("q", "a"), ("q", "b")), "continuations": ["x"]},
+        ["continuations and messages with a parent", "Remove"],
+    ),
+    (
+        "continuations_and_completion",
+        {"id": "a", "prompt": "x", "completion": "y", "continuations": ["z"]},
+        ["continuations and a completion", "Remove"],
+    ),
     ("content_missing", {"id": "a", "messages": [{"role": "user"}]}, ["message 0", "content None", "string"]),
     ("value_number", {"id": "a", "conversations": [{"from": "gpt", "value": 1}]}, ["message 0", "value 1", "string"]),
     ("surrogate", _with_message(content="ab\ud83d"), ["message 1", "character 2", "surrogate", "Write"]),

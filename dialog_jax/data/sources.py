@@ -1,0 +1,143 @@
+"""Files and hub data sets in; records, as they are written there, out, one at a time, each with its place.
+
+Knows file formats, and nothing of dialogues.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_PARQUET_BATCH = 256  # records held in memory at once
+
+
+def read_records(source: str | pathlib.Path, *, split: str) -> Iterator[tuple[str, Any]]:
+    """(place for errors, such as "train.jsonl:413"; record) of each record, read as they are asked for.
+
+    Args:
+      source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
+        hub name that the optional package `datasets` reads.
+      split: which split of a data set; files have none.
+
+    Raises:
+      ValueError: the source does not exist, or cannot be read as what its name says. The missing or unknown file at
+        once, the rest while reading.
+    """
+    path = pathlib.Path(source).expanduser()
+    readers: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Any]]]] = {
+        ".jsonl": _jsonl_records,
+        ".json": _json_records,
+        ".parquet": _parquet_records,
+    }
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in readers:
+        raise ValueError(
+            f"{path.name}: got a file that ends in {path.suffix or 'nothing'}; dialogues are read from "
+            f"{', '.join(readers)}, a directory or a hub data set. Convert it, or rename it to what it is."
+        )
+    if suffix in readers and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(
+                f"{path.name}: no such file. Check the path; relative paths start at the working directory."
+            )
+        return readers[suffix](path)
+    return _dataset_records(str(source), path, split)
+
+
+def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    # Bytes, so that only a newline ends a line: text mode would also split at a lone carriage return.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            yield where, _decoded_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object a line.")
+
+
+def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        return
+    remedy = "Write a list of records; if the file has one object a line, name it .jsonl."
+    value = _decoded_json(data, path.name, remedy)
+    if isinstance(value, list):
+        for index, record in enumerate(value):
+            yield f"{path.name}[{index}]", record
+    else:
+        yield path.name, value
+
+
+def _decoded_json(data: bytes, where: str, remedy: str) -> Any:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: byte {error.start + 1} is not UTF-8; dialogues are UTF-8 text. Save the file as UTF-8."
+        ) from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # A file's line is part of the place; the lines of a .jsonl file are numbered in `where` already.
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
+        raise ValueError(f"{where}: not JSON at {place}: {error.msg}. {remedy}") from None
+
+
+def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path.name}: reading Parquet needs pyarrow. Run: pip install pyarrow") from None
+    try:
+        parquet = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path.name}: not a Parquet file ({error}). Write it again, or rename it.") from None
+    with parquet:
+        index = 0
+        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
+            for record in batch.to_pylist():
+                yield f"{path.name}[{index}]", _without_nulls(record)
+                index += 1
+
+
+def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tuple[str, Any]]:
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise ValueError(
+            f"{path.name}: no such file or directory. Check the path; relative paths start at the working directory, "
+            "and a hub data set is written owner/name."
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{path.name}: got a directory or hub name, which the package datasets reads, and it is not installed. "
+            "Run: pip install datasets; or give a .jsonl, .json or .parquet file."
+        ) from None
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            stored = datasets.load_from_disk(str(path))
+            rows = stored[split] if isinstance(stored, Mapping) else stored
+        else:
+            rows = datasets.load_dataset(source, split=split, streaming=True)
+    except KeyError:
+        raise ValueError(
+            f"{path.name}: has no split {split!r}; it has {', '.join(stored)}. Name one of them."
+        ) from None
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: split {split!r} could not be opened as a data set ({error}). Check name, split and network."
+        ) from None
+    for index, record in enumerate(rows):
+        yield f"{path.name}[{index}]", _without_nulls(record)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value less null fields: in a column every struct has all keys of all structs, null where it had none."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
