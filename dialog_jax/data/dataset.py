@@ -27,7 +27,7 @@ from dialog_jax.data.tries import Tree
 from dialog_jax.data.truncation import Piece
 
 TRUNCATIONS = ("turns", "drop", "split", "error")
-FORMAT = 1  # raise whenever the same input gives other trees
+FORMAT = 2  # raise whenever the same input gives other trees
 _RENDERED_TOGETHER = 256  # dialogues
 _NAMES_KEPT = 1000  # dialogues named for each reason in a stored report
 _NAMES_SHOWN = 3
@@ -236,17 +236,13 @@ def _ahead(
 
 def _tree(piece: Piece, objective: ObjectiveConfig, last_turn: int) -> Tree | None:
     """The weighted tree of one piece, or None if nothing of it is supervised."""
-    spans, totals = objectives.supervise(
-        piece.sequences,
-        piece.dialogue,
-        objective,
-        trained=piece.trained,
-        last_turn=last_turn - piece.first_turn,
-    )
+    turns = {sequence.message: piece.first_turn + sequence.turn for sequence in piece.sequences if sequence.turn >= 0}
+    factors = {message: objective.schedule(turn, last_turn) for message, turn in turns.items()}
+    spans = objectives.supervise(piece.sequences, piece.dialogue, objective, factors, trained=piece.trained)
     supervised = [(sequence.tokens, own) for sequence, own in zip(piece.sequences, spans, strict=True) if own]
     if not supervised:
         return None
-    tree = tries.normalise(tries.build_tree(supervised), objective.normalise, totals)
+    tree = tries.normalise(tries.build_tree(supervised), objective.normalise)
     if not tree.weight.any():
         return None
     return tree._replace(turn=np.where(tree.turn < 0, -1, tree.turn + piece.first_turn).astype(np.int32))

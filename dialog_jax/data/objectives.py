@@ -1,18 +1,21 @@
 """Objectives as weights: which tokens of a dialogue's sequences are trained on, and how much.
 
-Sequences in, supervised spans out; after the tree is built, `tries.normalise` rescales them. All of it is NumPy made
-before packing, so that it can be printed. Knows no template, tree or row.
+Sequences in, supervised spans out. All of it is made before packing, so that it can be printed. Knows no template, tree
+or row.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dialog_jax.data.dialogues import ROLES, Dialogue, Message
-from dialog_jax.data.rendering import RenderedSequence
+from dialog_jax.data.rendering import MessageSpan, RenderedSequence
 from dialog_jax.data.tries import Span, common_prefix
 
 NAMES = ("conditional", "joint", "last", "roles")
 UNITS = ("token", "turn", "dialogue")
+MERGES = ("max", "sum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,9 @@ class ObjectiveConfig:
     | `last` | the last assistant message of weight above 0 |
     | `roles` | the messages of the named `roles` |
 
-    These are multiplied by the message's own weight, and for the K assistant messages by `turn_discount ** (K-1-k)`.
-    Under `joint`, what the template writes around messages has weight 1, and so has history that it renders anew.
+    These are multiplied by the message's own weight (and its part's), and those of turn k by a schedule: either
+    `turn_discount ** (K-1-k)`, K being the number of turns, or `turn_weights[k]`. Under `joint`, what the template
+    writes around messages has weight 1, and a message that later history renders anew is trained there too.
     """
 
     name: str = "conditional"
@@ -35,8 +39,13 @@ class ObjectiveConfig:
     """Read by the objective `roles` only."""
     turn_discount: float = 1.0
     """Above 0; below 1 the later turns weigh more."""
+    turn_weights: tuple[float, ...] = ()
+    """One a turn, from the first; later turns have the last one's. Empty for `turn_discount`."""
     normalise: str = "token"
     """`token`: as is. `turn`: each response's weights sum to its message's weight. `dialogue`: all of its sum to 1."""
+    merge_weights: str = "max"
+    """What a message has that several paths of a message tree share: `max` trains it once; `sum` as often as it stands
+    in them, as if each path were a dialogue of its own."""
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -46,8 +55,16 @@ class ObjectiveConfig:
         unknown = [role for role in self.roles if role not in ROLES]
         if unknown or not self.roles:
             raise ValueError(f"objective.roles is {self.roles!r}; it must hold some of {', '.join(ROLES)}.")
-        if not self.turn_discount > 0:
-            raise ValueError(f"objective.turn_discount is {self.turn_discount}; it must be above 0.")
+        if self.merge_weights not in MERGES:
+            raise ValueError(
+                f"objective.merge_weights is {self.merge_weights!r}; it must be one of {', '.join(MERGES)}."
+            )
+        if not (self.turn_discount > 0 and math.isfinite(self.turn_discount)):
+            raise ValueError(f"objective.turn_discount is {self.turn_discount}; it must be a finite number above 0.")
+        if not all(_is_weight(weight) for weight in self.turn_weights):
+            raise ValueError(f"objective.turn_weights is {self.turn_weights}; it must hold finite numbers >= 0.")
+        if self.turn_weights and self.turn_discount != 1:
+            raise ValueError("objective.turn_discount and objective.turn_weights are two schedules; set one of them.")
 
     @property
     def whole(self) -> bool:
@@ -55,23 +72,32 @@ class ObjectiveConfig:
         return self.name == "joint" or (self.name == "roles" and self.roles != ("assistant",))
 
     def locates(self, message: Message) -> bool:
-        """Whether the place of a message that has no sequence of its own must be known."""
-        if message.role == "assistant" and message.weight > 0:
-            return False
+        """Whether the place of a message must be known where it stands in the history."""
         if self.name == "joint":
-            return message.weight != 1
-        return self.name == "roles" and message.role in self.roles and message.weight > 0
+            return message.weight != 1 or bool(message.parts)
+        is_response = message.role == "assistant" and message.weight > 0
+        return self.name == "roles" and not is_response and message.role in self.roles and message.weight > 0
+
+    def schedule(self, turn: int, last_turn: int) -> float:
+        """What multiplies the weights of response number `turn`, if `last_turn` is the last that is trained on."""
+        if self.name == "last" and turn != last_turn:
+            return 0.0
+        if self.name == "roles" and "assistant" not in self.roles:
+            return 0.0
+        if self.turn_weights:
+            return float(self.turn_weights[min(turn, len(self.turn_weights) - 1)])
+        return self.turn_discount ** (last_turn - turn)
 
 
 def supervise(
     sequences: Sequence[RenderedSequence],
     dialogue: Dialogue,
     objective: ObjectiveConfig,
+    factors: Mapping[int, float],
     *,
     trained: int = 0,
-    last_turn: int | None = None,
-) -> tuple[list[list[Span]], dict[int, float]]:
-    """Returns (for each sequence its supervised spans, for each turn the weight of its message times its schedule).
+) -> list[list[Span]]:
+    """Returns the supervised spans of each sequence.
 
     With `conditional` and two turns, the second of weight 0.5 and 3 tokens long:
 
@@ -79,40 +105,58 @@ def supervise(
 
     Args:
       sequences: as rendered, in order, perhaps fewer than the dialogue's turns (the rest was cut off).
-      dialogue: whose messages the sequences count.
+      dialogue: a list of messages, whose numbers the sequences have.
+      factors: what multiplies the weight of a message that is a response, by its number: its `schedule`.
       trained: the first so many messages, all of weight 0, are trained on elsewhere, and so is the text around them.
-      last_turn: the turn that is the last one, if that is not the last of `sequences`.
     """
-    if last_turn is None:
-        last_turn = max((sequence.turn for sequence in sequences), default=-1)
     spans: list[list[Span]] = []
-    totals: dict[int, float] = {}
     previous = None
+    seen: set[int] = set()
     for sequence in sequences:
-        own = []
-        others = [(other, dialogue.messages[other.message].weight) for other in sequence.others]
+        own: list[Span] = []
         if objective.name == "joint":
             # What the sequence shares with the one before it has its weight from there.
             start = common_prefix(previous.tokens, sequence.tokens) if previous else 1
-            for other, weight in others:
+            for other in sequence.others:
                 if other.message >= trained:
                     own.append(Span(start, other.start, 1.0, -1))
-                own.append(Span(max(start, other.start), other.stop, weight, -1))
+                own += [span._replace(start=max(start, span.start)) for span in _spans(dialogue, other)]
                 start = max(start, other.stop)
             own.append(Span(start, sequence.start, 1.0, -1))
         elif objective.name == "roles":
-            own += [Span(other.start, other.stop, weight, -1) for other, weight in others]
-        if sequence.turn >= 0 and _responses_count(objective, sequence.turn == last_turn):
-            schedule = objective.turn_discount ** (last_turn - sequence.turn)
-            totals[sequence.turn] = dialogue.messages[sequence.message].weight * schedule
-            own.append(Span(sequence.start, len(sequence.tokens), totals[sequence.turn], sequence.turn))
+            own += [span for other in sequence.others if other.message not in seen for span in _spans(dialogue, other)]
+            seen |= {other.message for other in sequence.others}
+        if sequence.turn >= 0:
+            own += _response_spans(sequence, dialogue, objective, factors[sequence.message])
         spans.append([span for span in own if span.weight > 0 and span.stop > span.start])
         previous = sequence
-    return spans, totals
+    return spans
 
 
-def _responses_count(objective: ObjectiveConfig, is_last: bool) -> bool:
-    """Whether a response is supervised."""
-    if objective.name == "last":
-        return is_last
-    return objective.name != "roles" or "assistant" in objective.roles
+def _is_weight(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
+def _response_spans(
+    sequence: RenderedSequence, dialogue: Dialogue, objective: ObjectiveConfig, factor: float
+) -> list[Span]:
+    """The spans of a sequence's response, which with `normalise=turn` sum to its message's weight times the factor."""
+    place = MessageSpan(sequence.message, sequence.start, len(sequence.tokens), sequence.parts)
+    spans = [span._replace(weight=span.weight * factor, turn=sequence.turn) for span in _spans(dialogue, place)]
+    total = sum(span.weight * (span.stop - span.start) for span in spans)
+    if objective.normalise != "turn" or not total:
+        return spans
+    scale = dialogue.messages[sequence.message].weight * factor / total
+    return [span._replace(weight=span.weight * scale) for span in spans]
+
+
+def _spans(dialogue: Dialogue, place: MessageSpan) -> list[Span]:
+    """A message's tokens with its weight, times its part's for those that belong to a part."""
+    message = dialogue.messages[place.message]
+    spans = []
+    start = place.start
+    for part, (begin, end) in zip(message.parts, place.parts, strict=True):
+        spans += [Span(start, begin, message.weight, -1), Span(begin, end, message.weight * part.weight, -1)]
+        start = end
+    return [*spans, Span(start, place.stop, message.weight, -1)]

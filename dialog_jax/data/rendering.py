@@ -10,6 +10,7 @@ Knows templates and tokenizers; knows no objective, tree or row.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class MessageSpan(NamedTuple):
     message: int
     start: int
     stop: int
+    parts: tuple[tuple[int, int], ...] = ()
+    """Likewise, the tokens of each of its `parts`; a token that crosses parts belongs to the one it ends in."""
 
 
 class RenderedSequence(NamedTuple):
@@ -43,7 +46,9 @@ class RenderedSequence(NamedTuple):
     turn: int
     """Index of the response among the dialogue's assistant messages; -1 in a whole rendering."""
     others: tuple[MessageSpan, ...] = ()
-    """The messages asked for by `locate` that no earlier sequence of the dialogue has shown."""
+    """The messages asked for by `locate` in the prompt, less those of an earlier sequence that this one continues."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Start and stop of each of the response's `parts`, as in `MessageSpan`."""
 
 
 class _Tokenized(NamedTuple):
@@ -126,11 +131,12 @@ class Renderer:
           dialogues: a batch, tokenised together.
           limit: a dialogue's sequences end before the first that has more tokens than this; 0 for no limit.
           whole: append the rendering of all messages, for objectives that train on every token.
-          locate: says of which messages, responses apart, the place is wanted in `others`.
+          locate: says of which messages the place is wanted in `others`.
 
         Raises:
           ValueError: the template refuses a dialogue, or while reading: it does not begin with the prompt when it
-            renders the response, or (with `locate`) a message changes more than its own part of the text.
+            renders the response, it does not render weighted parts as they are, or (with `locate`) a message changes
+            more than its own part of the text.
         """
         texts = [self.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
         beginnings = self._tokenize([text[: limit * _CHARACTERS_PER_TOKEN or None] for text in texts])
@@ -154,7 +160,8 @@ class Renderer:
     ) -> Iterator[RenderedSequence]:
         roles = [message.role for message in dialogue.messages]
         wanted = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
-        shown = 0  # messages that earlier sequences have shown
+        shown = 0  # messages that the sequence before has shown
+        previous = beginning.ids[:0]
         for index, prompt, rendered in self._template.turns(dialogue):
             start = self._cut_prompt(beginning, prompt)
             if limit and start is not None and start >= limit:
@@ -173,13 +180,16 @@ class Renderer:
                 tokens = beginning.ids[:stop]
             if limit and len(tokens) > limit:
                 return
-            others = self._locate(dialogue, prompt, index, [i for i in wanted if shown <= i < index], is_prompt=True)
-            shown = index + 1
-            yield RenderedSequence(tokens, start, index, roles[:index].count("assistant"), others)
+            first = shown if _begins(tokens, previous) else 0
+            others = self._locate(dialogue, prompt, index, [i for i in wanted if first <= i < index], is_prompt=True)
+            parts = self._locate_response_parts(dialogue, index, prompt, rendered, tokens, start)
+            shown, previous = index + 1, tokens
+            yield RenderedSequence(tokens, start, index, roles[:index].count("assistant"), others, parts)
         if whole:
             tokens = beginning.ids if len(beginning.text) == len(text) else self._encode(text)
             if not limit or len(tokens) <= limit:
-                others = self._locate(dialogue, text, len(roles), [i for i in wanted if shown <= i], is_prompt=False)
+                first = shown if _begins(tokens, previous) else 0
+                others = self._locate(dialogue, text, len(roles), [i for i in wanted if first <= i], is_prompt=False)
                 yield RenderedSequence(tokens, len(tokens), -1, -1, others)
 
     def _cut_prompt(self, beginning: _Tokenized, prompt: str) -> int | None:
@@ -254,8 +264,49 @@ class Renderer:
                 stop = start + self._response_length(tokenized.ids[start:stop])
             if stop < len(tokenized.ids) and tokenized.ids[stop] == self.end_of_turn:
                 stop += 1
-            spans.append(MessageSpan(index, start, stop))
+            parts = self._locate_parts(dialogue, index, text[begin:end], ends - begin)
+            spans.append(MessageSpan(index, start, stop, parts))
         return tuple(spans)
+
+    def _locate_response_parts(
+        self,
+        dialogue: Dialogue,
+        index: int,
+        prompt: str,
+        rendered: str,
+        tokens: Int32[np.ndarray, " n"],
+        start: int,
+    ) -> tuple[tuple[int, int], ...]:
+        """Where the parts of a response stand in its sequence."""
+        if not dialogue.messages[index].parts:
+            return ()
+        tokenized = self._tokenize([rendered])[0]
+        ends = np.array(tokenized.encoding.offsets, np.int32)[: len(tokens), 1] - len(prompt)
+        if not np.array_equal(tokenized.ids[: len(tokens)], tokens):  # the response was tokenised by itself
+            alone = self._tokenize([self._anchor + rendered[len(prompt) :]])[0]
+            own = np.array(alone.encoding.offsets, np.int32)[bool(self._anchor) :, 1] - len(self._anchor)
+            ends = np.concatenate([np.zeros(start, np.int32), own])
+        last = rendered.rfind(self._end_text, len(prompt)) if self._end_text else len(rendered)
+        return self._locate_parts(dialogue, index, rendered[len(prompt) : max(last, len(prompt))], ends)
+
+    def _locate_parts(
+        self, dialogue: Dialogue, index: int, text: str, ends: Int32[np.ndarray, " n"]
+    ) -> tuple[tuple[int, int], ...]:
+        """The tokens of a message's parts, from its text and where in it tokens end."""
+        message = dialogue.messages[index]
+        if not message.parts:
+            return ()
+        at = text.find(message.content)
+        if at < 0 or text.find(message.content, at + 1) >= 0:
+            found = "does not render its content as it is" if at < 0 else "renders its content more than once"
+            raise ValueError(
+                f"{dialogue.name}: message {index} has parts with weights, but the chat template {found}: "
+                f"{text[:60]!r}. Write the content as the template renders it, white space included, or leave out the "
+                "weights of its parts."
+            )
+        stops = at + np.cumsum([0] + [len(part.text) for part in message.parts])
+        edges = np.searchsorted(ends, stops, "right").tolist()
+        return tuple(itertools.pairwise(edges))
 
     def _place(self, dialogue: Dialogue, text: str, count: int, index: int, *, is_prompt: bool) -> tuple[int, int]:
         """The characters of `text` that are message `index`: as a response where it is one, else its content."""
@@ -294,6 +345,10 @@ class Renderer:
             _Tokenized(text, np.array(encoding.ids, np.int32), encoding)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+
+def _begins(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, " m"]) -> bool:
+    return np.array_equal(tokens[: len(previous)], previous)
 
 
 def _difference(prompt: str, rendered: str) -> str:

@@ -44,7 +44,9 @@ class _Path(NamedTuple):
     nodes: Int[np.ndarray, " n"]
 
 
-def build_tree(sequences: Sequence[tuple[Int[np.ndarray, " _"], Sequence[Span]]]) -> Tree:
+def build_tree(
+    sequences: Sequence[tuple[Int[np.ndarray, " _"], Sequence[Span]]], paths: Sequence[int] | None = None
+) -> Tree:
     """Returns the prefix trie of `sequences`; a token that several share is one node.
 
     As in K separate passes, the weights of responses that share a token add up there; a token that belongs to no
@@ -60,13 +62,37 @@ def build_tree(sequences: Sequence[tuple[Int[np.ndarray, " _"], Sequence[Span]]]
 
     Args:
       sequences: at least one (tokens, spans); tokens int [n] with n > 0, spans within [0, n).
+      paths: for each sequence a number, in ascending order; weights outside responses add up over different numbers.
     """
+    tree, nodes = grow([tokens for tokens, _ in sequences])
+    size = len(tree.tokens)
+    responses, others, of_path = np.zeros(size), np.zeros(size), np.zeros(size)
+    turn = np.full(size, -1, np.int32)
+    path = 0
+    for number, ((_, spans), own) in enumerate(zip(sequences, nodes, strict=True)):
+        if paths is not None and paths[number] != path:
+            path = paths[number]
+            others += of_path
+            of_path[:] = 0
+        for span in spans:
+            supervised = own[span.start : span.stop]
+            if span.turn >= 0:
+                responses[supervised] += span.weight
+            else:
+                of_path[supervised] = np.maximum(of_path[supervised], span.weight)
+            turn[supervised] = np.maximum(turn[supervised], span.turn)
+    weight = np.where(tree.parent < 0, 0, np.maximum(responses, others + of_path))
+    return tree._replace(weight=weight.astype(np.float32), turn=turn)
+
+
+def grow(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[Int[np.ndarray, " _"]]]:
+    """Returns (the trie of token strings, with weight 0 and turn -1; for each string, the nodes of its tokens)."""
     assert sequences, "a tree needs a sequence"
     paths: list[_Path] = []
     parents: list[np.ndarray] = []
     size = 0
     placed = []  # for each sequence, the node of each of its tokens
-    for tokens, _ in sequences:
+    for tokens in sequences:
         shared, depth, extends = None, 0, -1
         for number, path in enumerate(paths):
             common = common_prefix(path.tokens, tokens)
@@ -86,31 +112,19 @@ def build_tree(sequences: Sequence[tuple[Int[np.ndarray, " _"], Sequence[Span]]]
             paths.append(grown)
 
     parent = np.concatenate(parents)
-    value = np.zeros(size, np.int32)
-    weight, responses = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    turn = np.full(size, -1, np.int32)
-    for (tokens, spans), nodes in zip(sequences, placed, strict=True):
+    value, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    for tokens, nodes in zip(sequences, placed, strict=True):
         value[nodes] = tokens
-        for span in spans:
-            supervised = nodes[span.start : span.stop]
-            if span.turn >= 0:
-                responses[supervised] += span.weight
-            else:
-                weight[supervised] = np.maximum(weight[supervised], span.weight)
-            turn[supervised] = np.maximum(turn[supervised], span.turn)
-    weight = np.maximum(weight, responses)
-    weight[parent < 0] = 0
+        position[nodes] = np.arange(len(nodes), dtype=np.int32)
+    weight, turn = np.zeros(size, np.float32), np.full(size, -1, np.int32)
     if len(paths) == 1:  # a single path: insertion order is depth-first order
-        return Tree(value, parent, np.arange(size, dtype=np.int32), np.full(size, size, np.int32), weight, turn)
-
+        return Tree(value, parent, position, np.full(size, size, np.int32), weight, turn), placed
     order, subtree_end = _depth_first([path.nodes for path in paths], parent)
     rank = np.empty(size, np.int32)
     rank[order] = np.arange(size, dtype=np.int32)
-    position = np.empty(size, np.int32)
-    for nodes in placed:
-        position[nodes] = np.arange(len(nodes), dtype=np.int32)
     renumbered = np.where(parent < 0, -1, rank[parent])
-    return Tree(value[order], renumbered[order], position[order], subtree_end, weight[order], turn[order])
+    tree = Tree(value[order], renumbered[order], position[order], subtree_end, weight, turn)
+    return tree, [rank[nodes] for nodes in placed]
 
 
 def targets(tree: Tree) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " s"]]:
@@ -119,26 +133,18 @@ def targets(tree: Tree) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " s"]]:
     return tree.parent[target], target
 
 
-def normalise(tree: Tree, unit: str, totals: dict[int, float]) -> Tree:
+def normalise(tree: Tree, unit: str) -> Tree:
     """Returns the tree with its weights rescaled.
 
     Args:
-      tree: weights already multiplied by message weights and the turn schedule.
-      unit: `token` leaves the weights as they are; `turn` makes each turn's sum `totals[turn]` (the weight of its
-        message times its schedule, 1 for most; tokens outside responses, turn -1, count as one turn); `dialogue` makes
-        all of the tree's sum 1.
-      totals: read for `turn` only; a turn that is not in it gets 1.
+      unit: `token` leaves the weights as they are; `turn` makes those outside responses (turn -1) sum to 1, as those of
+        each response do by their spans; `dialogue` makes all of the tree's sum to 1.
     """
-    if unit == "token" or not tree.weight.any():
+    part = {"token": np.zeros(len(tree.turn), bool), "turn": tree.turn < 0, "dialogue": tree.weight > 0}[unit]
+    total = tree.weight[part].sum(dtype=np.float64)
+    if not total > 0:
         return tree
-    if unit == "dialogue":
-        return tree._replace(weight=(tree.weight / tree.weight.sum(dtype=np.float64)).astype(np.float32))
-    assert unit == "turn", unit
-    weight = tree.weight.astype(np.float64)
-    sums = np.bincount(tree.turn + 1, weight)
-    wanted = np.array([totals.get(turn, 1.0) for turn in range(-1, len(sums) - 1)])
-    factor = np.divide(wanted, sums, out=np.zeros_like(sums), where=sums > 0)
-    return tree._replace(weight=(weight * factor[tree.turn + 1]).astype(np.float32))
+    return tree._replace(weight=np.where(part, tree.weight / total, tree.weight).astype(np.float32))
 
 
 def common_prefix(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " m"]) -> int:

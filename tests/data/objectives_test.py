@@ -4,7 +4,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.data import dataset, rendering
-from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.data.dialogues import Dialogue, Message, Part
 from dialog_jax.data.objectives import ObjectiveConfig
 from tests.data import chat_templates
 
@@ -116,6 +116,38 @@ class SuperviseTest(parameterized.TestCase):
         np.testing.assert_array_equal(weight[weight > 0], [0.25] * 3 + [0.5] * 4 + [1] * 2)
 
     @parameterized.parameters(
+        ((0.25,), [0.25] * 3 + [0.25] * 4 + [0.25] * 2),
+        ((1.0, 0.5), [1] * 3 + [0.5] * 4 + [0.5] * 2),
+        ((0.0, 2.0, 3.0, 4.0), [2] * 4 + [3] * 2),
+    )
+    def test_turn_weights_are_of_turns_from_the_first_and_the_last_one_goes_on(self, schedule, expected):
+        weight = tree_of((*_DIALOGUE, ("assistant", "f")), turn_weights=schedule).weight
+        np.testing.assert_array_equal(weight[weight > 0], expected)
+
+    @parameterized.parameters(
+        ({}, "00000hhh000000011h00000"),
+        ({"name": "joint"}, "01111hhh111111011h11211"),
+        ({"name": "roles", "roles": ("user",)}, "01100000001100000000210"),
+    )
+    def test_weights_of_parts_multiply(self, objective, picture):
+        tree = self.tree_with_parts(**objective)
+        np.testing.assert_allclose(padded(tree.weight), numbers(picture), rtol=1e-6)
+
+    def test_normalise_turn_keeps_the_ratio_of_parts(self):
+        weight = self.tree_with_parts(normalise="turn").weight
+        expected = [0.5 / 3] * 3 + [0.5 / 2.5, 0.5 / 2.5, 0.25 / 2.5]
+        np.testing.assert_allclose(weight[weight > 0], expected, rtol=1e-6)
+
+    def tree_with_parts(self, **objective):
+        messages = list(said(("user", "a"), ("assistant", "bb", 0.5), ("user", "c")).messages)
+        parts = (Part(text="d", weight=0.0), Part(text="dd", weight=2.0))
+        messages.append(Message(role="assistant", content="ddd", weight=0.5, parts=parts))
+        messages.append(Message(role="user", content="e", parts=(Part(text="e", weight=2.0),)))
+        dialogue = Dialogue(id=0, messages=tuple(messages))
+        config = ObjectiveConfig(**objective)
+        return dataset.prepare([dialogue], renderer(), objective=config, max_length=64).tree(0)
+
+    @parameterized.parameters(
         ("turn", {}, [1 / 3] * 3 + [1 / 4] * 4),
         ("turn", {"turn_discount": 0.5}, [0.5 / 3] * 3 + [1 / 4] * 4),
         ("dialogue", {}, [1 / 7] * 7),
@@ -163,6 +195,34 @@ class BranchingTest(parameterized.TestCase):
         _, tree = self.trees(seed, name="joint")
         np.testing.assert_array_equal(tree.weight, tree.parent >= 0)
 
+    def test_joint_trains_history_rendered_anew_with_its_message_s_weight(self):
+        def response(word, weight):
+            return Message(role="assistant", content=f"<think>\nhm {word}\n</think>\n\n{word}.", weight=weight)
+
+        messages = []
+        for number, word, weight in ((1, "twelve", 0.5), (2, "thirteen", 0.0), (3, "fourteen", 1.0)):
+            messages += [Message(role="user", content=f"What is {number}?"), response(word, weight)]
+        dialogue = Dialogue(id=0, messages=tuple(messages))
+        made = rendering.Renderer(chat_templates.train_tokenizer("qwen3"))
+        config = ObjectiveConfig(name="joint")
+        tree = dataset.prepare([dialogue], made, objective=config, max_length=1000).tree(0)
+
+        tokenizer = chat_templates.train_tokenizer("qwen3")
+        dicts = [message.as_dict() for message in messages]
+        text = tokenizer.apply_chat_template(dicts, tokenize=False)
+        expected = np.ones(len(text))
+        expected[0] = 0
+        for word, weight in (("twelve", 0.5), ("thirteen", 0.0)):
+            begin = text.index(f"{word}.<")
+            expected[begin : begin + len(f"{word}.<|im_end|>")] = weight
+        node, walked = -1, ""
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            node = int(np.flatnonzero((tree.parent == node) & (tree.tokens == token))[0])
+            begin = len(walked)
+            walked += tokenizer.decode([token])
+            self.assertEqual(tree.weight[node], expected[begin], walked)
+        self.assertEqual(walked, text)
+
 
 class ConfigTest(parameterized.TestCase):
     @parameterized.parameters(
@@ -171,6 +231,11 @@ class ConfigTest(parameterized.TestCase):
         ({"roles": ("user", "bot")}, "roles is .*'bot'.*system, user, assistant, tool"),
         ({"roles": ()}, "roles is"),
         ({"turn_discount": 0.0}, "turn_discount is 0.0.*above 0"),
+        ({"turn_discount": float("inf")}, "turn_discount is inf.*finite"),
+        ({"turn_weights": (1.0, -1.0)}, "turn_weights is .*-1.0.*>= 0"),
+        ({"turn_weights": (float("nan"),)}, "turn_weights is .*nan.*>= 0"),
+        ({"turn_weights": (1.0,), "turn_discount": 0.5}, "turn_discount and .*two schedules"),
+        ({"merge_weights": "mean"}, "merge_weights is 'mean'.*max, sum"),
         ({"turn_discount": float("nan")}, "turn_discount is nan"),
     )
     def test_a_wrong_value_names_itself_and_the_right_ones(self, values, message):

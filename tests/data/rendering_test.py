@@ -8,7 +8,7 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from dialog_jax.data import rendering
-from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.data.dialogues import Dialogue, Message, Part
 from tests.data import chat_templates
 from tests.data.chat_templates import FAMILIES
 
@@ -306,10 +306,12 @@ class LocateTest(parameterized.TestCase):
         sequences = render(
             renderer_of(family), dialogue, whole=True, locate=lambda m: m.role != "assistant" or not m.weight
         )
-        found = {}
+        found, previous = {}, sequences[0].tokens[:0]
         for sequence in sequences:
+            branches = (sequence.tokens[: len(previous)] != previous).any()
+            previous = sequence.tokens
             for span in sequence.others:
-                self.assertNotIn(span.message, found)
+                self.assertTrue(span.message not in found or branches)
                 found[span.message] = tokenizer.decode(sequence.tokens[span.start : span.stop]).strip()
         end = FAMILIES[family].end_of_turn
         behind = "" if family == "mistral" else end  # there [/INST] follows, after a space
@@ -360,6 +362,63 @@ class LocateTest(parameterized.TestCase):
         dialogue = said(("user", "Hi"), ("assistant", "x"))
         with self.assertRaisesRegex(ValueError, r"dialogue 0 \(said.jsonl:1\): message 0 \(user\).*Leave its role"):
             render(rendering.Renderer(tokenizer), dialogue, locate=lambda m: m.role == "user")
+
+
+class PartsTest(parameterized.TestCase):
+    """Parts are digits and letters, which no token mixes, or are cut out of the decoded text by hand."""
+
+    def dialogue(self, *parts, role="assistant"):
+        parts = tuple(Part(text=text, weight=0.5) for text in parts)
+        weighted = Message(role=role, content="".join(part.text for part in parts), parts=parts)
+        others = [Message(role="user", content="What?"), Message(role="assistant", content="Paris")]
+        place = 1 if role == "assistant" else 0
+        return Dialogue(id=0, messages=(*others[:place], weighted, *others[place + 1 :]), where="said.jsonl:1")
+
+    @parameterized.parameters("chatml", "llama3", "gemma", "mistral", "phi3", "plain")
+    def test_parts_of_a_response_are_found(self, family):
+        texts = ("123", "abc", "456")
+        (sequence,) = render(renderer_of(family), self.dialogue(*texts))
+        tokenizer = chat_templates.train_tokenizer(family)
+        found = [tokenizer.decode(sequence.tokens[start:stop]).strip() for start, stop in sequence.parts]
+        self.assertEqual(found, list(texts))
+        self.assertGreaterEqual(sequence.parts[0][0], sequence.start)
+        self.assertLessEqual(sequence.parts[-1][1], len(sequence.tokens))
+
+    def test_reasoning_and_answer(self):
+        texts = ("<think>\nten and nine\n</think>", "\n\n19.")
+        (sequence,) = render(renderer_of("qwen3"), self.dialogue(*texts))
+        tokenizer = chat_templates.train_tokenizer("qwen3")
+        self.assertEqual([tokenizer.decode(sequence.tokens[slice(*part)]) for part in sequence.parts], list(texts))
+        self.assertEqual(tokenizer.decode(sequence.tokens[sequence.parts[-1][1] :]), "<|im_end|>")
+
+    def test_a_token_that_crosses_parts_belongs_to_the_one_it_ends_in(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        ids = tokenizer("you you", add_special_tokens=False)["input_ids"]
+        self.assertEqual(tokenizer.decode(ids[-1]), " you")
+        (sequence,) = render(renderer_of("chatml"), self.dialogue("you y", "ou"))
+        (_, first), (second, stop) = sequence.parts
+        self.assertEqual((first, tokenizer.decode(sequence.tokens[second:stop])), (second, " you"))
+
+    def test_parts_of_a_located_message_are_found(self):
+        dialogue = self.dialogue("123", "abc", role="user")
+        (sequence,) = render(renderer_of("chatml"), dialogue, locate=lambda m: m.role == "user")
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        parts = sequence.others[0].parts
+        self.assertEqual([tokenizer.decode(sequence.tokens[slice(*part)]) for part in parts], ["123", "abc"])
+
+    @parameterized.parameters(
+        ("llama3", (" 123", "abc"), "does not render its content as it is"),
+        ("qwen3", ("<think>ten</think>", "19"), "does not render its content as it is"),
+    )
+    def test_content_that_is_not_rendered_verbatim_is_refused(self, family, texts, reason):
+        with self.assertRaisesRegex(ValueError, rf"dialogue 0 \(said.jsonl:1\): message 1 .*{reason}.*Write"):
+            render(renderer_of(family), self.dialogue(*texts))
+
+    def test_content_that_stands_twice_in_what_is_rendered_is_refused(self):
+        doubled = chat_templates.TEMPLATES["chatml"].replace("message.content", "message.content + message.content")
+        self.assertNotEqual(doubled, chat_templates.TEMPLATES["chatml"])
+        with self.assertRaisesRegex(ValueError, "message 1 .*more than once"):
+            render(rendering.Renderer(with_template("chatml", doubled)), self.dialogue("12", "ab"))
 
 
 class RefusalTest(parameterized.TestCase):

@@ -43,6 +43,21 @@ class BuildTreeTest(parameterized.TestCase):
         tree = tries.build_tree([(text[:5], spans[0]), (text, spans[1])])
         np.testing.assert_array_equal(tree.weight, [0, 1, 1, 1, 1, 1])
 
+    def test_text_outside_responses_adds_up_over_paths(self):
+        text = np.arange(6, dtype=np.int32)
+        spans = [tries.Span(1, 4, 0.5, -1)], [tries.Span(1, 3, 1.0, -1)], [tries.Span(2, 6, 2.0, -1)]
+        tree = tries.build_tree([(text, own) for own in spans], paths=[0, 0, 3])
+        np.testing.assert_array_equal(tree.weight, [0, 1, 3, 2.5, 2, 2])
+
+    def test_grow_says_where_the_tokens_of_each_sequence_are(self):
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            sequences = random_sequences(rng, 6)
+            tree, nodes = tries.grow(sequences)
+            for tokens, own in zip(sequences, nodes, strict=True):
+                np.testing.assert_array_equal(tree.tokens[own], tokens)
+                np.testing.assert_array_equal(own, ancestors(tree, int(own[-1])))
+
     def test_prefixes_of_one_string_are_a_path(self):
         text = np.arange(10, dtype=np.int32)
         tree = tries.build_tree([(text[:4], [tries.Span(2, 4, 1, 0)]), (text[:9], [tries.Span(7, 9, 1, 1)])])
@@ -96,19 +111,28 @@ class BuildTreeTest(parameterized.TestCase):
 class NormaliseTest(absltest.TestCase):
     def tree(self):
         tokens = np.arange(8, dtype=np.int32)
-        spans = [tries.Span(2, 5, 1.0, 0), tries.Span(7, 8, 0.5, 1)]
+        spans = [
+            tries.Span(1, 2, 2.0, -1),
+            tries.Span(2, 5, 1.0, 0),
+            tries.Span(6, 7, 2.0, -1),
+            tries.Span(7, 8, 0.5, 1),
+        ]
         return tries.build_tree([(tokens, spans)])
 
     def test_token_leaves_weights(self):
-        np.testing.assert_array_equal(tries.normalise(self.tree(), "token", {}).weight, [0, 0, 1, 1, 1, 0, 0, 0.5])
+        np.testing.assert_array_equal(tries.normalise(self.tree(), "token").weight, [0, 2, 1, 1, 1, 0, 2, 0.5])
 
-    def test_turn_gives_each_response_its_own_weight(self):
-        weight = tries.normalise(self.tree(), "turn", {0: 1.0, 1: 0.5}).weight
-        np.testing.assert_allclose(weight, [0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0.5], rtol=1e-6)
+    def test_turn_makes_what_is_outside_responses_sum_to_one(self):
+        np.testing.assert_array_equal(tries.normalise(self.tree(), "turn").weight, [0, 0.5, 1, 1, 1, 0, 0.5, 0.5])
 
     def test_dialogue_sums_to_one(self):
-        weight = tries.normalise(self.tree(), "dialogue", {}).weight
-        np.testing.assert_allclose(weight, np.array([0, 0, 1, 1, 1, 0, 0, 0.5]) / 3.5, rtol=1e-6)
+        weight = tries.normalise(self.tree(), "dialogue").weight
+        np.testing.assert_allclose(weight, np.array([0, 2, 1, 1, 1, 0, 2, 0.5]) / 7.5, rtol=1e-6)
+
+    def test_without_weights_nothing_changes(self):
+        tree, _ = tries.grow([np.arange(3, dtype=np.int32)])
+        for unit in ("token", "turn", "dialogue"):
+            np.testing.assert_array_equal(tries.normalise(tree, unit).weight, [0, 0, 0])
 
 
 if __name__ == "__main__":
