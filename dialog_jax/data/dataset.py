@@ -22,8 +22,8 @@ from jaxtyping import Float32, Int32, Int64
 from dialog_jax.data import objectives, tries, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import RenderedSequence, Renderer
-from dialog_jax.data.tries import Tree
+from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.tries import Span, Tree
 from dialog_jax.data.truncation import Piece
 
 TRUNCATIONS = ("turns", "drop", "split", "error")
@@ -136,35 +136,37 @@ def prepare(
         if len(named[reason]) < _NAMES_KEPT:
             named[reason].append(dialogue.name + detail)
 
-    def render(batch: Sequence[Dialogue]) -> list[Iterator[RenderedSequence]]:
-        return renderer.render(batch, limit=max_length, whole=objective.whole, locate=objective.locates)
+    def render(batch: Sequence[Dialogue]) -> list[list[Piece]]:
+        unfolded = [truncation.unfold(dialogue, objective) for dialogue in batch]
+        parts = [piece.dialogue for pieces in unfolded for piece in pieces]
+        rendered = iter(renderer.render(parts, limit=max_length, whole=objective.whole, locate=objective.locates))
+        return [[piece._replace(sequences=list(next(rendered))) for piece in pieces] for pieces in unfolded]
 
-    for batch, rendered in _ahead(render, _batched(dialogues, _RENDERED_TOGETHER)):
-        for dialogue, sequences in zip(batch, rendered, strict=True):
+    for batch, unfolded in _ahead(render, _batched(dialogues, _RENDERED_TOGETHER)):
+        for dialogue, pieces in zip(batch, unfolded, strict=True):
             counts["dialogues"] += 1
-            wanted = sum(message.role == "assistant" and message.weight > 0 for message in dialogue.messages)
-            fitting = truncation.that_fit(sequences, objective, max_length)
-            pieces = [Piece(dialogue, fitting, first_turn=0, trained=0)]
-            kept = pieces[0].turns
-            if kept < wanted or (objective.whole and not (fitting and fitting[-1].turn < 0)):
+            wanted = sum(len(piece.wanted) for piece in pieces)
+            fitting = truncation.that_fit([piece.sequences for piece in pieces], objective, max_length)
+            groups = [[piece._replace(sequences=own) for piece, own in zip(pieces, fitting, strict=True)]]
+            if not all(truncation.is_whole(piece, objective) for piece in groups[0]):
                 if truncate == "error":
                     raise ValueError(
                         f"{dialogue.name}: has more than max_length = {max_length:,} tokens. Raise max_length, or set "
                         "truncate to turns, split or drop."
                     )
                 if truncate == "split":
-                    pieces = truncation.split(pieces[0], renderer, objective, max_length)
-                    kept = sum(piece.turns for piece in pieces)
+                    groups = truncation.split_paths(pieces, renderer, objective, max_length)
+                kept = sum(len(piece.responses) for group in groups for piece in group)
                 if truncate == "drop" or not kept:
                     detail = "" if kept else f", whose first turn alone exceeds {max_length:,} tokens"
                     name("dropped, too long", dialogue, detail)
                     counts["turns cut"] += wanted
                     continue
                 counts["turns cut"] += wanted - kept
-                name("split" if len(pieces) > 1 else "shortened", dialogue)
-            last_turn = max((piece.last_turn for piece in pieces), default=-1)
-            made = [tree for piece in pieces if (tree := _tree(piece, objective, last_turn)) is not None]
-            trees += made
+                name("split" if len(groups) > 1 else "shortened", dialogue)
+            made = _trees(dialogue, groups, objective)
+            counts["turns"] += sum(responses for _, responses in made)
+            trees += [tree for tree, _ in made]
             ids += [dialogue.id] * len(made)
             if not made:
                 name("dropped, no target", dialogue)
@@ -220,8 +222,8 @@ def _batched(dialogues: Iterable[Dialogue], count: int) -> Iterator[list[Dialogu
 
 
 def _ahead(
-    render: Callable[[Sequence[Dialogue]], list[Iterator[RenderedSequence]]], batches: Iterable[list[Dialogue]]
-) -> Iterator[tuple[list[Dialogue], list[Iterator[RenderedSequence]]]]:
+    render: Callable[[Sequence[Dialogue]], list[list[Piece]]], batches: Iterable[list[Dialogue]]
+) -> Iterator[tuple[list[Dialogue], list[list[Piece]]]]:
     """Yields each batch with what `render` makes of it, in a thread, since the tokenizer leaves Python to others."""
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         waiting: collections.deque = collections.deque()
@@ -234,18 +236,30 @@ def _ahead(
             yield done, rendered.result()
 
 
-def _tree(piece: Piece, objective: ObjectiveConfig, last_turn: int) -> Tree | None:
-    """The weighted tree of one piece, or None if nothing of it is supervised."""
-    turns = {sequence.message: piece.first_turn + sequence.turn for sequence in piece.sequences if sequence.turn >= 0}
-    factors = {message: objective.schedule(turn, last_turn) for message, turn in turns.items()}
-    spans = objectives.supervise(piece.sequences, piece.dialogue, objective, factors, trained=piece.trained)
-    supervised = [(sequence.tokens, own) for sequence, own in zip(piece.sequences, spans, strict=True) if own]
-    if not supervised:
-        return None
-    tree = tries.normalise(tries.build_tree(supervised), objective.normalise)
-    if not tree.weight.any():
-        return None
-    return tree._replace(turn=np.where(tree.turn < 0, -1, tree.turn + piece.first_turn).astype(np.int32))
+def _trees(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig) -> list[tuple[Tree, int]]:
+    """(weighted tree, number of responses that it trains) of each group of which something is supervised."""
+    factors = iter(truncation.schedules(dialogue, [piece for group in groups for piece in group], objective))
+    made = []
+    for group in groups:
+        sequences: list[tuple[Any, list[Span]]] = []
+        paths: list[int] = []
+        responses = set()
+        for piece in group:
+            spans = objectives.supervise(
+                piece.sequences, piece.dialogue, objective, next(factors), trained=piece.trained
+            )
+            for sequence, own in zip(piece.sequences, spans, strict=True):
+                if own:
+                    turned = [s if s.turn < 0 else s._replace(turn=s.turn + piece.first_turn) for s in own]
+                    sequences.append((sequence.tokens, turned))
+                    paths.append(piece.path if objective.merge_weights == "sum" else 0)
+                if any(span.turn >= 0 for span in own):
+                    responses.add(piece.messages[sequence.message])
+        if sequences:
+            tree = tries.normalise(tries.build_tree(sequences, paths), objective.normalise)
+            if tree.weight.any():
+                made.append((tree, len(responses)))
+    return made
 
 
 def _report(trees: Sequence[Tree], counts: Mapping[str, int], named: Mapping[str, list[str]]) -> Report:
@@ -255,9 +269,7 @@ def _report(trees: Sequence[Tree], counts: Mapping[str, int], named: Mapping[str
         trees=len(trees),
         tokens=sum(len(tree.tokens) for tree in trees),
         targets=int(sum(mask.sum() for mask in supervised)),
-        turns=sum(
-            len(np.unique(tree.turn[mask & (tree.turn >= 0)])) for tree, mask in zip(trees, supervised, strict=True)
-        ),
+        turns=counts["turns"],
         turns_cut=counts["turns cut"],
         shortened=counts["shortened"],
         split=counts["split"],
