@@ -38,7 +38,8 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     responses = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
     if turn >= len(responses):
         raise ValueError(f"{dialogue.name} has {len(responses)} assistant messages; --turn={turn} counts them from 0.")
-    history, human = dialogue.messages[: responses[turn]], dialogue.messages[responses[turn]]
+    history = [dialogue.messages[index] for index in dialogue.before(responses[turn])]
+    human = dialogue.messages[responses[turn]]
     print(f"{dialogue.name}, response {turn}\n")
     labels = ["human wrote", *(f"{_label(model, models)} writes" for model in models)]
     width = max(map(len, labels))

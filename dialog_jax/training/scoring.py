@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from dialog_jax.data import batches, dataset, packing, tries
+from dialog_jax.data import batches, dataset, packing, tries, truncation
 from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import RenderedSequence, Renderer
-from dialog_jax.data.tries import Span, Tree
+from dialog_jax.data.tries import Tree
+from dialog_jax.data.truncation import Piece
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import step
 from dialog_jax.training.loss import TargetScores
@@ -29,6 +31,8 @@ _RENDERED_TOGETHER = 128
 _SHORTEST_ROW = 256
 _PACKED_ROW = 1024  # rows of shorter dialogues are filled up to this length
 _BATCH_TOKENS = 8192  # of a batch of several rows, on accelerators; on CPU a batch is one row
+
+_ALL = ObjectiveConfig()  # every response
 
 _NO_REPORT = dataset.Report(
     named={}, **{field.name: 0 for field in dataclasses.fields(dataset.Report) if field.name != "named"}
@@ -52,7 +56,8 @@ class _Piece(NamedTuple):
 
     dialogue: int  # index in the window
     tree: Tree
-    sequences: list[RenderedSequence]
+    sequences: list[RenderedSequence]  # with the numbers of their messages in the dialogue
+    nodes: list[Int[np.ndarray, " _"]]  # of the tree, for each sequence
 
 
 def score_dialogues(
@@ -87,7 +92,7 @@ def score_dialogues(
                 read[piece.dialogue] += len(piece.tree.tokens)
                 turns[piece.dialogue] += _turns(window[piece.dialogue], piece, by_node)
         for dialogue, unordered, responses_cut, tokens_read in zip(window, turns, cut, read, strict=True):
-            ordered = sorted(unordered, key=lambda turn: turn["turn"])
+            ordered = sorted(unordered, key=lambda turn: turn["message"])
             record: dict[str, Any] = {
                 "id": dialogue.id,
                 "tokens": sum(turn["tokens"] for turn in ordered),
@@ -101,40 +106,41 @@ def score_dialogues(
 
 def _pieces(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tuple[list[_Piece], list[int]]:
     """(the trees of the window's dialogues, for each dialogue how many responses do not fit)."""
-    cut = [
-        sum(message.role == "assistant" and message.weight > 0 for message in dialogue.messages) for dialogue in window
-    ]
+    paths = [(index, path) for index, dialogue in enumerate(window) for path in truncation.unfold(dialogue, _ALL)]
+    paths = [(index, path) for index, path in paths if path.wanted]
+    sequences: list[list[RenderedSequence]] = [[] for _ in window]
+    cut = [0] * len(window)
+    for start in range(0, len(paths), _RENDERED_TOGETHER):
+        part = paths[start : start + _RENDERED_TOGETHER]
+        rendered = renderer.render([path.dialogue for _, path in part], limit=context)
+        for (index, path), some in zip(part, rendered, strict=True):
+            fitting = _that_fit(path, list(some), renderer, context)
+            cut[index] += len(path.wanted) - len(fitting)
+            sequences[index] += [sequence._replace(message=path.messages[sequence.message]) for sequence in fitting]
     pieces = []
-    scored = [index for index, count in enumerate(cut) if count]
-    for start in range(0, len(scored), _RENDERED_TOGETHER):
-        part = scored[start : start + _RENDERED_TOGETHER]
-        rendered = renderer.render([window[index] for index in part], limit=context)
-        for index, sequences in zip(part, rendered, strict=True):
-            for group in _groups(_that_fit(window[index], list(sequences), cut[index], renderer, context), context):
-                spans = [Span(sequence.start, len(sequence.tokens), 1.0, sequence.turn) for sequence in group]
-                tokens = [sequence.tokens for sequence in group]
-                tree = tries.build_tree([(string, [span]) for string, span in zip(tokens, spans, strict=True)])
-                pieces.append(_Piece(index, tree, group))
-                cut[index] -= len(group)
+    for index, of_dialogue in enumerate(sequences):
+        for group in _groups(of_dialogue, context):
+            tree, nodes = tries.grow([sequence.tokens for sequence in group])
+            weight = np.zeros(len(tree.tokens), np.float32)
+            for sequence, own in zip(group, nodes, strict=True):
+                weight[own[max(sequence.start, 1) :]] = 1  # a first token has no context to be predicted from
+            pieces.append(_Piece(index, tree._replace(weight=weight), group, nodes))
     return pieces, cut
 
 
-def _that_fit(
-    dialogue: Dialogue, first: list[RenderedSequence], wanted: int, renderer: Renderer, context: int
-) -> list[RenderedSequence]:
-    """All sequences of a dialogue that have at most `context` tokens; `first` are those before one that has more.
+def _that_fit(path: Piece, first: list[RenderedSequence], renderer: Renderer, context: int) -> list[RenderedSequence]:
+    """All sequences of a path that have at most `context` tokens; `first` are those before one that has more.
 
     Where the template renders history as it was generated, later ones are longer still. Where it strips reasoning, one
     that fits may come after one that does not.
     """
-    if len(first) == wanted:
+    if len(first) == len(path.wanted):
         return first
-    done = first[-1].message + 1 if first else 0
-    left = range(done, len(dialogue.messages))
-    index = next(i for i in left if dialogue.messages[i].role == "assistant" and dialogue.messages[i].weight > 0)
-    if renderer.text(dialogue, len(dialogue.messages)).startswith(renderer.text(dialogue, index + 1)):
+    longer = path.wanted[len(first)]
+    whole = renderer.text(path.dialogue, len(path.dialogue.messages))
+    if whole.startswith(renderer.text(path.dialogue, longer + 1)):
         return first
-    (sequences,) = renderer.render([dialogue])
+    (sequences,) = renderer.render([path.dialogue])
     return [sequence for sequence in sequences if len(sequence.tokens) <= context]
 
 
@@ -234,17 +240,10 @@ def _by_node(
 
 
 def _turns(dialogue: Dialogue, piece: _Piece, nll: Float[np.ndarray, " nodes"]) -> list[dict[str, Any]]:
-    """One entry a response; one that two responses share is counted in both."""
-    parent, tokens = piece.tree.parent.tolist(), piece.tree.tokens.tolist()
-    is_path = parent == list(range(-1, len(parent) - 1))
-    node_of = {} if is_path else {key: node for node, key in enumerate(zip(parent, tokens, strict=True))}
+    """One entry a response; a token that two responses share is counted in both."""
     turns = []
-    for sequence in piece.sequences:
-        nodes = list(range(len(sequence.tokens)))
-        if not is_path:
-            walk = itertools.accumulate(sequence.tokens.tolist(), lambda at, token: node_of[at, token], initial=-1)
-            nodes = list(walk)[1:]
-        response = nodes[max(sequence.start, 1) :]  # a first token has no context to be predicted from
+    for sequence, nodes in zip(piece.sequences, piece.nodes, strict=True):
+        response = nodes[max(sequence.start, 1) :]
         value = math.fsum(nll[response])
         if not math.isfinite(value):
             raise FloatingPointError(

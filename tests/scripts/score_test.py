@@ -18,6 +18,7 @@ from dialog_jax.data import tries
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.training import scoring
 from tests.data import chat_templates
+from tests.data.chat_templates import FAMILIES
 from tests.scripts import running
 from tests.training import tiny
 
@@ -133,6 +134,27 @@ class ScoreTest(parameterized.TestCase):
         self.assertIn(f"{total / total_tokens:.4f} nats a token", told)
         self.assertIn("4 dialogues, 5 responses", told)
         self.assertEmpty(error)
+
+    @parameterized.parameters("chatml", "qwen3")
+    def test_message_trees_score_each_response_after_its_own_history(self, family):
+        model, parameters, tokenizer = self.save_model(family)
+        messages = [
+            {"id": "q", "role": "user", "content": "What is 12 x 12?"},
+            {"id": "a", "parent": "q", "role": "assistant", "content": "<think>\nhm\n</think>\n\n144."},
+            {"id": "b", "parent": "q", "role": "assistant", "content": "145."},
+            {"id": "q2", "parent": "b", "role": "user", "content": "Sure?"},
+            {"id": "c", "parent": "q2", "role": "assistant", "content": "<think>\nno\n</think>\n\n144, sorry."},
+            {"id": "d", "parent": "q2", "role": "assistant", "content": "Yes."},
+        ]
+        ((record,), _, _) = self.score([{"id": "t", "messages": messages}])
+        self.assertEqual(
+            [(turn["message"], turn["turn"]) for turn in record["turns"]], [(1, 0), (2, 0), (4, 1), (5, 1)]
+        )
+        for path, turn in zip(([0, 1], [0, 2], [0, 2, 3, 4], [0, 2, 3, 5]), record["turns"], strict=True):
+            alone = [messages[i] for i in path]
+            *_, (_, _, tokens, nll) = _oracle(model, parameters, tokenizer, alone, FAMILIES[family].end_of_turn)
+            self.assertEqual(turn["tokens"], tokens)
+            self.assertAlmostEqual(turn["nll"], nll, delta=1e-5 * nll)
 
     def test_scores_many_dialogues_of_all_lengths_stay_in_order(self):
         self.save_model("chatml", max_length=2048)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import batches, dataset, tries
+from dialog_jax.data import batches
 from dialog_jax.data.dialogues import Dialogue, Message, dialogues_from_records
 from dialog_jax.model import decoder
 from dialog_jax.training import loss
@@ -40,6 +40,30 @@ def reasoning_dialogue():
             Message(role="assistant", content="<think>\npolite\n</think>\n\nYou are welcome."),
         ),
     )
+
+
+def message_tree():
+    """Three responses to one message, two of which begin alike, and two ways to go on after the second."""
+    messages = [
+        (-1, "user", "What is 12 plus 7?", 1.0),
+        (0, "assistant", "<think>\nten and nine\n</think>\n\n19.", 1.0),
+        (0, "assistant", "<think>\nten and ten\n</think>\n\n20.", 0.5),
+        (0, "assistant", "I do not know.", 0.25),
+        (2, "user", "Are you sure?", 1.0),
+        (4, "assistant", "<think>\ncount again\n</think>\n\n19, sorry.", 1.0),
+        (2, "user", "Thanks", 1.0),
+        (6, "assistant", "You are welcome.", 2.0),
+    ]
+    return Dialogue(
+        id="t",
+        messages=tuple(Message(role=role, content=content, weight=weight) for _, role, content, weight in messages),
+        parents=tuple(parent for parent, *_ in messages),
+    )
+
+
+def alone_dialogue(dialogue, index):
+    """The message and what leads to it."""
+    return Dialogue(id="a", messages=tuple(dialogue.messages[i] for i in (*dialogue.before(index), index)))
 
 
 def plain_dialogue(seed=0, turns=4):
@@ -121,27 +145,29 @@ class OnePassTest(parameterized.TestCase):
         separate = sum(len(prompt) + len(response) for prompt, response in turns_of(reasoning_dialogue(), tokenizer))
         self.assertLess(len(tree.tokens), separate)
 
-    def test_message_tree_equals_its_paths(self):
-        _, model, parameters = tokenizer_and_model("chatml")
-        rng = np.random.default_rng(0)
-        history, more = rng.integers(3, 90, 20), rng.integers(3, 90, 9)
-        first, second, third = rng.integers(3, 90, 7), rng.integers(3, 90, 5), rng.integers(3, 90, 6)
-        second[0] = first[0]  # two responses to one history that begin alike: both are trained there
-        paths = [
-            (np.concatenate([history, first]), 20),
-            (np.concatenate([history, second]), 20),
-            (np.concatenate([history, second, more, third]), 34),
-        ]
-        spans = [[tries.Span(start, len(tokens), 1.0, turn)] for turn, (tokens, start) in enumerate(paths)]
-        tree = tries.build_tree([(tokens, own) for (tokens, _), own in zip(paths, spans, strict=True)])
-        self.assertLen(tree.tokens, 20 + 7 + 4 + 9 + 6)
-        offsets = np.array([0, len(tree.tokens)], np.int64)
-        report = tiny.trees([plain_dialogue()], tokenizer_and_model("chatml")[0]).report
-        batch = tiny.rows(dataset.Trees(*tree, offsets, ("t",), report), [[0]], max_length=64)
+    @parameterized.parameters("chatml", "qwen3")
+    def test_message_tree_equals_its_responses_one_by_one(self, family):
+        tokenizer, model, parameters = tokenizer_and_model(family)
+        dialogue = message_tree()
+        prepared = tiny.trees([dialogue], tokenizer)
+        batch = tiny.rows(prepared, [[0]], max_length=_LENGTH)
         value, gradient = jax.value_and_grad(functools.partial(packed_loss, model))(parameters, batch)
+        alone = [
+            (alone_dialogue(dialogue, index), message.weight)
+            for index, message in enumerate(dialogue.messages)
+            if message.role == "assistant"
+        ]
+        self.assertLess(
+            len(prepared.tree(0).tokens),
+            sum(len(prompt + response) for one, _ in alone for prompt, response in turns_of(one, tokenizer)[-1:]),
+        )
 
         def separately(parameters):
-            return sum(alone_nll(model, parameters, tokens)[start - 1 :].sum() for tokens, start in paths)
+            total = 0.0
+            for one, weight in alone:
+                prompt, response = turns_of(one, tokenizer)[-1]
+                total += weight * alone_nll(model, parameters, prompt + response)[len(prompt) - 1 :].sum()
+            return total
 
         expected, expected_gradient = jax.value_and_grad(separately)(parameters)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
