@@ -4,7 +4,7 @@ Knows no JAX: arrays are NumPy's, and sharding is the step's affair. Resuming ne
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -36,6 +36,14 @@ class Batch(NamedTuple):
     weight: Float32[Any, "*M B S"]
     turn: Int[Any, "*M B S"]
     """Which response of its dialogue the target belongs to, -1 outside responses."""
+    teacher_token: Int[Any, "*M B S N"] | None = None
+    """A teacher's likeliest tokens for each target, if there is a teacher."""
+    teacher_log_probability: Float32[Any, "*M B S N"] | None = None
+    """Theirs, in nats; -inf is an empty slot, and a target without teacher has only such."""
+
+    def map(self, function: Callable[[Any], Any]) -> "Batch":
+        """The batch of what `function` makes of each array that there is."""
+        return Batch(*(None if array is None else function(array) for array in self))
 
 
 def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, max_targets: int) -> Batch:
@@ -130,7 +138,7 @@ class Plan:
             max_length=self._max_length,
             max_targets=self._max_targets,
         )
-        return Batch(*(array.reshape(self._micro_batches, -1, array.shape[-1]) for array in filled))
+        return filled.map(lambda array: array.reshape(self._micro_batches, -1, *array.shape[1:]))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `start` to `stop` (exclusive), made ahead of their use in a thread."""
@@ -164,4 +172,4 @@ def evaluation_batches(
         part = packed[start : start + rows]
         part += [[] for _ in range(rows - len(part))]
         filled = fill_rows(trees, part, max_length=max_length, max_targets=max_targets)
-        yield Batch(*(array[None] for array in filled)), part
+        yield filled.map(lambda array: array[None]), part

@@ -10,6 +10,7 @@ import ml_collections
 from dialog_jax.data import dataset
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.model import decoder
+from dialog_jax.training.loss import LossConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 
@@ -49,6 +50,7 @@ class TrainConfig:
     """Likewise; empty for the model's own."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rows: int = 1

@@ -120,7 +120,13 @@ def run(
             console.print(f"not divided over the mesh: {line}")
         dtype = _compute_dtype(config, mesh)
         train_step = step_lib.make_train_step(
-            model, transform, mesh, shardings, compute_dtype=dtype, remat=config.remat
+            model,
+            transform,
+            mesh,
+            shardings,
+            compute_dtype=dtype,
+            remat=config.remat,
+            loss_config=config.loss,
         )
         evaluation_step = step_lib.make_evaluation_step(
             model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
@@ -289,7 +295,7 @@ def _compute_dtype(config: TrainConfig, mesh: Mesh):
 
 def _place(mesh: Mesh, batch: Batch) -> Batch:
     rows = sharding.batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(rows, array) for array in batch))
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(rows, array), batch)
 
 
 def _figures(
@@ -305,6 +311,7 @@ def _figures(
     seconds = clock.lap()
     figures = {
         "loss": values.loss,
+        "nll": values.nll,
         "gradient_norm": values.gradient_norm,
         "learning_rate": learning_rate,
         "seconds": seconds,

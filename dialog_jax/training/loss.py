@@ -2,17 +2,64 @@
 
 Only `hidden[source]` meets the vocabulary matrix, a tile of targets at a time, and tiles that hold padding only are
 never computed. The gradient is formed in the same loop as the loss, while a tile's logits are at hand: three matrix
-products a target and none twice. Logits, softmax and sums are float32.
+products a target and none twice. Logits, softmax and sums are float32. What `LossConfig` adds is made from the same
+logits; what it leaves off is never traced.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
 TILE = 256  # targets whose logits are in memory at once, in each row of a micro-batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised for each target, times its weight:
+
+    (1 - distillation) * cross-entropy + distillation * KL(teacher || model) + z_loss * log(Z) ** 2
+    """
+
+    z_loss: float = 0.0
+    """>= 0. Z is the sum of exp(logits); holds the logits near a scale at which bfloat16 is fine enough."""
+    label_smoothing: float = 0.0
+    """In [0, 1): this much of the cross-entropy's target is spread evenly over the vocabulary."""
+    distillation: float = 0.0
+    """In [0, 1]: the share of the loss that is divergence from a teacher (see `Teacher`)."""
+
+    def __post_init__(self):
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"loss.z_loss is {self.z_loss}; it must be at least 0.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1.")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"loss.distillation is {self.distillation}; it must be between 0 and 1.")
+
+
+PLAIN = LossConfig()
+
+
+class Teacher(NamedTuple):
+    """A teacher's N likeliest tokens for each target. All other tokens together are one further outcome.
+
+    With p the teacher's probabilities of its tokens, r = max(0, 1 - sum(p)) what it leaves to all others, and q the
+    model's, the divergence of a target is
+
+        sum(p * log(p / q)) + r * log(r / (1 - sum(q)))
+
+    It is 0 iff the model gives each of these tokens the teacher's probability; how it divides the rest is left to it.
+    """
+
+    token: Int[Array, "B S N"]
+    """Distinct ids."""
+    log_probability: Float[Array, "B S N"]
+    """In nats; -inf is an empty slot. A target whose first slot is empty has no teacher: it is all cross-entropy."""
 
 
 class TargetScores(NamedTuple):
@@ -24,6 +71,15 @@ class TargetScores(NamedTuple):
     """Whether the target has the highest logit."""
 
 
+class _Targets(NamedTuple):
+    """The arrays of targets, [B, S] and [B, S, N]."""
+
+    source: Array
+    token: Array
+    weight: Array
+    teacher: Teacher | None
+
+
 def weighted_nll(
     hidden: Float[Array, "B T D"],
     matrix: Float[Array, "V D"],
@@ -31,17 +87,36 @@ def weighted_nll(
     target: Int[Array, "B S"],
     weight: Float[Array, "B S"],
 ) -> Float[Array, ""]:
-    """Returns sum(weight * -log p(target | hidden[source])), in nats, float32.
+    """Returns sum(weight * -log p(target | hidden[source])), in nats, float32; see `weighted_loss`."""
+    return weighted_loss(hidden, matrix, source, target, weight)[0]
+
+
+def weighted_loss(
+    hidden: Float[Array, "B T D"],
+    matrix: Float[Array, "V D"],
+    source: Int[Array, "B S"],
+    target: Int[Array, "B S"],
+    weight: Float[Array, "B S"],
+    teacher: Teacher | None = None,
+    config: LossConfig = PLAIN,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns (sum(weight * loss), sum(weight * -log p(target | hidden[source]))), in nats, float32.
+
+    The first is what `config` says; the second, plain cross-entropy, is there to be looked at and has no gradient.
 
     Args:
       hidden: after the final norm, in the compute type.
       matrix: output embedding; used in the type of `hidden`.
       weight: >= 0; 0 is padding, which must come after the targets. Not differentiated.
+      teacher: needed if `config.distillation` is above 0, and otherwise not read. Not differentiated.
 
     Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2);
     differs in gathering targets first, tiling over them alone, and accumulating the matrix's gradient in float32.
     """
-    return _weighted_nll(hidden, matrix, *_whole_tiles(source, target, weight))
+    assert teacher is not None or not config.distillation, "distillation without a teacher"
+    targets = _whole_tiles(_Targets(source, target, weight, teacher if config.distillation else None))
+    value, nll = _weighted_loss(config, hidden, matrix, targets)
+    return value, jax.lax.stop_gradient(nll)
 
 
 def score_targets(
@@ -52,77 +127,127 @@ def score_targets(
     weight: Float[Array, "B S"],
 ) -> TargetScores:
     """Returns the loss of every target by itself; `weight` only says which are padding. Not differentiable."""
-
-    count = source.shape[1]
-    source, target, weight = _whole_tiles(source, target, weight)
+    targets = _whole_tiles(_Targets(source, target, weight, None))
 
     def tile_scores(start, scores, gathered, size):
-        logits, _, nll = _tile(gathered, matrix, target, start, size)
-        valid = _slice(weight, start, size) > 0
-        hit = (jnp.argmax(logits, axis=-1) == _slice(target, start, size)) & valid
+        part = _slice(targets, start, size)
+        logits, _, nll = _tile(_slice(gathered, start, size), matrix, part.token)
+        valid = part.weight > 0
+        hit = (jnp.argmax(logits, axis=-1) == part.token) & valid
         return TargetScores(
             jax.lax.dynamic_update_slice(scores.nll, jnp.where(valid, nll, 0), (0, start)),
             jax.lax.dynamic_update_slice(scores.correct, hit, (0, start)),
         )
 
-    empty = TargetScores(jnp.zeros(source.shape, jnp.float32), jnp.zeros(source.shape, bool))
-    scores = _over_tiles(hidden, source, weight, tile_scores, empty)
-    return TargetScores(scores.nll[:, :count], scores.correct[:, :count])
+    empty = TargetScores(jnp.zeros(targets.source.shape, jnp.float32), jnp.zeros(targets.source.shape, bool))
+    scores = _over_tiles(hidden, targets, tile_scores, empty)
+    return TargetScores(scores.nll[:, : source.shape[1]], scores.correct[:, : source.shape[1]])
 
 
-@jax.custom_vjp
-def _weighted_nll(hidden, matrix, source, target, weight):
-    def tile_loss(start, total, gathered, size):
-        _, _, nll = _tile(gathered, matrix, target, start, size)
-        return total + jnp.sum(_slice(weight, start, size) * nll)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_loss(config, hidden, matrix, targets):
+    def tile_loss(start, sums, gathered, size):
+        part = _slice(targets, start, size)
+        logits, log_normalizer, nll = _tile(_slice(gathered, start, size), matrix, part.token)
+        value, _ = _loss_and_error(config, logits, log_normalizer, nll, part)
+        return _add(sums, part.weight, value, nll)
 
-    return _over_tiles(hidden, source, weight, tile_loss, jnp.zeros((), jnp.float32))
+    return _over_tiles(hidden, targets, tile_loss, (jnp.zeros((), jnp.float32),) * 2)
 
 
-def _forward_with_gradient(hidden, matrix, source, target, weight):
+def _forward_with_gradient(config, hidden, matrix, targets):
     def tile_gradient(start, carry, gathered, size):
-        total, gathered_gradient, matrix_gradient = carry
-        logits, log_normalizer, nll = _tile(gathered, matrix, target, start, size)
-        w = _slice(weight, start, size)
-        total += jnp.sum(w * nll)
-        probability = jnp.exp(logits - log_normalizer[..., None])
-        hit = jnp.arange(matrix.shape[0])[None, None, :] == _slice(target, start, size)[..., None]
-        error = ((probability - hit) * w[..., None]).astype(hidden.dtype)  # [B, C, V]
-        h = _slice(gathered, start, size)
+        sums, gathered_gradient, matrix_gradient = carry
+        h, part = _slice(gathered, start, size), _slice(targets, start, size)
+        logits, log_normalizer, nll = _tile(h, matrix, part.token)
+        value, error = _loss_and_error(config, logits, log_normalizer, nll, part)
+        error = (error * part.weight[..., None]).astype(hidden.dtype)  # [B, C, V]
         h_gradient = jnp.einsum("bcv,vd->bcd", error, matrix.astype(hidden.dtype))
         matrix_gradient += jnp.einsum("bcv,bcd->vd", error, h, preferred_element_type=jnp.float32)
-        return total, jax.lax.dynamic_update_slice(gathered_gradient, h_gradient, (0, start, 0)), matrix_gradient
+        gathered_gradient = jax.lax.dynamic_update_slice(gathered_gradient, h_gradient, (0, start, 0))
+        return _add(sums, part.weight, value, nll), gathered_gradient, matrix_gradient
 
-    shape = (*source.shape, hidden.shape[-1])
-    zeros = jnp.zeros((), jnp.float32), jnp.zeros(shape, hidden.dtype), jnp.zeros(matrix.shape, jnp.float32)
-    total, gathered_gradient, matrix_gradient = _over_tiles(hidden, source, weight, tile_gradient, zeros)
+    shape = (*targets.source.shape, hidden.shape[-1])
+    sums = (jnp.zeros((), jnp.float32),) * 2
+    zeros = sums, jnp.zeros(shape, hidden.dtype), jnp.zeros(matrix.shape, jnp.float32)
+    sums, gathered_gradient, matrix_gradient = _over_tiles(hidden, targets, tile_gradient, zeros)
     hidden_gradient = jax.vmap(lambda zero, at, gradient: zero.at[at].add(gradient))(
-        jnp.zeros_like(hidden), source, gathered_gradient
+        jnp.zeros_like(hidden), targets.source, gathered_gradient
     )
-    return total, (hidden_gradient, matrix_gradient.astype(matrix.dtype))
+    return sums, (hidden_gradient, matrix_gradient.astype(matrix.dtype))
 
 
-def _backward(gradients, cotangent):
+def _backward(config, gradients, cotangents):
+    del config
     hidden_gradient, matrix_gradient = gradients
-    scale = cotangent.astype(jnp.float32)
-    return (hidden_gradient * scale).astype(hidden_gradient.dtype), matrix_gradient * scale, None, None, None
+    scale = cotangents[0].astype(jnp.float32)
+    return (hidden_gradient * scale).astype(hidden_gradient.dtype), matrix_gradient * scale, None
 
 
-_weighted_nll.defvjp(_forward_with_gradient, _backward)
+_weighted_loss.defvjp(_forward_with_gradient, _backward)
 
 
-def _whole_tiles(source, target, weight):
+def _loss_and_error(config, logits, log_normalizer, nll, targets):
+    """(loss [B, C] of a tile's targets, its derivative by the logits [B, C, V]), before weights."""
+    vocabulary = logits.shape[-1]
+    probability = jnp.exp(logits - log_normalizer[..., None])
+    value, wanted = nll, jnp.arange(vocabulary)[None, None, :] == targets.token[..., None]
+    if smoothing := config.label_smoothing:
+        value = (1 - smoothing) * nll + smoothing * (log_normalizer - jnp.mean(logits, axis=-1))
+        wanted = (1 - smoothing) * wanted + smoothing / vocabulary
+    if config.distillation:
+        share = jnp.where(targets.teacher.log_probability[..., 0] > -jnp.inf, config.distillation, 0.0)
+        divergence, taught = _divergence(logits, log_normalizer, targets.teacher)
+        value = (1 - share) * value + share * divergence
+        wanted = (1 - share)[..., None] * wanted + share[..., None] * taught
+    error = probability - wanted
+    if config.z_loss:
+        value += config.z_loss * log_normalizer**2
+        error += (2 * config.z_loss * log_normalizer)[..., None] * probability
+    return value, error
+
+
+def _divergence(logits, log_normalizer, teacher):
+    """(divergence [B, C] from the teacher, the distribution [B, C, V] that the logits are drawn to).
+
+    That is p on the teacher's tokens; the others share r as the model itself divides it.
+    """
+    filled = teacher.log_probability > -jnp.inf
+    at = jnp.where(filled, teacher.token, logits.shape[-1])  # an empty slot is beyond the vocabulary: dropped
+    p = jnp.exp(teacher.log_probability)
+    log_q = jnp.take_along_axis(logits, jnp.where(filled, teacher.token, 0), axis=-1) - log_normalizer[..., None]
+    # 1 - sum(q) by subtraction would be rounding where the model is sure: the other logits are summed instead.
+    others = _scatter(lambda row, at: row.at[at].set(-jnp.inf, mode="drop"), logits, at)
+    log_others = jax.nn.logsumexp(others, axis=-1)
+    exist = log_others > -jnp.inf
+    r = jnp.where(exist, jnp.maximum(1 - jnp.sum(p, axis=-1), 0), 0)
+    log_others = jnp.where(exist, log_others, 0)
+    divergence = jnp.sum(xlogy(p, p) - p * log_q, axis=-1) + xlogy(r, r) - r * (log_others - log_normalizer)
+    taught = r[..., None] * jnp.exp(others - log_others[..., None])
+    return divergence, _scatter(lambda row, at, p: row.at[at].add(p, mode="drop"), taught, at, p)
+
+
+def _scatter(write, *arrays):
+    """write(row [V], ...) for every target; batched so that rows may live on different devices."""
+    return jax.vmap(jax.vmap(write))(*arrays)
+
+
+def _add(sums, weight, *values):
+    return tuple(total + jnp.sum(weight * value) for total, value in zip(sums, values, strict=True))
+
+
+def _whole_tiles(targets):
     """The targets, padded to a whole number of tiles."""
-    count = source.shape[1]
+    count = targets.source.shape[1]
     missing = -count % min(TILE, count)
-    return tuple(jnp.pad(array, ((0, 0), (0, missing))) for array in (source, target, weight))
+    return jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, missing)) + ((0, 0),) * (array.ndim - 2)), targets)
 
 
-def _over_tiles(hidden, source, weight, body, initial):
+def _over_tiles(hidden, targets, body, initial):
     """Folds body(start, carry, gathered, size) over the tiles of targets that are not all padding."""
-    size = min(TILE, source.shape[1])
-    gathered = jnp.take_along_axis(hidden, source[..., None], axis=1)  # [B, S, D]
-    filled = jnp.max(jnp.sum(weight > 0, axis=1))
+    size = min(TILE, targets.source.shape[1])
+    gathered = jnp.take_along_axis(hidden, targets.source[..., None], axis=1)  # [B, S, D]
+    filled = jnp.max(jnp.sum(targets.weight > 0, axis=1))
     step = functools.partial(_step, body=body, gathered=gathered, size=size)
     return jax.lax.fori_loop(0, (filled + size - 1) // size, step, initial)
 
@@ -131,14 +256,13 @@ def _step(tile, carry, *, body, gathered, size):
     return body(tile * size, carry, gathered, size)
 
 
-def _tile(gathered, matrix, target, start, size):
-    """(logits [B, C, V], log of their normalizer [B, C], nll [B, C]) of the tile from `start`."""
-    h = _slice(gathered, start, size)
+def _tile(h, matrix, token):
+    """(logits [B, C, V], log of their normalizer [B, C], nll [B, C]) of a tile."""
     logits = jnp.einsum("bcd,vd->bcv", h, matrix.astype(h.dtype), preferred_element_type=jnp.float32)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, _slice(target, start, size)[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return logits, log_normalizer, log_normalizer - chosen
 
 
-def _slice(array, start, size):
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+def _slice(arrays, start, size):
+    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, size, axis=1), arrays)

@@ -3,7 +3,8 @@
     loss = sum(weight * -log p(target | ancestors)) / sum(weight)
 
 Both sums run over all rows, devices and micro-batches; the division happens once, before the gradient is taken, since
-the weights of the whole batch are known at the start of the step.
+the weights of the whole batch are known at the start of the step. What `LossConfig` adds stands beside the logarithm
+and is divided likewise.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,9 @@ class StepMetrics(NamedTuple):
     """Of one update: what it saw before it was applied. Scalars."""
 
     loss: Float[Array, ""]
-    """Weighted mean over the batch, in nats."""
+    """What is minimised: the weighted mean over the batch, with all that `LossConfig` adds, in nats."""
+    nll: Float[Array, ""]
+    """Weighted mean of the cross-entropy alone; the same as `loss` where `LossConfig` adds nothing."""
     gradient_norm: Float[Array, ""]
     """Of the gradient of the loss, before clipping."""
     tokens: Int[Array, ""]
@@ -78,6 +81,7 @@ def make_train_step(
     *,
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
+    loss_config: loss.LossConfig = loss.PLAIN,
 ) -> jax.stages.Wrapped:
     """Returns the jitted update: (state, batch) to (next state, `StepMetrics`).
 
@@ -95,26 +99,35 @@ def make_train_step(
             remat=remat,
         )
         matrix = decoder.output_matrix(model, parameters)
-        return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight) / total_weight
+        teacher = None
+        if batch.teacher_token is not None and batch.teacher_log_probability is not None:
+            teacher = loss.Teacher(batch.teacher_token, batch.teacher_log_probability)
+        value, nll = loss.weighted_loss(
+            hidden, matrix, batch.source, batch.target, batch.weight, teacher=teacher, config=loss_config
+        )
+        return value / total_weight, nll / total_weight
+
+    gradient_of = jax.value_and_grad(micro_batch_loss, has_aux=True)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = jnp.sum(batch.weight)
 
         def accumulate(carry, micro_batch):
-            part = jax.value_and_grad(micro_batch_loss)(state.parameters, micro_batch, weight)
+            part = gradient_of(state.parameters, micro_batch, weight)
             return jax.tree.map(jnp.add, carry, part), None
 
         if batch.tokens.shape[0] == 1:
             only = jax.tree.map(lambda array: array[0], batch)
-            value, gradient = jax.value_and_grad(micro_batch_loss)(state.parameters, only, weight)
+            (value, nll), gradient = gradient_of(state.parameters, only, weight)
         else:
-            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters)
-            (value, gradient), _ = jax.lax.scan(accumulate, zeros, batch)
+            zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.parameters)
+            ((value, nll), gradient), _ = jax.lax.scan(accumulate, zeros, batch)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         metrics = StepMetrics(
             loss=value,
+            nll=nll,
             gradient_norm=optax.tree.norm(gradient),
             tokens=jnp.sum(batch.segment > 0),
             targets=jnp.sum(batch.weight > 0),

@@ -4,6 +4,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.training import config
 from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.loss import LossConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 
 
@@ -24,8 +25,16 @@ class ConfigTest(parameterized.TestCase):
         overridden = config.to_config_dict(example())
         overridden.optimizer.learning_rate = 0.5
         overridden.objective.roles = ("user",)
+        overridden.loss.z_loss = 1e-4
         built = config.from_config_dict(overridden)
         self.assertEqual((built.optimizer.learning_rate, built.objective.roles), (0.5, ("user",)))
+        self.assertEqual(built.loss, LossConfig(z_loss=1e-4))
+
+    def test_bad_extra_of_the_loss_is_refused(self):
+        overridden = config.to_config_dict(example())
+        overridden.loss.label_smoothing = 1.0
+        with self.assertRaisesRegex(ValueError, "loss.label_smoothing is 1.0; it must be at least 0 and below 1"):
+            config.from_config_dict(overridden)
 
     def test_unknown_field_is_refused_with_those_there_are(self):
         overridden = config.to_config_dict(example())

@@ -17,6 +17,7 @@ from dialog_jax.model import decoder, pretrained
 from dialog_jax.training import checkpoints, loop, metrics, run_directory
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.loss import LossConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 from tests.data import chat_templates
@@ -97,6 +98,12 @@ class RunTest(absltest.TestCase):
         with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
             self.assertEqual(manager.latest_step(), 6)
             self.assertEqual(manager.best_step(), min(held_out[1:], key=lambda line: line["loss"])["step"])
+
+    def test_extras_of_the_loss_reach_the_update_and_leave_held_out_figures_plain(self):
+        result = self.run_in("run", steps=1, loss=LossConfig(z_loss=1.0))
+        (line,) = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        self.assertGreater(line["loss"], line["nll"] + 1)
+        self.assertLess(abs(result.first["loss"] - line["nll"]), 0.5)
 
     def test_no_absolute_path_is_written(self):
         self.run_in("run", steps=2)

@@ -1,5 +1,7 @@
 """The fused loss against NumPy in float64, which writes out every logit."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,224 @@ def reference(hidden, matrix, source, target, weight):
             d_hidden[b, source[b, s]] += error @ matrix
             d_matrix += np.outer(error, h)
     return total, d_hidden, d_matrix, nll, best
+
+
+def teacher_of(seed, *, vocabulary=53, slots=6, shape=(2, 40), taught=0.7, mass=(0.2, 1.0)):
+    """Random teachers: distinct tokens with a random total mass, some slots empty, some targets without a teacher."""
+    rng = np.random.default_rng(seed)
+    token = np.zeros((*shape, slots), np.int32)
+    log_probability = np.full((*shape, slots), -np.inf, np.float32)
+    for place in np.ndindex(*shape):
+        if rng.random() < taught:
+            count = int(rng.integers(1, slots + 1))
+            token[place][:count] = rng.permutation(vocabulary)[:count]
+            share = rng.dirichlet(np.ones(count)) * rng.uniform(*mass)
+            log_probability[place][:count] = np.log(share)
+    return loss.Teacher(token, log_probability)
+
+
+def reference_loss(config, hidden, matrix, source, target, weight, teacher=None):
+    """sum(weight * loss) in float64, by the definition: whole distributions, outcome by outcome."""
+    total = 0.0
+    for b, s in zip(*np.nonzero(weight), strict=True):
+        logits = matrix @ hidden[b, source[b, s]]
+        log_z = np.log(np.sum(np.exp(logits)))
+        log_q = logits - log_z
+        goal = np.full(len(logits), config.label_smoothing / len(logits))
+        goal[target[b, s]] += 1 - config.label_smoothing
+        value = -np.sum(goal * log_q)
+        if config.distillation and np.isfinite(teacher.log_probability[b, s, 0]):
+            probabilities = np.exp(teacher.log_probability[b, s], dtype=np.float64)
+            divergence = coarse_divergence(teacher.token[b, s], probabilities, log_q)
+            value = (1 - config.distillation) * value + config.distillation * divergence
+        total += weight[b, s] * (value + config.z_loss * log_z**2)
+    return total
+
+
+def coarse_divergence(tokens, probabilities, log_q):
+    """KL over the outcomes "token i" for each of the teacher's and "any other token"."""
+    p = {token: value for token, value in zip(tokens, probabilities, strict=True) if value > 0}
+    q_others = np.sum([np.exp(value) for token, value in enumerate(log_q) if token not in p])
+    outcomes = [(p[token], np.exp(log_q[token])) for token in p] + [(1 - sum(p.values()), q_others)]
+    return sum(a * np.log(a / b) for a, b in outcomes if a > 1e-12)
+
+
+def slopes(function, array, places, step=1e-5):
+    """Derivatives of a float64 function at some places of an array, by central differences."""
+    found = []
+    for place in places:
+        ends = []
+        for sign in (1, -1):
+            moved = array.copy()
+            moved[place] += sign * step
+            ends.append(function(moved))
+        found.append((ends[0] - ends[1]) / (2 * step))
+    return np.array(found)
+
+
+EXTRAS = tuple(
+    loss.LossConfig(z_loss=z, label_smoothing=smoothing, distillation=share)
+    for z, smoothing, share in itertools.product((0.0, 0.02), (0.0, 0.15), (0.0, 0.4, 1.0))
+)
+
+
+def on_device(arrays):
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def value_and_gradient(arrays, teacher, config):
+    """((loss, cross-entropy), (gradient for hidden, gradient for matrix))."""
+    run = jax.jit(jax.value_and_grad(loss.weighted_loss, argnums=(0, 1), has_aux=True), static_argnums=6)
+    return jax.device_get(run(*on_device(arrays), on_device(teacher), config))
+
+
+class LossConfigTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ({"z_loss": -0.1}, "loss.z_loss is -0.1; it must be at least 0"),
+        ({"z_loss": float("nan")}, "loss.z_loss is nan"),
+        ({"z_loss": float("inf")}, "loss.z_loss is inf"),
+        ({"label_smoothing": 1.0}, "loss.label_smoothing is 1.0; it must be at least 0 and below 1"),
+        ({"label_smoothing": -0.1}, "loss.label_smoothing is -0.1"),
+        ({"distillation": 1.1}, "loss.distillation is 1.1; it must be between 0 and 1"),
+        ({"distillation": float("nan")}, "loss.distillation is nan"),
+    )
+    def test_bad_value_is_refused(self, fields, message):
+        with self.assertRaisesRegex(ValueError, message):
+            loss.LossConfig(**fields)
+
+
+class ExtrasTest(parameterized.TestCase):
+    """Every extra alone and with the others."""
+
+    @parameterized.product(config=EXTRAS, tile=(7, 256))
+    def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile):
+        arrays, teacher = problem(7), teacher_of(8)
+        self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
+        (value, nll), (d_hidden, d_matrix) = value_and_gradient(arrays, teacher, config)
+        hidden, matrix, *targets = arrays
+        hidden, matrix = hidden.astype(np.float64), matrix.astype(np.float64)
+        np.testing.assert_allclose(value, reference_loss(config, hidden, matrix, *targets, teacher), rtol=2e-6)
+        np.testing.assert_allclose(nll, reference(*arrays)[0], rtol=1e-6)
+
+        rng = np.random.default_rng(9)
+        places = [(row, targets[0][row, rng.integers(12)], rng.integers(8)) for row in (0, 1) * 6]
+        wanted = slopes(lambda moved: reference_loss(config, moved, matrix, *targets, teacher), hidden, places)
+        np.testing.assert_allclose([d_hidden[place] for place in places], wanted, atol=3e-5)
+        places = [(rng.integers(53), rng.integers(8)) for _ in range(12)]
+        wanted = slopes(lambda moved: reference_loss(config, hidden, moved, *targets, teacher), matrix, places)
+        np.testing.assert_allclose([d_matrix[place] for place in places], wanted, atol=3e-5)
+
+    @parameterized.parameters(*EXTRAS)
+    def test_value_without_gradient_is_the_same(self, config):
+        arrays, teacher = problem(10), teacher_of(11)
+        alone = loss.weighted_loss(*on_device(arrays), teacher=on_device(teacher), config=config)
+        np.testing.assert_allclose(alone, value_and_gradient(arrays, teacher, config)[0], rtol=1e-6)
+
+    def test_plain_loss_is_cross_entropy_and_reads_no_teacher(self):
+        arrays = problem(12)
+        (value, nll), gradient = value_and_gradient(arrays, teacher_of(13), loss.PLAIN)
+        self.assertEqual(value, nll)
+        np.testing.assert_allclose(value, loss.weighted_nll(*on_device(arrays)), rtol=1e-6)
+        (alone, _), gradient_alone = value_and_gradient(arrays, None, loss.PLAIN)
+        self.assertEqual(value, alone)
+        jax.tree.map(np.testing.assert_array_equal, gradient, gradient_alone)
+
+    def test_the_cross_entropy_that_is_reported_has_no_gradient(self):
+        arrays = on_device(problem(14))
+        for gradient in jax.grad(lambda *args: loss.weighted_loss(*args)[1], argnums=(0, 1))(*arrays):
+            np.testing.assert_array_equal(gradient, 0)
+
+    def test_padding_and_rows_without_targets_add_nothing(self):
+        config = loss.LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
+        value, gradients = value_and_gradient(problem(15, filled=(0, 0)), teacher_of(16), config)
+        self.assertEqual(value, (0, 0))
+        for gradient in gradients:
+            np.testing.assert_array_equal(gradient, 0)
+
+
+class DistillationTest(parameterized.TestCase):
+    """What the divergence from a teacher has to be, whatever the formula."""
+
+    def divergence(self, arrays, teacher):
+        """(value, gradient for hidden, gradient for matrix) of the divergence alone."""
+        (value, _), gradients = value_and_gradient(arrays, teacher, loss.LossConfig(distillation=1.0))
+        return float(value), *gradients
+
+    def log_softmax(self, arrays):
+        hidden, matrix, source, _, _ = arrays
+        logits = np.take_along_axis(hidden, source[..., None], axis=1).astype(np.float64) @ matrix.T.astype(np.float64)
+        return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+    @parameterized.parameters(1, 4, 52, 53)
+    def test_student_that_equals_its_teacher_has_no_loss_and_no_gradient(self, slots):
+        arrays = problem(17)
+        log_q = self.log_softmax(arrays)
+        token = np.argsort(-log_q, axis=-1)[..., :slots]
+        teacher = loss.Teacher(token.astype(np.int32), np.take_along_axis(log_q, token, axis=-1).astype(np.float32))
+        value, d_hidden, d_matrix = self.divergence(arrays, teacher)
+        self.assertLess(abs(value), 1e-4)
+        np.testing.assert_allclose(d_hidden, 0, atol=1e-5)
+        np.testing.assert_allclose(d_matrix, 0, atol=1e-5)
+
+    def test_any_other_student_has_a_loss(self):
+        for seed in range(5):
+            arrays = problem(18 + seed, filled=(1, 0))
+            self.assertGreater(self.divergence(arrays, teacher_of(30 + seed, taught=1.0))[0], 0)
+
+    def test_support_of_the_whole_vocabulary_is_the_whole_divergence(self):
+        arrays = problem(19)
+        rng = np.random.default_rng(20)
+        p = rng.dirichlet(np.ones(53), arrays[3].shape)
+        order = rng.permuted(np.broadcast_to(np.arange(53), p.shape), axis=-1)
+        teacher = loss.Teacher(order.astype(np.int32), np.log(np.take_along_axis(p, order, axis=-1)).astype(np.float32))
+        value, d_hidden, _ = self.divergence(arrays, teacher)
+        hidden, matrix, source, _, weight = arrays
+        log_q = self.log_softmax(arrays)
+        np.testing.assert_allclose(value, np.sum(weight * np.sum(p * (np.log(p) - log_q), axis=-1)), rtol=1e-5)
+        wanted = np.zeros(hidden.shape)
+        for b, s in np.ndindex(*weight.shape):
+            wanted[b, source[b, s]] += weight[b, s] * ((np.exp(log_q[b, s]) - p[b, s]) @ matrix)
+        np.testing.assert_allclose(d_hidden, wanted, atol=1e-5)
+
+    def test_a_sure_student_keeps_its_digits(self):
+        """The model's mass outside the support is about 1e-17: 1 - sum(q) would be 0, and its logarithm -inf."""
+        logits = np.zeros(53, np.float32)
+        logits[5] = 43.0
+        hidden, matrix = logits[None, None, :], np.eye(53, dtype=np.float32)
+        one = np.zeros((1, 1), np.int32)
+        teacher = loss.Teacher(np.full((1, 1, 1), 5, np.int32), np.full((1, 1, 1), np.log(0.75), np.float32))
+        value, d_hidden, _ = self.divergence((hidden, matrix, one, one, np.ones((1, 1), np.float32)), teacher)
+        log_z = np.log(np.exp(43.0) + 52)
+        wanted = 0.75 * (np.log(0.75) - 43 + log_z) + 0.25 * (np.log(0.25) - np.log(52) + log_z)
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+        self.assertGreater(wanted, 9)
+        goal = np.full(53, 0.25 / 52)
+        goal[5] = 0.75
+        np.testing.assert_allclose(d_hidden[0, 0], np.exp(logits - log_z) - goal, atol=1e-6)
+
+    def test_empty_slots_hide_no_token(self):
+        arrays = problem(21)
+        teacher = teacher_of(22, slots=3, taught=1.0)
+        padded = loss.Teacher(
+            np.concatenate([teacher.token, np.broadcast_to(np.arange(4, dtype=np.int32), (2, 40, 4))], axis=-1),
+            np.concatenate([teacher.log_probability, np.full((2, 40, 4), -np.inf, np.float32)], axis=-1),
+        )
+        for a, b in zip(self.divergence(arrays, teacher), self.divergence(arrays, padded), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+    def test_targets_without_a_teacher_are_plain_cross_entropy(self):
+        arrays = problem(23)
+        got = value_and_gradient(arrays, teacher_of(24, taught=0.0), loss.LossConfig(distillation=0.3))
+        plain = value_and_gradient(arrays, None, loss.PLAIN)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, plain)
+
+    def test_masses_that_rounding_carries_beyond_one_stay_finite(self):
+        arrays = problem(25, filled=(3, 0))
+        teacher = teacher_of(26, taught=1.0, mass=(1.0, 1.0 + 1e-6))
+        value, d_hidden, d_matrix = self.divergence(arrays, teacher)
+        self.assertTrue(np.isfinite(value))
+        for gradient in (d_hidden, d_matrix):
+            self.assertTrue(np.isfinite(gradient).all())
 
 
 class WeightedNllTest(parameterized.TestCase):
@@ -86,6 +306,14 @@ class WeightedNllTest(parameterized.TestCase):
         length, vocabulary = 2048, 4096
         arrays = problem(5, rows=1, length=length, vocabulary=vocabulary, targets=length, filled=(900,))
         compiled = jax.jit(jax.grad(loss.weighted_nll, argnums=(0, 1))).lower(*arrays).compile()
+        self.assertLess(compiled.memory_analysis().temp_size_in_bytes, length * vocabulary * 4)
+        teacher = teacher_of(6, vocabulary=vocabulary, shape=(1, length))
+
+        def with_extras(hidden, matrix):
+            config = loss.LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
+            return loss.weighted_loss(hidden, matrix, *on_device(arrays[2:]), on_device(teacher), config)[0]
+
+        compiled = jax.jit(jax.grad(with_extras, argnums=(0, 1))).lower(*arrays[:2]).compile()
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, length * vocabulary * 4)
 
 

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.data import batches
 from dialog_jax.model import decoder
-from dialog_jax.training import optimizer, sharding, step
+from dialog_jax.training import loss, optimizer, sharding, step
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 from tests.data import chat_templates
@@ -35,10 +35,25 @@ def batch_of(micro_batches, rows, length=_LENGTH):
     count = micro_batches * rows
     assignment = [[tree for tree in range(8) if tree % count == row] for row in range(count)]
     filled = batches.fill_rows(trees, assignment, max_length=length, max_targets=length)
-    return batches.Batch(*(array.reshape(micro_batches, rows, -1) for array in filled))
+    return filled.map(lambda array: array.reshape(micro_batches, rows, -1))
 
 
-def updated(mesh_config, batch, *, updates=2, devices=None, remat="none"):
+def taught(batch, slots=5):
+    """The batch with a random teacher, which depends on a target and the token it stands on alone."""
+    vocabulary = prepared()[0].vocab_size
+    token = np.zeros((*batch.target.shape, slots), np.int32)
+    log_probability = np.full(token.shape, -np.inf, np.float32)
+    for place in zip(*np.nonzero(batch.weight), strict=True):
+        row = place[:-1]
+        before = batch.tokens[row][batch.source[place]]
+        rng = np.random.default_rng([before, batch.position[row][batch.source[place]], batch.target[place]])
+        if rng.random() < 0.8:
+            token[place] = rng.permutation(vocabulary)[:slots]
+            log_probability[place] = np.log(rng.dirichlet(np.ones(slots)) * 0.9)
+    return batch._replace(teacher_token=token, teacher_log_probability=log_probability)
+
+
+def updated(mesh_config, batch, *, updates=2, devices=None, remat="none", loss_config=loss.PLAIN):
     """(parameters, metrics, the jitted step) after `updates` updates with the same batch."""
     model, _ = prepared()
     mesh = sharding.make_mesh(mesh_config, devices)
@@ -50,7 +65,9 @@ def updated(mesh_config, batch, *, updates=2, devices=None, remat="none"):
         ),
     )
     state, shardings = step.initial_state(mesh, place(tiny.parameters(model)), transform)
-    run = step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat=remat)
+    run = step.make_train_step(
+        model, transform, mesh, shardings, compute_dtype=jnp.float32, remat=remat, loss_config=loss_config
+    )
     for _ in range(updates):
         state, metrics = run(state, batch)
     return jax.device_get(state.parameters), jax.device_get(metrics), run, state
@@ -80,6 +97,9 @@ class SplitTest(parameterized.TestCase):
         gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), parameters, self.parameters)
         self.assertLess(max(jax.tree.leaves(gap)), 1e-4)
 
+    def test_plain_loss_is_the_cross_entropy(self):
+        self.assertEqual(self.metrics.loss, self.metrics.nll)
+
     @parameterized.parameters("attention", "dots", "full")
     def test_any_remat_gives_the_same_update(self, remat):
         _, metrics, _, _ = updated(MeshConfig(), batch_of(1, 8), devices=jax.devices()[:1], remat=remat)
@@ -91,6 +111,50 @@ class SplitTest(parameterized.TestCase):
         batch = batch_of(8, 1)
         counts = batch.weight.sum(axis=(1, 2))
         self.assertGreater(counts.max(), 2 * counts.min())
+
+
+class ExtrasSplitTest(parameterized.TestCase):
+    """The same law with all that LossConfig adds, for which the targets' teachers travel with them."""
+
+    config = loss.LossConfig(z_loss=0.01, label_smoothing=0.1, distillation=0.6)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.parameters, cls.metrics, _, _ = updated(
+            MeshConfig(), taught(batch_of(1, 8)), devices=jax.devices()[:1], loss_config=cls.config
+        )
+
+    @parameterized.named_parameters(
+        ("one_row_of_all", MeshConfig(), 1, 1, 1, 2048),
+        ("four_micro_batches_of_two", MeshConfig(), 4, 2, 1, _LENGTH),
+        ("four_data_two_fsdp", MeshConfig(data=4, fsdp=2), 1, 8, 8, _LENGTH),
+        ("two_each", MeshConfig(data=2, fsdp=2, tensor=2), 2, 4, 8, _LENGTH),
+    )
+    def test_any_split_gives_the_same_update(self, mesh_config, micro_batches, rows, devices, length):
+        parameters, metrics, _, _ = updated(
+            mesh_config,
+            taught(batch_of(micro_batches, rows, length)),
+            devices=jax.devices()[:devices],
+            loss_config=self.config,
+        )
+        np.testing.assert_allclose(metrics.loss, self.metrics.loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics.nll, self.metrics.nll, rtol=1e-5)
+        np.testing.assert_allclose(metrics.gradient_norm, self.metrics.gradient_norm, rtol=1e-4)
+        gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), parameters, self.parameters)
+        self.assertLess(max(jax.tree.leaves(gap)), 1e-4)
+
+    def test_extras_and_the_teacher_change_the_update(self):
+        plain = updated(MeshConfig(), batch_of(1, 8), updates=1, devices=jax.devices()[:1])[1]
+        config = loss.LossConfig(z_loss=0.01, label_smoothing=0.1)
+        untaught = updated(MeshConfig(), batch_of(1, 8), updates=1, devices=jax.devices()[:1], loss_config=config)[1]
+        one = updated(
+            MeshConfig(), taught(batch_of(1, 8)), updates=1, devices=jax.devices()[:1], loss_config=self.config
+        )[1]
+        np.testing.assert_allclose([plain.nll, untaught.nll], one.nll, rtol=1e-6)  # before the update: the same model
+        for a, b in ((plain, untaught), (untaught, one)):
+            self.assertGreater(abs(a.loss - b.loss), 1e-2)
+            self.assertGreater(abs(a.gradient_norm - b.gradient_norm), 1e-2)
 
 
 class UpdateTest(absltest.TestCase):
