@@ -55,6 +55,13 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
         position     0  1  2  0  1  0        target  8  9  6  0
         subtree_end  3  3  3  5  5  6        weight  1  1  1  0
         segment      1  1  1  2  2  0        turn    0  0  0 -1
+
+    Trees of a row that begin with the same `preamble` share it, as one segment. Of two tokens, twice (7 8 9 and 7 8 5):
+
+        tokens       7  8  9  5  0  0
+        position     0  1  2  2  0  0
+        subtree_end  4  4  3  4  5  6
+        segment      1  1  1  1  0  0
     """
     shape, target_shape = (len(rows), max_length), (len(rows), max_targets)
     batch = Batch(
@@ -69,21 +76,49 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
     )
     for b, row in enumerate(rows):
         start, filled = 0, 0
-        for segment, number in enumerate(row, 1):
-            tree = trees.tree(number)
-            stop = start + len(tree.tokens)
-            batch.tokens[b, start:stop] = tree.tokens
-            batch.position[b, start:stop] = tree.position
-            batch.subtree_end[b, start:stop] = tree.subtree_end + start
-            batch.segment[b, start:stop] = segment
-            sources, nodes = tries.targets(tree)
-            end = filled + len(nodes)
-            batch.source[b, filled:end] = sources + start
-            batch.target[b, filled:end] = tree.tokens[nodes]
-            batch.weight[b, filled:end] = tree.weight[nodes]
-            batch.turn[b, filled:end] = tree.turn[nodes]
-            start, filled = stop, end
+        for segment, numbers in enumerate(_sharing(trees, row), 1):
+            root, skipped = start, 0
+            shared = int(trees.preamble[numbers[0]]) if len(numbers) > 1 else 0
+            for number, weight in zip(numbers, _merged(trees, numbers, shared), strict=True):
+                tree = trees.tree(number)._replace(weight=weight)
+                shift = start - skipped  # of a node's number to its place in the row, but for the preamble
+                stop = shift + len(tree.tokens)
+                batch.tokens[b, start:stop] = tree.tokens[skipped:]
+                batch.position[b, start:stop] = tree.position[skipped:]
+                batch.subtree_end[b, start:stop] = tree.subtree_end[skipped:] + shift
+                batch.segment[b, start:stop] = segment
+                sources, nodes = tries.targets(tree)
+                end = filled + len(nodes)
+                batch.source[b, filled:end] = sources + np.where(sources < shared, root, shift)
+                batch.target[b, filled:end] = tree.tokens[nodes]
+                batch.weight[b, filled:end] = tree.weight[nodes]
+                batch.turn[b, filled:end] = tree.turn[nodes]
+                start, filled, skipped = stop, end, shared  # the preamble is there once
+            batch.subtree_end[b, root : root + shared] = start
     return batch
+
+
+def _sharing(trees: Trees, row: Sequence[int]) -> list[list[int]]:
+    """The trees of a row, those together that share a preamble; in the order of the first of each."""
+    together: dict[int, list[int]] = {}
+    for number in row:
+        group = int(trees.groups[number])
+        together.setdefault(group if group >= 0 else -1 - number, []).append(number)
+    return list(together.values())
+
+
+def _row_tokens(trees: Trees, row: Sequence[int]) -> int:
+    sizes = np.diff(trees.offsets)
+    together = _sharing(trees, row)
+    return sum(int(sizes[some].sum()) - (len(some) - 1) * int(trees.preamble[some[0]]) for some in together)
+
+
+def _merged(trees: Trees, numbers: Sequence[int], shared: int) -> list[Float32[np.ndarray, " _"]]:
+    """The weights of trees that share their first tokens, there added up in the first tree."""
+    weights = [trees.tree(number).weight for number in numbers]
+    common = np.sum([weight[:shared] for weight in weights], axis=0, dtype=np.float32)
+    heads = [common, *[np.zeros(shared, np.float32)] * (len(weights) - 1)]
+    return [np.concatenate([head, weight[shared:]]) for head, weight in zip(heads, weights, strict=True)]
 
 
 class Plan:
@@ -116,9 +151,9 @@ class Plan:
         self._max_length, self._max_targets = max_length, max_targets
         self._rows, self._micro_batches = rows, micro_batches
         self._own = slice(host * rows // hosts, (host + 1) * rows // hosts)
-        self._tokens, self._targets = trees.sizes()
         self._epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
         self.rows_per_epoch = len(self._epoch(0))
+        self.tokens_per_epoch = sum(_row_tokens(trees, row) for row in self._epoch(0))
 
     def rows(self, step: int) -> list[list[int]]:
         """The tree numbers of all rows of a step, micro-batch by micro-batch, over all hosts."""
@@ -147,9 +182,7 @@ class Plan:
 
     def _pack_epoch(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self._seed, epoch])
-        rows = packing.pack(
-            self._tokens, self._targets, max_length=self._max_length, max_targets=self._max_targets, rng=rng
-        )
+        rows = _pack(self._trees, max_length=self._max_length, max_targets=self._max_targets, rng=rng)
         return [rows[i] for i in rng.permutation(len(rows))]
 
 
@@ -164,12 +197,24 @@ def evaluation_batches(
       rows: rows of a batch.
       limit: number of rows after which to stop, 0 for all; which rows these are depends on nothing but the trees.
     """
-    tokens, targets = trees.sizes()
     rng = np.random.default_rng(0)
-    packed = packing.pack(tokens, targets, max_length=max_length, max_targets=max_targets, rng=rng)
+    packed = _pack(trees, max_length=max_length, max_targets=max_targets, rng=rng)
     packed = [packed[i] for i in rng.permutation(len(packed))][: limit or None]
     for start in range(0, len(packed), rows):
         part = packed[start : start + rows]
         part += [[] for _ in range(rows - len(part))]
         filled = fill_rows(trees, part, max_length=max_length, max_targets=max_targets)
         yield filled.map(lambda array: array[None]), part
+
+
+def _pack(trees: Trees, *, max_length: int, max_targets: int, rng: np.random.Generator) -> list[list[int]]:
+    tokens, targets = trees.sizes()
+    return packing.pack(
+        tokens,
+        targets,
+        max_length=max_length,
+        max_targets=max_targets,
+        rng=rng,
+        preamble=trees.preamble,
+        groups=trees.groups,
+    )

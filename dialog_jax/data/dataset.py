@@ -7,6 +7,7 @@ hash of all that determines them.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from dialog_jax.data.truncation import Piece
 
 TRUNCATIONS = ("turns", "drop", "split", "error")
 FORMAT = 2  # raise whenever the same input gives other trees
+_COLUMNS = (*Tree._fields, "offsets", "preamble")
 _RENDERED_TOGETHER = 256  # dialogues
 _NAMES_KEPT = 1000  # dialogues named for each reason in a stored report
 _NAMES_SHOWN = 3
@@ -86,12 +88,25 @@ class Trees:
     weight: Float32[np.ndarray, " N"]
     turn: Int32[np.ndarray, " N"]
     offsets: Int64[np.ndarray, " offsets"]
+    preamble: Int32[np.ndarray, " trees"]
+    """Tokens at the beginning of each tree that it may share with others in a row; 0 for none."""
     ids: tuple[str | int, ...]
     """The dialogue of each tree."""
     report: Report
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @functools.cached_property
+    def groups(self) -> Int64[np.ndarray, " trees"]:
+        """A number for each tree that is the same where the preamble is; -1 for those without one."""
+        known: dict[bytes, int] = {}
+        groups = np.full(len(self), -1)
+        for number in np.flatnonzero(self.preamble).tolist():
+            start = int(self.offsets[number])
+            preamble = self.tokens[start : start + int(self.preamble[number])].tobytes()
+            groups[number] = known.setdefault(preamble, len(known))
+        return groups
 
     def tree(self, number: int) -> Tree:
         """Tree `number`, as views."""
@@ -111,6 +126,7 @@ def prepare(
     objective: ObjectiveConfig,
     max_length: int,
     truncate: str = "turns",
+    share_prefixes: bool = False,
 ) -> Trees:
     """Returns the trees of `dialogues`, in order.
 
@@ -119,6 +135,7 @@ def prepare(
       truncate: what becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a
         supervised response; `drop` leaves it out; `split` goes on in further trees, each with the system prompt and as
         many of the turns before as fit half of `max_length`; `error` refuses it.
+      share_prefixes: let trees of a row that begin with the same system prompt share it.
 
     Raises:
       ValueError: nothing is left to train on; a dialogue is too long and `truncate` is `error`; what `Renderer.render`
@@ -130,6 +147,7 @@ def prepare(
     named: dict[str, list[str]] = collections.defaultdict(list)
     trees: list[Tree] = []
     ids: list[str | int] = []
+    preambles: list[int] = []
 
     def name(reason: str, dialogue: Dialogue, detail: str = "") -> None:
         counts[reason] += 1
@@ -168,6 +186,8 @@ def prepare(
             counts["turns"] += sum(responses for _, responses in made)
             trees += [tree for tree, _ in made]
             ids += [dialogue.id] * len(made)
+            preamble = renderer.preamble(dialogue) if share_prefixes else np.zeros(0, np.int32)
+            preambles += [_shared(tree, preamble) for tree, _ in made]
             if not made:
                 name("dropped, no target", dialogue)
 
@@ -179,7 +199,8 @@ def prepare(
         )
     offsets = np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64)
     columns = {field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields}
-    return Trees(**columns, offsets=offsets, ids=tuple(ids), report=report)
+    preamble_sizes = np.array(preambles, np.int32)
+    return Trees(**columns, offsets=offsets, preamble=preamble_sizes, ids=tuple(ids), report=report)
 
 
 def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], make: Callable[[], Trees]) -> Trees:
@@ -196,7 +217,7 @@ def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], 
         unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        for field in (*Tree._fields, "offsets"):
+        for field in _COLUMNS:
             np.save(unfinished / f"{field}.npy", getattr(trees, field))
         (unfinished / "ids.json").write_text(json.dumps(trees.ids), encoding="utf-8")
         (unfinished / "report.json").write_text(
@@ -209,7 +230,7 @@ def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], 
             if not directory.exists():
                 raise
             shutil.rmtree(unfinished)  # another process was faster
-    columns = {field: np.load(directory / f"{field}.npy", mmap_mode="r") for field in (*Tree._fields, "offsets")}
+    columns = {field: np.load(directory / f"{field}.npy", mmap_mode="r") for field in _COLUMNS}
     ids = tuple(json.loads((directory / "ids.json").read_text(encoding="utf-8")))
     report = Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
     return Trees(**columns, ids=ids, report=report)
@@ -260,6 +281,13 @@ def _trees(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: Obj
             if tree.weight.any():
                 made.append((tree, len(responses)))
     return made
+
+
+def _shared(tree: Tree, preamble: Int32[np.ndarray, " n"]) -> int:
+    """How many tokens a tree begins with as `preamble` does, before anything branches."""
+    branches = np.flatnonzero(tree.subtree_end != len(tree.tokens))
+    path = int(branches[0]) if len(branches) else len(tree.tokens)
+    return min(tries.common_prefix(tree.tokens, preamble), path)
 
 
 def _report(trees: Sequence[Tree], counts: Mapping[str, int], named: Mapping[str, list[str]]) -> Report:

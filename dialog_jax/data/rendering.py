@@ -23,6 +23,7 @@ from dialog_jax.data.dialogues import Dialogue, Message
 from dialog_jax.data.templates import ChatTemplate
 
 _PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
+_PREAMBLES_KEPT = 4096
 _CHARACTERS_PER_TOKEN = 6  # so much is tokenised of a text for each token of the limit; what lies behind, turn by turn
 
 
@@ -91,6 +92,7 @@ class Renderer:
         added = self._backend.get_added_tokens_decoder()
         self._special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
         self._special[[index for index, token in added.items() if token.special]] = True
+        self._preambles: dict[str, Int32[np.ndarray, " n"]] = {}
         self._encode_tail = functools.lru_cache(maxsize=4096)(self._encode)
         # Behind a special token no space is put in front of a text.
         anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
@@ -148,6 +150,28 @@ class Renderer:
     def prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Token ids of all messages and the generation prompt: what a reply to the dialogue continues."""
         return self._encode(self.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
+
+    def preamble(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
+        """Token ids of what stands before the content of the first message that is not the system's.
+
+        Dialogues with the same system prompt and tools begin with the same. Empty where the template refuses such a
+        beginning by itself.
+        """
+        first = next((i for i, message in enumerate(dialogue.messages) if message.role != "system"), None)
+        if first is None:
+            return np.zeros(0, np.int32)
+        beginning = (*dialogue.messages[:first], Message(role=dialogue.messages[first].role, content=_PROBE))
+        key = repr((beginning, dialogue.tools))
+        if key not in self._preambles:
+            if len(self._preambles) == _PREAMBLES_KEPT:
+                self._preambles.clear()
+            try:
+                text = self.text(dataclasses.replace(dialogue, messages=beginning, parents=()), first + 1)
+            except ValueError:
+                text = ""
+            before, found, _ = text.partition(_PROBE)
+            self._preambles[key] = self._encode(before if found else "")
+        return self._preambles[key]
 
     def _sequences(
         self,

@@ -32,6 +32,8 @@ class DataConfig:
     """Targets of a row; 0 for as many as tokens."""
     truncate: str = "turns"
     """What becomes of longer dialogues: turns, drop, split or error (see `data.dataset.prepare`)."""
+    share_prefixes: bool = False
+    """Dialogues of a row that begin with the same system prompt share it: the same loss from fewer tokens."""
     chat_template: str = ""
     """A Jinja file, or the template's text; empty for the tokenizer's own."""
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -86,7 +86,7 @@ def run(
     )
     rows_per_step = config.rows * config.gradient_accumulation
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
-    used = train.report.tokens / (plan.rows_per_epoch * config.data.max_length)
+    used = plan.tokens_per_epoch / (plan.rows_per_epoch * config.data.max_length)
     console.print(
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
@@ -244,6 +244,7 @@ def _trees(
         "objective": dataclasses.asdict(config.objective),
         "max_length": config.data.max_length,
         "truncate": config.data.truncate,
+        "share_prefixes": config.data.share_prefixes,
     }
 
     def make() -> Trees:
@@ -254,6 +255,7 @@ def _trees(
                 objective=config.objective,
                 max_length=config.data.max_length,
                 truncate=config.data.truncate,
+                share_prefixes=config.data.share_prefixes,
             )
 
     trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make)

@@ -258,6 +258,7 @@ def _stored(trees: Sequence[Tree]) -> dataset.Trees:
     return dataset.Trees(
         **{field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields},
         offsets=np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64),
+        preamble=np.zeros(len(trees), np.int32),
         ids=tuple(range(len(trees))),
         report=_NO_REPORT,
     )

@@ -25,10 +25,11 @@ _REPORT = dataset.Report(
 )
 
 
-def stored(*trees):
+def stored(*trees, preamble=0):
     columns = {field: np.concatenate([getattr(tree, field) for tree in trees]) for field in tries.Tree._fields}
     offsets = np.cumsum([0, *(len(tree.tokens) for tree in trees)])
-    return dataset.Trees(**columns, offsets=offsets, ids=tuple(range(len(trees))), report=_REPORT)
+    preamble = np.full(len(trees), preamble, np.int32)
+    return dataset.Trees(**columns, offsets=offsets, preamble=preamble, ids=tuple(range(len(trees))), report=_REPORT)
 
 
 def path(tokens, start, weight=1.0, turn=0):
@@ -203,6 +204,82 @@ class EvaluationTest(parameterized.TestCase):
         self.assertLen(sets[0], 7)
         self.assertEqual(sets[0], sets[1])
         self.assertEqual(sets[0], sets[2])
+
+
+def common_beginning(number, seed):
+    """A tree that begins with 50 + number, 1, 2 and then branches: two responses."""
+    rng = np.random.default_rng(seed)
+    head = np.array([50 + number, 1, 2], np.int32)
+    tails = [np.concatenate([[10 + branch], rng.integers(20, 40, rng.integers(1, 5))]) for branch in range(2)]
+    weights = rng.uniform(0.5, 2, 3).astype(np.float32)
+    return tries.build_tree(
+        [
+            (
+                np.concatenate([head, tail]).astype(np.int32),
+                [tries.Span(1, 3, float(weights[2]), -1), tries.Span(4, 3 + len(tail), float(weights[branch]), branch)],
+            )
+            for branch, tail in enumerate(tails)
+        ]
+    )
+
+
+def targets_of(batch, b):
+    """{(context, token): (weight, turn)} of a row, the context found by the mask; equal ones are added up."""
+    found = {}
+    indices = np.arange(batch.tokens.shape[1])
+    for source, target, weight, turn in zip(
+        batch.source[b], batch.target[b], batch.weight[b], batch.turn[b], strict=True
+    ):
+        if weight:
+            visible = (indices <= source) & (source < batch.subtree_end[b])
+            assert (batch.position[b][visible] == np.arange(visible.sum())).all()
+            key = (tuple(batch.tokens[b][visible].tolist()), int(target))
+            found[key] = (found.get(key, (0,))[0] + float(weight), int(turn))
+    return found
+
+
+class PreambleTest(parameterized.TestCase):
+    def test_picture(self):
+        trees = stored(path([7, 8, 9], 2), path([7, 8, 5], 2), path([4, 4], 1), path([7, 8, 6, 6], 3), preamble=2)
+        batch = batches.fill_rows(trees, [[0, 2, 1, 3]], max_length=9, max_targets=5)
+        # fmt: off
+        np.testing.assert_array_equal(batch.tokens,      [[7, 8, 9, 5, 6, 6, 4, 4, 0]])
+        np.testing.assert_array_equal(batch.position,    [[0, 1, 2, 2, 2, 3, 0, 1, 0]])
+        np.testing.assert_array_equal(batch.subtree_end, [[6, 6, 3, 4, 6, 6, 8, 8, 9]])
+        np.testing.assert_array_equal(batch.segment,     [[1, 1, 1, 1, 1, 1, 2, 2, 0]])
+        np.testing.assert_array_equal(batch.source,      [[1, 1, 4, 6, 0]])
+        np.testing.assert_array_equal(batch.target,      [[9, 5, 6, 4, 0]])
+        # fmt: on
+
+    @parameterized.parameters(range(10))
+    def test_targets_are_those_of_the_trees_alone_and_shared_ones_add_up(self, seed):
+        rng = np.random.default_rng(seed)
+        made = [common_beginning(int(rng.integers(3)), (seed, n)) for n in range(8)]
+        trees = stored(*made, preamble=3)
+        row = rng.permutation(8).tolist()
+        batch = batches.fill_rows(trees, [row], max_length=120, max_targets=120)
+        expected = {}
+        for number in row:
+            alone = batches.fill_rows(trees, [[number]], max_length=120, max_targets=120)
+            for key, (weight, turn) in targets_of(alone, 0).items():
+                expected[key] = (expected.get(key, (0,))[0] + weight, turn)
+        got = targets_of(batch, 0)
+        self.assertEqual(got.keys(), expected.keys())
+        for key in got:
+            self.assertAlmostEqual(got[key][0], expected[key][0], places=5)
+            self.assertEqual(got[key][1], expected[key][1])
+        kinds = len({int(tree.tokens[0]) for tree in made})
+        self.assertEqual((batch.segment > 0).sum(), sum(len(tree.tokens) for tree in made) - 3 * (8 - kinds))
+
+    def test_plan_counts_a_shared_preamble_once(self):
+        made = [common_beginning(n % 2, (0, n)) for n in range(40)]
+        plan = plan_of(stored(*made, preamble=3), max_length=64, max_targets=64, rows=1)
+        alone = plan_of(stored(*made), max_length=64, max_targets=64, rows=1)
+        self.assertLess(plan.rows_per_epoch, alone.rows_per_epoch)
+        for some in (plan, alone):
+            filled = sum(int((some.batch(step).segment > 0).sum()) for step in range(some.rows_per_epoch))
+            self.assertEqual(filled, some.tokens_per_epoch)
+        self.assertEqual(alone.tokens_per_epoch, sum(len(tree.tokens) for tree in made))
 
 
 if __name__ == "__main__":

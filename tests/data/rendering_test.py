@@ -1,6 +1,8 @@
 """Sequences against the tokenizer's own `apply_chat_template`, called once for each prompt and each response."""
 
+import dataclasses
 import itertools
+import os
 from unittest import mock
 
 import numpy as np
@@ -286,6 +288,39 @@ class OptionsTest(parameterized.TestCase):
         tokenizer.add_tokens(["[done]"])
         renderer = rendering.Renderer(tokenizer)
         self.assertEqual(renderer.end_of_turn, tokenizer.convert_tokens_to_ids("[done]"))
+
+
+class PreambleTest(parameterized.TestCase):
+    @parameterized.parameters("chatml", "llama3", "qwen3", "plain")
+    def test_it_is_what_dialogues_of_one_system_prompt_have_in_common(self, family):
+        system = [("system", "Rule 365.")] if FAMILIES[family].system_role else []
+        first, second = (
+            said(*system, ("user", "A"), ("assistant", "b")),
+            said(*system, ("user", "12"), ("assistant", "b")),
+        )
+        renderer = renderer_of(family)
+        preamble = renderer.preamble(first)
+        np.testing.assert_array_equal(preamble, renderer.preamble(second))
+        text = chat_templates.train_tokenizer(family).decode(preamble)
+        for dialogue in (first, second):
+            self.assertStartsWith(renderer.text(dialogue, len(dialogue.messages)), text)
+            # The last token may be another where the content follows it.
+            np.testing.assert_array_equal(preamble[:-1], renderer.prompt(dialogue)[: len(preamble) - 1])
+        prompts = [renderer.text(dialogue, len(dialogue.messages)) for dialogue in (first, second)]
+        self.assertEqual(text, os.path.commonprefix(prompts))
+
+    def test_another_system_prompt_or_tool_has_another(self):
+        renderer = renderer_of("qwen3")
+        plain = said(("system", "Rule 365."), ("user", "A"))
+        other = said(("system", "Rule 366."), ("user", "A"))
+        tool = dataclasses.replace(plain, tools=({"type": "function", "function": {"name": "add"}},))
+        lengths = {len(renderer.preamble(dialogue)) for dialogue in (plain, tool)}
+        self.assertLen(lengths, 2)
+        self.assertFalse(np.array_equal(renderer.preamble(plain), renderer.preamble(other)))
+
+    def test_what_the_template_refuses_has_none(self):
+        self.assertEmpty(renderer_of("gemma").preamble(said(("assistant", "b"), ("user", "A"))))
+        self.assertEmpty(renderer_of("chatml").preamble(said(("system", "b"))))
 
 
 class LocateTest(parameterized.TestCase):

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import batches
+from dialog_jax.data import batches, dataset
 from dialog_jax.data.dialogues import Dialogue, Message, dialogues_from_records
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import Renderer
 from dialog_jax.model import decoder
 from dialog_jax.training import loss
 from tests.data import chat_templates
@@ -185,6 +187,42 @@ class PackingTest(absltest.TestCase):
         np.testing.assert_allclose(value, sum(part[0] for part in alone), rtol=1e-5)
         summed = jax.tree.map(lambda *leaves: sum(leaves), *[part[1] for part in alone])
         self.assertLess(tiny.largest_difference(gradient, summed), 1e-4)
+
+
+class SharedPrefixTest(parameterized.TestCase):
+    @parameterized.parameters(("chatml", "conditional"), ("qwen3", "conditional"), ("qwen3", "joint"))
+    def test_a_shared_system_prompt_changes_nothing_but_the_tokens(self, family, name):
+        tokenizer, model, parameters = tokenizer_and_model(family)
+        kind = Message(role="system", content="Be kind and answer in one sentence, please.", weight=0.5)
+        terse = Message(role="system", content="No.", weight=1.0)
+        dialogues = [
+            Dialogue(id=n, messages=(system, *dialogue.messages))
+            for n, (system, dialogue) in enumerate(
+                [
+                    (kind, plain_dialogue(1, turns=1)),
+                    (terse, plain_dialogue(2, turns=1)),
+                    (kind, reasoning_dialogue()),
+                    (kind, plain_dialogue(3, turns=2)),
+                ]
+            )
+        ]
+        run = jax.jit(jax.value_and_grad(functools.partial(packed_loss, model)))
+        results = []
+        for share in (False, True):
+            prepared = dataset.prepare(
+                dialogues,
+                Renderer(tokenizer),
+                objective=ObjectiveConfig(name=name),
+                max_length=512,
+                share_prefixes=share,
+            )
+            batch = tiny.rows(prepared, [[0, 1, 2, 3]], max_length=768)
+            results.append((int((batch.segment > 0).sum()), *run(parameters, batch)))
+        (tokens, value, gradient), (fewer, shared_value, shared_gradient) = results
+        preamble = tokenizer.apply_chat_template([kind.as_dict()], tokenize=True)["input_ids"]
+        self.assertGreaterEqual(tokens - fewer, 2 * len(preamble))
+        np.testing.assert_allclose(shared_value, value, rtol=1e-5)
+        self.assertLess(tiny.largest_difference(shared_gradient, gradient), 1e-4)
 
 
 class CausalityTest(absltest.TestCase):
