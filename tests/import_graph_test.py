@@ -12,8 +12,8 @@ _ROOT = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_loc
 # fmt: off
 _FLOW = {
     "data": (
-        "sources", "dialogues", "tokenizers", "templates", "rendering", "tries", "objectives", "truncation", "dataset",
-        "packing", "batches",
+        "sources", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries", "objectives",
+        "truncation", "dataset", "packing", "batches",
     ),
     "model": ("attention", "decoder", "pretrained", "adapters"),
     "training": ("loss", "optimizer", "sharding", "step", "checkpoints", "metrics", "loop"),

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dialog_jax.data.dialogues import ROLES, Dialogue, Message
-from dialog_jax.data.rendering import MessageSpan, RenderedSequence
+from dialog_jax.data.locating import MessageSpan
+from dialog_jax.data.rendering import RenderedSequence
 from dialog_jax.data.tries import Span, common_prefix
 
 NAMES = ("conditional", "joint", "last", "roles")

@@ -9,10 +9,11 @@ from typing import Any
 import jinja2
 import transformers
 
-from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.dialogues import Dialogue, Message
 
 _REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
+PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
 _TURNS_TOGETHER = 4  # rendered in one call
 _MARK = "\ue000turn\ue000"  # between the renderings of one call
 # A template around the given one. A call of its own for each prompt would copy all messages before it each time.
@@ -59,6 +60,18 @@ class ChatTemplate:
                 f"({', '.join(message.role for message in dialogue.messages[:count])}): {error}. "
                 "Change the dialogue, or pass another chat template."
             ) from error
+
+    def after_response(self) -> str:
+        """What is written behind the content of an assistant message that ends a dialogue.
+
+        Raises:
+          ValueError: the template cannot render one user and one assistant message.
+        """
+        messages = Message(role="user", content="Hello"), Message(role="assistant", content=PROBE)
+        _, found, after = self.text(Dialogue(id="probe", messages=messages), 2).rpartition(PROBE)
+        if not found:
+            raise ValueError("The chat template does not render the content of an assistant message. Use another one.")
+        return after
 
     def turns(self, dialogue: Dialogue) -> Iterator[tuple[int, str, str]]:
         """(message, its prompt, the rendering that ends with it) of each assistant message of weight above 0."""
