@@ -4,6 +4,7 @@ The oracle renders and tokenises every turn by `apply_chat_template`, runs it al
 takes the whole vocabulary's log-softmax at every position: no trie, no packing, no list of targets.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -174,6 +175,57 @@ class OnePassTest(parameterized.TestCase):
         expected, expected_gradient = jax.value_and_grad(separately)(parameters)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         self.assertLess(tiny.largest_difference(gradient, expected_gradient), 1e-4)
+
+
+def k_pass_weights(dialogue, responses, objective):
+    """The weight of each token of each response, as the README says it."""
+    weights = []
+    count = len(responses)
+    messages = [message for message in dialogue.messages if message.role == "assistant"]
+    for k, (message, response) in enumerate(zip(messages, responses, strict=True)):
+        weight = message.weight * objective.get("turn_discount", 1.0) ** (count - 1 - k)
+        if schedule := objective.get("turn_weights"):
+            weight *= schedule[min(k, len(schedule) - 1)]
+        if objective.get("name") == "last" and k < count - 1:
+            weight = 0.0
+        if objective.get("normalise") == "turn":
+            weight /= len(response)
+        weights.append(np.full(len(response), weight))
+    if objective.get("normalise") == "dialogue":
+        total = sum(weight.sum() for weight in weights)
+        weights = [weight / total for weight in weights]
+    return weights
+
+
+class WeightsTest(parameterized.TestCase):
+    @parameterized.product(
+        family=("chatml", "qwen3"),
+        objective=(
+            {"turn_discount": 0.5},
+            {"turn_weights": (0.25, 2.0), "normalise": "turn"},
+            {"turn_discount": 2.0, "normalise": "dialogue"},
+            {"name": "last", "normalise": "turn"},
+            {"name": "roles", "normalise": "dialogue", "turn_weights": (1.0, 0.0, 3.0)},
+        ),
+    )
+    def test_every_weighting_of_packed_dialogues_equals_k_passes(self, family, objective):
+        tokenizer, model, parameters = tokenizer_and_model(family)
+        reasoning = reasoning_dialogue()
+        messages = [dataclasses.replace(m, weight=0.5) if i == 3 else m for i, m in enumerate(reasoning.messages)]
+        dialogues = [dataclasses.replace(reasoning, messages=tuple(messages)), plain_dialogue(1, turns=2)]
+        prepared = tiny.trees(dialogues, tokenizer, **objective)
+        value = packed_loss(model, parameters, tiny.rows(prepared, [[1, 0]], max_length=768))
+        expected, total = 0.0, 0.0
+        for dialogue in dialogues:
+            turns = turns_of(dialogue, tokenizer)
+            for (prompt, response), weight in zip(
+                turns, k_pass_weights(dialogue, [response for _, response in turns], objective), strict=True
+            ):
+                expected += weight @ alone_nll(model, parameters, prompt + response)[len(prompt) - 1 :]
+                total += weight.sum()
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        weights = [prepared.tree(number).weight.sum() for number in range(2)]
+        np.testing.assert_allclose(sum(weights), total, rtol=1e-5)
 
 
 class PackingTest(absltest.TestCase):
