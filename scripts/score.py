@@ -11,23 +11,31 @@ Writes one line of JSON a dialogue, in the order of the input:
 assistant message that has not "train": false or weight 0; other weights change nothing. Where a response does not fit
 the model's context with what stands before it, it is left out and counted in "turns_cut". The file appears when it is
 complete. The end prints nats a token, perplexity and tokens a second.
+
+With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens, with their
+log-probabilities, in the place of every token that is scored: what a student needs to train on the same dialogues with
+this model as its teacher (`data.teacher`). Dialogues then need different ids.
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import rich.console
 from absl import app, flags, logging
 
 from dialog_jax import chat
+from dialog_jax.data import teacher
 from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.data.teacher import Signal
+from dialog_jax.data.tokenizers import fingerprint
 from dialog_jax.training import scoring
 from dialog_jax.training.scoring import Score
 
@@ -44,6 +52,8 @@ _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its t
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_TOP_K = flags.DEFINE_integer("top_k", 0, "How many of the likeliest tokens --top_k_out holds.", lower_bound=0)
+_TOP_K_OUT = flags.DEFINE_string("top_k_out", "", "A .safetensors file to write them to, for training a student.")
 
 _WARNINGS_SHOWN = 20
 
@@ -85,6 +95,13 @@ def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, co
     return "\n".join(told)
 
 
+def _recorded(scores: Iterable[Score], add: Callable[[str | int, Sequence[Signal]], None]) -> Iterator[Score]:
+    """The scores, after `add` was given the signals of each."""
+    for score in scores:
+        add(score.record["id"], score.signals)
+        yield score
+
+
 def _warning(score: Score, context: int) -> str:
     if cut := score.record.get("turns_cut"):
         return f"{score.name}: {cut:,} responses exceed the model's context of {context:,} tokens and are not scored"
@@ -99,8 +116,11 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     dtype = jnp.dtype(_DTYPE.value)
     try:
-        if pathlib.Path(_OUT.value).is_dir():
-            raise ValueError(f"--out={_OUT.value} is a directory; name a file.")
+        for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):
+            if file and pathlib.Path(file).is_dir():
+                raise ValueError(f"--{flag}={file} is a directory; name a file.")
+        if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
+            raise ValueError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
         model = chat.load(
             _MODEL.value,
@@ -108,9 +128,22 @@ def main(arguments: list[str]) -> None:
             chat_template=_CHAT_TEMPLATE.value,
             chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
         )
-        scores = scoring.score_dialogues(dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype)
+        scores = scoring.score_dialogues(
+            dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
+        )
         console = rich.console.Console(stderr=True, highlight=False)
-        print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))
+        with contextlib.ExitStack() as stack:
+            if _TOP_K.value:
+                add = stack.enter_context(
+                    teacher.writing(
+                        pathlib.Path(_TOP_K_OUT.value),
+                        top_k=_TOP_K.value,
+                        tokenizer=fingerprint(model.tokenizer),
+                        vocabulary=model.config.vocab_size,
+                    )
+                )
+                scores = _recorded(scores, add)
+            print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"score.py: {error}")
 

@@ -74,6 +74,11 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
         weight=np.zeros(target_shape, np.float32),
         turn=np.full(target_shape, -1, np.int32),
     )
+    if trees.teacher is not None:
+        slots = (*target_shape, trees.teacher.top_k)
+        batch = batch._replace(
+            teacher_token=np.zeros(slots, np.int32), teacher_log_probability=np.full(slots, -np.inf, np.float32)
+        )
     for b, row in enumerate(rows):
         start, filled = 0, 0
         for segment, numbers in enumerate(_sharing(trees, row), 1):
@@ -93,6 +98,10 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
                 batch.target[b, filled:end] = tree.tokens[nodes]
                 batch.weight[b, filled:end] = tree.weight[nodes]
                 batch.turn[b, filled:end] = tree.turn[nodes]
+                if batch.teacher_token is not None and batch.teacher_log_probability is not None:
+                    token, log_probability = trees.signal(number, nodes)
+                    batch.teacher_token[b, filled:end] = token
+                    batch.teacher_log_probability[b, filled:end] = log_probability
                 start, filled, skipped = stop, end, shared  # the preamble is there once
             batch.subtree_end[b, root : root + shared] = start
     return batch

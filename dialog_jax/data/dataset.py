@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64
 
 from dialog_jax.data import objectives, tries, truncation
+from dialog_jax.data import teacher as teacher_lib
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.teacher import TeacherFile
 from dialog_jax.data.tries import Span, Tree
 from dialog_jax.data.truncation import Piece
 
@@ -93,6 +95,9 @@ class Trees:
     ids: tuple[str | int, ...]
     """The dialogue of each tree."""
     report: Report
+    teacher_row: Int64[np.ndarray, " N"] | None = None
+    """Of each token that a teacher says something of, its row in `teacher`; else -1."""
+    teacher: TeacherFile | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -113,6 +118,13 @@ class Trees:
         part = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
         return Tree(*(getattr(self, field)[part] for field in Tree._fields))
 
+    def signal(
+        self, number: int, nodes: Int[np.ndarray, " s"]
+    ) -> tuple[Int32[np.ndarray, "s N"], Float32[np.ndarray, "s N"]]:
+        """(likeliest tokens, their log-probabilities) that the teacher gives for some nodes of tree `number`."""
+        assert self.teacher is not None and self.teacher_row is not None
+        return teacher_lib.read_rows(self.teacher, self.teacher_row[self.offsets[number] + nodes])
+
     def sizes(self) -> tuple[Int64[np.ndarray, " trees"], Int64[np.ndarray, " trees"]]:
         """(tokens, targets) of each tree."""
         targets = np.concatenate([[0], np.cumsum(self.weight > 0, dtype=np.int64)])
@@ -127,6 +139,7 @@ def prepare(
     max_length: int,
     truncate: str = "turns",
     share_prefixes: bool = False,
+    teacher: TeacherFile | None = None,
 ) -> Trees:
     """Returns the trees of `dialogues`, in order.
 
@@ -136,16 +149,19 @@ def prepare(
         supervised response; `drop` leaves it out; `split` goes on in further trees, each with the system prompt and as
         many of the turns before as fit half of `max_length`; `error` refuses it.
       share_prefixes: let trees of a row that begin with the same system prompt share it.
+      teacher: must say something of every response that is trained on.
 
     Raises:
-      ValueError: nothing is left to train on; a dialogue is too long and `truncate` is `error`; what `Renderer.render`
-        raises. Names the dialogue, where it stands and what to do.
+      ValueError: nothing is left to train on; a dialogue is too long and `truncate` is `error`; the teacher knows
+        nothing of a response, or other tokens; what `Renderer.render` raises. Names the dialogue, where it stands and
+        what to do.
     """
     if truncate not in TRUNCATIONS:
         raise ValueError(f"truncate is {truncate!r}; it must be one of {', '.join(TRUNCATIONS)}.")
     counts: collections.Counter[str] = collections.Counter()
     named: dict[str, list[str]] = collections.defaultdict(list)
     trees: list[Tree] = []
+    rows: list[np.ndarray] = []
     ids: list[str | int] = []
     preambles: list[int] = []
 
@@ -182,12 +198,13 @@ def prepare(
                     continue
                 counts["turns cut"] += wanted - kept
                 name("split" if len(groups) > 1 else "shortened", dialogue)
-            made = _trees(dialogue, groups, objective)
-            counts["turns"] += sum(responses for _, responses in made)
-            trees += [tree for tree, _ in made]
+            made = _trees(dialogue, groups, objective, teacher)
+            counts["turns"] += sum(responses for _, responses, _ in made)
+            trees += [tree for tree, _, _ in made]
+            rows += [row for _, _, row in made if row is not None]
             ids += [dialogue.id] * len(made)
             preamble = renderer.preamble(dialogue) if share_prefixes else np.zeros(0, np.int32)
-            preambles += [_shared(tree, preamble) for tree, _ in made]
+            preambles += [_shared(tree, preamble) for tree, _, _ in made]
             if not made:
                 name("dropped, no target", dialogue)
 
@@ -199,17 +216,31 @@ def prepare(
         )
     offsets = np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64)
     columns = {field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields}
-    preamble_sizes = np.array(preambles, np.int32)
-    return Trees(**columns, offsets=offsets, preamble=preamble_sizes, ids=tuple(ids), report=report)
+    return Trees(
+        **columns,
+        offsets=offsets,
+        preamble=np.array(preambles, np.int32),
+        ids=tuple(ids),
+        report=report,
+        teacher_row=None if teacher is None else np.concatenate(rows),
+        teacher=teacher,
+    )
 
 
-def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], make: Callable[[], Trees]) -> Trees:
+def load_or_prepare(
+    cache_directory: str | os.PathLike,
+    key: Mapping[str, Any],
+    make: Callable[[], Trees],
+    teacher: TeacherFile | None = None,
+) -> Trees:
     """Returns the stored trees of `key`, made and stored first if they are not there.
 
     Args:
       cache_directory: holds one directory for each key; made if missing.
       key: all that determines the trees, as JSON values.
+      teacher: the file that `make` gives its trees; what it says is not stored twice.
     """
+    fields = _COLUMNS if teacher is None else (*_COLUMNS, "teacher_row")
     text = json.dumps({**key, "format": FORMAT}, sort_keys=True)
     directory = pathlib.Path(cache_directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not directory.exists():
@@ -217,7 +248,7 @@ def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], 
         unfinished = directory.with_name(f"{directory.name}.{os.getpid()}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        for field in _COLUMNS:
+        for field in fields:
             np.save(unfinished / f"{field}.npy", getattr(trees, field))
         (unfinished / "ids.json").write_text(json.dumps(trees.ids), encoding="utf-8")
         (unfinished / "report.json").write_text(
@@ -230,10 +261,10 @@ def load_or_prepare(cache_directory: str | os.PathLike, key: Mapping[str, Any], 
             if not directory.exists():
                 raise
             shutil.rmtree(unfinished)  # another process was faster
-    columns = {field: np.load(directory / f"{field}.npy", mmap_mode="r") for field in _COLUMNS}
+    columns = {field: np.load(directory / f"{field}.npy", mmap_mode="r") for field in fields}
     ids = tuple(json.loads((directory / "ids.json").read_text(encoding="utf-8")))
     report = Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
-    return Trees(**columns, ids=ids, report=report)
+    return Trees(**columns, ids=ids, report=report, teacher=teacher)
 
 
 def _batched(dialogues: Iterable[Dialogue], count: int) -> Iterator[list[Dialogue]]:
@@ -257,13 +288,16 @@ def _ahead(
             yield done, rendered.result()
 
 
-def _trees(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig) -> list[tuple[Tree, int]]:
-    """(weighted tree, number of responses that it trains) of each group of which something is supervised."""
+def _trees(
+    dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig, teacher: TeacherFile | None
+) -> list[tuple[Tree, int, Int64[np.ndarray, " N"] | None]]:
+    """(weighted tree, number of responses that it trains, rows in the teacher's file) of each supervised group."""
     factors = iter(truncation.schedules(dialogue, [piece for group in groups for piece in group], objective))
     made = []
     for group in groups:
         sequences: list[tuple[Any, list[Span]]] = []
         paths: list[int] = []
+        taught: list[tuple[RenderedSequence, int, bool]] = []
         responses = set()
         for piece in group:
             spans = objectives.supervise(
@@ -274,12 +308,16 @@ def _trees(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: Obj
                     turned = [s if s.turn < 0 else s._replace(turn=s.turn + piece.first_turn) for s in own]
                     sequences.append((sequence.tokens, turned))
                     paths.append(piece.path if objective.merge_weights == "sum" else 0)
+                    message = piece.messages[sequence.message]
+                    history = piece.messages[: sequence.message]
+                    taught.append((sequence, message, history == dialogue.before(message)))
                 if any(span.turn >= 0 for span in own):
                     responses.add(piece.messages[sequence.message])
         if sequences:
             tree = tries.normalise(tries.build_tree(sequences, paths), objective.normalise)
             if tree.weight.any():
-                made.append((tree, len(responses)))
+                row = None if teacher is None else teacher_lib.rows_of_tree(teacher, dialogue, tree, taught)
+                made.append((tree, len(responses), row))
     return made
 
 

@@ -3,6 +3,7 @@
 Knows how text becomes token ids, and nothing of dialogues. Fast tokenizers only: rendering needs character offsets.
 """
 
+import hashlib
 import pathlib
 from typing import Any
 
@@ -55,6 +56,11 @@ def load_tokenizer(
     except jinja2.TemplateError:
         pass  # A template may refuse this dialogue; whether it takes the user's is told with theirs.
     return tokenizer
+
+
+def fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+    """A hash of how the tokenizer makes token ids of text."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:

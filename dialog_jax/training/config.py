@@ -23,6 +23,8 @@ class DataConfig:
     """A .jsonl, .json or .parquet file, or the name of a hub data set."""
     validation: str = ""
     """Held-out dialogues, likewise."""
+    teacher: str = ""
+    """What a teacher says of the training data: a file that scripts/score.py --top_k=N wrote, for loss.distillation."""
     train_split: str = "train"
     """Of a hub data set; files have none."""
     validation_split: str = "validation"
@@ -81,6 +83,11 @@ class TrainConfig:
             value = self.model if field == "model" else getattr(self.data, field.removeprefix("data."))
             if not value:
                 raise ValueError(f"{field} is empty; a run needs it (--config.{field}=...).")
+        if bool(self.data.teacher) != (self.loss.distillation > 0):
+            raise ValueError(
+                f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "
+                "teacher's file, and its share of the loss) or neither."
+            )
         for field in ("rows", "gradient_accumulation", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")

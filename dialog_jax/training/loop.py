@@ -20,11 +20,13 @@ import transformers
 from jax.sharding import Mesh
 
 from dialog_jax.data import batches, dataset
+from dialog_jax.data import teacher as teacher_lib
 from dialog_jax.data.batches import Batch
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import check_vocabulary, load_tokenizer
+from dialog_jax.data.teacher import TeacherFile
+from dialog_jax.data.tokenizers import check_vocabulary, fingerprint, load_tokenizer
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory, sharding
@@ -70,8 +72,9 @@ def run(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
     renderer = Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs)
+    teacher = _teacher(config, tokenizer, model)
     train, train_hash = _trees(
-        config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console
+        config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console, teacher
     )
     held_out, held_out_hash = _trees(
         config, config.data.validation, config.data.validation_split, tokenizer, renderer, directory, console
@@ -225,6 +228,7 @@ def _trees(
     renderer: Renderer,
     directory: pathlib.Path,
     console: rich.console.Console,
+    teacher: TeacherFile | None = None,
 ) -> tuple[Trees, str]:
     """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
     file = pathlib.Path(source).expanduser()
@@ -238,7 +242,7 @@ def _trees(
             digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
     key = {
         "dialogues": digest.hexdigest(),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": fingerprint(tokenizer),
         "chat_template": tokenizer.chat_template,
         "chat_template_kwargs": dict(config.data.chat_template_kwargs),
         "objective": dataclasses.asdict(config.objective),
@@ -246,6 +250,8 @@ def _trees(
         "truncate": config.data.truncate,
         "share_prefixes": config.data.share_prefixes,
     }
+    if teacher is not None:
+        key["teacher"] = teacher.digest
 
     def make() -> Trees:
         with console.status(f"preparing {os.path.basename(source)}"):
@@ -256,9 +262,10 @@ def _trees(
                 max_length=config.data.max_length,
                 truncate=config.data.truncate,
                 share_prefixes=config.data.share_prefixes,
+                teacher=teacher,
             )
 
-    trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make)
+    trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make, teacher)
     console.print(f"{os.path.basename(source)}: {trees.report}")
     targets = trees.sizes()[1]
     if config.data.max_targets and targets.max() > config.data.max_targets:
@@ -267,6 +274,21 @@ def _trees(
             f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
         )
     return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _teacher(
+    config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig
+) -> TeacherFile | None:
+    """The file of data.teacher, if there is one."""
+    if not config.data.teacher:
+        return None
+    teacher = teacher_lib.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))
+    if teacher.largest >= model.vocab_size:
+        raise ValueError(
+            f"{teacher.name} names token {teacher.largest:,}, but the model's vocabulary has {model.vocab_size:,}. "
+            "Choose a teacher with the model's tokenizer."
+        )
+    return teacher
 
 
 def _load(model_path: pathlib.Path, model: DecoderConfig, mesh: Mesh) -> dict:

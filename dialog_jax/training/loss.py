@@ -63,12 +63,16 @@ class Teacher(NamedTuple):
 
 
 class TargetScores(NamedTuple):
-    """What the model says of each target; padding holds 0 and False."""
+    """What the model says of each target; padding holds 0, False and -inf."""
 
     nll: Float[Array, "B S"]
     """-log p(target | ancestors), in nats."""
     correct: Bool[Array, "B S"]
     """Whether the target has the highest logit."""
+    top_token: Int[Array, "B S N"] | None = None
+    """The N likeliest tokens, the likeliest first; None where they were not asked for."""
+    top_log_probability: Float[Array, "B S N"] | None = None
+    """Theirs, in nats."""
 
 
 class _Targets(NamedTuple):
@@ -125,23 +129,37 @@ def score_targets(
     source: Int[Array, "B S"],
     target: Int[Array, "B S"],
     weight: Float[Array, "B S"],
+    *,
+    top_k: int = 0,
 ) -> TargetScores:
-    """Returns the loss of every target by itself; `weight` only says which are padding. Not differentiable."""
+    """Returns the loss of every target by itself; `weight` only says which are padding. Not differentiable.
+
+    Args:
+      top_k: how many of the likeliest tokens to return for each target, at most V; 0 for none.
+    """
     targets = _whole_tiles(_Targets(source, target, weight, None))
 
     def tile_scores(start, scores, gathered, size):
         part = _slice(targets, start, size)
-        logits, _, nll = _tile(_slice(gathered, start, size), matrix, part.token)
+        logits, log_normalizer, nll = _tile(_slice(gathered, start, size), matrix, part.token)
         valid = part.weight > 0
-        hit = (jnp.argmax(logits, axis=-1) == part.token) & valid
-        return TargetScores(
-            jax.lax.dynamic_update_slice(scores.nll, jnp.where(valid, nll, 0), (0, start)),
-            jax.lax.dynamic_update_slice(scores.correct, hit, (0, start)),
+        found = TargetScores(jnp.where(valid, nll, 0), (jnp.argmax(logits, axis=-1) == part.token) & valid)
+        if top_k:
+            top, token = jax.lax.top_k(logits, top_k)
+            keep = valid[..., None]
+            log_probability = jnp.where(keep, top - log_normalizer[..., None], -jnp.inf)
+            found = found._replace(top_token=jnp.where(keep, token, 0), top_log_probability=log_probability)
+        return jax.tree.map(
+            lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1), scores, found
         )
 
-    empty = TargetScores(jnp.zeros(targets.source.shape, jnp.float32), jnp.zeros(targets.source.shape, bool))
+    shape = targets.source.shape
+    empty = TargetScores(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
+    if top_k:
+        tokens = jnp.zeros((*shape, top_k), jnp.int32)
+        empty = empty._replace(top_token=tokens, top_log_probability=jnp.full(tokens.shape, -jnp.inf, jnp.float32))
     scores = _over_tiles(hidden, targets, tile_scores, empty)
-    return TargetScores(scores.nll[:, : source.shape[1]], scores.correct[:, : source.shape[1]])
+    return jax.tree.map(lambda array: array[:, : source.shape[1]], scores)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

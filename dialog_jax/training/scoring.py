@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from dialog_jax.data import batches, dataset, packing, tries, truncation
+from dialog_jax.data import batches, dataset, packing, teacher, tries, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.teacher import Signal
 from dialog_jax.data.tries import Tree
 from dialog_jax.data.truncation import Piece
 from dialog_jax.model.decoder import DecoderConfig
@@ -49,6 +50,8 @@ class Score(NamedTuple):
     """The dialogue as messages to the user call it."""
     tokens_read: int
     """Tokens that went through the model."""
+    signals: Sequence[Signal] = ()
+    """The likeliest tokens at each token of the scored responses, in the order of `turns`; empty if not asked for."""
 
 
 class _Piece(NamedTuple):
@@ -67,6 +70,7 @@ def score_dialogues(
     parameters: dict,
     *,
     compute_dtype: jax.typing.DTypeLike,
+    top_k: int = 0,
 ) -> Iterator[Score]:
     """Yields the scores of `dialogues`, in their order.
 
@@ -75,23 +79,29 @@ def score_dialogues(
 
     Args:
       compute_dtype: of the forward pass; log-probabilities are float32, sums over a response float64.
+      top_k: how many of the likeliest tokens to give in `signals`; 0 for none.
 
     Raises:
-      ValueError: what `Renderer.render` raises.
+      ValueError: what `Renderer.render` raises, or `top_k` exceeds the vocabulary.
       FloatingPointError: a loss is not finite; names the dialogue.
     """
-    score_step = step.make_score_step(model, compute_dtype=compute_dtype)
+    if not 0 <= top_k <= model.vocab_size:
+        raise ValueError(f"top_k is {top_k:,}; it must be 0 to {model.vocab_size:,}, the size of the vocabulary.")
+    score_step = step.make_score_step(model, compute_dtype=compute_dtype, top_k=top_k)
     on_cpu = all(device.platform == "cpu" for device in jax.tree.leaves(parameters)[0].devices())
     remaining = iter(dialogues)
     while window := list(itertools.islice(remaining, _WINDOW)):
         turns: list[list[dict[str, Any]]] = [[] for _ in window]
+        signals: list[list[Signal]] = [[] for _ in window]
         read = [0] * len(window)
         pieces, cut = _pieces(window, renderer, model.max_length)
-        for row, nll in _rows(pieces, model.max_length, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
-            for piece, by_node in _by_node(row, nll):
+        for row, scores in _rows(pieces, model.max_length, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
+            for piece, by_node in _by_node(row, scores):
                 read[piece.dialogue] += len(piece.tree.tokens)
-                turns[piece.dialogue] += _turns(window[piece.dialogue], piece, by_node)
-        for dialogue, unordered, responses_cut, tokens_read in zip(window, turns, cut, read, strict=True):
+                turns[piece.dialogue] += _turns(window[piece.dialogue], piece, np.asarray(by_node.nll))
+                if top_k:
+                    signals[piece.dialogue] += _signals(piece, by_node)
+        for dialogue, unordered, top, responses_cut, tokens_read in zip(window, turns, signals, cut, read, strict=True):
             ordered = sorted(unordered, key=lambda turn: turn["message"])
             record: dict[str, Any] = {
                 "id": dialogue.id,
@@ -101,7 +111,7 @@ def score_dialogues(
             }
             if responses_cut:
                 record["turns_cut"] = responses_cut
-            yield Score(record, dialogue.name, tokens_read)
+            yield Score(record, dialogue.name, tokens_read, sorted(top, key=lambda signal: signal.message))
 
 
 def _pieces(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tuple[list[_Piece], list[int]]:
@@ -168,18 +178,19 @@ def _rows(
     batch_tokens: int,
     score_step: Callable[[dict, batches.Batch], TargetScores],
     parameters: dict,
-) -> Iterator[tuple[list[_Piece], Float[np.ndarray, " targets"]]]:
-    """(the pieces of each row, the loss of each of its targets)."""
+) -> Iterator[tuple[list[_Piece], TargetScores]]:
+    """(the pieces of each row, the scores [S, ...] of its targets)."""
     if not pieces:
         return
     trees = _stored([piece.tree for piece in pieces])
 
-    def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], jax.Array]:
-        return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length, max_targets=length)).nll
+    def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], TargetScores]:
+        return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length, max_targets=length))
 
-    def finish(rows: list[list[int]], nll: jax.Array) -> Iterator[tuple[list[_Piece], Float[np.ndarray, " targets"]]]:
-        for row, of_row in zip(rows, np.asarray(nll), strict=True):
-            yield [pieces[number] for number in row], of_row
+    def finish(rows: list[list[int]], scores: TargetScores) -> Iterator[tuple[list[_Piece], TargetScores]]:
+        scores = jax.device_get(scores)
+        for place, row in enumerate(rows):
+            yield [pieces[number] for number in row], jax.tree.map(lambda array, place=place: array[place], scores)
 
     running = None
     for length, rows in _batches(trees, context, batch_tokens):
@@ -226,17 +237,20 @@ def _row_length(used: int, longest: int) -> int:
     return length
 
 
-def _by_node(
-    pieces: Sequence[_Piece], nll: Float[np.ndarray, " targets"]
-) -> Iterator[tuple[_Piece, Float[np.ndarray, " nodes"]]]:
-    """(each piece of a row, the loss of each of its nodes, 0 where there is no target)."""
+def _by_node(pieces: Sequence[_Piece], scores: TargetScores) -> Iterator[tuple[_Piece, TargetScores]]:
+    """(each piece of a row, the scores of each of its nodes, 0 where there is no target)."""
     filled = 0
     for piece in pieces:
+        count = len(piece.tree.tokens)
         _, nodes = tries.targets(piece.tree)
-        by_node = np.zeros(len(piece.tree.tokens))
-        by_node[nodes] = nll[filled : filled + len(nodes)]
+
+        def spread(array, count=count, nodes=nodes, filled=filled):
+            by_node = np.zeros((count, *array.shape[1:]), array.dtype)
+            by_node[nodes] = array[filled : filled + len(nodes)]
+            return by_node
+
         filled += len(nodes)
-        yield piece, by_node
+        yield piece, jax.tree.map(spread, scores)
 
 
 def _turns(dialogue: Dialogue, piece: _Piece, nll: Float[np.ndarray, " nodes"]) -> list[dict[str, Any]]:
@@ -254,9 +268,31 @@ def _turns(dialogue: Dialogue, piece: _Piece, nll: Float[np.ndarray, " nodes"]) 
     return turns
 
 
+def _signals(piece: _Piece, scores: TargetScores) -> list[Signal]:
+    """One entry a response."""
+    assert scores.top_token is not None and scores.top_log_probability is not None
+    signals = []
+    for sequence, nodes in zip(piece.sequences, piece.nodes, strict=True):
+        start = max(sequence.start, 1)
+        response = nodes[start:]
+        signals.append(
+            Signal(
+                message=sequence.message,
+                prompt=teacher.checksum(sequence.tokens[:start]),
+                token=sequence.tokens[start:],
+                top_token=np.asarray(scores.top_token)[response],
+                top_log_probability=np.asarray(scores.top_log_probability)[response],
+            )
+        )
+    return signals
+
+
 def _stored(trees: Sequence[Tree]) -> dataset.Trees:
+    columns: dict[str, Any] = {
+        field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields
+    }
     return dataset.Trees(
-        **{field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields},
+        **columns,
         offsets=np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64),
         preamble=np.zeros(len(trees), np.int32),
         ids=tuple(range(len(trees))),

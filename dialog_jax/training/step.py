@@ -174,15 +174,19 @@ def make_evaluation_step(
 
 
 def make_score_step(
-    model: DecoderConfig, *, compute_dtype: jax.typing.DTypeLike
+    model: DecoderConfig, *, compute_dtype: jax.typing.DTypeLike, top_k: int = 0
 ) -> Callable[[dict, Batch], loss.TargetScores]:
-    """Returns the compiled scores of every target of a [B, ...] batch, on one device."""
-    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype))
+    """Returns the compiled scores of every target of a [B, ...] batch, on one device.
+
+    Args:
+      top_k: how many of the likeliest tokens to return for each target; 0 for none.
+    """
+    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, top_k))
 
 
-def _scores(model: DecoderConfig, parameters: dict, batch: Batch, compute_dtype) -> loss.TargetScores:
+def _scores(model: DecoderConfig, parameters: dict, batch: Batch, compute_dtype, top_k: int = 0) -> loss.TargetScores:
     hidden = decoder.hidden_states(
         model, parameters, batch.tokens, batch.position, batch.subtree_end, compute_dtype=compute_dtype
     )
     matrix = decoder.output_matrix(model, parameters)
-    return loss.score_targets(hidden, matrix, batch.source, batch.target, batch.weight)
+    return loss.score_targets(hidden, matrix, batch.source, batch.target, batch.weight, top_k=top_k)

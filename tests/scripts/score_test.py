@@ -12,6 +12,8 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from dialog_jax.data import tries
@@ -42,10 +44,26 @@ _DIALOGUES = [
     {"messages": [{"role": "user", "content": _LONG}, {"role": "assistant", "content": _LONG}]},
     {"prompt": "What is the capital of France?", "completion": "Paris."},
 ]
+_TREE = {
+    "id": "tree",
+    "messages": [
+        {"id": "q", "role": "user", "content": "Hi"},
+        {"id": "a", "parent": "q", "role": "assistant", "content": "Hello there"},
+        {"id": "b", "parent": "q", "role": "assistant", "content": "Hello!"},
+    ],
+}
 
 
 def _oracle(model, parameters, tokenizer, messages, end_of_turn):
     """[(message, tokens of prompt ++ response, tokens of the response, nll)] of every response that is trained on."""
+    return [
+        (index, len(ids), len(ids) - start, float(_alone(model, parameters, ids)[start - 1 :].sum()))
+        for index, ids, start in _sequences(tokenizer, messages, end_of_turn)
+    ]
+
+
+def _sequences(tokenizer, messages, end_of_turn):
+    """[(message, prompt ++ response, where the response starts)], likewise."""
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     found = []
     for index, message in enumerate(messages):
@@ -57,20 +75,23 @@ def _oracle(model, parameters, tokenizer, messages, end_of_turn):
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert ids[: len(prompt_ids)] == prompt_ids
         stop = ids.index(tokenizer.convert_tokens_to_ids(end_of_turn), len(prompt_ids)) + 1
-        nll = _alone(model, parameters, ids[:stop])[len(prompt_ids) - 1 :].sum()
-        found.append((index, stop, stop - len(prompt_ids), float(nll)))
+        found.append((index, ids[:stop], len(prompt_ids)))
     return found
 
 
 def _alone(model, parameters, ids):
     """-log p of every token but the first under the causal mask."""
+    return -np.take_along_axis(_log_softmax(model, parameters, ids), np.asarray(ids)[1:, None], axis=1)[:, 0]
+
+
+def _log_softmax(model, parameters, ids):
+    """Log-probabilities of all tokens in the place of every token but the first."""
     length = 512
     padded = np.zeros((1, length), np.int32)
     padded[0, : len(ids)] = ids
     logits = np.asarray(_logits(model, parameters, padded)[0, : len(ids) - 1], np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
-    chosen = np.take_along_axis(logits, np.asarray(ids)[1:, None], axis=1)[:, 0]
-    return np.log(np.exp(logits).sum(axis=-1)) - chosen
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -155,6 +176,54 @@ class ScoreTest(parameterized.TestCase):
             *_, (_, _, tokens, nll) = _oracle(model, parameters, tokenizer, alone, FAMILIES[family].end_of_turn)
             self.assertEqual(turn["tokens"], tokens)
             self.assertAlmostEqual(turn["nll"], nll, delta=1e-5 * nll)
+
+    @parameterized.parameters("chatml", "qwen3")
+    def test_likeliest_tokens_equal_one_forward_pass_a_response(self, family):
+        model, parameters, tokenizer = self.save_model(family)
+        file = self.directory / "top.safetensors"
+        plain, _, _ = self.score([*_DIALOGUES, _TREE])
+        written, _, error = self.score([*_DIALOGUES, _TREE], "--top_k=5", f"--top_k_out={file}")
+        self.assertEmpty(error)
+        self.assertEqual(plain, written)
+        arrays = safetensors.numpy.load_file(file)
+        with safetensors.safe_open(file, "numpy") as opened:
+            self.assertEqual(opened.metadata()["ids"], '["text", 7, 2, 3, "tree"]')
+        lists = [(number, _messages(record)) for number, record in enumerate(_DIALOGUES)]
+        lists += [(4, _TREE["messages"][:2]), (4, [_TREE["messages"][0], _TREE["messages"][2]])]
+        expected = [
+            (number, 2 if messages[index].get("id") == "b" else index, ids, start)
+            for number, messages in lists
+            for index, ids, start in _sequences(tokenizer, messages, "<|im_end|>")
+        ]
+        self.assertEqual(arrays["response_dialogue"].tolist(), [number for number, *_ in expected])
+        self.assertEqual(arrays["response_message"].tolist(), [message for _, message, *_ in expected])
+        for response, (_, _, ids, start) in enumerate(expected):
+            begin, end = arrays["response_offset"][response : response + 2]
+            np.testing.assert_array_equal(arrays["token"][begin:end], ids[start:])
+            logs = _log_softmax(model, parameters, ids)[start - 1 :]
+            top, best = arrays["top_token"][begin:end], -np.sort(-logs, axis=-1)[:, :5]
+            self.assertTrue((np.diff(np.sort(top, axis=1), axis=1) > 0).all())
+            np.testing.assert_allclose(np.take_along_axis(logs, top, axis=1), best, atol=1e-5)
+            np.testing.assert_allclose(arrays["top_log_probability"][begin:end], best, atol=1e-5)
+
+    def test_error_leaves_no_likeliest_tokens(self):
+        self.save_model("chatml")
+        file = self.directory / "top.safetensors"
+        before = sorted(path.name for path in self.directory.iterdir())
+        flags = "--top_k=5", f"--top_k_out={file}"
+        written, _, error = self.score([_DIALOGUES[0], _DIALOGUES[0]], *flags)
+        self.assertIsNone(written)
+        self.assertIn("two dialogues have the id 'text'", error)
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), sorted([*before, "data.jsonl"]))
+        for flags, message in (
+            (("--top_k=5",), "--top_k and --top_k_out need each other"),
+            ((f"--top_k_out={file}",), "--top_k and --top_k_out need each other"),
+            (("--top_k=5", f"--top_k_out={self.directory}"), "is a directory; name a file"),
+            (("--top_k=5000", f"--top_k_out={file}"), "top_k is 5,000; it must be 0 to 512"),
+        ):
+            written, _, error = self.score(_DIALOGUES, *flags)
+            self.assertIsNone(written)
+            self.assertIn(message, error)
 
     def test_scores_many_dialogues_of_all_lengths_stay_in_order(self):
         self.save_model("chatml", max_length=2048)

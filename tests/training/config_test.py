@@ -9,7 +9,7 @@ from dialog_jax.training.optimizer import OptimizerConfig
 
 
 def example(**changes):
-    return TrainConfig(model="m", data=DataConfig(train="t.jsonl", validation="v.jsonl"), **changes)
+    return TrainConfig(**{"model": "m", "data": DataConfig(train="t.jsonl", validation="v.jsonl"), **changes})
 
 
 class ConfigTest(parameterized.TestCase):
@@ -47,6 +47,8 @@ class ConfigTest(parameterized.TestCase):
         ({"rows": 0}, "rows is 0"),
         ({"checkpoint_every": 30}, "multiple of evaluate_every = 50"),
         ({"steps": 0, "epochs": 0.0}, "one of them must be above 0"),
+        ({"loss": LossConfig(distillation=0.5)}, "data.teacher is '' and loss.distillation is 0.5; set both"),
+        ({"data": DataConfig(train="t", validation="v", teacher="s")}, "data.teacher is 's' and .* 0.0; set both"),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
     )
     def test_bad_value_is_refused(self, changes, message):

@@ -9,12 +9,17 @@ import shutil
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 from absl.testing import absltest
 
+from dialog_jax.data import teacher
+from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.tokenizers import fingerprint
 from dialog_jax.model import decoder, pretrained
-from dialog_jax.training import checkpoints, loop, metrics, run_directory
+from dialog_jax.training import checkpoints, loop, metrics, run_directory, scoring
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.loss import LossConfig
@@ -104,6 +109,48 @@ class RunTest(absltest.TestCase):
         (line,) = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
         self.assertGreater(line["loss"], line["nll"] + 1)
         self.assertLess(abs(result.first["loss"] - line["nll"]), 0.5)
+
+    def taught(self, name, dialogues):
+        """The config of a run whose teacher, another model, has read some dialogues; the file is at `name`."""
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        model, renderer = tiny.config(len(tokenizer)), Renderer(tokenizer)
+        scores = scoring.score_dialogues(
+            dialogues, renderer, model, tiny.parameters(model, seed=1), compute_dtype=jnp.float32, top_k=8
+        )
+        told = {"top_k": 8, "tokenizer": fingerprint(tokenizer), "vocabulary": model.vocab_size}
+        with teacher.writing(self.directory / name, **told) as add:
+            for score in scores:
+                add(score.record["id"], score.signals)
+        data = dataclasses.replace(self.config.data, teacher=str(self.directory / name))
+        return {"data": data, "loss": LossConfig(distillation=1.0)}
+
+    def test_student_comes_near_its_teacher_and_resumes_with_that_teacher_only(self):
+        dialogues = list(read_dialogues(self.directory / "train.jsonl"))
+        config = self.taught("teacher.safetensors", dialogues)
+        self.run_in("run", steps=6, **config)
+        lines = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        self.assertLess(lines[-1]["loss"], lines[0]["loss"] / 2)
+        self.assertGreater(lines[0]["nll"], lines[0]["loss"] + 1)  # of random models, which are alike
+        self.assertEqual(self.run_in("run", steps=6, **config).step, 6)
+        self.taught("teacher.safetensors", dialogues[::-1])
+        with self.assertRaisesRegex(ValueError, "began with another content of data.train"):
+            self.run_in("run", steps=6, **config)
+
+    def test_teacher_that_has_not_read_the_data_claims_nothing(self):
+        config = self.taught("teacher.safetensors", list(read_dialogues(self.directory / "train.jsonl"))[:20])
+        with self.assertRaisesRegex(ValueError, r"dialogue train-20 \(train.jsonl:21\): .* has no teacher"):
+            self.run_in("run", **config)
+        self.assertFalse((self.directory / "run" / "config.json").exists())
+
+    def test_teacher_with_a_larger_vocabulary_is_refused(self):
+        signal = teacher.Signal(
+            1, 0, np.zeros(1, np.int32), np.full((1, 1), 600, np.int32), np.zeros((1, 1), np.float32)
+        )
+        with teacher.writing(self.directory / "t", top_k=1, tokenizer="", vocabulary=600) as add:
+            add("train-0", [signal])
+        data = dataclasses.replace(self.config.data, teacher=str(self.directory / "t"))
+        with self.assertRaisesRegex(ValueError, "t names token 600, but the model's vocabulary has 512"):
+            self.run_in("run", data=data, loss=LossConfig(distillation=0.5))
 
     def test_no_absolute_path_is_written(self):
         self.run_in("run", steps=2)

@@ -317,7 +317,7 @@ class WeightedNllTest(parameterized.TestCase):
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, length * vocabulary * 4)
 
 
-class ScoreTargetsTest(absltest.TestCase):
+class ScoreTargetsTest(parameterized.TestCase):
     def test_nll_and_hits_equal_float64_and_padding_is_empty(self):
         arrays = problem(6)
         _, _, _, nll, best = reference(*arrays)
@@ -326,6 +326,24 @@ class ScoreTargetsTest(absltest.TestCase):
         valid = arrays[4] > 0
         np.testing.assert_allclose(scores.nll, np.where(valid, nll, 0), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(scores.correct, (best == arrays[3]) & valid)
+        self.assertIsNone(scores.top_token)
+
+    @parameterized.parameters((1, 16), (5, 7), (53, 256))
+    def test_likeliest_tokens_equal_float64_and_padding_has_none(self, top_k, tile):
+        hidden, matrix, source, _, weight = arrays = problem(27)
+        self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
+        scores = loss.score_targets(*on_device(arrays), top_k=top_k)
+        self.assertEqual(scores.top_token.shape, (2, 40, top_k))
+        for b, s in np.ndindex(*weight.shape):
+            if weight[b, s]:
+                logits = matrix.astype(np.float64) @ hidden[b, source[b, s]]
+                best = np.argsort(-logits)[:top_k]
+                np.testing.assert_array_equal(scores.top_token[b, s], best)
+                np.testing.assert_allclose(
+                    scores.top_log_probability[b, s], logits[best] - np.log(np.exp(logits).sum()), rtol=1e-5, atol=1e-5
+                )
+            else:
+                self.assertTrue((np.asarray(scores.top_log_probability[b, s]) == -np.inf).all())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,293 @@
+"""What a teacher says of responses, in a file: written while it scores dialogues, read while a student trains on them.
+
+For each token of each response the file holds the N tokens that the teacher finds likeliest in its place, with their
+log-probabilities. It is one safetensors file; R responses of n tokens in all, in the order of the dialogues:
+
+    response_dialogue    int32 [R]       number of its dialogue, which is a place in the list `ids` of the metadata
+    response_message     int32 [R]       index in the dialogue's messages
+    response_prompt      int64 [R]       checksum of the tokens before it
+    response_offset      int64 [R + 1]   where its tokens begin, and where the last one's end
+    token                int32 [n]       the response as the teacher read it
+    top_token            int32 [n, N]    the likeliest first
+    top_log_probability  float32 [n, N]  in nats
+
+They are float32 because what they leave of 1 is an outcome too, and half the digits would blur it where the teacher is
+nearly sure. Knows tokens and files, and nothing of how a teacher is run or how a student learns.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+from jaxtyping import Float32, Int, Int32, Int64
+
+from dialog_jax.data import tries
+from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.rendering import RenderedSequence
+from dialog_jax.data.tries import Tree
+
+_TYPES = {
+    "response_prompt": "I64",
+    "response_offset": "I64",
+    "response_dialogue": "I32",
+    "response_message": "I32",
+    "token": "I32",
+    "top_token": "I32",
+    "top_log_probability": "F32",
+}
+_NUMPY: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
+_BLOCK = 1 << 14  # tokens that are checked at once
+_MASS = 1e-3  # by which rounding may carry a sum of probabilities beyond 1
+
+
+class Signal(NamedTuple):
+    """What a teacher says of one response."""
+
+    message: int
+    prompt: int
+    """`checksum` of the tokens before the response."""
+    token: Int32[np.ndarray, " n"]
+    top_token: Int32[np.ndarray, "n N"]
+    top_log_probability: Float32[np.ndarray, "n N"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherFile:
+    """A file of signals. The arrays are the file's own and lie there until they are read."""
+
+    name: str
+    digest: str
+    same_tokenizer: bool
+    """Whether the teacher's tokenizer has the fingerprint of the data's."""
+    largest: int
+    """Of all token ids that the teacher names."""
+    numbers: Mapping[str | int, int]
+    """The number of each dialogue, by its id."""
+    response_prompt: Int64[np.ndarray, " R"]
+    response_offset: Int64[np.ndarray, " R+1"]
+    response_dialogue: Int32[np.ndarray, " R"]
+    response_message: Int32[np.ndarray, " R"]
+    token: Int32[np.ndarray, " n"]
+    top_token: Int32[np.ndarray, "n N"]
+    top_log_probability: Float32[np.ndarray, "n N"]
+
+    @property
+    def top_k(self) -> int:
+        """N."""
+        return self.top_token.shape[1]
+
+
+def checksum(tokens: Int[np.ndarray, " n"]) -> int:
+    """Returns a number that other tokens are not likely to have."""
+    return zlib.crc32(tokens.astype("<i4").tobytes())
+
+
+@contextlib.contextmanager
+def writing(
+    path: pathlib.Path, *, top_k: int, tokenizer: str, vocabulary: int
+) -> Iterator[Callable[[str | int, Sequence[Signal]], None]]:
+    """Gives a function to call with each dialogue's id and signals; afterwards the file is there, whole, or nothing is.
+
+    Signals go to disk as they come, so memory holds one dialogue's; until the end, they lie beside the file.
+
+    Args:
+      top_k: N.
+      tokenizer: fingerprint of the teacher's.
+      vocabulary: number of the teacher's logits.
+
+    Raises:
+      ValueError: two dialogues have the same id.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers: dict[str | int, int] = {}
+    end = 0
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as made, contextlib.ExitStack() as stack:
+        directory = pathlib.Path(made)
+        columns = {name: stack.enter_context((directory / name).open("w+b")) for name in _TYPES}
+
+        def put(**values: Any) -> None:
+            for name, value in values.items():
+                columns[name].write(np.asarray(value, _NUMPY[_TYPES[name]]).tobytes())
+
+        def add(dialogue: str | int, signals: Sequence[Signal]) -> None:
+            nonlocal end
+            if dialogue in numbers:
+                raise ValueError(
+                    f"two dialogues have the id {dialogue!r}, so {path.name} could not tell them apart. Give each its "
+                    "own id, or leave ids out."
+                )
+            number = numbers[dialogue] = len(numbers)
+            for signal in signals:
+                assert signal.top_token.shape == signal.top_log_probability.shape == (len(signal.token), top_k)
+                end += len(signal.token)
+                put(response_dialogue=number, response_message=signal.message, response_prompt=signal.prompt)
+                put(response_offset=end, token=signal.token)
+                put(top_token=signal.top_token, top_log_probability=signal.top_log_probability)
+
+        put(response_offset=0)
+        yield add
+        metadata = {"ids": json.dumps(list(numbers)), "tokenizer": tokenizer, "vocabulary": str(vocabulary)}
+        with (directory / "whole").open("wb") as whole:
+            whole.write(_header({name: column.tell() for name, column in columns.items()}, top_k, metadata))
+            for column in columns.values():
+                column.seek(0)
+                shutil.copyfileobj(column, whole)
+        (directory / "whole").replace(path)
+
+
+def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
+    """Returns a file that `writing` left, checked, its large arrays mapped rather than read.
+
+    Args:
+      tokenizer: fingerprint of the tokenizer of the data.
+
+    Raises:
+      ValueError: there is no such file, or it is none of these, or cut short, or holds what are no probabilities.
+    """
+    file = pathlib.Path(path).expanduser()
+    try:
+        with safetensors.safe_open(file, framework="numpy") as checked:
+            metadata = checked.metadata() or {}
+            if {*checked.keys()} != {*_TYPES} or "ids" not in metadata:
+                raise ValueError(f"{file.name} holds no teacher's signals. Make it with scripts/score.py --top_k=N.")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file.name} is not a whole safetensors file: {error}. Make it again.") from error
+    arrays = _mapped(file)
+    if not len(arrays["token"]):
+        raise ValueError(f"{file.name} holds no response. Score the dialogues that are to be trained on.")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return TeacherFile(
+        name=file.name,
+        digest=digest.hexdigest(),
+        same_tokenizer=metadata.get("tokenizer") == tokenizer,
+        largest=_check(file.name, arrays["top_token"], arrays["top_log_probability"]),
+        numbers={name: number for number, name in enumerate(json.loads(metadata["ids"]))},
+        **arrays,
+    )
+
+
+def rows_of_tree(
+    file: TeacherFile, dialogue: Dialogue, tree: Tree, sequences: Sequence[tuple[RenderedSequence, int, bool]]
+) -> Int64[np.ndarray, " N"]:
+    """Returns for each node of a tree its row in the file; -1 where it is no target in a response.
+
+    Args:
+      sequences: what the tree was built from, each with the number of its message in the dialogue, and whether all
+        messages that lead to that stand before it (they do not where a dialogue that is too long was divided).
+
+    Raises:
+      ValueError: the file has nothing of a response, or other tokens. Names the dialogue, the message and the token.
+    """
+    rows = np.full(len(tree.tokens), -1, np.int64)
+    _, nodes = tries.grow([sequence.tokens for sequence, _, _ in sequences])
+    for (sequence, message, whole), own in zip(sequences, nodes, strict=True):
+        start = max(sequence.start, 1)
+        if sequence.turn >= 0 and tree.weight[own[start:]].any():
+            rows[own[start:]] = _find(file, dialogue, message, sequence.tokens, start, whole=whole)
+    rows[tree.weight == 0] = -1
+    return rows
+
+
+def read_rows(
+    file: TeacherFile, rows: Int64[np.ndarray, " s"]
+) -> tuple[Int32[np.ndarray, "s N"], Float32[np.ndarray, "s N"]]:
+    """Returns (likeliest tokens, their log-probabilities) of some rows; row -1 has 0 and -inf."""
+    known = rows >= 0
+    token = np.zeros((len(rows), file.top_k), np.int32)
+    log_probability = np.full(token.shape, -np.inf, np.float32)
+    token[known], log_probability[known] = file.top_token[rows[known]], file.top_log_probability[rows[known]]
+    return token, log_probability
+
+
+def _find(
+    file: TeacherFile, dialogue: Dialogue, message: int, tokens: Int32[np.ndarray, " n"], start: int, *, whole: bool
+) -> Int64[np.ndarray, " response"]:
+    """The rows of a response, `tokens[start:]`."""
+    where = f"{dialogue.name}: message {message}"
+    number = file.numbers.get(dialogue.id)
+    if number is None:
+        raise ValueError(
+            f"{where} has no teacher: {file.name} holds no dialogue of this id. Score it, or leave it out."
+        )
+    first, last = np.searchsorted(file.response_dialogue, [number, number + 1])
+    found = first + np.flatnonzero(file.response_message[first:last] == message)
+    if not len(found):
+        raise ValueError(
+            f"{where} has no teacher: {file.name} holds other messages of the dialogue only. Its weight was 0 when the "
+            "teacher scored it, or it exceeds the teacher's context. Score it, or give it weight 0."
+        )
+    response = int(found[0])
+    begin, end = file.response_offset[response : response + 2].tolist()
+    own, taught = tokens[start:], file.token[begin:end]
+    changed = "the chat template or the dialogue is not what it was" if file.same_tokenizer else "the tokenizer differs"
+    remedy = f"since the teacher scored it, {changed}. Score again with what is trained on."
+    at = tries.common_prefix(own, taught)
+    if at < max(len(own), len(taught)):
+        here, there = (f"is {ids[at]}" if at < len(ids) else "is missing" for ids in (own, taught))
+        raise ValueError(f"{where}, token {at}: its id {here} here, but {there} in {file.name}; {remedy}")
+    if whole and file.response_prompt[response] != checksum(tokens[:start]):
+        raise ValueError(f"{where}: {file.name} has the same response after another prompt; {remedy}")
+    return np.arange(begin, end)
+
+
+def _header(sizes: Mapping[str, int], top_k: int, metadata: Mapping[str, str]) -> bytes:
+    """What stands before the arrays in a safetensors file, from how many bytes each of them has."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, size in sizes.items():
+        kind = _TYPES[name]
+        width = top_k if name.startswith("top_") else 1
+        count = size // (_NUMPY[kind].itemsize * width)
+        shape = [count, top_k] if name.startswith("top_") else [count]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _mapped(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, which is known to be one; mapped, since the library reads them whole."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    arrays: dict[str, np.ndarray] = {}
+    for name, kind in _TYPES.items():
+        entry = header[name]
+        if entry["dtype"] != kind:
+            raise ValueError(f"{file.name}: {name} is {entry['dtype']}, not {kind}. Make it with scripts/score.py.")
+        shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+        if 0 in shape:  # cannot be mapped
+            arrays[name] = np.empty(shape, _NUMPY[kind])
+        else:
+            arrays[name] = np.memmap(file, _NUMPY[kind], "r", offset, shape)
+    return arrays
+
+
+def _check(name: str, token: Int32[np.ndarray, "n N"], log_probability: Float32[np.ndarray, "n N"]) -> int:
+    """The largest token id; raises ValueError where there are no probabilities."""
+    largest = 0
+    for start in range(0, len(token), _BLOCK):
+        largest = max(largest, int(token[start : start + _BLOCK].max()))
+        sums = np.exp(log_probability[start : start + _BLOCK].astype(np.float64)).sum(axis=-1)
+        wrong = ~((sums > 0) & (sums <= 1 + _MASS))  # so that nan is wrong
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise ValueError(
+                f"{name}: the probabilities at token {start + at:,} sum to {sums[at]:.4g}; needed more than 0 and at "
+                "most 1. Score again, with weights in float32."
+            )
+    return largest
