@@ -146,7 +146,7 @@ def plan_of(trees: Trees, seed: int) -> batches.Plan:
 def rows_of(trees: Trees, plan: batches.Plan, number: int) -> Batch:
     """The batch [M, 1, ...] of step `number`: the rows of `plan`, filled with `trees`, which need not be the plan's."""
     filled = batches.fill_rows(trees, plan.rows(number), max_length=MAX_LENGTH, max_targets=MAX_LENGTH)
-    return Batch(*(array[:, None] for array in filled))
+    return filled.map(lambda array: array[:, None])
 
 
 def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, rows: int = HELD_OUT_ROWS) -> Losses:
@@ -159,7 +159,7 @@ def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, row
     for batch, (numbers,) in batches.evaluation_batches(
         trees, max_length=MAX_LENGTH, max_targets=MAX_LENGTH, rows=1, limit=rows
     ):
-        scores = score_step(parameters, jax.tree.map(lambda array: array[0], batch))
+        scores = score_step(parameters, batch.map(lambda array: array[0]))
         nll = np.asarray(scores.nll[0], np.float64)
         filled = 0
         for number in numbers:
