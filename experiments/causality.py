@@ -1,0 +1,312 @@
+"""Does what comes later in a dialogue change the loss of an earlier response, when all are computed in one pass?
+
+Question:  in one concatenated pass the whole dialogue is there at once, so one may think that later messages reach the
+           losses of earlier responses. (a) How much does each response's loss change when a user message is replaced?
+           (b) How strongly does it depend on the input at each position, before and after it?
+Command:   python experiments/causality.py
+Hardware:  not run yet.
+Time:      not run yet.
+Result:    not run yet.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import report
+from jaxtyping import Array, Bool, Float
+from matplotlib import colormaps, colors, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from report import Options
+
+from dialog_jax import chat
+from dialog_jax.chat import ChatModel
+from dialog_jax.data import batches, dataset, tries
+from dialog_jax.data.batches import Batch
+from dialog_jax.data.dataset import Trees
+from dialog_jax.data.dialogues import Dialogue, Message, read_dialogues
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.data.tries import Tree
+from dialog_jax.model import decoder
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import loss, step
+
+_RESPONSES = 6  # of the dialogue that is looked at: the first held-out one that has so many
+_OTHER_MESSAGE = "Let us speak of something else. Which mountain is the highest one in Europe?"
+
+# The least influence must not look like none, which is white.
+_SHADES = colors.ListedColormap(colormaps["Blues"](np.linspace(0.15, 1, 256)))
+
+# History is rendered without reasoning, as templates of reasoning models do.
+_STRIPPING_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set content = message.content if loop.last else message.content.split('</think>')[-1] | trim -%}
+{{ '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+_REASONED = Dialogue(
+    id="reasoned",
+    messages=(
+        Message(role="user", content="What is 12 times 7?"),
+        Message(role="assistant", content="<think>Ten sevens are 70, two more are 14.</think>It is 84."),
+        Message(role="user", content="And half of that?"),
+        Message(role="assistant", content="<think>Half of 80 is 40, half of 4 is 2.</think>That is 42."),
+        Message(role="user", content="Is it even?"),
+        Message(role="assistant", content="<think>It ends in 2.</think>Yes."),
+    ),
+)
+
+
+class Replaced(NamedTuple):
+    """How the losses of K responses change when one of M user messages is replaced."""
+
+    changes: Float[np.ndarray, "M K"]
+    """In nats, summed over the response."""
+    earlier: int
+    """Number of pairs of a replaced message and a response's token before it."""
+    largest_earlier: float
+    """The largest change of the loss of such a token, in nats."""
+
+
+class Influence(NamedTuple):
+    """How strongly each of K responses depends on each of N tokens of a tree."""
+
+    norm: Float[np.ndarray, "K N"]
+    """Of the gradient of the response's loss, in nats, with respect to the token's input embedding."""
+    context: Bool[np.ndarray, "K N"]
+    """Whether the token is in the context of the response: an ancestor of one of its tokens."""
+    response: Bool[np.ndarray, "K N"]
+    """Whether it belongs to the response."""
+
+    @property
+    def outside(self) -> float:
+        """The largest norm at a token that is not in the context."""
+        return float(self.norm[~self.context].max(initial=0.0))
+
+
+def response_losses(model: ChatModel, dialogues: Sequence[Dialogue]) -> list[list[Float[np.ndarray, " tokens"]]]:
+    """For each dialogue, the loss of each token of each of its responses; all dialogues in rows of one length.
+
+    Raises:
+      ValueError: a dialogue does not fit a row.
+    """
+    trees = dataset.prepare(
+        dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
+    )
+    score_step = step.make_score_step(model.config, compute_dtype=jnp.float32)
+    found = []
+    for number in range(len(trees)):
+        tree = trees.tree(number)
+        row = batches.fill_rows(trees, [[number]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        _, nodes = tries.targets(tree)
+        nll = np.asarray(score_step(model.parameters, row).nll[0, : len(nodes)])
+        found.append([nll[tree.turn[nodes] == turn] for turn in range(int(tree.turn.max()) + 1)])
+    return found
+
+
+def replace_messages(model: ChatModel, dialogue: Dialogue, content: str) -> Replaced:
+    """What becomes of the losses of all responses when one user message has another content, for each of these."""
+    messages = dialogue.messages
+    users = [index for index, message in enumerate(messages) if message.role == "user"]
+    responses = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    others = [
+        dataclasses.replace(
+            dialogue,
+            messages=(*messages[:index], dataclasses.replace(messages[index], content=content), *messages[index + 1 :]),
+        )
+        for index in users
+    ]
+    original, *changed = response_losses(model, [dialogue, *others])
+    changes = np.zeros((len(users), len(responses)))
+    earlier, largest = 0, 0.0
+    for row, (message, losses) in enumerate(zip(users, changed, strict=True)):
+        for column, (response, was, now) in enumerate(zip(responses, original, losses, strict=True)):
+            changes[row, column] = now.sum(dtype=np.float64) - was.sum(dtype=np.float64)
+            if response < message:
+                earlier += len(was)
+                largest = max(largest, float(np.abs(now - was).max()))
+    return Replaced(changes, earlier, largest)
+
+
+def influence(config: DecoderConfig, parameters: dict, trees: Trees) -> Influence:
+    """How strongly each response of the first tree depends on each of its tokens."""
+    tree = trees.tree(0)
+    size = len(tree.tokens)
+    norms, contexts, responses = [], [], []
+    for turn in range(int(tree.turn.max()) + 1):
+        kept = dataclasses.replace(trees, weight=np.where(trees.turn == turn, trees.weight, 0).astype(np.float32))
+        row = batches.fill_rows(kept, [[0]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        gradient = _embedding_gradient(config, parameters, jax.tree.map(jnp.asarray, row))
+        norms.append(np.linalg.norm(np.asarray(gradient, np.float64), axis=-1)[:size])
+        contexts.append(_ancestors(tree, np.flatnonzero(tree.turn == turn)))
+        responses.append((tree.turn == turn) & (tree.weight > 0))
+    return Influence(np.stack(norms), np.stack(contexts), np.stack(responses))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> Float[Array, "T D"]:
+    """The gradient of a row's loss with respect to what each of its tokens gives to the first layer."""
+    length = row.tokens.shape[1]
+    one_token_a_place = dataclasses.replace(config, vocab_size=length)
+    matrix = decoder.output_matrix(config, parameters)
+
+    def loss_of(embedded):
+        # A table of embeddings with a line a position makes the input of every position a variable of its own.
+        own = parameters | {"embedding": embedded}
+        places = jnp.arange(length)[None, :]
+        hidden = decoder.hidden_states(one_token_a_place, own, places, row.position, row.subtree_end)
+        return loss.weighted_nll(hidden, matrix, row.source, row.target, row.weight)
+
+    return jax.grad(loss_of)(parameters["embedding"][row.tokens[0]])
+
+
+def _ancestors(tree: Tree, nodes: Iterable[int]) -> Bool[np.ndarray, " N"]:
+    """Which tokens are proper ancestors of one of `nodes`."""
+    found = np.zeros(len(tree.tokens), bool)
+    for node in nodes:
+        above = int(tree.parent[node])
+        while above >= 0 and not found[above]:
+            found[above] = True
+            above = int(tree.parent[above])
+    return found
+
+
+def _draw(replaced: Replaced, linear: Influence, branching: Influence) -> Figure:
+    with report.style():
+        figure, axes = plt.subplot_mosaic(
+            [["linear", "linear"], ["replaced", "branching"]],
+            figsize=(12, 7.6),
+            layout="constrained",
+            gridspec_kw={"width_ratios": [1, 1.9], "height_ratios": [1, 1.1]},
+        )
+        _draw_influence(axes["linear"], linear)
+        axes["linear"].set_title(f"The loss of a response depends on no later token: {_outside(linear)}")
+        _draw_influence(axes["branching"], branching)
+        axes["branching"].set_title(f"Nor on another branch (reasoning stripped from history): {_outside(branching)}")
+        _draw_changes(axes["replaced"], replaced.changes)
+    return figure
+
+
+def _outside(found: Influence) -> str:
+    return f"{int((~found.context).sum()):,} gradients, largest {found.outside:g}"
+
+
+def _draw_influence(axes: Axes, found: Influence) -> None:
+    positive = found.norm[found.norm > 0]
+    scale = colors.LogNorm(np.quantile(positive, 0.02), positive.max())
+    shown = np.ma.masked_where(found.norm == 0, found.norm)
+    image = axes.imshow(shown, aspect="auto", norm=scale, cmap=_SHADES, interpolation="nearest")
+    for turn, own in enumerate(found.response):
+        places = np.flatnonzero(own)
+        for part in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+            corner = (part[0] - 0.5, turn - 0.5)
+            axes.add_patch(Rectangle(corner, len(part), 1, fill=False, color=report.ORANGE, linewidth=1.4))
+    turns = len(found.norm)
+    axes.set_yticks(range(turns), [f"response {turn}" for turn in range(turns)])
+    axes.set(xlabel="token (orange: those of the response itself; white: exactly 0)", ylabel="loss of")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(True)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01)
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    bar.set_label("norm of the gradient with respect\nto the token's embedding (nats)", fontsize=9)
+
+
+def _draw_changes(axes: Axes, changes: Float[np.ndarray, "M K"]) -> None:
+    limit = np.abs(changes).max() or 1.0
+    axes.imshow(np.ma.masked_where(changes == 0, changes), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (message, turn), change in np.ndenumerate(changes):
+        strong = abs(change) > 0.6 * limit
+        axes.text(
+            turn,
+            message,
+            "0" if change == 0 else f"{change:+.2f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white" if strong else "black",
+        )
+    axes.set_xticks(range(changes.shape[1]))
+    axes.set_yticks(range(changes.shape[0]))
+    axes.set(
+        xlabel="response",
+        ylabel="user message that is replaced",
+        title="Replacing a message changes\nno response before it (loss, nats)",
+    )
+
+
+def _chosen(source: str) -> Dialogue:
+    for dialogue in read_dialogues(source):
+        if sum(message.role == "assistant" for message in dialogue.messages) == _RESPONSES:
+            return dialogue
+    raise ValueError(f"{source} has no dialogue of {_RESPONSES} responses. Name another file of dialogues.")
+
+
+def _changes_table(changes: Float[np.ndarray, "M K"]) -> str:
+    rows = [
+        [str(number), *(f"{change:+.3f}" if change else "0" for change in line)] for number, line in enumerate(changes)
+    ]
+    return report.table(["replaced user message", *(f"response {turn}" for turn in range(changes.shape[1]))], rows)
+
+
+def _influence_table(found: Mapping[str, Influence]) -> str:
+    rows = []
+    for name, own in found.items():
+        turns, tokens = own.norm.shape
+        inside, outside = int(own.context.sum()), int((~own.context).sum())
+        reached = int((own.norm[own.context] > 0).sum())
+        rows.append([name, *(f"{count:,}" for count in (tokens, turns, inside, reached, outside)), f"{own.outside:g}"])
+    header = ["", "tokens", "responses", "pairs in the context", "of them above 0", "other pairs", "largest of them"]
+    return report.table(header, rows)
+
+
+def _one_tree(renderer: Renderer, dialogue: Dialogue) -> Trees:
+    return dataset.prepare(
+        [dialogue], renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
+    )
+
+
+def main(options: Options) -> None:
+    started = time.perf_counter()
+    model = chat.load(options.model)
+    dialogue = _chosen(options.validation)
+    replaced = replace_messages(model, dialogue, _OTHER_MESSAGE)
+    linear = influence(model.config, model.parameters, _one_tree(model.renderer, dialogue))
+    stripping = Renderer(load_tokenizer(options.model, chat_template=_STRIPPING_TEMPLATE))
+    branching = influence(model.config, model.parameters, _one_tree(stripping, _REASONED))
+    report.write(
+        options,
+        _draw(replaced, linear, branching),
+        [
+            f'Dialogue {dialogue.id}. Each of its user messages was replaced by "{_OTHER_MESSAGE}", and the loss of '
+            f"every response computed again, in one pass over a row of {harness.MAX_LENGTH} tokens. Change in nats:",
+            _changes_table(replaced.changes),
+            f"Before a replaced message stand {replaced.earlier:,} losses of single tokens in all; "
+            + (
+                "each is equal in all bits to what it was."
+                if replaced.largest_earlier == 0
+                else f"the largest difference is {replaced.largest_earlier:.1e} nats."
+            ),
+            "Influence: the norm of the gradient of a response's loss with respect to the input embedding of a token, "
+            "for every pair of a response and a token. The token is in the context of the response if it is an "
+            "ancestor of one of its tokens; the others come later, or stand on another branch.",
+            _influence_table({"the dialogue": linear, "reasoning stripped from history": branching}),
+        ],
+        seconds=time.perf_counter() - started,
+    )
+
+
+if __name__ == "__main__":
+    report.run_script(main, "causality")

@@ -1,0 +1,259 @@
+"""Is training on log Pr(x, y) the same as on log Pr(y | x), and what is different in practice?
+
+Question:  log Pr(x, y) = log Pr(x) + log Pr(y | x), with x what stands outside the responses y. (a) If Pr(x) does not
+           depend on the parameters, do both have the same gradient? (b) In a model it does depend on them. What does
+           training on one or the other do to held-out responses, and to held-out prompts?
+Command:   python experiments/joint_vs_conditional.py
+Hardware:  not run yet.
+Time:      not run yet.
+Result:    not run yet.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import report
+from harness import Losses, Mean, Training
+from jaxtyping import Array, Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from report import Options
+
+from dialog_jax import chat
+from dialog_jax.data import batches, dataset
+from dialog_jax.data.batches import Batch
+from dialog_jax.data.dataset import Trees
+from dialog_jax.data.dialogues import Dialogue, read_dialogues
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.model import decoder
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import loss
+
+_EVALUATIONS = 4  # of each training, besides the one before
+_COLORS = {"conditional": report.BLUE, "joint": report.ORANGE}
+_PARTS = {
+    "responses": "responses, y",
+    "users": "messages of users, in x",
+    "template": "template and system message, in x",
+    "x": "all of x",
+}
+
+
+class Compared(NamedTuple):
+    """The gradient of a log-probability, beside that of log Pr(y | x)."""
+
+    targets: int
+    """Tokens whose log-probability it is."""
+    norm: float
+    cosine: float
+    largest_difference: float
+    """Of any entry, relative to the largest entry of the other gradient."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_probability(config: DecoderConfig, parameters: dict, batch: Batch) -> Float[Array, ""]:
+    """The sum of weight * log p over the targets of [B, ...] rows, in nats."""
+    hidden = decoder.hidden_states(config, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
+    matrix = decoder.output_matrix(config, parameters)
+    return -loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
+
+
+def compare_gradients(
+    config: DecoderConfig, parameters: dict, joint: Trees, conditional: Trees, rows: list[list[int]]
+) -> dict[str, Compared]:
+    """Gradients of four log-probabilities of `rows`, each beside that of log Pr(y | x), which is among them.
+
+    Pr(x) by frozen parameters is computed by the same model, from an argument that is not differentiated.
+
+    Args:
+      joint: trees under the objective `joint`; what it trains on outside responses is x.
+      conditional: the same dialogues under `conditional`.
+    """
+
+    def fill(trees: Trees, keep: Bool[np.ndarray, " N"]) -> Batch:
+        kept = dataclasses.replace(trees, weight=np.where(keep, trees.weight, 0).astype(np.float32))
+        filled = batches.fill_rows(kept, rows, max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        return jax.tree.map(jnp.asarray, filled)
+
+    prompts, responses = fill(joint, joint.turn < 0), fill(joint, joint.turn >= 0)
+    everything = fill(joint, np.ones_like(joint.turn, bool))
+    only_responses = fill(conditional, np.ones_like(conditional.turn, bool))
+    frozen = parameters
+
+    def with_frozen_prompts(trained):
+        return log_probability(config, frozen, prompts) + log_probability(config, trained, responses)
+
+    def of(batch):
+        return jax.grad(functools.partial(log_probability, config))(parameters, batch)
+
+    base = of(only_responses)
+    targets = {"x": int((prompts.weight > 0).sum()), "y": int((responses.weight > 0).sum())}
+    both = targets["x"] + targets["y"]
+    return {
+        "log Pr(y given x)": _beside(base, base, int((only_responses.weight > 0).sum())),
+        "log Pr(x, y), Pr(x) by a frozen copy": _beside(jax.grad(with_frozen_prompts)(parameters), base, both),
+        "log Pr(x, y)": _beside(of(everything), base, both),
+        "log Pr(x)": _beside(of(prompts), base, targets["x"]),
+    }
+
+
+def _beside(gradient: dict, base: dict, targets: int) -> Compared:
+    product = squares = base_squares = largest = scale = 0.0
+    for own, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(base), strict=True):
+        a, b = np.asarray(own, np.float64).ravel(), np.asarray(other, np.float64).ravel()
+        product, squares, base_squares = product + float(a @ b), squares + float(a @ a), base_squares + float(b @ b)
+        largest, scale = max(largest, float(np.abs(a - b).max())), max(scale, float(np.abs(b).max()))
+    return Compared(targets, squares**0.5, product / (squares * base_squares) ** 0.5, largest / scale)
+
+
+def parts_of(losses: Losses, held_out: Trees, of_messages: Trees) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Which targets belong to responses, to users' messages, and to neither.
+
+    Args:
+      held_out: the trees of `losses`, under `joint`.
+      of_messages: the same dialogues, with weight on the messages of users and assistants only.
+
+    Raises:
+      ValueError: the chat template renders history anew, so that the trees differ.
+    """
+    of_users = np.zeros(len(held_out.tokens), bool)
+    for number in range(len(held_out)):
+        own, whole = of_messages.tree(number), held_out.tree(number)
+        size = len(own.tokens)
+        if own.parent.tolist() != list(range(-1, size - 1)) or (own.tokens != whole.tokens[:size]).any():
+            raise ValueError("the chat template renders history otherwise than it was generated; use another --model")
+        start = held_out.offsets[number]
+        of_users[start : start + size] = (own.weight > 0) & (own.turn < 0)
+    by_user = of_users[held_out.offsets[losses.tree] + losses.node]
+    return {"responses": losses.turn >= 0, "users": by_user, "template": (losses.turn < 0) & ~by_user}
+
+
+def mean_of(losses: Losses, part: Bool[np.ndarray, " n"], other: Losses | None = None) -> Mean:
+    """The mean loss of a part, or its difference to another model's on the same targets."""
+    values = losses.nll if other is None else losses.nll - other.nll
+    return harness.mean_over(values[part], np.ones(int(part.sum())), losses.tree[part])
+
+
+def _draw(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarray, " n"]]) -> Figure:
+    with report.style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+        ends = _draw_part(left, trainings, parts["responses"], "-", "")
+        left.set_title(f"Responses: {_summary(trainings, parts['responses'])}")
+        report.label_ends(left, ends)
+        ends = _draw_part(right, trainings, parts["users"], "-", ", users")
+        ends += _draw_part(right, trainings, ~parts["responses"], "--", ", all of x")
+        right.set_title(f"Messages of users: {_summary(trainings, parts['users'])}")
+        report.label_ends(right, ends)
+    return figure
+
+
+def _draw_part(
+    axes: Axes, trainings: dict[str, Training], part: Bool[np.ndarray, " n"], dashes: str, suffix: str
+) -> list[tuple[float, float, str, str]]:
+    """Draws the loss of a part over steps; returns the labels of the lines' ends."""
+    ends = []
+    for name, training in trainings.items():
+        steps = sorted(training.losses)
+        means = [mean_of(training.losses[number], part).value for number in steps]
+        axes.plot(steps, means, color=_COLORS[name], marker="o", markersize=4, linewidth=1.6, linestyle=dashes)
+        ends.append((float(steps[-1]), means[-1], name + suffix, _COLORS[name]))
+    axes.set(xlabel="step (updates of the weights)", ylabel="held-out loss (nats a token)")
+    axes.set_xticks(steps)
+    axes.grid(axis="y", alpha=0.25)
+    return ends
+
+
+def _summary(trainings: dict[str, Training], part: Bool[np.ndarray, " n"]) -> str:
+    last = max(trainings["joint"].losses)
+    joint, conditional = (trainings[name].losses[last] for name in ("joint", "conditional"))
+    before = mean_of(trainings["joint"].losses[0], part).value
+    return f"{before:.2f} before; joint - conditional after it {mean_of(joint, part, conditional).signed}"
+
+
+def _loss_table(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarray, " n"]], steps: int) -> str:
+    before, joint = trainings["joint"].losses[0], trainings["joint"].losses[steps]
+    conditional = trainings["conditional"].losses[steps]
+    rows = []
+    for name, part in {**parts, "x": ~parts["responses"]}.items():
+        means = [f"{mean_of(losses, part).value:.3f}" for losses in (before, conditional, joint)]
+        rows.append([_PARTS[name], f"{int(part.sum()):,}", *means, mean_of(joint, part, conditional).signed])
+    return report.table(
+        ["held-out loss, nats a token", "tokens", "before", "conditional", "joint", "joint - conditional"], rows
+    )
+
+
+def _steps_table(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarray, " n"]]) -> str:
+    rows = []
+    for number in sorted(trainings["joint"].losses):
+        cells = [
+            f"{mean_of(trainings[name].losses[number], parts[part]).value:.3f}"
+            for part in ("responses", "users")
+            for name in ("conditional", "joint")
+        ]
+        rows.append([str(number), *cells])
+    return report.table(
+        ["step", "responses: conditional", "responses: joint", "users: conditional", "users: joint"], rows
+    )
+
+
+def _gradient_table(gradients: dict[str, Compared]) -> str:
+    rows = [
+        [name, f"{own.targets:,}", f"{own.norm:,.1f}", f"{own.cosine:.7f}", f"{own.largest_difference:.1e}"]
+        for name, own in gradients.items()
+    ]
+    return report.table(
+        ["gradient of", "targets", "norm", "cosine with the first", "largest difference from the first"], rows
+    )
+
+
+def main(options: Options) -> None:
+    started = time.perf_counter()
+    model = chat.load(options.model)
+    train, validation = list(read_dialogues(options.train)), list(read_dialogues(options.validation))
+
+    def trees(dialogues: list[Dialogue], **objective: Any) -> Trees:
+        return dataset.prepare(
+            dialogues, model.renderer, objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH
+        )
+
+    joint, conditional = trees(train, name="joint"), trees(train)
+    held_out = trees(validation, name="joint")
+    of_messages = trees(validation, name="roles", roles=("user", "assistant"))
+    rows = harness.plan_of(joint, options.seed).rows(0)
+    gradients = compare_gradients(model.config, model.parameters, joint, conditional, rows)
+    trainings = harness.compare(
+        model,
+        {"joint": joint, "conditional": conditional},
+        held_out,
+        steps=options.steps,
+        seed=options.seed,
+        evaluate_every=max(1, options.steps // _EVALUATIONS),
+    )
+    parts = parts_of(trainings["joint"].losses[0], held_out, of_messages)
+    report.write(
+        options,
+        _draw(trainings, parts),
+        [
+            f"Gradients at the start, of {len(rows)} rows of {harness.MAX_LENGTH} tokens, float32, summed over "
+            "targets. In the second, Pr(x) is that of a frozen copy of the model. Differences are the largest of any "
+            "entry, relative to the largest entry of the first gradient.",
+            _gradient_table(gradients),
+            f"Two trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows: "
+            f"`conditional` on {trainings['conditional'].targets:,} targets, `joint` on "
+            f"{trainings['joint'].targets:,}. {harness.SPREAD}",
+            _loss_table(trainings, parts, options.steps),
+            _steps_table(trainings, parts),
+        ],
+        seconds=time.perf_counter() - started,
+    )
+
+
+if __name__ == "__main__":
+    report.run_script(main, "joint_vs_conditional", steps=20)

@@ -1,0 +1,169 @@
+"""What do token, turn and dialogue means favour, on dialogues of very uneven turns?
+
+Question:  `normalise` makes every token, every response or every dialogue count the same. On a set in which responses
+           are very short and very long, and dialogues of one or two turns stand beside such of a dozen, which held-out
+           responses gain from which?
+Command:   python experiments/normalisation.py
+Hardware:  not run yet.
+Time:      not run yet.
+Result:    not run yet.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+
+import harness
+import matplotlib.pyplot as plt
+import numpy as np
+import report
+from harness import Losses, Mean
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from report import Options
+
+from dialog_jax import chat
+from dialog_jax.data import dataset
+from dialog_jax.data.dialogues import Dialogue, read_dialogues
+from dialog_jax.data.objectives import UNITS, ObjectiveConfig
+
+_COLORS = {"token": report.BLUE, "turn": report.ORANGE, "dialogue": report.GREEN}
+# Tokens of a response, its end of turn included: the first and the last of each bucket.
+BUCKETS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, harness.MAX_LENGTH))
+_FEW_RESPONSES, _MANY_RESPONSES = 2, 12
+_SHORT_RESPONSE, _LONG_RESPONSE = 3, 20  # words
+
+
+def uneven(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
+    """As many dialogues of one or two responses as there are of a dozen and more with very uneven ones, in turn.
+
+    Very uneven is a dialogue that has a response of at most 3 words and one of at least 20. Those that are neither are
+    left out, and so is what one kind has more of than the other.
+    """
+    few: list[Dialogue] = []
+    many: list[Dialogue] = []
+    for dialogue in dialogues:
+        words = [len(message.content.split()) for message in dialogue.messages if message.role == "assistant"]
+        if len(words) <= _FEW_RESPONSES:
+            few.append(dialogue)
+        elif len(words) >= _MANY_RESPONSES and min(words) <= _SHORT_RESPONSE and max(words) >= _LONG_RESPONSE:
+            many.append(dialogue)
+    return list(itertools.chain(*zip(few, many, strict=False)))
+
+
+def weights(losses: Losses, unit: str) -> Float[np.ndarray, " n"]:
+    """For each target its weight in the mean over tokens, over responses' means or over dialogues' means."""
+    if unit == "token":
+        return np.ones(len(losses.nll))
+    return 1.0 / (harness.response_sizes(losses) if unit == "turn" else harness.dialogue_sizes(losses))
+
+
+def by_unit(losses: Losses, other: Losses | None = None) -> dict[str, Mean]:
+    """The token, turn and dialogue mean of the loss, or of its difference to another model's on the same targets."""
+    values = losses.nll if other is None else losses.nll - other.nll
+    return {unit: harness.mean_over(values, weights(losses, unit), losses.tree) for unit in UNITS}
+
+
+def by_length(losses: Losses, other: Losses | None = None) -> list[Mean]:
+    """The token mean in each of `BUCKETS`, by the length of the target's response."""
+    values = losses.nll if other is None else losses.nll - other.nll
+    sizes = harness.response_sizes(losses)
+    means = []
+    for first, last in BUCKETS:
+        chosen = (sizes >= first) & (sizes <= last)
+        means.append(harness.mean_over(values[chosen], np.ones(int(chosen.sum())), losses.tree[chosen]))
+    return means
+
+
+def _bucket(first: int, last: int) -> str:
+    return f"{first}-{last}" if last < harness.MAX_LENGTH else f"{first} and more"
+
+
+def _draw(before: Losses, after: Mapping[str, Losses]) -> Figure:
+    with report.style():
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1.5])
+        _draw_bars(axes[0], {name: list(by_unit(losses, before).values()) for name, losses in after.items()})
+        axes[0].set_xticks(range(len(UNITS)), [f"{unit} mean" for unit in UNITS])
+        axes[0].set(
+            title="Change of each held-out mean",
+            ylabel="change of held-out loss (nats)\nlower is better; bars: 95 % intervals",
+        )
+        others = {name: by_length(losses, after["token"]) for name, losses in after.items() if name != "token"}
+        _draw_bars(axes[1], others)
+        axes[1].set_xticks(range(len(BUCKETS)), [_bucket(*bucket) for bucket in BUCKETS])
+        axes[1].set(
+            title="By length of the response, against normalise=token",
+            xlabel="length of the response (tokens)",
+            ylabel="difference of loss (nats a token)\nbelow 0 is better than token",
+        )
+    return figure
+
+
+def _draw_bars(axes: Axes, groups: Mapping[str, list[Mean]]) -> None:
+    width = 0.8 / len(groups)
+    for place, (name, means) in enumerate(groups.items()):
+        at = np.arange(len(means)) + width * (place - (len(groups) - 1) / 2)
+        heights = [mean.value for mean in means]
+        errors = [1.96 * mean.error for mean in means]
+        axes.bar(at, heights, 0.9 * width, yerr=errors, color=_COLORS[name], capsize=2, label=f"normalise={name}")
+    axes.axhline(0, color=report.GREY, linewidth=0.8)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def _means_table(before: Losses, after: Mapping[str, Losses]) -> str:
+    rows = [["before", *(f"{mean.value:.3f}" for mean in by_unit(before).values())]]
+    for name, losses in after.items():
+        rows.append([f"normalise={name}", *(f"{mean.value:.3f}" for mean in by_unit(losses).values())])
+    for name in UNITS[1:]:
+        rows.append([f"{name} - token", *(gap.signed for gap in by_unit(after[name], after["token"]).values())])
+    return report.table(["held-out loss, nats", *(f"{unit} mean" for unit in UNITS)], rows)
+
+
+def _lengths_table(before: Losses, after: Mapping[str, Losses]) -> str:
+    sizes = harness.response_sizes(before)
+    columns = [[f"{mean.value:.3f}" for mean in by_length(losses)] for losses in (before, *after.values())]
+    columns += [[gap.signed for gap in by_length(after[name], after["token"])] for name in UNITS[1:]]
+    rows = []
+    for (first, last), cells in zip(BUCKETS, zip(*columns, strict=True), strict=True):
+        tokens = int(((sizes >= first) & (sizes <= last)).sum())
+        rows.append([_bucket(first, last), f"{tokens:,}", *cells])
+    return report.table(
+        ["tokens of the response", "held-out tokens", "before", *after, "turn - token", "dialogue - token"], rows
+    )
+
+
+def main(options: Options) -> None:
+    started = time.perf_counter()
+    model = chat.load(options.model)
+    train, validation = uneven(read_dialogues(options.train)), uneven(read_dialogues(options.validation))
+    trees = {
+        unit: dataset.prepare(
+            train, model.renderer, objective=ObjectiveConfig(normalise=unit), max_length=harness.MAX_LENGTH
+        )
+        for unit in UNITS
+    }
+    held_out = dataset.prepare(validation, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH)
+    trainings = harness.compare(model, trees, held_out, steps=options.steps, seed=options.seed)
+    before = trainings["token"].losses[0]
+    after = {name: training.losses[options.steps] for name, training in trainings.items()}
+    report.write(
+        options,
+        _draw(before, after),
+        [
+            f"{len(train):,} dialogues to train on and {len(validation):,} held out: half of them have one or two "
+            "responses, the other half a dozen or more, of which one has at most 3 words and one at least 20.",
+            f"Three trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows of "
+            f"{harness.MAX_LENGTH} tokens, {trainings['token'].targets:,} targets each; they differ in `normalise` "
+            f"only. {harness.SPREAD}",
+            _means_table(before, after),
+            "By length of the response, nats a token:",
+            _lengths_table(before, after),
+        ],
+        seconds=time.perf_counter() - started,
+    )
+
+
+if __name__ == "__main__":
+    report.run_script(main, "normalisation", steps=20)

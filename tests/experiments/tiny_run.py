@@ -1,0 +1,88 @@
+"""What an experiment needs to run in seconds: a tiny model in a directory, dialogues in files; and separate passes.
+
+The separate passes are the oracle: every response with its prompt a sequence of its own, the log-softmax of the whole
+vocabulary at every position.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dialog_jax import chat
+from dialog_jax.model import decoder, pretrained
+from tests.data import chat_templates
+from tests.training import tiny
+from tests.training.exactness_test import turns_of
+
+_LENGTH = 256  # tokens of a line of the oracle
+
+
+def save_model(directory, **changes):
+    """A tiny model with a ChatML tokenizer, saved in `directory` / "model", and loaded from there."""
+    tokenizer = chat_templates.train_tokenizer("chatml")
+    model = tiny.config(len(tokenizer), **changes)
+    pretrained.save_pretrained(directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
+    return chat.load(directory / "model")
+
+
+def records(count, seed=0):
+    """Dialogues of 1, 2, 6 and 12 turns in turn; responses have 1 to 4 words, the second of a dozen has 20."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        messages = []
+        for turn in range((1, 2, 6, 12)[number % 4]):
+            size = 20 if number % 4 == 3 and turn == 1 else int(rng.integers(1, 5))
+            messages.append({"role": "user", "content": " ".join(rng.choice(["Hi", "you", "fine", "yes?"], 2))})
+            messages.append({"role": "assistant", "content": " ".join(rng.choice(["a", "is", "the", "12"], size))})
+        made.append({"id": f"d{number}", "messages": messages})
+    return made
+
+
+def save_dialogues(directory):
+    """Files of 24 dialogues to train on and 12 held out."""
+    for name, count, seed in (("train", 24, 0), ("validation", 12, 1)):
+        lines = (json.dumps(record) + "\n" for record in records(count, seed))
+        pathlib.Path(directory / f"{name}.jsonl").write_text("".join(lines))
+
+
+def passes(tokenizer, dialogues, weigh=lambda turn, turns: 1.0):
+    """([N, 256] tokens, [N, 255] weights): a line a response, with its prompt before it and zeros after it.
+
+    Rendered and tokenised by the tokenizer's own chat interface. weights[n, i] is that of token i + 1, and
+    weigh(turn, turns) within the response.
+    """
+    lines = []
+    for dialogue in dialogues:
+        turns = turns_of(dialogue, tokenizer)
+        for turn, (prompt, response) in enumerate(turns):
+            tokens, weight = np.zeros(_LENGTH, np.int32), np.zeros(_LENGTH - 1, np.float32)
+            tokens[: len(prompt) + len(response)] = prompt + response
+            weight[len(prompt) - 1 : len(prompt) + len(response) - 1] = weigh(turn, len(turns))
+            lines.append((tokens, weight))
+    return tuple(np.stack(column) for column in zip(*lines, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(config, parameters, tokens):
+    """[N, 255]: -log p of every token but the first of each line, each line alone under the causal mask."""
+    count, length = tokens.shape
+    hidden = decoder.hidden_states(
+        config,
+        parameters,
+        tokens,
+        jnp.broadcast_to(jnp.arange(length), (count, length)),
+        jnp.full((count, length), length, jnp.int32),
+    )
+    logits = jnp.einsum("ntd,vd->ntv", hidden[:, :-1], decoder.output_matrix(config, parameters))
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(config, parameters, tokens, weight):
+    """Of sum(weight * loss)."""
+    return jax.grad(lambda parameters: jnp.sum(weight * losses(config, parameters, tokens)))(parameters)
