@@ -1,0 +1,187 @@
+"""What can be wrong with dialogues for training, in words: how bad it is, what it means and what to do.
+
+Knows the sentences and how often each is true; what is counted, others know.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+LEVELS = ("error", "warning", "note")
+_KEPT = 10  # examples of each kind
+
+
+class _Kind(NamedTuple):
+    level: str
+    """`error`: training would stop, or teach what is surely not meant. `warning`: look at it. `note`: good to know."""
+    what: str
+    of: str
+    """What they are counted among: a name in the totals, or empty where there is one thing only."""
+    remedy: str
+
+
+# In the order in which they are told.
+_KINDS = {
+    "unreadable": _Kind(
+        "error", "records that are no dialogue", "records", "Training stops at the first. Correct or remove them."
+    ),
+    "refused": _Kind(
+        "error",
+        "dialogues that the chat template refuses, or writes so that they cannot be trained",
+        "records",
+        "Training stops at the first. Change or remove them, or pass another chat template.",
+    ),
+    "nothing": _Kind(
+        "error",
+        "no dialogue has anything to train on",
+        "",
+        "Give assistant messages a weight above 0, or choose another objective.",
+    ),
+    "doubled_bos": _Kind(
+        "error",
+        "dialogues that begin with two BOS tokens",
+        "trees",
+        "Inference would begin with one. Take one out of the chat template, or out of the contents.",
+    ),
+    "no_target": _Kind(
+        "warning",
+        "dialogues with nothing to train on",
+        "dialogues",
+        "They are left out. Give an assistant message a weight above 0, or remove them.",
+    ),
+    "no_end_of_turn": _Kind(
+        "warning",
+        "the chat template writes no special token after a response",
+        "",
+        "The model learns no token at which generation can stop. Pass a chat template that ends turns with one.",
+    ),
+    "end_untrained": _Kind(
+        "warning",
+        "responses whose last target is not the end of turn",
+        "responses",
+        "The model is not taught to stop there. See what the chat template writes behind them, and the weights of "
+        "their last parts.",
+    ),
+    "missing_bos": _Kind(
+        "warning",
+        "the chat template writes no BOS, which the tokenizer puts before plain text",
+        "",
+        "The model most likely saw it before every text. Compare the template with the one its publisher gives.",
+    ),
+    "prompt": _Kind(
+        "warning",
+        "responses that change the tokens at the end of their prompt when both are tokenised together",
+        "responses",
+        "Trained as they would be generated, behind the prompt's own tokens, but other text has other tokens there. "
+        "End the generation prompt where a token ends; mostly that is without white space.",
+    ),
+    "cut": _Kind(
+        "warning",
+        "responses cut off because their dialogue is too long",
+        "turns",
+        "Raise max_length, or set truncate to split.",
+    ),
+    "empty": _Kind(
+        "warning",
+        "trained responses without text",
+        "responses",
+        "They teach the model to end its turn at once. Remove them, or set their weight to 0.",
+    ),
+    "not_written": _Kind(
+        "warning",
+        "messages whose content the chat template does not write as it is",
+        "messages",
+        "The model sees something else in their place, or nothing. Use a chat template that knows their role.",
+    ),
+    "special": _Kind(
+        "warning",
+        "messages with the text of special tokens",
+        "messages",
+        "It becomes those tokens, so that contents can end turns and begin others. Remove it, unless it is meant.",
+    ),
+    "repeated": _Kind(
+        "warning",
+        "dialogues that are the same as an earlier one",
+        "trees",
+        "Each counts again. Remove them, unless that is meant.",
+    ),
+    "same_prompt": _Kind(
+        "note",
+        "other dialogues that begin with the same prompt as an earlier one",
+        "trees",
+        "Keep them on one side of a split into training and held-out data.",
+    ),
+    "history": _Kind(
+        "note",
+        "dialogues whose history the chat template writes otherwise than it was generated",
+        "trees",
+        "Trained exactly here, by branches. Trainers that mask one rendering train on what inference never shows.",
+    ),
+    "next": _Kind(
+        "note",
+        "responses whose last tokens are others once the next message follows",
+        "responses",
+        "Trained exactly here, by branches.",
+    ),
+    "unanswered": _Kind(
+        "note",
+        "dialogues that do not end with an assistant message",
+        "dialogues",
+        "What follows the last response trains nothing, unless the objective is joint or roles.",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was found."""
+
+    kind: str
+    level: str
+    what: str
+    count: int
+    among: int
+    """Of so many; 0 where it is found once or not at all."""
+    remedy: str
+    first: list[str]
+    """Where, for the first of them."""
+
+    def __str__(self) -> str:
+        share = f": {self.count:,} of {self.among:,}" if self.among else ""
+        return f"{self.what}{share}. {self.remedy}"
+
+
+class Found:
+    """Counts and first places of what is found, as it is found."""
+
+    def __init__(self):
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._first: dict[str, list[str]] = collections.defaultdict(list)
+
+    def wants(self, kind: str) -> bool:
+        """Whether a further place would be kept, so that it is worth describing."""
+        return len(self._first[kind]) < _KEPT
+
+    def add(self, kind: str, where: str = "", *, count: int = 1) -> None:
+        """Counts one more of a kind, or `count` more at one place."""
+        self._counts[kind] += count
+        if where and self.wants(kind):
+            self._first[kind].append(where)
+
+    def told(self, totals: Mapping[str, int]) -> list[Finding]:
+        """What was found, the worst first."""
+        made = [
+            Finding(
+                kind=kind,
+                level=_KINDS[kind].level,
+                what=_KINDS[kind].what,
+                count=self._counts[kind],
+                among=totals[_KINDS[kind].of] if _KINDS[kind].of else 0,
+                remedy=_KINDS[kind].remedy,
+                first=self._first[kind],
+            )
+            for kind in _KINDS
+            if self._counts[kind]
+        ]
+        return sorted(made, key=lambda finding: LEVELS.index(finding.level))

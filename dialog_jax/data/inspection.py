@@ -1,0 +1,252 @@
+"""One dialogue, looked at as training would see it: its sequences, its tree, and what happens where messages meet.
+
+Records in, what is known of each out. What is wrong with a record is a value here and does not end the reading. Knows
+nothing of rows, and no figures of more than one dialogue.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+import transformers
+from jaxtyping import Bool
+
+from dialog_jax.data import objectives, sources, tries, truncation
+from dialog_jax.data.dialogues import Dialogue, Message, parse_dialogue
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.data.tries import Span, Tree
+from dialog_jax.data.truncation import Piece
+
+
+class Trained(NamedTuple):
+    """A sequence with its supervised spans, of which there is at least one."""
+
+    piece: Piece
+    sequence: RenderedSequence
+    spans: list[Span]
+
+    @property
+    def message(self) -> int:
+        """The response's number in the whole dialogue; -1 in a whole rendering."""
+        return self.piece.messages[self.sequence.message] if self.sequence.message >= 0 else -1
+
+
+class Seam(NamedTuple):
+    """A place where the tokens of one sequence are not simply those of another, or of its prompt, with more behind."""
+
+    kind: str
+    """`prompt`: a token crosses from the prompt to the response, so that the two together tokenise otherwise.
+    `next`: likewise from the response to the next message. `history`: the template writes it otherwise in history."""
+    piece: Piece
+    response: int
+    """Number of the response in the piece's dialogue."""
+    later: int = -1
+    """Likewise, the next response, whose prompt holds the first one. -1 for `prompt`."""
+
+
+def load_renderer(
+    tokenizer: str, *, chat_template: str = "", chat_template_kwargs: str = "{}"
+) -> tuple[transformers.PreTrainedTokenizerFast, Renderer]:
+    """The tokenizer of a directory, hub name or GGUF file, and a renderer with it.
+
+    Args:
+      chat_template: a Jinja file or its text; empty for the tokenizer's own.
+      chat_template_kwargs: further variables of the template, as a JSON object.
+
+    Raises:
+      ValueError: one of them is not what it should be.
+    """
+    try:
+        kwargs = json.loads(chat_template_kwargs)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"chat_template_kwargs is not JSON: {error}. Write {{}} for none.") from None
+    if not isinstance(kwargs, dict):
+        raise ValueError(
+            f'chat_template_kwargs is {chat_template_kwargs}; needed an object such as {{"enable_thinking": false}}.'
+        )
+    loaded = load_tokenizer(tokenizer, chat_template=chat_template)
+    return loaded, Renderer(loaded, chat_template_kwargs=kwargs)
+
+
+def special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:
+    """Id and text of every special token, those without a name such as EOS among them."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {index: token.content for index, token in added.items() if token.special}
+
+
+def each_dialogue(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue | ValueError]:
+    """Each record of what `read_dialogues` reads: as a dialogue, or as what is wrong with it.
+
+    Raises:
+      ValueError: the source is not there, or is not what its name says.
+    """
+    path = pathlib.Path(source).expanduser()
+    by_line = path.suffix.lower() == ".jsonl" and path.is_file()
+    records = _lines(path) if by_line else sources.read_records(source, split=split)
+    for index, (where, record) in enumerate(records):
+        found: Dialogue | ValueError
+        try:
+            found = record if isinstance(record, ValueError) else parse_dialogue(record, index=index, where=where)
+        except ValueError as error:
+            found = error
+        yield found
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path.name}:{number}"
+            if line.strip():
+                try:
+                    yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except ValueError as error:
+                    yield where, ValueError(f"{where}: not JSON: {error}. Write one complete JSON object a line.")
+
+
+def render(
+    dialogues: Sequence[Dialogue], renderer: Renderer, objective: ObjectiveConfig
+) -> Iterator[list[Piece] | ValueError]:
+    """For each dialogue its paths with all their sequences, however long, or why there are none."""
+    unfolded = [truncation.unfold(dialogue, objective) for dialogue in dialogues]
+    parts = [piece.dialogue for pieces in unfolded for piece in pieces]
+    try:
+        rendered = iter(renderer.render(parts, whole=objective.whole, locate=objective.locates))
+    except ValueError as error:
+        if len(dialogues) == 1:
+            yield error
+            return
+        for dialogue in dialogues:
+            yield from render([dialogue], renderer, objective)
+        return
+    for pieces in unfolded:
+        found: list[Piece] | ValueError
+        own = [next(rendered) for _ in pieces]
+        try:
+            found = [piece._replace(sequences=list(some)) for piece, some in zip(pieces, own, strict=True)]
+        except ValueError as error:
+            found = error
+        yield found
+
+
+def trained(dialogue: Dialogue, pieces: Sequence[Piece], objective: ObjectiveConfig) -> list[Trained]:
+    """The sequences of which something is trained on."""
+    found = []
+    for piece, factors in zip(pieces, truncation.schedules(dialogue, pieces, objective), strict=True):
+        spans = objectives.supervise(piece.sequences, piece.dialogue, objective, factors, trained=piece.trained)
+        found += [Trained(piece, sequence, own) for sequence, own in zip(piece.sequences, spans, strict=True) if own]
+    return found
+
+
+def responses(sequences: Sequence[Trained]) -> dict[int, Trained]:
+    """Those that train a response, by its number in the whole dialogue."""
+    return {one.message: one for one in sequences if any(span.turn >= 0 for span in one.spans)}
+
+
+def build_tree(sequences: Sequence[Trained], objective: ObjectiveConfig) -> Tree | None:
+    """The weighted tree that `dataset.prepare` makes of them; None if there is nothing to train on."""
+    if not sequences:
+        return None
+    paths = [one.piece.path if objective.merge_weights == "sum" else 0 for one in sequences]
+    tree = tries.build_tree([(one.sequence.tokens, one.spans) for one in sequences], paths)
+    return tries.normalise(tree, objective.normalise) if tree.weight.any() else None
+
+
+def seams(
+    pieces: Sequence[Piece], tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
+) -> list[Seam]:
+    """Where messages meet otherwise than end to end; none where the dialogue is one string of tokens, cut in K places.
+
+    Judged by tokens and what they decode to, so that no text is rendered again.
+
+    Args:
+      special: whether a token is special; such a token ends what can merge.
+    """
+    shown: dict[int, tuple[Piece, RenderedSequence]] = {}
+    continued: set[int] = set()
+    found = []
+    for piece in pieces:
+        for sequence in piece.sequences:
+            if sequence.turn < 0 or piece.messages[sequence.message] in shown:
+                continue
+            history = piece.messages[: sequence.message]
+            previous = next((place for place in reversed(range(len(history))) if history[place] in shown), -1)
+            if previous >= 0:
+                before = shown[history[previous]][1].tokens
+                at = tries.common_prefix(before, sequence.tokens)
+                if at == len(before):
+                    continued.add(history[previous])
+                else:
+                    same = _text(tokenizer, sequence.tokens[at:]).startswith(_text(tokenizer, before[at:]))
+                    found.append(Seam("next" if same else "history", piece, previous, sequence.message))
+            shown[piece.messages[sequence.message]] = piece, sequence
+    # Where another sequence begins with a response, response and prompt were tokenised together there.
+    crossing = {
+        message: Seam("prompt", piece, sequence.message)
+        for message, (piece, sequence) in shown.items()
+        if message not in continued and _crosses(sequence, tokenizer, special)
+    }
+    others = [seam for seam in found if seam.kind != "next" or seam.piece.messages[seam.response] not in crossing]
+    return [*crossing.values(), *others]
+
+
+def contents(
+    pieces: Sequence[Piece], sequences: Sequence[Trained], renderer: Renderer
+) -> tuple[list[Message], list[tuple[int, Message]]]:
+    """(messages of the tree, responses apart, with the content that the template writes; number and message of others).
+
+    A content counts as written where the rendering has it somewhere, white space at its ends aside.
+    """
+    shown = set(responses(sequences))
+    written, missing = [], []
+    for piece in pieces:
+        ends = [one.sequence.message for one in sequences if one.piece is piece]
+        whole = min(ends, default=0) < 0
+        count = len(piece.messages) if whole else max(ends, default=0)
+        text = renderer.text(piece.dialogue, count, add_generation_prompt=not whole) if count else ""
+        for index, message in zip(piece.messages[:count], piece.dialogue.messages, strict=False):
+            if index in shown:
+                continue
+            shown.add(index)
+            if message.content.strip() in text:
+                written.append(message)
+            else:
+                missing.append((index, message))
+    return written, missing
+
+
+def describe(seam: Seam, renderer: Renderer) -> str:
+    """What stands at a seam, as text."""
+    dialogue = seam.piece.dialogue
+    whole = renderer.text(dialogue, seam.response + 1)
+    name = f"{dialogue.name}: message {seam.piece.messages[seam.response]}"
+    if seam.kind == "prompt":
+        cut = len(renderer.text(dialogue, seam.response, add_generation_prompt=True))
+        return f"{name}: {whole[max(0, cut - 20) : cut]!r} + {whole[cut : cut + 20]!r}"
+    later = renderer.text(dialogue, seam.later, add_generation_prompt=True)
+    pairs = enumerate(zip(whole, later, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(later)))
+    if seam.kind == "next":
+        return f"{name}: {later[max(0, at - 20) : at]!r} + {later[at : at + 20]!r}"
+    return (
+        f"{name}: after {whole[max(0, at - 30) : at]!r} was generated {whole[at : at + 50]!r}, but the prompt of "
+        f"message {seam.piece.messages[seam.later]} has {later[at : at + 50]!r}"
+    )
+
+
+def _crosses(
+    sequence: RenderedSequence, tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
+) -> bool:
+    """Whether prompt and response together tokenise otherwise than one after the other."""
+    before = np.flatnonzero(special[sequence.tokens[: sequence.start]])
+    near = sequence.tokens[int(before[-1]) if len(before) else 0 :]
+    again = tokenizer.encode(_text(tokenizer, near), add_special_tokens=False).ids
+    return not np.array_equal(again, near)
+
+
+def _text(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray) -> str:
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)

@@ -1,0 +1,215 @@
+"""Tells what training would see of a file of dialogues, before any accelerator is rented.
+
+    python scripts/audit.py --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --out=audit.json
+
+Figures first: what is trained on, whether the chat template writes history as it was generated, with what responses
+end, how many tokens are whose, and what rows of several lengths would hold. Then what was found, the worst first:
+
+    error    training would stop, or would teach what is surely not meant
+    warning  look at it
+    note     good to know
+
+each with the first places and what to do. A bad record or dialogue is counted and named, and the rest is looked at.
+`--out` has the same as JSON, with up to ten places of each kind; the file appears when it is complete.
+
+The exit code is 0 without errors, 1 with errors in the data, and 2 if nothing could be looked at.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+
+import rich.console
+import rich.status
+import rich.table
+from absl import app, flags
+
+from dialog_jax.data import audit as audit_lib
+from dialog_jax.data import inspection, objectives
+from dialog_jax.data.audit import Audit
+from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.row_lengths import Spread
+
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_OUT = flags.DEFINE_string("out", "", "A .json file to write; one that is there is replaced.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row, and at most of a dialogue.", lower_bound=1)
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
+_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
+)
+_OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
+_ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
+
+_SHOWN = 3  # places of each kind
+_COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def figures(audit: Audit) -> list[tuple[str, str]]:
+    """(heading, sentence) of what is so, whether or not it should be."""
+    refused = audit.records - audit.dialogues
+    told = [
+        (
+            "dialogues",
+            f"{audit.records:,} records" + (f", {refused:,} of them refused" if refused else "") + f"; {audit.trees:,} "
+            "dialogues have something to train on",
+        )
+    ]
+    if not audit.trees:
+        return told
+    untrained = f", {audit.untrained:,} assistant messages are not" if audit.untrained else ""
+    told.append(("responses", f"{audit.responses:,} are trained on{untrained}"))
+    told.append(
+        (
+            "tokens",
+            f"{audit.tokens:,}, of them {audit.targets:,} targets ({audit.targets / audit.tokens:.1%})",
+        )
+    )
+    if audit.responses:
+        told.append(
+            (
+                "one pass",
+                f"{audit.k_pass_tokens / audit.tokens:.1f} times fewer tokens than the {audit.k_pass_tokens:,} of "
+                f"{audit.responses:,} separate sequences, one a response",
+            )
+        )
+    changed = f"written otherwise than it was generated in {audit.changed:,} of {audit.trees:,} dialogues"
+    told.append(("history", changed if audit.changed else "written as it was generated, in every dialogue"))
+    told += [("end of turn", _end_of_turn(audit)), ("beginning", _beginning(audit))]
+    for heading, spread in (
+        ("tokens of a dialogue", audit.dialogue_tokens),
+        ("tokens of a response", audit.response_tokens),
+        ("responses of a dialogue", audit.responses_each),
+    ):
+        if spread is not None:
+            told.append((heading, _spread(spread)))
+    return told
+
+
+def _spread(spread: Spread) -> str:
+    return f"median {spread.median:,}, 95 % at most {spread.most:,}, longest {spread.longest:,} ({spread.where})"
+
+
+def _end_of_turn(audit: Audit) -> str:
+    if audit.end_of_turn is None:
+        return "the chat template writes no special token after a response"
+    trained = audit.last_targets.get(audit.end_of_turn, 0)
+    return f"{audit.end_of_turn} is the last target of {trained:,} of {audit.responses:,} responses"
+
+
+def _beginning(audit: Audit) -> str:
+    if audit.bos is None:
+        return "the tokenizer has no BOS token"
+    added = (
+        "the tokenizer itself would add one: give it rendered text with add_special_tokens=False"
+        if audit.bos_added
+        else "the tokenizer itself adds none"
+    )
+    return f"{audit.bos_written:,} of {audit.trees:,} dialogues begin with BOS ({audit.bos}); {added}"
+
+
+def tables(audit: Audit) -> list[rich.table.Table]:
+    """Tokens by role, and rows of several lengths."""
+    roles = rich.table.Table("tokens of", "", "share", title="Whose tokens", title_justify="left", box=None)
+    names = {
+        "responses": "trained responses, end of turn included",
+        "rest": "the chat template" + (", and history that it writes otherwise" if audit.changed else ""),
+    }
+    for role, tokens in audit.roles.items():
+        roles.add_row(names.get(role, f"{role} messages"), f"{tokens:,}", f"{tokens / audit.tokens:.1%}")
+    lengths = rich.table.Table(title="Rows, if dialogues that are too long lose their last turns", box=None)
+    for heading in ("max_length", "rows", "full", "too long", "dropped", "responses cut", "targets lost"):
+        lengths.add_column(heading, justify="right")
+    for fill in audit.fills:
+        lengths.add_row(
+            f"{fill.max_length:,}",
+            f"{fill.rows:,}",
+            f"{fill.used:.1%}",
+            f"{fill.too_long:,}",
+            f"{fill.dropped:,}",
+            f"{fill.responses_cut:,}",
+            f"{fill.targets_lost:.2%}",
+        )
+    for column in roles.columns[1:]:
+        column.justify = "right"
+    lengths.title_justify = "left"
+    return [roles, lengths]
+
+
+def show(audit: Audit, console: rich.console.Console) -> None:
+    """Prints figures, tables and findings."""
+    told = figures(audit)
+    width = max(len(heading) for heading, _ in told)
+    for heading, sentence in told:
+        console.print(f"{heading:<{width}}  {sentence}", markup=False, soft_wrap=True)
+    for table in tables(audit) if audit.trees else []:
+        console.print()
+        console.print(table)
+    console.print()
+    for finding in audit.findings:
+        console.print(finding.level, style=_COLORS[finding.level], end="")
+        console.print(f"{'':<{9 - len(finding.level)}}{finding}", markup=False, soft_wrap=True)
+        for where in finding.first[:_SHOWN]:
+            console.print(f"{'':<9}{where}", markup=False, soft_wrap=True)
+        if len(finding.first) > _SHOWN:
+            console.print(f"{'':<9}and {finding.count - _SHOWN:,} more", soft_wrap=True)
+    if all(finding.level == "note" for finding in audit.findings):
+        console.print("Nothing to fix.")
+
+
+def write(audit: Audit, out: pathlib.Path) -> None:
+    """Writes the file, whole or not at all."""
+    record = {
+        "tokenizer": _TOKENIZER.value,
+        "data": _DATA.value,
+        "objective": _OBJECTIVE.value,
+        "max_length": _MAX_LENGTH.value,
+        **dataclasses.asdict(audit),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _counted(records: Iterable[Dialogue | ValueError], status: rich.status.Status) -> Iterator[Dialogue | ValueError]:
+    for number, record in enumerate(records, start=1):
+        status.update(f"{number:,} records read")
+        yield record
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    try:
+        objective = ObjectiveConfig(name=_OBJECTIVE.value, roles=tuple(_ROLES.value))
+        tokenizer, renderer = inspection.load_renderer(
+            _TOKENIZER.value, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value
+        )
+        with rich.console.Console(stderr=True).status("reading") as status:
+            records = _counted(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), status)
+            audit = audit_lib.audit(records, tokenizer, renderer, objective=objective, max_length=_MAX_LENGTH.value)
+        if _OUT.value:
+            write(audit, pathlib.Path(_OUT.value))
+    except (ValueError, OSError) as error:
+        print(f"audit.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(audit, rich.console.Console(highlight=False))
+    if any(finding.level == "error" for finding in audit.findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)
