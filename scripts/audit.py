@@ -166,12 +166,14 @@ def show(audit: Audit, console: rich.console.Console) -> None:
         console.print("Nothing to fix.")
 
 
-def write(audit: Audit, out: pathlib.Path) -> None:
+def write(audit: Audit, objective: ObjectiveConfig, out: pathlib.Path) -> None:
     """Writes the file, whole or not at all."""
     record = {
         "tokenizer": _TOKENIZER.value,
         "data": _DATA.value,
-        "objective": _OBJECTIVE.value,
+        "chat_template": _CHAT_TEMPLATE.value,
+        "chat_template_kwargs": _CHAT_TEMPLATE_KWARGS.value,
+        "objective": dataclasses.asdict(objective),
         "max_length": _MAX_LENGTH.value,
         **dataclasses.asdict(audit),
     }
@@ -202,7 +204,7 @@ def main(arguments: list[str]) -> None:
             records = _counted(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), status)
             audit = audit_lib.audit(records, tokenizer, renderer, objective=objective, max_length=_MAX_LENGTH.value)
         if _OUT.value:
-            write(audit, pathlib.Path(_OUT.value))
+            write(audit, objective, pathlib.Path(_OUT.value))
     except (ValueError, OSError) as error:
         print(f"audit.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,290 @@
+"""Shows one dialogue as training sees it: the text of its tree, what of it is trained on, and where it branches.
+
+    python scripts/show.py --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --index=7
+
+    ⟦ ⟧     trained on; ⟦0.5: ⟧ with that weight, if it is not 1
+    ⏎ ⇥     a line break and a tab of the text; a line that ends without ⏎ goes on in the next
+    turn 2  here begins response number 2 of its path, counted from 0
+    ├ │     a branch: another way on from what stands above it; the largest one goes on below, not indented
+
+In a terminal, colours tell whose message it is, dim is what has weight 0, and special tokens are underlined. In a pipe
+there are no escape codes and lines are not wrapped. `--tokens` writes one line a token instead, for work on masks; a
+token is visible to those from itself to before its `end`.
+"""
+
+import collections
+import dataclasses
+import itertools
+import sys
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+import rich.console
+import rich.text
+import transformers
+from absl import app, flags
+
+from dialog_jax.data import inspection, objectives, tries
+from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.inspection import Trained
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import MessageSpan, Renderer
+from dialog_jax.data.tries import Tree
+
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_INDEX = flags.DEFINE_integer("index", 0, "Which dialogue, from 0.", lower_bound=0)
+_TOKENS = flags.DEFINE_bool("tokens", False, "One line a token.")
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
+_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
+)
+_OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
+_ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
+_TURN_DISCOUNT = flags.DEFINE_float("turn_discount", 1.0, "Weights are times this ** (turns that follow).")
+_TURN_WEIGHTS = flags.DEFINE_list("turn_weights", [], "Weights of the turns, from the first, instead of a discount.")
+_NORMALISE = flags.DEFINE_enum("normalise", "token", objectives.UNITS, "What has weights that sum to 1.")
+_MERGE_WEIGHTS = flags.DEFINE_enum("merge_weights", "max", objectives.MERGES, "Of messages that several paths share.")
+
+_TEMPLATE = "template"
+_COLORS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", _TEMPLATE: "default"}
+_GUTTER = 9  # columns
+_CONTEXT = 8  # tokens decoded together with those that follow them
+
+
+def find(index: int) -> Dialogue:
+    """The dialogue of the flags.
+
+    Raises:
+      ValueError: that record is no dialogue, or there are not so many.
+    """
+    count = 0
+    for count, record in enumerate(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), start=1):
+        if count > index:
+            if isinstance(record, ValueError):
+                raise record
+            return record
+    raise ValueError(f"--index={index}: the data has {count:,} records, counted from 0.")
+
+
+def turn_weights() -> tuple[float, ...]:
+    """The weights of the flag.
+
+    Raises:
+      ValueError: one of them is no number.
+    """
+    try:
+        return tuple(float(weight) for weight in _TURN_WEIGHTS.value)
+    except ValueError:
+        given = ",".join(_TURN_WEIGHTS.value)
+        raise ValueError(f"--turn_weights={given}; needed numbers, such as 0.5,1.") from None
+
+
+def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], renderer: Renderer) -> list[str]:
+    """Whose each token of the tree is: a role, or the template's.
+
+    Raises:
+      ValueError: the template changes more than a message's own place when the message changes.
+    """
+    found = [_TEMPLATE] * len(tree.tokens)
+    _, placed = tries.grow([one.sequence.tokens for one in trained])
+    before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the sequence before, and where its messages stand
+    spans: dict[int, tuple[int, int]] = {}
+    for one, nodes in zip(trained, placed, strict=True):
+        shared = tries.common_prefix(before, one.sequence.tokens) if len(before) else 0
+        spans = {message: span for message, span in spans.items() if span[1] <= shared}
+        spans |= {
+            one.piece.messages[place.message]: (place.start, place.stop) for place in _places(one, spans, renderer)
+        }
+        if one.message >= 0:
+            spans[one.message] = one.sequence.start, len(one.sequence.tokens)
+        for message, (start, stop) in spans.items():
+            for node in nodes[start:stop]:
+                found[node] = dialogue.messages[message].role
+        before = one.sequence.tokens
+    return found
+
+
+def _places(one: Trained, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
+    """Where in a sequence the messages before its response stand, less the `known` ones."""
+    messages = one.piece.dialogue.messages
+    stop = one.sequence.message + 1 or len(messages)
+    # Only the response has a weight, so that nothing else is a sequence of its own.
+    alone = tuple(
+        dataclasses.replace(message, weight=float(index == one.sequence.message), parts=())
+        for index, message in enumerate(messages[:stop])
+    )
+    wanted = [message for message, number in zip(alone, one.piece.messages, strict=False) if number not in known]
+    (rendered,) = renderer.render(
+        [dataclasses.replace(one.piece.dialogue, messages=alone)],
+        whole=one.sequence.turn < 0,
+        locate=lambda message: any(message is other for other in wanted),
+    )
+    return list(rendered)[-1].others
+
+
+def lines(
+    tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast
+) -> Iterator[tuple[str, rich.text.Text]]:
+    """(what stands before it, text) of each line: the largest branch of a node goes on, the others are indented."""
+    children: dict[int, list[int]] = collections.defaultdict(list)
+    for node, parent in enumerate(tree.parent.tolist()):
+        children[parent].append(node)
+    sizes = (tree.subtree_end - np.arange(len(tree.tokens))).tolist()
+    stack = [(root, "", "") for root in reversed(children[-1])]  # (first token, indentation of the first line, others)
+    while stack:
+        node, first, indent = stack.pop()
+        run = [node]
+        while len(children[run[-1]]) == 1:
+            run += children[run[-1]]
+        for number, (label, text) in enumerate(_run_lines(tree, roles, tokenizer, run)):
+            yield f"{label:<{_GUTTER}}{indent if number else first}", text
+        branches = children[run[-1]]
+        if branches:
+            largest = max(branches, key=lambda child: sizes[child])
+            stack.append((largest, indent, indent))
+            stack += [(child, indent + "├ ", indent + "│ ") for child in reversed(branches) if child != largest]
+
+
+def _run_lines(
+    tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast, run: Sequence[int]
+) -> list[tuple[str, rich.text.Text]]:
+    """(label, text) of each line of tokens that follow each other without a branch."""
+    made = [("", rich.text.Text())]
+    special, weight = inspection.special_tokens(tokenizer), 0.0
+
+    def close() -> None:
+        if weight:  # behind a line break that is trained on, not on a line of its own
+            made[-1 if made[-1][1] or len(made) == 1 else -2][1].append("⟧", style="bold")
+
+    def kind(node: int) -> tuple[str, float, int, bool]:
+        return roles[node], float(tree.weight[node]), int(tree.turn[node]), int(tree.tokens[node]) in special
+
+    for (role, new_weight, turn, is_special), group in itertools.groupby(run, kind):
+        nodes = list(group)
+        if new_weight != weight:
+            close()
+            weight = new_weight
+            if weight:
+                made[-1][1].append("⟦" if weight == 1 else f"⟦{weight:.3g}: ", style="bold")
+        parent = int(tree.parent[nodes[0]])
+        if turn >= 0 and (parent < 0 or tree.turn[parent] != turn):
+            made[-1] = (f"turn {turn}", made[-1][1])
+        style = f"{_COLORS[role]} {'bold' if weight else 'dim'}{' underline' if is_special else ''}"
+        first, *others = _text(tree, nodes, tokenizer).split("\n")
+        made[-1][1].append(first, style=style)
+        for part in others:
+            made[-1][1].append("⏎", style="dim")
+            made.append(("", rich.text.Text().append(part, style=style)))
+    close()
+    return [(label, text) for label, text in made if text]
+
+
+def _text(tree: Tree, nodes: Sequence[int], tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+    """The text of tokens that follow each other, as it is behind those before them; control characters as symbols."""
+    before: list[int] = []
+    ancestor = int(tree.parent[nodes[0]])
+    while ancestor >= 0 and len(before) < _CONTEXT:
+        before.insert(0, int(tree.tokens[ancestor]))
+        ancestor = int(tree.parent[ancestor])
+    backend = tokenizer.backend_tokenizer
+    known = backend.decode(before, skip_special_tokens=False)
+    if known.endswith("\ufffd"):  # a branch inside a character
+        before, known = [], ""
+    text = backend.decode(before + tree.tokens[list(nodes)].tolist(), skip_special_tokens=False)
+    symbols = {code: 0x2400 + code for code in range(32) if code != 10} | {9: "⇥"}
+    return text[len(known) :].translate(symbols)
+
+
+def token_lines(
+    tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast
+) -> Iterator[tuple[str, str]]:
+    """(line, role) of each token, a heading first."""
+    row = "{:>6} {:>8} {:>6} {:>6} {:>9} {:>4}  {:<9} {:>7}  {}"
+    yield row.format("index", "position", "parent", "end", "weight", "turn", "role", "id", "text"), _TEMPLATE
+    for node, token in enumerate(tree.tokens.tolist()):
+        text = repr(tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
+        if "\ufffd" in text:  # not a character by itself: how the vocabulary writes it
+            text = str(tokenizer.convert_ids_to_tokens(token))
+        figures = (int(getattr(tree, field)[node]) for field in ("position", "parent", "subtree_end"))
+        turn = "" if tree.turn[node] < 0 else int(tree.turn[node])
+        yield row.format(node, *figures, f"{tree.weight[node]:.4g}", turn, roles[node], token, text), roles[node]
+
+
+def totals(tree: Tree, trained: Sequence[Trained]) -> str:
+    """One line: how much of it there is."""
+    responses = inspection.responses(trained)
+    targets = int((tree.weight > 0).sum())
+    told = (
+        f"tokens: {len(tree.tokens):,}; targets: {targets:,} ({targets / len(tree.tokens):.1%}); sum of their weights: "
+        f"{tree.weight.sum(dtype=np.float64):.6g}; responses: {len(responses):,}"
+    )
+    if responses:
+        tokens = sum(len(one.sequence.tokens) for one in responses.values())
+        told += f", which as separate sequences have {tokens:,} tokens"
+    return told
+
+
+def _print(console: rich.console.Console, before: str, text: rich.text.Text) -> None:
+    """Wraps for a terminal; leaves lines whole for a file."""
+    wrapped = text.wrap(console, max(20, console.width - len(before))) if console.is_terminal else [text]
+    for part in wrapped:
+        console.print(rich.text.Text(before) + part, soft_wrap=True)
+        before = " " * _GUTTER + before[_GUTTER:].replace("├", "│")
+
+
+def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.Console) -> None:
+    """Prints the dialogue as the flags say."""
+    tokenizer, renderer = inspection.load_renderer(
+        _TOKENIZER.value, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value
+    )
+    (pieces,) = inspection.render([dialogue], renderer, objective)
+    if isinstance(pieces, ValueError):
+        raise pieces
+    trained = inspection.trained(dialogue, pieces, objective)
+    tree = inspection.build_tree(trained, objective)
+    if tree is None:
+        raise ValueError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
+    try:
+        roles = node_roles(dialogue, tree, trained, renderer)
+    except ValueError as error:
+        roles = [_TEMPLATE if turn < 0 else "assistant" for turn in tree.turn]
+        console.print(f"whose the history is cannot be told: {error}", markup=False, soft_wrap=True)
+    if _TOKENS.value:
+        for line, role in token_lines(tree, roles, tokenizer):
+            console.print(line, style=_COLORS[role], markup=False, soft_wrap=True)
+        return
+    console.print(dialogue.name, style="bold", markup=False)
+    legend = [rich.text.Text("⟦trained on⟧"), rich.text.Text("⏎ line break"), rich.text.Text("├ │ branch")]
+    if console.color_system:
+        legend += [rich.text.Text(role, style=color) for role, color in _COLORS.items()]
+    console.print(rich.text.Text("   ").join(legend), end="\n\n")
+    for before, text in lines(tree, roles, tokenizer):
+        _print(console, before, text)
+    console.print(f"\n{totals(tree, trained)}", soft_wrap=True)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    try:
+        objective = ObjectiveConfig(
+            name=_OBJECTIVE.value,
+            roles=tuple(_ROLES.value),
+            turn_discount=_TURN_DISCOUNT.value,
+            turn_weights=turn_weights(),
+            normalise=_NORMALISE.value,
+            merge_weights=_MERGE_WEIGHTS.value,
+        )
+        show(find(_INDEX.value), objective, rich.console.Console(highlight=False))
+    except (ValueError, OSError) as error:
+        sys.exit(f"show.py: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
