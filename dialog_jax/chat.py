@@ -3,7 +3,6 @@
 Composes `data.rendering`, `model` and `generation`; knows no terminal and no file format.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -68,21 +67,6 @@ def load(
     stops = {renderer.end_of_turn, tokenizer.eos_token_id, *pretrained.stop_tokens(path)} - {None}
     parameters = pretrained.load_parameters(path, config, dtype=dtype)
     return ChatModel(config, parameters, tokenizer, renderer, frozenset(int(token) for token in stops))
-
-
-def template_kwargs(text: str) -> dict[str, Any]:
-    """Returns the variables of a template that a flag --chat_template_kwargs gives as JSON.
-
-    Raises:
-      ValueError: it is no JSON object.
-    """
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
-    return found
 
 
 def prompt(model: ChatModel, messages: Sequence[Message]) -> list[int]:

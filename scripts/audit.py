@@ -27,12 +27,13 @@ import rich.status
 import rich.table
 from absl import app, flags
 
-from dialog_jax.data import audit as audit_lib
-from dialog_jax.data import inspection, objectives
-from dialog_jax.data.audit import Audit
+from dialog_jax.audit import figures as audit_lib
+from dialog_jax.audit import inspection
+from dialog_jax.audit.figures import Audit
+from dialog_jax.audit.row_lengths import Spread
+from dialog_jax.data import objectives
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.row_lengths import Spread
 
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True

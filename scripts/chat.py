@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from dialog_jax import chat, generation
+from dialog_jax.data import templates
 from dialog_jax.data.dialogues import Message
 
 with contextlib.suppress(ImportError):
@@ -107,7 +108,7 @@ def main(arguments: list[str]) -> None:
         model = chat.load(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
         )
         opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
         if _MESSAGE.value is not None:

@@ -11,6 +11,7 @@ import textwrap
 from absl import app, flags, logging
 
 from dialog_jax import chat
+from dialog_jax.data import templates
 from dialog_jax.data.dialogues import Dialogue, read_dialogues
 
 _MODELS = flags.DEFINE_list(
@@ -48,7 +49,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = chat.load(name, chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value))
+        model = chat.load(name, chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value))
         pieces = chat.reply(
             model,
             history,

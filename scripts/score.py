@@ -32,7 +32,7 @@ import rich.console
 from absl import app, flags, logging
 
 from dialog_jax import chat
-from dialog_jax.data import teacher
+from dialog_jax.data import teacher, templates
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.teacher import Signal
 from dialog_jax.data.tokenizers import fingerprint
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
             _MODEL.value,
             dtype=dtype,
             chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=chat.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
         )
         scores = scoring.score_dialogues(
             dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value

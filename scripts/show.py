@@ -24,11 +24,12 @@ import rich.text
 import transformers
 from absl import app, flags
 
-from dialog_jax.data import inspection, objectives, tries
+from dialog_jax.audit import inspection
+from dialog_jax.data import objectives, supervision, tries
 from dialog_jax.data.dialogues import Dialogue
-from dialog_jax.data.inspection import Trained
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import MessageSpan, Renderer
+from dialog_jax.data.supervision import Trained
 from dialog_jax.data.tries import Tree
 
 _TOKENIZER = flags.DEFINE_string(
@@ -218,7 +219,7 @@ def token_lines(
 
 def totals(tree: Tree, trained: Sequence[Trained]) -> str:
     """One line: how much of it there is."""
-    responses = inspection.responses(trained)
+    responses = supervision.responses(trained)
     targets = int((tree.weight > 0).sum())
     told = (
         f"tokens: {len(tree.tokens):,}; targets: {targets:,} ({targets / len(tree.tokens):.1%}); sum of their weights: "
@@ -246,8 +247,8 @@ def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.C
     (pieces,) = inspection.render([dialogue], renderer, objective)
     if isinstance(pieces, ValueError):
         raise pieces
-    trained = inspection.trained(dialogue, pieces, objective)
-    tree = inspection.build_tree(trained, objective)
+    trained = supervision.trained(dialogue, [pieces], objective)[0]
+    tree = supervision.build_tree(trained, objective)
     if tree is None:
         raise ValueError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
     try:

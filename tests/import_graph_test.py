@@ -13,8 +13,9 @@ _ROOT = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_loc
 _FLOW = {
     "data": (
         "sources", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries", "objectives",
-        "truncation", "dataset", "packing", "batches",
+        "truncation", "supervision", "teacher", "dataset", "packing", "batches",
     ),
+    "audit": ("inspection", "row_lengths", "findings", "figures"),
     "model": ("attention", "decoder", "pretrained", "adapters"),
     "training": ("loss", "optimizer", "sharding", "step", "checkpoints", "metrics", "loop"),
 }
@@ -67,6 +68,12 @@ class ImportGraphTest(absltest.TestCase):
         self.assert_none(
             "dialog_jax.data", "jax", "jaxlib", "flax", "optax", "orbax", "dialog_jax.model", "dialog_jax.training"
         )
+
+    def test_audit_imports_no_jax_and_of_other_rooms_data_only(self):
+        self.assert_none(
+            "dialog_jax.audit", "jax", "jaxlib", "flax", "optax", "orbax", "dialog_jax.model", "dialog_jax.training"
+        )
+        self.assert_none("dialog_jax.data", "dialog_jax.audit")
 
     def test_model_imports_no_other_room(self):
         self.assert_none("dialog_jax.model", "dialog_jax.data", "dialog_jax.training")

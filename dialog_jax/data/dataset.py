@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64
 
-from dialog_jax.data import objectives, tries, truncation
+from dialog_jax.data import supervision, tries, truncation
 from dialog_jax.data import teacher as teacher_lib
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.teacher import TeacherFile
-from dialog_jax.data.tries import Span, Tree
+from dialog_jax.data.tries import Tree
 from dialog_jax.data.truncation import Piece
 
 TRUNCATIONS = ("turns", "drop", "split", "error")
@@ -198,13 +198,18 @@ def prepare(
                     continue
                 counts["turns cut"] += wanted - kept
                 name("split" if len(groups) > 1 else "shortened", dialogue)
-            made = _trees(dialogue, groups, objective, teacher)
-            counts["turns"] += sum(responses for _, responses, _ in made)
-            trees += [tree for tree, _, _ in made]
-            rows += [row for _, _, row in made if row is not None]
-            ids += [dialogue.id] * len(made)
-            preamble = renderer.preamble(dialogue) if share_prefixes else np.zeros(0, np.int32)
-            preambles += [_shared(tree, preamble) for tree, _, _ in made]
+            made = 0
+            for trained in supervision.trained(dialogue, groups, objective):
+                tree = supervision.build_tree(trained, objective)
+                if tree is None:
+                    continue
+                made += 1
+                counts["turns"] += len(supervision.responses(trained))
+                trees.append(tree)
+                ids.append(dialogue.id)
+                preambles.append(_shared(tree, renderer.preamble(dialogue)) if share_prefixes else 0)
+                if teacher is not None:
+                    rows.append(teacher_lib.rows_of_tree(teacher, dialogue, tree, trained))
             if not made:
                 name("dropped, no target", dialogue)
 
@@ -286,39 +291,6 @@ def _ahead(
                 yield done, rendered.result()
         for done, rendered in waiting:
             yield done, rendered.result()
-
-
-def _trees(
-    dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig, teacher: TeacherFile | None
-) -> list[tuple[Tree, int, Int64[np.ndarray, " N"] | None]]:
-    """(weighted tree, number of responses that it trains, rows in the teacher's file) of each supervised group."""
-    factors = iter(truncation.schedules(dialogue, [piece for group in groups for piece in group], objective))
-    made = []
-    for group in groups:
-        sequences: list[tuple[Any, list[Span]]] = []
-        paths: list[int] = []
-        taught: list[tuple[RenderedSequence, int, bool]] = []
-        responses = set()
-        for piece in group:
-            spans = objectives.supervise(
-                piece.sequences, piece.dialogue, objective, next(factors), trained=piece.trained
-            )
-            for sequence, own in zip(piece.sequences, spans, strict=True):
-                if own:
-                    turned = [s if s.turn < 0 else s._replace(turn=s.turn + piece.first_turn) for s in own]
-                    sequences.append((sequence.tokens, turned))
-                    paths.append(piece.path if objective.merge_weights == "sum" else 0)
-                    message = piece.messages[sequence.message]
-                    history = piece.messages[: sequence.message]
-                    taught.append((sequence, message, history == dialogue.before(message)))
-                if any(span.turn >= 0 for span in own):
-                    responses.add(piece.messages[sequence.message])
-        if sequences:
-            tree = tries.normalise(tries.build_tree(sequences, paths), objective.normalise)
-            if tree.weight.any():
-                row = None if teacher is None else teacher_lib.rows_of_tree(teacher, dialogue, tree, taught)
-                made.append((tree, len(responses), row))
-    return made
 
 
 def _shared(tree: Tree, preamble: Int32[np.ndarray, " n"]) -> int:

@@ -11,13 +11,14 @@ from typing import Any
 _PARQUET_BATCH = 256  # records held in memory at once
 
 
-def read_records(source: str | pathlib.Path, *, split: str) -> Iterator[tuple[str, Any]]:
+def read_records(source: str | pathlib.Path, *, split: str, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
     """(place for errors, such as "train.jsonl:413"; record) of each record, read as they are asked for.
 
     Args:
       source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
         hub name that the optional package `datasets` reads.
       split: which split of a data set; files have none.
+      keep_errors: go on after a line of a `.jsonl` file that is no JSON, with the error in the record's place.
 
     Raises:
       ValueError: the source does not exist, or cannot be read as what its name says. The missing or unknown file at
@@ -40,8 +41,17 @@ def read_records(source: str | pathlib.Path, *, split: str) -> Iterator[tuple[st
             raise ValueError(
                 f"{path.name}: no such file. Check the path; relative paths start at the working directory."
             )
-        return readers[suffix](path)
-    return _dataset_records(str(source), path, split)
+        records = readers[suffix](path)
+    else:
+        records = _dataset_records(str(source), path, split)
+    return records if keep_errors else _without_errors(records)
+
+
+def _without_errors(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for where, record in records:
+        if isinstance(record, ValueError):
+            raise record
+        yield where, record
 
 
 def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -53,7 +63,12 @@ def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             where = f"{path.name}:{number}"
-            yield where, _decoded_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object a line.")
+            record: Any
+            try:
+                record = _decoded_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object a line.")
+            except ValueError as error:
+                record = error
+            yield where, record
 
 
 def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:

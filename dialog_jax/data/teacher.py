@@ -33,7 +33,7 @@ from jaxtyping import Float32, Int, Int32, Int64
 
 from dialog_jax.data import tries
 from dialog_jax.data.dialogues import Dialogue
-from dialog_jax.data.rendering import RenderedSequence
+from dialog_jax.data.supervision import Trained
 from dialog_jax.data.tries import Tree
 
 _TYPES = {
@@ -180,22 +180,24 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
 
 
 def rows_of_tree(
-    file: TeacherFile, dialogue: Dialogue, tree: Tree, sequences: Sequence[tuple[RenderedSequence, int, bool]]
+    file: TeacherFile, dialogue: Dialogue, tree: Tree, trained: Sequence[Trained]
 ) -> Int64[np.ndarray, " N"]:
     """Returns for each node of a tree its row in the file; -1 where it is no target in a response.
 
     Args:
-      sequences: what the tree was built from, each with the number of its message in the dialogue, and whether all
-        messages that lead to that stand before it (they do not where a dialogue that is too long was divided).
+      trained: what the tree was built from.
 
     Raises:
       ValueError: the file has nothing of a response, or other tokens. Names the dialogue, the message and the token.
     """
     rows = np.full(len(tree.tokens), -1, np.int64)
-    _, nodes = tries.grow([sequence.tokens for sequence, _, _ in sequences])
-    for (sequence, message, whole), own in zip(sequences, nodes, strict=True):
+    _, nodes = tries.grow([one.sequence.tokens for one in trained])
+    for one, own in zip(trained, nodes, strict=True):
+        sequence, message = one.sequence, one.message
         start = max(sequence.start, 1)
         if sequence.turn >= 0 and tree.weight[own[start:]].any():
+            # Where a dialogue that is too long was divided, some messages that lead to a response are left out.
+            whole = one.piece.messages[: sequence.message] == dialogue.before(message)
             rows[own[start:]] = _find(file, dialogue, message, sequence.tokens, start, whole=whole)
     rows[tree.weight == 0] = -1
     return rows

@@ -3,6 +3,7 @@
 Knows nothing of tokens. The template is run by transformers' own `apply_chat_template`, with all it does to messages.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -122,3 +123,18 @@ class ChatTemplate:
 
 def _tools(dialogue: Dialogue) -> list[Any] | None:
     return [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Returns the variables of a template that a flag --chat_template_kwargs gives as JSON.
+
+    Raises:
+      ValueError: it is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat_template_kwargs is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
+    return found

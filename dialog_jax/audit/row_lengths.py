@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dialog_jax.data import inspection, packing, truncation
+from dialog_jax.data import packing, supervision, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.tries import Tree
@@ -84,7 +84,7 @@ def fits(
         kept = sum(len(piece.responses) for piece in left)
         if all(truncation.is_whole(piece, objective) for piece in left):
             made.append(full)
-        elif kept and (some := inspection.build_tree(inspection.trained(dialogue, left, objective), objective)):
+        elif kept and (some := supervision.build_tree(supervision.trained(dialogue, [left], objective)[0], objective)):
             made.append(Fit(len(some.tokens), int((some.weight > 0).sum()), kept, False))
         else:
             made.append(Fit(0, 0, kept, False))

@@ -6,7 +6,8 @@ import tempfile
 
 from absl.testing import absltest
 
-from dialog_jax.data import inspection, rendering
+from dialog_jax.audit import inspection
+from dialog_jax.data import rendering
 from dialog_jax.data.dialogues import Dialogue, read_dialogues
 from dialog_jax.data.objectives import ObjectiveConfig
 from tests.data import chat_templates
@@ -35,7 +36,7 @@ class EachDialogueTest(absltest.TestCase):
         self.assertEqual([one.id for one in (found[0], found[4])], [0, 4])
         self.assertRegex(str(found[1]), r"^data\.jsonl:2: not JSON")
         self.assertRegex(str(found[2]), r"^dialogue 2 \(data\.jsonl:4\): message 0 has role 'bot'")
-        self.assertRegex(str(found[3]), r"^data\.jsonl:5: not JSON: .*utf-8")
+        self.assertRegex(str(found[3]), r"^data\.jsonl:5: .*not UTF-8")
 
     def test_good_files_are_read_as_by_read_dialogues(self):
         records = [_GOOD, {"messages": [{"role": "user", "content": "a\rb"}], "id": "x"}]

@@ -8,7 +8,8 @@ import numpy as np
 import tokenizers
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import audit, dataset, rendering
+from dialog_jax.audit import figures as audit
+from dialog_jax.data import dataset, rendering
 from dialog_jax.data.dialogues import Dialogue, Message, parse_dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from tests.data import chat_templates
@@ -392,7 +393,7 @@ class FindingsTest(parameterized.TestCase):
 
 class ImportTest(absltest.TestCase):
     def test_audit_starts_without_jax(self):
-        code = "import sys, dialog_jax.data.audit; print([m for m in ('jax', 'torch') if m in sys.modules])"
+        code = "import sys, dialog_jax.audit.figures; print([m for m in ('jax', 'torch') if m in sys.modules])"
         told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         self.assertEqual(told.stdout.strip(), "[]")
 

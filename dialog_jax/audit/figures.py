@@ -16,13 +16,14 @@ import tokenizers
 import transformers
 from jaxtyping import Bool
 
-from dialog_jax.data import findings, inspection, row_lengths
+from dialog_jax.audit import findings, inspection, row_lengths
+from dialog_jax.audit.findings import Finding
+from dialog_jax.audit.row_lengths import Fill, Fit, Spread
+from dialog_jax.data import supervision
 from dialog_jax.data.dialogues import ROLES, Dialogue
-from dialog_jax.data.findings import Finding
-from dialog_jax.data.inspection import Trained
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.row_lengths import Fill, Fit, Spread
+from dialog_jax.data.supervision import Trained
 from dialog_jax.data.tries import Tree
 from dialog_jax.data.truncation import Piece
 
@@ -167,8 +168,8 @@ def _batched(records: Iterable[Dialogue | ValueError], count: int) -> Iterator[l
 
 def _look_at(tally: _Tally, setting: _Setting, dialogue: Dialogue, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Gathers what one dialogue adds; returns (role, content) of what stands around responses."""
-    trained = inspection.trained(dialogue, pieces, setting.objective)
-    tree = inspection.build_tree(trained, setting.objective)
+    trained = supervision.trained(dialogue, [pieces], setting.objective)[0]
+    tree = supervision.build_tree(trained, setting.objective)
     _look_at_messages(tally, setting, dialogue, trained)
     if tree is None:
         tally.found.add("no_target", dialogue.name)
@@ -190,7 +191,7 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
     """Contents that are not what they look like."""
     tally.counts["dialogues"] += 1
     tally.counts["messages"] += len(dialogue.messages)
-    responses = inspection.responses(trained)
+    responses = supervision.responses(trained)
     for index, message in enumerate(dialogue.messages):
         where = f"{dialogue.name}: message {index} ({message.role})"
         if found := setting.markers.search(message.content):
@@ -206,7 +207,7 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
 
 def _look_at_seams(tally: _Tally, setting: _Setting, pieces: Sequence[Piece], trained: Sequence[Trained]) -> None:
     """Where messages do not meet end to end. History that is written otherwise counts once a dialogue."""
-    responses = inspection.responses(trained)
+    responses = supervision.responses(trained)
     seams = inspection.seams(pieces, setting.backend, setting.special)
     changed = [seam for seam in seams if seam.kind == "history"]
     tally.counts["changed"] += bool(changed)
@@ -217,7 +218,7 @@ def _look_at_seams(tally: _Tally, setting: _Setting, pieces: Sequence[Piece], tr
 
 def _look_at_responses(tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[Trained]) -> None:
     """How long responses are, and with what they end."""
-    responses = inspection.responses(trained)
+    responses = supervision.responses(trained)
     for message, one in responses.items():
         last = int(one.sequence.tokens[max(span.stop for span in one.spans if span.turn >= 0) - 1])
         tally.last_targets[last] += 1

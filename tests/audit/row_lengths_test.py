@@ -3,7 +3,8 @@
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import dataset, inspection, rendering, row_lengths
+from dialog_jax.audit import inspection, row_lengths
+from dialog_jax.data import dataset, rendering, supervision
 from dialog_jax.data.dialogues import parse_dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from tests.data import chat_templates
@@ -13,7 +14,7 @@ def looked_at(dialogues, renderer, objective, lengths):
     """The `fits` of each dialogue with a tree."""
     made = []
     for dialogue, pieces in zip(dialogues, inspection.render(dialogues, renderer, objective), strict=True):
-        tree = inspection.build_tree(inspection.trained(dialogue, pieces, objective), objective)
+        tree = supervision.build_tree(supervision.trained(dialogue, [pieces], objective)[0], objective)
         if tree is not None:
             made.append(row_lengths.fits(dialogue, pieces, tree, objective, lengths))
     return made

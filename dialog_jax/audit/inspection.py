@@ -4,36 +4,23 @@ Records in, what is known of each out. What is wrong with a record is a value he
 nothing of rows, and no figures of more than one dialogue.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import transformers
 from jaxtyping import Bool
 
-from dialog_jax.data import objectives, sources, tries, truncation
+from dialog_jax.data import sources, supervision, tries, truncation
 from dialog_jax.data.dialogues import Dialogue, Message, parse_dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import RenderedSequence, Renderer
+from dialog_jax.data.supervision import Trained
+from dialog_jax.data.templates import template_kwargs
 from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.data.tries import Span, Tree
 from dialog_jax.data.truncation import Piece
-
-
-class Trained(NamedTuple):
-    """A sequence with its supervised spans, of which there is at least one."""
-
-    piece: Piece
-    sequence: RenderedSequence
-    spans: list[Span]
-
-    @property
-    def message(self) -> int:
-        """The response's number in the whole dialogue; -1 in a whole rendering."""
-        return self.piece.messages[self.sequence.message] if self.sequence.message >= 0 else -1
 
 
 class Seam(NamedTuple):
@@ -61,14 +48,7 @@ def load_renderer(
     Raises:
       ValueError: one of them is not what it should be.
     """
-    try:
-        kwargs = json.loads(chat_template_kwargs)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"chat_template_kwargs is not JSON: {error}. Write {{}} for none.") from None
-    if not isinstance(kwargs, dict):
-        raise ValueError(
-            f'chat_template_kwargs is {chat_template_kwargs}; needed an object such as {{"enable_thinking": false}}.'
-        )
+    kwargs = template_kwargs(chat_template_kwargs)
     loaded = load_tokenizer(tokenizer, chat_template=chat_template)
     return loaded, Renderer(loaded, chat_template_kwargs=kwargs)
 
@@ -85,27 +65,13 @@ def each_dialogue(source: str | pathlib.Path, *, split: str = "train") -> Iterat
     Raises:
       ValueError: the source is not there, or is not what its name says.
     """
-    path = pathlib.Path(source).expanduser()
-    by_line = path.suffix.lower() == ".jsonl" and path.is_file()
-    records = _lines(path) if by_line else sources.read_records(source, split=split)
-    for index, (where, record) in enumerate(records):
+    for index, (where, record) in enumerate(sources.read_records(source, split=split, keep_errors=True)):
         found: Dialogue | ValueError
         try:
             found = record if isinstance(record, ValueError) else parse_dialogue(record, index=index, where=where)
         except ValueError as error:
             found = error
         yield found
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path.name}:{number}"
-            if line.strip():
-                try:
-                    yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except ValueError as error:
-                    yield where, ValueError(f"{where}: not JSON: {error}. Write one complete JSON object a line.")
 
 
 def render(
@@ -131,29 +97,6 @@ def render(
         except ValueError as error:
             found = error
         yield found
-
-
-def trained(dialogue: Dialogue, pieces: Sequence[Piece], objective: ObjectiveConfig) -> list[Trained]:
-    """The sequences of which something is trained on."""
-    found = []
-    for piece, factors in zip(pieces, truncation.schedules(dialogue, pieces, objective), strict=True):
-        spans = objectives.supervise(piece.sequences, piece.dialogue, objective, factors, trained=piece.trained)
-        found += [Trained(piece, sequence, own) for sequence, own in zip(piece.sequences, spans, strict=True) if own]
-    return found
-
-
-def responses(sequences: Sequence[Trained]) -> dict[int, Trained]:
-    """Those that train a response, by its number in the whole dialogue."""
-    return {one.message: one for one in sequences if any(span.turn >= 0 for span in one.spans)}
-
-
-def build_tree(sequences: Sequence[Trained], objective: ObjectiveConfig) -> Tree | None:
-    """The weighted tree that `dataset.prepare` makes of them; None if there is nothing to train on."""
-    if not sequences:
-        return None
-    paths = [one.piece.path if objective.merge_weights == "sum" else 0 for one in sequences]
-    tree = tries.build_tree([(one.sequence.tokens, one.spans) for one in sequences], paths)
-    return tries.normalise(tree, objective.normalise) if tree.weight.any() else None
 
 
 def seams(
@@ -201,7 +144,7 @@ def contents(
 
     A content counts as written where the rendering has it somewhere, white space at its ends aside.
     """
-    shown = set(responses(sequences))
+    shown = set(supervision.responses(sequences))
     written, missing = [], []
     for piece in pieces:
         ends = [one.sequence.message for one in sequences if one.piece is piece]

@@ -1,0 +1,62 @@
+"""Paths of a dialogue to its weighted tree: what is trained on of each sequence, and the trie of it all.
+
+Knows no file, and nothing of lengths or rows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dialog_jax.data import objectives, tries, truncation
+from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.rendering import RenderedSequence
+from dialog_jax.data.tries import Span, Tree
+from dialog_jax.data.truncation import Piece
+
+
+class Trained(NamedTuple):
+    """A sequence with its supervised spans, of which there is at least one; turns are those of the whole dialogue."""
+
+    piece: Piece
+    sequence: RenderedSequence
+    spans: list[Span]
+
+    @property
+    def message(self) -> int:
+        """The response's number in the whole dialogue; -1 in a whole rendering."""
+        return self.piece.messages[self.sequence.message] if self.sequence.message >= 0 else -1
+
+
+def trained(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig) -> list[list[Trained]]:
+    """Returns the sequences of each group of pieces of which something is trained on.
+
+    Args:
+      groups: all pieces of the dialogue that are kept: which turn is the last one depends on all of them.
+    """
+    factors = iter(truncation.schedules(dialogue, [piece for group in groups for piece in group], objective))
+    found: list[list[Trained]] = []
+    for group in groups:
+        found.append([])
+        for piece in group:
+            spans = objectives.supervise(
+                piece.sequences, piece.dialogue, objective, next(factors), trained=piece.trained
+            )
+            for sequence, own in zip(piece.sequences, spans, strict=True):
+                if own:
+                    turned = [s if s.turn < 0 else s._replace(turn=s.turn + piece.first_turn) for s in own]
+                    found[-1].append(Trained(piece, sequence, turned))
+    return found
+
+
+def responses(sequences: Sequence[Trained]) -> dict[int, Trained]:
+    """Those that train a response, by its number in the whole dialogue."""
+    return {one.message: one for one in sequences if any(span.turn >= 0 for span in one.spans)}
+
+
+def build_tree(sequences: Sequence[Trained], objective: ObjectiveConfig) -> Tree | None:
+    """Returns the weighted tree of some sequences; None if there is nothing to train on."""
+    if not sequences:
+        return None
+    paths = [one.piece.path if objective.merge_weights == "sum" else 0 for one in sequences]
+    tree = tries.build_tree([(one.sequence.tokens, one.spans) for one in sequences], paths)
+    return tries.normalise(tree, objective.normalise) if tree.weight.any() else None
