@@ -32,7 +32,7 @@ class Pass(NamedTuple):
     message: int
     """Index in the dialogue's messages."""
     turn: int
-    """Number of assistant messages before it."""
+    """Number of assistant messages that lead to it."""
     weight: float
     tokens: Int32[np.ndarray, " n"]
     """prompt ++ response."""
@@ -47,8 +47,8 @@ def passes(
 ) -> list[Pass]:
     """Returns a pass for each assistant message of weight above 0, in order.
 
-    The prompt is the history with the generation prompt. The response is what a model would have to write next for the
-    template's rendering with the message to come out, up to and including its end of turn.
+    The prompt is the messages that lead to it, with the generation prompt. The response is what a model would have to
+    write next for the template's rendering with the message to come out, up to and including its end of turn.
 
     Raises:
       ValueError: the template refuses a history, or what it renders with the message does not continue the prompt.
@@ -59,8 +59,9 @@ def passes(
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
             continue
-        prompt = _text(dialogue, range(index), tokenizer, kwargs | {"add_generation_prompt": True})
-        whole = _text(dialogue, range(index + 1), tokenizer, kwargs)
+        history = dialogue.before(index)
+        prompt = _text(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
+        whole = _text(dialogue, (*history, index), tokenizer, kwargs)
         if not whole.startswith(prompt):
             raise ValueError(
                 f"{dialogue.name}: with message {index} the chat template renders no continuation of the prompt before "
@@ -76,7 +77,7 @@ def passes(
                     "chat template that ends the generation prompt where a token ends."
                 )
         tokens = prompt_ids + response[: _length(tokenizer, response, end)]
-        turn = sum(earlier.role == "assistant" for earlier in dialogue.messages[:index])
+        turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
         start = max(1, len(prompt_ids))
         found.append(Pass(index, turn, message.weight, np.array(tokens, np.int32), start))
     return found
