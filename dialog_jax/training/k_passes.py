@@ -91,21 +91,21 @@ def response_nll(
     return np.asarray(nll)[one.start - 1 : len(one.tokens) - 1]
 
 
-def loss_and_gradient(
+def nll_and_gradient(
     model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "none"
-) -> tuple[float, dict]:
-    """Returns (sum over passes and response tokens of weight * -log p, its gradient), float32, a pass after another.
+) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
+    """Returns (what `response_nll` gives of each pass, the gradient of their sum, each token's times its weight).
 
     Args:
       remat: see `decoder.hidden_states`.
     """
-    total, gradient = 0.0, jax.tree.map(jnp.zeros_like, parameters)
+    every, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
     for one in many:
-        value, gradient = _add(
-            model, remat, parameters, gradient, _padded(one.tokens), one.start, len(one.tokens), one.weight
-        )
-        total += float(value)
-    return total, gradient
+        stop = len(one.tokens)
+        weight = np.float32(one.weight)
+        nll, gradient = _add(model, remat, parameters, gradient, _padded(one.tokens), one.start, stop, weight)
+        every.append(np.asarray(nll)[one.start - 1 : stop - 1])
+    return every, gradient
 
 
 def score_dialogues(
@@ -229,12 +229,12 @@ def _forward(model, compute_dtype, parameters, tokens):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _add(model, remat, parameters, gradient, tokens, start, stop, weight):
-    """(weight * loss of tokens `start` to `stop`, `gradient` with that of this added)."""
+    """(-log p of every token, `gradient` with that of weight * the sum over tokens `start` to `stop` added)."""
 
     def loss(parameters):
         nll = _token_nll(model, parameters, tokens, jnp.float32, remat)
         index = jnp.arange(1, len(nll) + 1)
-        return weight * jnp.sum(jnp.where((index >= start) & (index < stop), nll, 0))
+        return weight * jnp.sum(jnp.where((index >= start) & (index < stop), nll, 0)), nll
 
-    value, own = jax.value_and_grad(loss)(parameters)
-    return value, jax.tree.map(jnp.add, gradient, own)
+    own, nll = jax.grad(loss, has_aux=True)(parameters)
+    return nll, jax.tree.map(jnp.add, gradient, own)

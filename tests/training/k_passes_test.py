@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -124,16 +125,17 @@ class LossTest(absltest.TestCase):
             found = k_passes.response_nll(self.model, self.parameters, one)
             np.testing.assert_allclose(found, self.nll(one), rtol=1e-5)
 
-    def test_loss_is_the_weighted_sum_and_the_gradient_is_its_slope(self):
-        value, gradient = k_passes.loss_and_gradient(self.model, self.parameters, self.passes)
-        expected = sum(self.nll(self.passes[0])) + 0.25 * sum(self.nll(self.passes[1]))
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    def test_gradient_is_the_slope_of_the_weighted_sum(self):
+        every, gradient = k_passes.nll_and_gradient(self.model, self.parameters, self.passes)
+        for one, found in zip(self.passes, every, strict=True):
+            np.testing.assert_allclose(found, self.nll(one), rtol=1e-5)
         squared = sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(gradient))
         step = 1e-3 / squared**0.5
 
         def moved(distance):
             parameters = jax.tree.map(lambda p, g: p + distance * g, self.parameters, gradient)
-            return k_passes.loss_and_gradient(self.model, parameters, self.passes)[0]
+            first, second = (k_passes.response_nll(self.model, parameters, one) for one in self.passes)
+            return math.fsum(first) + 0.25 * math.fsum(second)
 
         np.testing.assert_allclose((moved(step) - moved(-step)) / (2 * step), squared, rtol=3e-3)
 
