@@ -59,8 +59,8 @@ def draw(dialogues: Sequence[Dialogue], count: int, seed: int) -> list[Dialogue]
 def show(outcome: Agreement, out: rich.console.Console) -> None:
     """Prints what was compared, what was left out, and the largest differences."""
     out.print(
-        f"compared   {outcome.dialogues:,} dialogues, {outcome.responses:,} responses of {outcome.response_tokens:,} "
-        f"tokens, in {len(outcome.rows):,} rows of {outcome.row_length:,}; {outcome.branching:,} dialogues branch"
+        f"compared   dialogues {outcome.dialogues:,} ({outcome.branching:,} branch), responses {outcome.responses:,}, "
+        f"their tokens {outcome.response_tokens:,}, rows {len(outcome.rows):,} of {outcome.row_length:,}"
     )
     if outcome.responses:
         times = outcome.k_pass_tokens / outcome.one_pass_tokens
@@ -70,7 +70,7 @@ def show(outcome: Agreement, out: rich.console.Console) -> None:
         )
     for number, names in enumerate(outcome.rows):
         out.print(f"{f'row {number}':10} {', '.join(names)}")
-    out.print(f"left out   {'' if outcome.left_out else 'nothing'}{len(outcome.left_out) or ''}")
+    out.print(f"left out   {len(outcome.left_out) or 'none'}")
     for line in outcome.left_out[:_NAMED]:
         out.print(f"           {line}")
     if len(outcome.left_out) > _NAMED:
@@ -86,9 +86,9 @@ def show(outcome: Agreement, out: rich.console.Console) -> None:
 def verdict(outcome: Agreement) -> str:
     """Returns the last line."""
     if outcome.passed:
-        left_out = f"; {len(outcome.left_out):,} left out, see above" if outcome.left_out else ""
-        count = f"{outcome.responses:,} responses of {outcome.dialogues:,} dialogues"
-        return f"PASSED: one pass equals K passes on {count}{left_out}"
+        count = f"dialogues {outcome.dialogues:,}, responses {outcome.responses:,}"
+        left_out = f"left out {len(outcome.left_out):,}, see above" if outcome.left_out else "left out none"
+        return f"PASSED: one pass equals K passes ({count}; {left_out})"
     beyond = [
         f"{what} ({finding.beyond:,} of {finding.compared:,})"
         for what, finding in outcome.findings.items()
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
     out = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     if not out.is_terminal:
         out.width = _WIDTH
-    out.print(f"dialogues  {len(chosen):,} of the {len(dialogues):,} of {name}, seed {_SEED.value}")
+    out.print(f"sample     {len(chosen):,} of the {len(dialogues):,} dialogues of {name}, seed {_SEED.value}")
     show(outcome, out)
     print(verdict(outcome))
     if not outcome.passed:

@@ -92,7 +92,7 @@ def response_nll(
 
 
 def nll_and_gradient(
-    model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "none"
+    model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "dots"
 ) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
     """Returns (what `response_nll` gives of each pass, the gradient of their sum, each token's times its weight).
 
