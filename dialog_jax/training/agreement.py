@@ -15,8 +15,7 @@ import numpy as np
 import optax
 import transformers
 
-from dialog_jax.data import batches, dataset, packing
-from dialog_jax.data.batches import Batch
+from dialog_jax.data import batches, dataset, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
@@ -26,6 +25,7 @@ from dialog_jax.training.differences import Agreement
 from dialog_jax.training.k_passes import Pass
 from dialog_jax.training.sharding import MeshConfig
 
+_OBJECTIVE = ObjectiveConfig()
 _ROW_MULTIPLE = 256
 _REMAT = "dots"  # as TrainConfig has it
 
@@ -58,13 +58,17 @@ def compare(
         return outcome
     outcome.dialogues, outcome.responses = len(kept), sum(len(passes) for _, passes in kept)
     every = [one for _, passes in kept for one in passes]
-    outcome.response_tokens = sum(len(one.tokens) - one.start for one in every)
+    outcome.response_tokens = sum(len(one.weight) for one in every)
     outcome.k_pass_tokens = sum(len(one.tokens) for one in every)
-    trees = _prepare([dataclasses.replace(kept[n][0], id=n) for n in range(len(kept))], renderer, max_length)
+    numbered = [dataclasses.replace(dialogue, id=number) for number, (dialogue, _) in enumerate(kept)]
+    trees = dataset.prepare(numbered, renderer, objective=_OBJECTIVE, max_length=max_length)
     assert trees.ids == tuple(range(len(kept))), trees.ids
     outcome.one_pass_tokens, outcome.branching = trees.report.tokens, trees.report.branching
+    length = min(max_length, -(-trees.report.tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    plan = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=1, seed=0)
+    outcome.row_length = length
     with jax.default_matmul_precision("highest"):
-        _compare_rows(kept, trees, tokenizer, model, parameters, max_length, outcome, tell)
+        _compare_rows(kept, plan, tokenizer, model, parameters, outcome, tell)
     return outcome
 
 
@@ -78,7 +82,7 @@ def _passes(
 ) -> list[Pass]:
     """The passes of those responses that one pass trains on in rows of `max_length`; says why, where there is none."""
     passes, refusal = _attempt(k_passes.passes, dialogue, tokenizer, kwargs)
-    _, own_refusal = _attempt(lambda: [list(sequences) for sequences in renderer.render([dialogue])])
+    fitting, own_refusal = _attempt(_fitting, dialogue, renderer, max_length)
     one_alone = math.inf if bool(refusal) != bool(own_refusal) else 0.0
     outcome.findings["refusals"].add(one_alone, dialogue.name, own_refusal or "accepted", refusal or "accepted")
     if refusal or own_refusal:
@@ -87,16 +91,12 @@ def _passes(
     if not passes:
         outcome.left_out.append(f"{dialogue.name}: no assistant message has a weight above 0")
         return []
-    trees, reason = _attempt(_prepare, [dialogue], renderer, max_length)
-    if trees is None and len(passes[0].tokens) <= max_length:
-        outcome.findings["refusals"].add(math.inf, dialogue.name, reason, "accepted")
-    cut = len(passes) if trees is None else trees.report.turns_cut
-    if cut:
+    if cut := len(passes) - len(fitting):
         outcome.left_out.append(
             f"{dialogue.name}: {cut:,} of {len(passes):,} responses, which exceed {max_length:,} tokens with what "
             "stands before them (raise --max_length)"
         )
-    return passes[: len(passes) - cut]
+    return [one for one in passes if one.message in fitting]
 
 
 def _attempt(make: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
@@ -107,56 +107,54 @@ def _attempt(make: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
         return None, str(error)
 
 
-def _prepare(dialogues: Sequence[Dialogue], renderer: Renderer, max_length: int) -> dataset.Trees:
-    return dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=max_length)
+def _fitting(dialogue: Dialogue, renderer: Renderer, max_length: int) -> set[int]:
+    """The messages that are trained on in a tree of at most `max_length` tokens; renders all of them."""
+    paths = truncation.unfold(dialogue, _OBJECTIVE)
+    sequences = [list(each) for each in renderer.render([path.dialogue for path in paths])]
+    fitting = truncation.that_fit(sequences, _OBJECTIVE, max_length)
+    return {path.messages[each.message] for path, some in zip(paths, fitting, strict=True) for each in some}
 
 
 def _compare_rows(
     kept: Sequence[tuple[Dialogue, list[Pass]]],
-    trees: dataset.Trees,
+    plan: batches.Plan,
     tokenizer: transformers.PreTrainedTokenizerFast,
     model: DecoderConfig,
     parameters: dict,
-    max_length: int,
     outcome: Agreement,
     tell: Callable[[str], None],
 ) -> None:
-    """Packs the dialogues into rows and compares row by row."""
-    tokens, targets = trees.sizes()
-    rng = np.random.default_rng(0)
-    rows = packing.pack(tokens, targets, max_length=max_length, max_targets=max_length, rng=rng)
-    used = max(int(tokens[row].sum()) for row in rows)
-    length = min(max_length, -(-used // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-    outcome.row_length = length
+    """Compares row by row what training does with it and the passes of its dialogues."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = _keep_gradient()
     state, shardings = step.initial_state(mesh, parameters, optimizer)
     update = step.make_train_step(model, optimizer, mesh, shardings, compute_dtype=jnp.float32, remat=_REMAT)
     score = step.make_score_step(model, compute_dtype=jnp.float32)
-    for number, row in enumerate(rows):
-        progress = f"row {number + 1} of {len(rows)}"
-        tell(f"{progress}: one pass over {int(tokens[row].sum()):,} tokens")
-        batch = batches.fill_rows(trees, [row], max_length=length, max_targets=length)
-        one_nll = np.asarray(score(state.parameters, batch).nll[0])
-        state, metrics = update(state, Batch(*(array[None] for array in batch)))
-        every = [one for tree in row for one in kept[tree][1]]
-        tell(f"{progress}: a pass for each of {len(every):,} responses")
+    for number in range(plan.rows_per_epoch):
+        where = f"row {number}"
+        members = [kept[tree] for tree in plan.rows(number)[0]]
+        every = [one for _, passes in members for one in passes]
+        outcome.rows.append([dialogue.name for dialogue, _ in members])
+        tell(f"row {number + 1} of {plan.rows_per_epoch}: one pass")
+        batch = plan.batch(number)
+        row = batch.map(lambda array: array[0])
+        one_nll = np.asarray(score(state.parameters, row).nll[0])
+        state, metrics = update(state, batch)
+        tell(f"row {number + 1} of {plan.rows_per_epoch}: a pass for each of {len(every):,} responses")
         nll, gradient = k_passes.nll_and_gradient(model, state.parameters, every)
-        outcome.rows.append([kept[tree][0].name for tree in row])
         own = iter(nll)
-        for segment, tree in enumerate(row, 1):
-            dialogue, passes = kept[tree]
-            read = differences.read_targets(batch, one_nll, segment)
+        for segment, (dialogue, passes) in enumerate(members, 1):
+            read = differences.read_targets(row, one_nll, segment)
             of_passes = [next(own) for _ in passes]
             differences.compare_responses(dialogue.name, passes, of_passes, read, tokenizer, outcome.findings)
         # The update's loss is a mean; both are held together as sums.
-        total = batch.weight.sum(dtype=np.float64)
-        value = math.fsum(one.weight * math.fsum(each) for one, each in zip(every, nll, strict=True))
+        total = row.weight.sum(dtype=np.float64)
+        value = math.fsum(float(np.vdot(one.weight, each)) for one, each in zip(every, nll, strict=True))
         one_value = float(metrics.loss) * total
         size = abs(one_value - value) / max(abs(value), total)
-        outcome.findings["loss of a row"].add(size, f"row {number}", f"{one_value:.6f}", f"{value:.6f}")
+        outcome.findings["loss of a row"].add(size, where, f"{one_value:.6f}", f"{value:.6f}")
         one_gradient = jax.tree.map(lambda leaf, total=total: leaf * np.float32(total), state.optimizer_state)
-        differences.compare_gradients(one_gradient, gradient, f"row {number}", outcome.findings)
+        differences.compare_gradients(one_gradient, gradient, where, outcome.findings)
 
 
 def _keep_gradient() -> optax.GradientTransformation:

@@ -142,7 +142,7 @@ def compare_responses(
             at = int(wrong[0]) if len(wrong) else index - 1
             place = f"{where}: token {at:,} of what predicts it" if len(wrong) else where
             findings["positions"].add(math.inf if len(wrong) else 0.0, place, target.position[at], at)
-            weights[key] += one.weight
+            weights[key] += float(one.weight[index - one.start])
             places.setdefault(key, where)
         if len(found) == len(own):
             value, expected = math.fsum(found), math.fsum(own)

@@ -33,11 +33,12 @@ class Pass(NamedTuple):
     """Index in the dialogue's messages."""
     turn: int
     """Number of assistant messages that lead to it."""
-    weight: float
     tokens: Int32[np.ndarray, " n"]
     """prompt ++ response."""
     start: int
     """Index of the response's first token; at least 1, since nothing predicts a first token."""
+    weight: Float32[np.ndarray, " r"]
+    """Of each token of the response: its message's, times that of the part it ends in."""
 
 
 def passes(
@@ -54,7 +55,7 @@ def passes(
       ValueError: the template refuses a history, or what it renders with the message does not continue the prompt.
     """
     kwargs = dict(chat_template_kwargs or {})
-    end = _end_of_turn(tokenizer, kwargs)
+    end_of_turn = _end_of_turn(tokenizer, kwargs)
     found = []
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
@@ -67,19 +68,21 @@ def passes(
                 f"{dialogue.name}: with message {index} the chat template renders no continuation of the prompt before "
                 "it, so no response can lead there. Pass another chat template or chat_template_kwargs."
             )
-        prompt_ids, ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
-        response = ids[len(prompt_ids) :]
+        (prompt_ids, _), (ids, ends) = _encode(tokenizer, prompt), _encode(tokenizer, whole)
+        response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]
         if ids[: len(prompt_ids)] != prompt_ids:  # a token crosses the boundary; a model would be given the prompt's
-            response = _continuation(tokenizer, whole[len(prompt) :])
+            response, ends = _continuation(tokenizer, whole[len(prompt) :])
             if tokenizer.decode(prompt_ids + response) != tokenizer.decode(ids):
                 raise ValueError(
                     f"{dialogue.name}: no tokens behind the prompt of message {index} read as its response. Pass a "
                     "chat template that ends the generation prompt where a token ends."
                 )
-        tokens = prompt_ids + response[: _length(tokenizer, response, end)]
         turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
+        length = _length(tokenizer, response, end_of_turn)
+        tokens = np.array(prompt_ids + response[:length], np.int32)
         start = max(1, len(prompt_ids))
-        found.append(Pass(index, turn, message.weight, np.array(tokens, np.int32), start))
+        weight = _weights(dialogue, index, whole[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
+        found.append(Pass(index, turn, tokens, start, weight))
     return found
 
 
@@ -101,10 +104,12 @@ def nll_and_gradient(
     """
     every, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
     for one in many:
-        stop = len(one.tokens)
-        weight = np.float32(one.weight)
-        nll, gradient = _add(model, remat, parameters, gradient, _padded(one.tokens), one.start, stop, weight)
-        every.append(np.asarray(nll)[one.start - 1 : stop - 1])
+        tokens = _padded(one.tokens)
+        weight = np.zeros(tokens.shape[1] - 1, np.float32)
+        response = slice(one.start - 1, len(one.tokens) - 1)
+        weight[response] = one.weight
+        nll, gradient = _add(model, remat, parameters, gradient, tokens, weight)
+        every.append(np.asarray(nll)[response])
     return every, gradient
 
 
@@ -160,22 +165,48 @@ def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping
         ) from error
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _weights(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> Float32[np.ndarray, " r"]:
+    """Of each token of a response its weight, from where in the response's text it ends."""
+    message = dialogue.messages[index]
+    weight = np.full(len(ends), message.weight, np.float32)
+    if not message.parts:
+        return weight
+    if text.count(message.content) != 1:
+        raise ValueError(
+            f"{dialogue.name}: message {index} has parts with weights, but the chat template renders its content "
+            f"{text.count(message.content)} times in {text[:60]!r}. Write it as the template renders it."
+        )
+    begin = text.index(message.content)
+    for part in message.parts:
+        end = begin + len(part.text)
+        for token, stop in enumerate(ends):
+            if begin < stop <= end:
+                weight[token] = message.weight * part.weight
+        begin = end
+    return weight
 
 
-def _continuation(tokenizer, text: str) -> list[int]:
-    """Tokens of a text that continues another: behind a special token, no space is put in front of it."""
+def _encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """(token ids, the character at which each ends)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+
+def _continuation(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The same of a text that continues another: behind a special token, no space is put in front of it."""
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     plain = [token.content for token in special if not (token.lstrip or token.rstrip)]
-    return _encode(tokenizer, plain[0] + text)[1:] if plain else _encode(tokenizer, text)
+    if not plain:
+        return _encode(tokenizer, text)
+    ids, ends = _encode(tokenizer, plain[0] + text)
+    return ids[1:], [end - len(plain[0]) for end in ends[1:]]
 
 
 def _end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
     """The first token of its own behind a reply's text: a special one, or else one that was added to the vocabulary."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    behind = _continuation(tokenizer, text.rpartition(_REPLY)[2])
+    behind, _ = _continuation(tokenizer, text.rpartition(_REPLY)[2])
     added = tokenizer.added_tokens_decoder
     special = [token for token in behind if token in added and added[token].special]
     visible = [token for token in behind if token in added and added[token].content.strip()]
@@ -228,13 +259,12 @@ def _forward(model, compute_dtype, parameters, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _add(model, remat, parameters, gradient, tokens, start, stop, weight):
-    """(-log p of every token, `gradient` with that of weight * the sum over tokens `start` to `stop` added)."""
+def _add(model, remat, parameters, gradient, tokens, weight):
+    """(-log p of every token but the first, `gradient` with that of the sum of weight * these added)."""
 
     def loss(parameters):
         nll = _token_nll(model, parameters, tokens, jnp.float32, remat)
-        index = jnp.arange(1, len(nll) + 1)
-        return weight * jnp.sum(jnp.where((index >= start) & (index < stop), nll, 0)), nll
+        return jnp.sum(weight * nll), nll
 
     own, nll = jax.grad(loss, has_aux=True)(parameters)
     return nll, jax.tree.map(jnp.add, gradient, own)

@@ -9,13 +9,13 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.data import batches, tries
-from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.data.dialogues import Dialogue, Message, Part
 from dialog_jax.training import agreement, differences, loss, step
-from tests.data import chat_templates
+from tests.data import chat_templates, message_trees_test
 from tests.training import tiny
 
 _fill_rows = batches.fill_rows
-_weighted_nll = loss.weighted_nll
+_weighted_loss = loss.weighted_loss
 
 
 def dialogues():
@@ -138,6 +138,30 @@ class AgreementTest(parameterized.TestCase):
         self.assertGreater(len(outcome.rows), 1)
         self.assertGreater(max(map(len, outcome.rows)), 1)
 
+    @parameterized.parameters("chatml", "qwen3")
+    def test_message_trees_and_parts_pass(self, family):
+        drawn = [message_trees_test.random_tree(n, reasoning=True, weights=True) for n in (0, 1)]
+        parts = Message(
+            role="assistant",
+            content="ten and nine.",
+            parts=(Part(text="ten and ", weight=0.25), Part(text="nine.", weight=2.0)),
+        )
+        drawn.append(Dialogue(id="p", messages=(Message(role="user", content="What is 12 plus 7?"), parts)))
+        outcome = compare(family, drawn)
+        self.assertTrue(outcome.passed, outcome)
+        self.assertEqual(outcome.dialogues, 3)
+        self.assertGreaterEqual(outcome.branching, 2)
+
+    def test_message_tree_that_exceeds_the_row_is_compared_as_far_as_it_fits(self):
+        tree = message_trees_test.random_tree(0)
+        responses = sum(message.role == "assistant" for message in tree.messages)
+        outcome = compare("chatml", [tree], max_length=90)
+        self.assertTrue(outcome.passed, outcome)
+        self.assertBetween(outcome.responses, 1, responses - 1)
+        self.assertRegex(
+            outcome.left_out[0], rf"{responses - outcome.responses} of {responses} responses, which"
+        )
+
     # Which findings must be beyond, at least, and what the first of them must say.
     @parameterized.named_parameters(
         ("positions", positions_go_on, "chatml", ("positions", "loss of a response", "gradient by parameter"), r"turn"),
@@ -166,10 +190,10 @@ class AgreementTest(parameterized.TestCase):
         self.assertTrue(outcome.passed)
 
     def test_wrong_gradient_of_a_right_loss_fails_and_the_parameter_is_named(self):
-        def without_matrix(hidden, matrix, *rest):
-            return _weighted_nll(hidden, jax.lax.stop_gradient(matrix), *rest)
+        def without_matrix(hidden, matrix, *rest, **kwargs):
+            return _weighted_loss(hidden, jax.lax.stop_gradient(matrix), *rest, **kwargs)
 
-        with mock.patch.object(loss, "weighted_nll", without_matrix):
+        with mock.patch.object(loss, "weighted_loss", without_matrix):
             outcome = compare()
         beyond = [what for what, finding in outcome.findings.items() if finding.beyond]
         self.assertEqual(beyond, ["gradient norm", "gradient direction", "gradient by parameter"])
@@ -256,6 +280,7 @@ class ReadTargetsTest(absltest.TestCase):
         trees = agreement.dataset.Trees(
             **{field: np.concatenate([getattr(other, field), getattr(tree, field)]) for field in tries.Tree._fields},
             offsets=np.array([0, 2, 9]),
+            preamble=np.zeros(2, np.int32),
             ids=(0, 1),
             report=tiny.trees([dialogues()[1]], chat_templates.train_tokenizer("chatml")).report,
         )

@@ -1,6 +1,8 @@
 """K passes against tokens written by hand and against float64 logits; and that they share no code with one pass."""
 
 import ast
+import collections
+import dataclasses
 import inspect
 import math
 
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.data.dialogues import Dialogue, Message, Part
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.model import decoder
 from dialog_jax.training import k_passes
@@ -37,10 +39,11 @@ class PassesTest(parameterized.TestCase):
         prompts = [head + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"]
         prompts.append(prompts[0] + "Hello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
         found = k_passes.passes(dialogue("Hi", "Hello!", "Bye", "Ciao.", weight_3=0.5), tokenizer)
-        self.assertEqual([(one.message, one.turn, one.weight) for one in found], [(1, 0, 1.0), (3, 1, 0.5)])
+        self.assertEqual([(one.message, one.turn, set(one.weight)) for one in found], [(1, 0, {1.0}), (3, 1, {0.5})])
         for one, prompt, response in zip(found, prompts, ("Hello!<|im_end|>", "Ciao.<|im_end|>"), strict=True):
             self.assertEqual(one.tokens.tolist(), ids(tokenizer, prompt + response))
             self.assertEqual(one.start, len(ids(tokenizer, prompt)))
+            self.assertLen(one.weight, len(one.tokens) - one.start)
 
     def test_reasoning_is_in_the_response_and_not_in_later_prompts(self):
         tokenizer = chat_templates.train_tokenizer("qwen3")
@@ -70,6 +73,36 @@ class PassesTest(parameterized.TestCase):
                 for entry in k_passes.passes(one, tokenizer)
             ]
             self.assertEqual(found, expected)
+
+    def test_history_of_a_message_is_its_path_in_a_tree(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        messages = dialogue("Hi", "Hello!", "Bye", "Ciao.").messages
+        tree = Dialogue(
+            id=0, messages=(*messages, Message(role="assistant", content="Good day.")), parents=(-1, 0, 1, 2, 0)
+        )
+        *path, other = k_passes.passes(tree, tokenizer)
+        expected = k_passes.passes(dialogue("Hi", "Hello!", "Bye", "Ciao."), tokenizer)
+        self.assertEqual([one.tokens.tolist() for one in path], [one.tokens.tolist() for one in expected])
+        (alone,) = k_passes.passes(dialogue("Hi", "Good day."), tokenizer)
+        self.assertEqual(other.tokens.tolist(), alone.tokens.tolist())
+        self.assertEqual((other.message, other.turn), (4, 0))
+
+    def test_parts_weigh_the_tokens_that_end_in_them(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        parts = (Part(text="first, ", weight=0.25), Part(text="second", weight=1.0), Part(text="", weight=3.0))
+        message = Message(role="assistant", content="first, second", weight=2.0, parts=parts)
+        (one,) = k_passes.passes(Dialogue(id=0, messages=(*dialogue("Hi").messages[:1], message)), tokenizer)
+        by_weight = collections.defaultdict(str)
+        for token, weight in zip(one.tokens[one.start :], one.weight.tolist(), strict=True):
+            by_weight[weight] += tokenizer.decode([token])
+        # The space is part of the second word's token, which ends in the second part.
+        self.assertEqual(by_weight, {0.5: "first,", 2.0: " second<|im_end|>"})
+        trimmed = dataclasses.replace(message, content="second ", parts=(Part(text="second ", weight=0.5),))
+        with self.assertRaisesRegex(ValueError, "dialogue 0: message 1 has parts .* 0 times"):
+            k_passes.passes(
+                Dialogue(id=0, messages=(Message(role="user", content="Hi"), trimmed)),
+                chat_templates.train_tokenizer("llama3"),
+            )
 
     def test_refusals_name_the_dialogue(self):
         tokenizer = chat_templates.train_tokenizer("gemma")
