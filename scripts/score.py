@@ -15,6 +15,9 @@ complete. The end prints nats a token, perplexity and tokens a second.
 With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens, with their
 log-probabilities, in the place of every token that is scored: what a student needs to train on the same dialogues with
 this model as its teacher (`data.teacher`). Dialogues then need different ids.
+
+`--passes=one` reads a dialogue once for all of its responses. `--passes=k` reads each response with its own history, as
+slowly and simply as it can be done; the two must agree to rounding, which scripts/check.py looks into.
 """
 
 import collections
@@ -36,7 +39,7 @@ from dialog_jax.data import teacher, templates
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.teacher import Signal
 from dialog_jax.data.tokenizers import fingerprint
-from dialog_jax.training import scoring
+from dialog_jax.training import k_passes, scoring
 from dialog_jax.training.scoring import Score
 
 _MODEL = flags.DEFINE_string(
@@ -54,6 +57,9 @@ _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
 )
 _TOP_K = flags.DEFINE_integer("top_k", 0, "How many of the likeliest tokens --top_k_out holds.", lower_bound=0)
 _TOP_K_OUT = flags.DEFINE_string("top_k_out", "", "A .safetensors file to write them to, for training a student.")
+_PASSES = flags.DEFINE_enum(
+    "passes", "one", ["one", "k"], "One forward pass a dialogue, or k: one a response, naively, to compare with."
+)
 
 _WARNINGS_SHOWN = 20
 
@@ -121,16 +127,24 @@ def main(arguments: list[str]) -> None:
                 raise ValueError(f"--{flag}={file} is a directory; name a file.")
         if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
             raise ValueError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
+        if _TOP_K.value and _PASSES.value == "k":
+            raise ValueError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
-        model = chat.load(
-            _MODEL.value,
-            dtype=dtype,
-            chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
-        )
-        scores = scoring.score_dialogues(
-            dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
-        )
+        kwargs = templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+        model = chat.load(_MODEL.value, dtype=dtype, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=kwargs)
+        if _PASSES.value == "k":
+            scores = k_passes.score_dialogues(
+                dialogues,
+                model.tokenizer,
+                model.config,
+                model.parameters,
+                chat_template_kwargs=kwargs,
+                compute_dtype=dtype,
+            )
+        else:
+            scores = scoring.score_dialogues(
+                dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
+            )
         console = rich.console.Console(stderr=True, highlight=False)
         with contextlib.ExitStack() as stack:
             if _TOP_K.value:

@@ -133,10 +133,10 @@ class ScoreTest(parameterized.TestCase):
         written = [json.loads(line) for line in self.out.read_text().splitlines()] if self.out.exists() else None
         return written, told, error
 
-    @parameterized.parameters("chatml", "qwen3")
-    def test_scores_equal_one_forward_pass_a_response(self, family):
+    @parameterized.product(family=("chatml", "qwen3"), passes=("one", "k"))
+    def test_scores_equal_one_forward_pass_a_response(self, family, passes):
         model, parameters, tokenizer = self.save_model(family)
-        written, told, error = self.score(_DIALOGUES)
+        written, told, error = self.score(_DIALOGUES, f"--passes={passes}")
         self.assertEqual([record["id"] for record in written], ["text", 7, 2, 3])
         total = total_tokens = 0
         for record, dialogue in zip(written, _DIALOGUES, strict=True):
@@ -246,13 +246,14 @@ class ScoreTest(parameterized.TestCase):
             self.assertEqual(alone[0]["tokens"], together[number]["tokens"])
             np.testing.assert_allclose(alone[0]["nll"], together[number]["nll"], rtol=1e-5)
 
-    @parameterized.parameters("chatml", "qwen3")
-    def test_turns_beyond_the_context_are_cut_counted_and_named(self, family):
+    @parameterized.product(family=("chatml", "qwen3"), passes=("one", "k"))
+    def test_turns_beyond_the_context_are_cut_counted_and_named(self, family, passes):
         model, parameters, tokenizer = self.save_model(family, max_length=80)
         # The second response alone is too long because of its reasoning; qwen3 forgets that in the third prompt.
         contents = ["Hi", "Hello!", "And?", f"<think>\n{_LONG}\n</think>\n\nyes", "So?", "No."]
         messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-        written, _, error = self.score([_DIALOGUES[0], {"id": "long", "messages": messages}])
+        records = [_DIALOGUES[0], {"id": "long", "messages": messages}]
+        written, _, error = self.score(records, f"--passes={passes}")
         expected = _oracle(model, parameters, tokenizer, messages, "<|im_end|>")
         fitting = [entry for entry in expected if entry[1] <= 80]
         self.assertLen(fitting, {"chatml": 1, "qwen3": 2}[family])
@@ -309,20 +310,22 @@ class ScoreTest(parameterized.TestCase):
         self.assertEqual(written, [{"id": "earlier"}])
         self.assertIn("role 'bot'", error)
 
-    def test_weights_that_are_not_finite_are_an_error_that_names_the_dialogue(self):
+    @parameterized.parameters("one", "k")
+    def test_weights_that_are_not_finite_are_an_error_that_names_the_dialogue(self, passes):
         model, parameters, tokenizer = self.save_model("chatml")
         parameters["final_norm"] = parameters["final_norm"].at[3].set(jnp.nan)
         shutil.rmtree(self.directory / "model")
         pretrained.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
-        written, _, error = self.score(_DIALOGUES[:1])
+        written, _, error = self.score(_DIALOGUES[:1], f"--passes={passes}")
         self.assertIsNone(written)
         self.assertRegex(error, r"dialogue text \(data.jsonl:1\): the loss of message 1 is nan")
 
-    def test_template_and_its_variables_are_used(self):
+    @parameterized.parameters("one", "k")
+    def test_template_and_its_variables_are_used(self, passes):
         model, parameters, tokenizer = self.save_model("chatml")
         template = "{% for m in messages %}{{ m.role + word + m.content + '<|im_end|>' }}{% endfor %}"
         template += "{% if add_generation_prompt %}{{ 'assistant' + word }}{% endif %}"
-        flags = f"--chat_template={template}", '--chat_template_kwargs={"word": ": "}'
+        flags = f"--chat_template={template}", '--chat_template_kwargs={"word": ": "}', f"--passes={passes}"
         written, _, _ = self.score([_DIALOGUES[0]], *flags)
         prompt, response = "user: Hi<|im_end|>assistant: ", "Hello! 🙂<|im_end|>"
         ids = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]

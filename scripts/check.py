@@ -1,0 +1,146 @@
+"""Checks on your model, template and data that one pass over a dialogue equals a pass for each of its responses.
+
+    python scripts/check.py --model=assets/smollm2-135m-instruct --data=assets/chitchat/validation.jsonl
+
+Takes a random sample of dialogues, packs them into rows and runs training's own update on them; then runs every
+response by itself behind its prompt, as the tokenizer's chat interface gives the two. Compared are the token ids and
+positions that each response token sees, weights, the loss of every response, and the gradient: its norm, its direction,
+and every parameter's own. All in float32. The end is a table of the largest differences and where they are, and a
+verdict.
+
+The program exits with 0 if the two agree, with 2 if they do not or if there was nothing to compare, and with 1 if it
+could not be run.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from absl import app, flags, logging
+
+from dialog_jax import chat
+from dialog_jax.data import templates
+from dialog_jax.data.dialogues import Dialogue, read_dialogues
+from dialog_jax.training import agreement
+from dialog_jax.training.differences import Agreement, Finding
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_DIALOGUES = flags.DEFINE_integer("dialogues", 8, "How many dialogues, drawn at random.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", lower_bound=0)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", 0, "Tokens of a row, and at most of a dialogue; 0 for 2,048 or the model's context.", lower_bound=0
+)
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
+_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
+)
+
+_DISAGREE = 2
+_LONGEST_ROW = 2048
+_NAMED = 10  # dialogues left out
+_WIDTH = 120  # characters, where the output goes to a file
+
+
+def draw(dialogues: Sequence[Dialogue], count: int, seed: int) -> list[Dialogue]:
+    """Returns `count` of the dialogues, or all where there are fewer, in the order of the file."""
+    chosen = np.random.default_rng(seed).permutation(len(dialogues))[:count]
+    return [dialogues[index] for index in sorted(chosen)]
+
+
+def show(outcome: Agreement, out: rich.console.Console) -> None:
+    """Prints what was compared, what was left out, and the largest differences."""
+    out.print(
+        f"compared   dialogues {outcome.dialogues:,} ({outcome.branching:,} branch), responses {outcome.responses:,}, "
+        f"their tokens {outcome.response_tokens:,}, rows {len(outcome.rows):,} of {outcome.row_length:,}"
+    )
+    if outcome.responses:
+        times = outcome.k_pass_tokens / outcome.one_pass_tokens
+        out.print(
+            f"tokens     one pass {outcome.one_pass_tokens:,}, K passes {outcome.k_pass_tokens:,}: "
+            f"{times:.2f} times as many"
+        )
+    for number, names in enumerate(outcome.rows):
+        out.print(f"{f'row {number}':10} {', '.join(names)}")
+    out.print(f"left out   {len(outcome.left_out) or 'none'}")
+    for line in outcome.left_out[:_NAMED]:
+        out.print(f"           {line}")
+    if len(outcome.left_out) > _NAMED:
+        out.print(f"           and {len(outcome.left_out) - _NAMED:,} more")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for heading in ("difference in", "compared", "largest", "allowed", "where, and what one pass | K passes have"):
+        table.add_column(heading, justify="right" if heading in ("compared", "largest", "allowed") else "left")
+    for what, finding in outcome.findings.items():
+        table.add_row(*_row(what, finding), style="bold red" if finding.beyond else "")
+    out.print(table, soft_wrap=False)
+
+
+def verdict(outcome: Agreement) -> str:
+    """Returns the last line."""
+    if outcome.passed:
+        count = f"dialogues {outcome.dialogues:,}, responses {outcome.responses:,}"
+        left_out = f"left out {len(outcome.left_out):,}, see above" if outcome.left_out else "left out none"
+        return f"PASSED: one pass equals K passes ({count}; {left_out})"
+    beyond = [
+        f"{what} ({finding.beyond:,} of {finding.compared:,})"
+        for what, finding in outcome.findings.items()
+        if finding.beyond
+    ]
+    return f"FAILED: {'one pass and K passes differ in ' + ', '.join(beyond) if beyond else 'nothing was compared'}"
+
+
+def _row(what: str, finding: Finding) -> list[str]:
+    allowed = f"{finding.tolerance:.0e}" if finding.tolerance else "none"
+    if finding.largest is None:
+        return [what, "0", "", allowed, ""]
+    size, where, one_pass, k_passes = finding.largest
+    if not size:
+        return [what, f"{finding.compared:,}", "none", allowed, ""]
+    shown = f"{size:.1e}" if np.isfinite(size) else "differs"
+    return [what, f"{finding.compared:,}", shown, allowed, f"{where}\n{one_pass} | {k_passes}"]
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    logging.set_verbosity(logging.WARNING)
+    console = rich.console.Console(stderr=True, highlight=False)
+    try:
+        dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
+        kwargs = templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+        model = chat.load(_MODEL.value, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=kwargs)
+        chosen = draw(dialogues, _DIALOGUES.value, _SEED.value)
+        with console.status("rendering") as status:
+            outcome = agreement.compare(
+                chosen,
+                model.tokenizer,
+                model.config,
+                model.parameters,
+                chat_template_kwargs=kwargs,
+                max_length=_MAX_LENGTH.value or min(_LONGEST_ROW, model.config.max_length),
+                tell=status.update,
+            )
+    except (ValueError, OSError) as error:
+        sys.exit(f"check.py: {error}")
+    name = pathlib.PurePath(_DATA.value).name
+    out = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+    if not out.is_terminal:
+        out.width = _WIDTH
+    out.print(f"sample     {len(chosen):,} of the {len(dialogues):,} dialogues of {name}, seed {_SEED.value}")
+    show(outcome, out)
+    print(verdict(outcome))
+    if not outcome.passed:
+        sys.exit(_DISAGREE)
+
+
+if __name__ == "__main__":
+    app.run(main)
