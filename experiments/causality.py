@@ -4,9 +4,15 @@ Question:  in one concatenated pass the whole dialogue is there at once, so one 
            losses of earlier responses. (a) How much does each response's loss change when a user message is replaced?
            (b) How strongly does it depend on the input at each position, before and after it?
 Command:   python experiments/causality.py
-Hardware:  not run yet.
-Time:      not run yet.
-Result:    not run yet.
+Hardware:  two cores of an AMD EPYC with AVX-512; 1.9 GB of memory.
+Time:      1.4 min on a machine shared with other work, 1.0 min of CPU time.
+Result:    no. (a) In a held-out ChitChat dialogue of 6 responses, replacing one user message after the other left all
+           603 losses of response tokens before it equal in all bits, and moved the response right after it by +1.4 to
+           +18.7 nats. (b) Of 1,537 gradients at tokens in the context of a response none is 0; the 1,049 at later
+           tokens are all exactly 0. With reasoning stripped from history, so are all 215 at tokens that come later or
+           stand on another branch, among them reasoning that stands before the response in the row. What one pass adds
+           up over responses is the gradient of the parameters, as K separate passes do.
+           experiments/results/causality.md, causality.png
 """
 
 import dataclasses
@@ -191,21 +197,21 @@ def _draw(replaced: Replaced, linear: Influence, branching: Influence) -> Figure
             layout="constrained",
             gridspec_kw={"width_ratios": [1, 1.9], "height_ratios": [1, 1.1]},
         )
-        _draw_influence(axes["linear"], linear)
+        positive = np.concatenate([found.norm[found.norm > 0] for found in (linear, branching)])
+        scale = colors.LogNorm(np.quantile(positive, 0.02), positive.max())
+        _draw_influence(axes["linear"], linear, scale)
         axes["linear"].set_title(f"The loss of a response depends on no later token: {_outside(linear)}")
-        _draw_influence(axes["branching"], branching)
-        axes["branching"].set_title(f"Nor on another branch (reasoning stripped from history): {_outside(branching)}")
+        _draw_influence(axes["branching"], branching, scale)
+        axes["branching"].set_title(f"Nor on another branch (reasoning stripped from history):\n{_outside(branching)}")
         _draw_changes(axes["replaced"], replaced.changes)
     return figure
 
 
 def _outside(found: Influence) -> str:
-    return f"{int((~found.context).sum()):,} gradients, largest {found.outside:g}"
+    return f"{int((~found.context).sum()):,} gradients outside its context, largest {found.outside:g}"
 
 
-def _draw_influence(axes: Axes, found: Influence) -> None:
-    positive = found.norm[found.norm > 0]
-    scale = colors.LogNorm(np.quantile(positive, 0.02), positive.max())
+def _draw_influence(axes: Axes, found: Influence, scale: colors.LogNorm) -> None:
     shown = np.ma.masked_where(found.norm == 0, found.norm)
     image = axes.imshow(shown, aspect="auto", norm=scale, cmap=_SHADES, interpolation="nearest")
     for turn, own in enumerate(found.response):

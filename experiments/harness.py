@@ -108,7 +108,7 @@ def compare(
             raise FloatingPointError(f"{name}, step {number}: a held-out loss is not finite. Lower the learning rate.")
         return losses
 
-    before = evaluate("all", 0, model.parameters)
+    before = evaluate("before training", 0, model.parameters)
     done = {}
     for name, trees in trainings.items():
         state, shardings = step.initial_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
@@ -188,6 +188,13 @@ def mean_over(values: Float[np.ndarray, " n"], weight: Float[np.ndarray, " n"], 
     count = len(residual)
     error = math.sqrt(float((residual**2).sum()) * count / (count - 1)) / total if count > 1 else math.nan
     return Mean(mean, float(error))
+
+
+def seen(losses: Losses) -> str:
+    """How much a held-out loss is a mean of, as a sentence."""
+    return (
+        f"Evaluated are {HELD_OUT_ROWS} rows of {MAX_LENGTH} tokens: {len(np.unique(losses.tree))} held-out dialogues."
+    )
 
 
 def response_sizes(losses: Losses) -> Int[np.ndarray, " n"]:

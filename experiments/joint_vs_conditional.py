@@ -247,7 +247,7 @@ def main(options: Options) -> None:
             _gradient_table(gradients),
             f"Two trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows: "
             f"`conditional` on {trainings['conditional'].targets:,} targets, `joint` on "
-            f"{trainings['joint'].targets:,}. {harness.SPREAD}",
+            f"{trainings['joint'].targets:,}. {harness.seen(trainings['joint'].losses[0])} {harness.SPREAD}",
             _loss_table(trainings, parts, options.steps),
             _steps_table(trainings, parts),
         ],

@@ -80,23 +80,28 @@ def _bucket(first: int, last: int) -> str:
     return f"{first}-{last}" if last < harness.MAX_LENGTH else f"{first} and more"
 
 
-def _draw(before: Losses, after: Mapping[str, Losses]) -> Figure:
+def _draw(after: Mapping[str, Losses]) -> Figure:
+    others = {name: losses for name, losses in after.items() if name != "token"}
     with report.style():
-        figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1.5])
-        _draw_bars(axes[0], {name: list(by_unit(losses, before).values()) for name, losses in after.items()})
-        axes[0].set_xticks(range(len(UNITS)), [f"{unit} mean" for unit in UNITS])
-        axes[0].set(
-            title="Change of each held-out mean",
-            ylabel="change of held-out loss (nats)\nlower is better; bars: 95 % intervals",
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1.2])
+        _draw_bars(left, {name: list(by_unit(own, after["token"]).values()) for name, own in others.items()})
+        own_means = [f"{unit} {by_unit(after[unit], after['token'])[unit].signed}" for unit in others]
+        left.set(
+            title=f"Held-out means against normalise=token.\nEach at its own mean: {', '.join(own_means)}",
+            xlabel="what is averaged",
+            ylabel="loss above that with normalise=token (nats)\nbelow 0 is better; bars: 95 % intervals",
         )
-        others = {name: by_length(losses, after["token"]) for name, losses in after.items() if name != "token"}
-        _draw_bars(axes[1], others)
-        axes[1].set_xticks(range(len(BUCKETS)), [_bucket(*bucket) for bucket in BUCKETS])
-        axes[1].set(
-            title="By length of the response, against normalise=token",
+        left.set_xticks(range(len(UNITS)), ["tokens", "responses", "dialogues"])
+        gaps = {name: by_length(own, after["token"]) for name, own in others.items()}
+        _draw_bars(right, gaps)
+        right.set_xticks(range(len(BUCKETS)), [_bucket(*bucket) for bucket in BUCKETS])
+        shortest = ", ".join(f"{name} {own[0].signed}" for name, own in gaps.items())
+        right.set(
+            title=f"By length of the response.\n{_bucket(*BUCKETS[0])} tokens: {shortest}",
             xlabel="length of the response (tokens)",
-            ylabel="difference of loss (nats a token)\nbelow 0 is better than token",
+            ylabel="loss above that with normalise=token\n(nats a token)",
         )
+        right.legend(frameon=False, loc="lower right")
     return figure
 
 
@@ -107,9 +112,8 @@ def _draw_bars(axes: Axes, groups: Mapping[str, list[Mean]]) -> None:
         heights = [mean.value for mean in means]
         errors = [1.96 * mean.error for mean in means]
         axes.bar(at, heights, 0.9 * width, yerr=errors, color=_COLORS[name], capsize=2, label=f"normalise={name}")
-    axes.axhline(0, color=report.GREY, linewidth=0.8)
+    axes.axhline(0, color=_COLORS["token"], linewidth=1.4, label="normalise=token")
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False)
 
 
 def _means_table(before: Losses, after: Mapping[str, Losses]) -> str:
@@ -150,13 +154,13 @@ def main(options: Options) -> None:
     after = {name: training.losses[options.steps] for name, training in trainings.items()}
     report.write(
         options,
-        _draw(before, after),
+        _draw(after),
         [
             f"{len(train):,} dialogues to train on and {len(validation):,} held out: half of them have one or two "
             "responses, the other half a dozen or more, of which one has at most 3 words and one at least 20.",
             f"Three trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows of "
             f"{harness.MAX_LENGTH} tokens, {trainings['token'].targets:,} targets each; they differ in `normalise` "
-            f"only. {harness.SPREAD}",
+            f"only. {harness.seen(before)} {harness.SPREAD}",
             _means_table(before, after),
             "By length of the response, nats a token:",
             _lengths_table(before, after),

@@ -89,9 +89,9 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Losses], bins: Sequence[tuple[
         means = [mean.value for mean in by_turn(own, bins)]
         axes.plot(means, color=_COLORS[name], marker="o", markersize=3.5, linewidth=1.6)
         ends.append((len(bins) - 1.0, means[-1], name, _COLORS[name]))
-    whole = by_turn(losses[_BASE], [_WHOLE])[0].value
+    before, after = (by_turn(losses[name], [_WHOLE])[0].value for name in ("before", _BASE))
     axes.set(
-        title=f"Held-out loss {by_turn(losses['before'], [_WHOLE])[0].value:.2f} before, {whole:.2f} after, on {_BASE}",
+        title=f"Held-out loss by turn.\nOver all turns: {before:.3f} before, {after:.3f} after {_BASE}",
         ylabel="held-out loss (nats a token)",
     )
     report.label_ends(axes, ends)
@@ -99,8 +99,9 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Losses], bins: Sequence[tuple[
 
 def _draw_differences(axes: Axes, after: Mapping[str, Losses], bins: Sequence[tuple[int, int]]) -> None:
     others = [name for name in after if name != _BASE]
-    axes.axhline(0, color=_COLORS[_BASE], linewidth=1.4)
-    ends = [(len(bins) - 1.0, 0.0, _BASE, _COLORS[_BASE])]
+    right = len(bins) - 0.8
+    axes.plot([-0.2, right], [0, 0], color=_COLORS[_BASE], linewidth=1.4)
+    ends = [(right, 0.0, _BASE, _COLORS[_BASE])]
     for place, name in enumerate(others):
         means = by_turn(after[name], bins, after[_BASE])
         axes.errorbar(
@@ -113,10 +114,10 @@ def _draw_differences(axes: Axes, after: Mapping[str, Losses], bins: Sequence[tu
             linewidth=1.2,
             capsize=2,
         )
-        ends.append((len(bins) - 1.0, means[-1].value, name, _COLORS[name]))
+        ends.append((right, means[-1].value, name, _COLORS[name]))
     whole = [f"{name} {by_turn(after[name], [_WHOLE], after[_BASE])[0].signed}" for name in others]
     axes.set(
-        title=f"Against {_BASE}, over all turns: {', '.join(whole)}",
+        title=f"Loss above that after training on {_BASE}.\nOver all turns: {', '.join(whole)}",
         ylabel="difference of loss (nats a token)\nabove 0 is worse; bars: 95 % intervals",
     )
     report.label_ends(axes, ends)
@@ -157,7 +158,7 @@ def main(options: Options) -> None:
             f"Three trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows of "
             f"{harness.MAX_LENGTH} tokens; they differ in the weights of the responses only.",
             report.table(["trained on", "targets over all steps"], targets),
-            f"Held-out loss in nats a token. {harness.SPREAD}",
+            f"Held-out loss in nats a token. {harness.seen(before)} {harness.SPREAD}",
             _table(before, after),
         ],
         seconds=time.perf_counter() - started,
