@@ -5,7 +5,7 @@ Question:  in one concatenated pass the whole dialogue is there at once, so one 
            (b) How strongly does it depend on the input at each position, before and after it?
 Command:   python experiments/causality.py
 Hardware:  two cores of an AMD EPYC with AVX-512; 1.9 GB of memory.
-Time:      1.4 min on a machine shared with other work, 1.0 min of CPU time.
+Time:      1.0 min on a machine shared with other work, 0.9 min of CPU time.
 Result:    no. (a) In a held-out ChitChat dialogue of 6 responses, replacing one user message after the other left all
            603 losses of response tokens before it equal in all bits, and moved the response right after it by +1.4 to
            +18.7 nats. (b) Of 1,537 gradients at tokens in the context of a response none is 0; the 1,049 at later

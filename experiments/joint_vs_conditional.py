@@ -4,9 +4,17 @@ Question:  log Pr(x, y) = log Pr(x) + log Pr(y | x), with x what stands outside 
            depend on the parameters, do both have the same gradient? (b) In a model it does depend on them. What does
            training on one or the other do to held-out responses, and to held-out prompts?
 Command:   python experiments/joint_vs_conditional.py
-Hardware:  not run yet.
-Time:      not run yet.
-Result:    not run yet.
+Hardware:  two cores of an AMD EPYC with AVX-512; 4.7 GB of memory.
+Time:      24.5 min on a machine shared with other work, 14.4 min of CPU time over both cores.
+Result:    (a) yes: with Pr(x) by a frozen copy, no entry of the gradient differs from that of log Pr(y | x) by more
+           than 1e-8 of the largest. The plain gradient of log Pr(x, y) is another: 2.6 times the norm, cosine 0.65.
+           (b) 20 steps bring held-out responses from 3.950 to 3.490 with `conditional` and to 3.472 with `joint`
+           (-0.018 ± 0.017, barely more than its spread), which has 2.7 times as many targets: users of ChitChat are
+           people like those whose responses are learned, so that their messages may well teach the same. These fall
+           from 3.862 to 3.536 and 3.464 (-0.073 ± 0.017). The template and the system message, 23 %
+           of the held-out tokens, fall from 1.82 to 0.06 with `joint` and stay at 1.84 without. One order of the
+           training data.
+           experiments/results/joint_vs_conditional.md, joint_vs_conditional.png
 """
 
 import dataclasses

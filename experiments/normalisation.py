@@ -4,9 +4,15 @@ Question:  `normalise` makes every token, every response or every dialogue count
            are very short and very long, and dialogues of one or two turns stand beside such of a dozen, which held-out
            responses gain from which?
 Command:   python experiments/normalisation.py
-Hardware:  not run yet.
-Time:      not run yet.
-Result:    not run yet.
+Hardware:  two cores of an AMD EPYC with AVX-512; 4.6 GB of memory.
+Time:      26.4 min on a machine shared with other work, 14.0 min of CPU time over both cores.
+Result:    `turn` favours short responses, `token` long ones. After 20 steps `turn` has, against `token`, a lower loss
+           on responses of at most 4 tokens (-0.51 ± 0.33 nats a token, on 55 tokens only) and a higher one on those of
+           17 and more (+0.04 ± 0.02, ± 0.03); a lower mean over responses (-0.047 ± 0.042) and a higher one over tokens
+           (+0.024 ± 0.015). `dialogue` has a higher mean over tokens as well (+0.030 ± 0.014); the mean over dialogues,
+           which it trains for, is not told apart from that of `token` by 39 held-out dialogues (-0.005 ± 0.073). One
+           order of the training data.
+           experiments/results/normalisation.md, normalisation.png
 """
 
 import itertools

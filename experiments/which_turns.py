@@ -2,9 +2,14 @@
 
 Question:  what does each choice do to the held-out loss of each turn, at the same number of tokens read?
 Command:   python experiments/which_turns.py
-Hardware:  not run yet.
-Time:      not run yet.
-Result:    not run yet.
+Hardware:  two cores of an AMD EPYC with AVX-512; 4.6 GB of memory.
+Time:      22.8 min on a machine shared with other work, 14.1 min of CPU time over both cores.
+Result:    all; no turn has a lower loss after another choice. Held-out loss 3.985 before; after 20 steps 3.564 on all
+           responses, 3.592 with turn_discount 0.7 (+0.028 ± 0.015), 3.674 on the last one only (+0.110 ± 0.033). The
+           last one only is trained on a fifth as many targets (1,559, not 7,737) at the same cost, and loses most at
+           the first turn (+0.21 ± 0.12). Weighing later turns more gains nothing on them: its differences at turns 9 to
+           11 are within the spread, and none is below 0. One order of the training data.
+           experiments/results/which_turns.md, which_turns.png
 """
 
 import time
