@@ -127,6 +127,9 @@ def main(arguments: list[str]) -> None:
                 raise ValueError(f"--{flag}={file} is a directory; name a file.")
         if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
             raise ValueError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
+        files = [pathlib.Path(file).resolve() for file in (_DATA.value, _OUT.value, _TOP_K_OUT.value) if file]
+        if len(set(files)) < len(files):
+            raise ValueError("--data, --out and --top_k_out are files of their own; two of them are the same.")
         if _TOP_K.value and _PASSES.value == "k":
             raise ValueError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)

@@ -248,7 +248,7 @@ def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.C
     if isinstance(pieces, ValueError):
         raise pieces
     trained = supervision.trained(dialogue, [pieces], objective)[0]
-    tree = supervision.build_tree(trained, objective)
+    tree = supervision.build_trees([trained], objective)[0]
     if tree is None:
         raise ValueError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
     try:

@@ -169,7 +169,7 @@ def _batched(records: Iterable[Dialogue | ValueError], count: int) -> Iterator[l
 def _look_at(tally: _Tally, setting: _Setting, dialogue: Dialogue, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Gathers what one dialogue adds; returns (role, content) of what stands around responses."""
     trained = supervision.trained(dialogue, [pieces], setting.objective)[0]
-    tree = supervision.build_tree(trained, setting.objective)
+    tree = supervision.build_trees([trained], setting.objective)[0]
     _look_at_messages(tally, setting, dialogue, trained)
     if tree is None:
         tally.found.add("no_target", dialogue.name)
@@ -180,6 +180,7 @@ def _look_at(tally: _Tally, setting: _Setting, dialogue: Dialogue, pieces: Seque
     tally.fits.append(row_lengths.fits(dialogue, pieces, tree, setting.objective, setting.lengths))
     tally.tree_tokens.append((len(tree.tokens), dialogue.name))
     tally.counts["targets"] += int((tree.weight > 0).sum())
+    tally.roles["responses"] += int((tree.turn >= 0).sum())
     written, missing = inspection.contents(pieces, trained, setting.renderer)
     for index, message in missing:
         if message.role != "assistant":  # its reasoning may be left out of history
@@ -226,7 +227,6 @@ def _look_at_responses(tally: _Tally, setting: _Setting, dialogue: Dialogue, tra
             tally.found.add("end_untrained", f"{dialogue.name}: message {message} ends with {setting.text(last)!r}")
         size = len(one.sequence.tokens) - one.sequence.start
         tally.response_tokens.append((size, f"{dialogue.name}: message {message}"))
-        tally.roles["responses"] += size
         tally.counts["k_pass_tokens"] += len(one.sequence.tokens)
     tally.counts["responses"] += len(responses)
     tally.responses_each.append((len(responses), dialogue.name))

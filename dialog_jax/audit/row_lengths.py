@@ -84,7 +84,7 @@ def fits(
         kept = sum(len(piece.responses) for piece in left)
         if all(truncation.is_whole(piece, objective) for piece in left):
             made.append(full)
-        elif kept and (some := supervision.build_tree(supervision.trained(dialogue, [left], objective)[0], objective)):
+        elif kept and (some := supervision.build_trees(supervision.trained(dialogue, [left], objective), objective)[0]):
             made.append(Fit(len(some.tokens), int((some.weight > 0).sum()), kept, False))
         else:
             made.append(Fit(0, 0, kept, False))

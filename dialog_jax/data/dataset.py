@@ -30,7 +30,7 @@ from dialog_jax.data.tries import Tree
 from dialog_jax.data.truncation import Piece
 
 TRUNCATIONS = ("turns", "drop", "split", "error")
-FORMAT = 2  # raise whenever the same input gives other trees
+FORMAT = 3  # raise whenever the same input gives other trees
 _COLUMNS = (*Tree._fields, "offsets", "preamble")
 _RENDERED_TOGETHER = 256  # dialogues
 _NAMES_KEPT = 1000  # dialogues named for each reason in a stored report
@@ -54,7 +54,7 @@ class Report:
     dropped_too_long: int
     dropped_no_target: int
     branching: int
-    """Trees with branches: their template renders history otherwise than it was generated."""
+    """Trees with branches: messages with several answers, or history rendered otherwise than it was generated."""
     named: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
@@ -63,7 +63,10 @@ class Report:
             f"{self.targets:,} of them targets ({self.targets / max(1, self.tokens):.2%}), in {self.turns:,} turns"
         ]
         if self.branching:
-            lines.append(f"{self.branching:,} trees branch: the template renders their history not as it was generated")
+            lines.append(
+                f"{self.branching:,} trees branch: a message has several answers, or the template renders history not "
+                "as it was generated"
+            )
         for reason, count, remedy in (
             ("shortened", self.shortened, "raise max_length, or set truncate to split"),
             ("split", self.split, "raise max_length to keep them whole"),
@@ -192,15 +195,16 @@ def prepare(
                     groups = truncation.split_paths(pieces, renderer, objective, max_length)
                 kept = sum(len(piece.responses) for group in groups for piece in group)
                 if truncate == "drop" or not kept:
-                    detail = "" if kept else f", whose first turn alone exceeds {max_length:,} tokens"
+                    detail = "" if kept else f", no turn of which fits {max_length:,} tokens with what leads to it"
                     name("dropped, too long", dialogue, detail)
                     counts["turns cut"] += wanted
                     continue
                 counts["turns cut"] += wanted - kept
                 name("split" if len(groups) > 1 else "shortened", dialogue)
             made = 0
-            for trained in supervision.trained(dialogue, groups, objective):
-                tree = supervision.build_tree(trained, objective)
+            supervised = supervision.trained(dialogue, groups, objective)
+            built = supervision.build_trees(supervised, objective)
+            for trained, tree in zip(supervised, built, strict=True):
                 if tree is None:
                     continue
                 made += 1

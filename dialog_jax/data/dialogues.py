@@ -29,6 +29,7 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-30, 1e30
 _FORMATS = (
     '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion" '
     'or "continuations"'
@@ -233,10 +234,28 @@ def _message(item: Any, where: str) -> Message:
             f"{where} ({role}) has half a surrogate pair at character {error.start} of its {content_key}; "
             "needed Unicode text. Write the whole pair, or remove it."
         ) from None
-    weighted = any(part.weight != 1 for part in parts)
-    return Message(
-        role=role, content=content, weight=_weight(item, where), fields=fields, parts=parts if weighted else ()
-    )
+    _check_text(fields, f"{where} ({role})")
+    weight = _weight(item, where)
+    weighted = weight > 0 and any(part.weight != 1 for part in parts)
+    return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raises ValueError if there is a string in the value that is no text."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where} has half a surrogate pair in {_shown(value)}; needed Unicode text. Write the whole pair, or "
+                "remove it."
+            ) from None
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            _check_text(entry, where)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _check_text(entry, where)
 
 
 def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
@@ -247,6 +266,12 @@ def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
             raise ValueError(
                 f"{where}: part {number} of its content is {_shown(item)}; needed text, as "
                 '{"type": "text", "text": "...", "weight": 0.5}. Images and other parts are not supported: remove them.'
+            )
+        unknown = sorted(set(item) - {"type", "text", "weight", "train"})
+        if unknown:
+            raise ValueError(
+                f"{where}: part {number} of its content has {', '.join(map(repr, unknown))}; a part has type, text, "
+                "weight and train. Rename or remove it."
             )
         parts.append(Part(text=item["text"], weight=_weight(item, f"{where}: part {number} of its content")))
     return tuple(parts)
@@ -286,6 +311,11 @@ def _continued(history: list[Any], continuations: Any, name: str) -> tuple[list[
     items, parents = list(history), list(range(-1, len(history) - 1))
     for continuation in _items(continuations, "continuations", name):
         chain = _chain(continuation, "continuations", name)
+        if any(isinstance(item, Mapping) and item.get("parent") is not None for item in chain):
+            raise ValueError(
+                f"{name}: a message of its continuations has a parent; they follow the last message. Remove it, or "
+                "give all messages parents and no continuations."
+            )
         parents += [len(history) - 1, *range(len(items), len(items) + len(chain) - 1)]
         items += chain
     return items, parents
@@ -298,10 +328,16 @@ def _weight(item: Mapping[str, Any], where: str) -> float:
     if weight is None:
         weight = 1.0
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight < 0:
+    if not is_number or (isinstance(weight, float) and not math.isfinite(weight)) or weight < 0:
         raise ValueError(
             f"{where} has weight {_shown(weight)}; needed a finite number >= 0. "
             'Write 1 for a message that is trained on, 0 (or "train": false) for one that is not.'
+        )
+    # It will be a float32: neither infinite there, nor 0 though it is not.
+    if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+        raise ValueError(
+            f"{where} has weight {_shown(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
+            f"{_LARGEST_WEIGHT:g}. Scale the weights."
         )
     return 0.0 if train is False else float(weight)
 
@@ -328,7 +364,8 @@ def _prompt_items(prompt: Any, name: str) -> list[Any]:
         return [{"role": "user", "content": prompt}]
     history = []
     for item in _items(prompt, "prompt", name):
-        is_response = isinstance(item, Mapping) and item.get("role") == "assistant"
+        speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
+        is_response = isinstance(speaker, str) and _SHAREGPT_ROLES.get(speaker) == "assistant"
         unweighted = is_response and item.get("weight") is None and item.get("train") is None
         history.append({**item, "weight": 0.0} if unweighted else item)
     return history
@@ -354,6 +391,7 @@ def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
             ) from None
     if tools is None:
         return None
+    _check_text(tools, f"{name}: tools")
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"{name}: tools is {_shown(tools)}; needed a list of objects. {remedy}")
     return tuple(tools) or None

@@ -31,8 +31,9 @@ class ObjectiveConfig:
     | `roles` | the messages of the named `roles` |
 
     These are multiplied by the message's own weight (and its part's), and those of turn k by a schedule: either
-    `turn_discount ** (K-1-k)`, K being the number of turns, or `turn_weights[k]`. Under `joint`, what the template
-    writes around messages has weight 1, and a message that later history renders anew is trained there too.
+    `turn_discount ** (K-1-k)`, K-1 being the last turn that is trained on, or `turn_weights[k]`. Under `joint`, what
+    the template writes around messages has weight 1, and a message that later history renders anew is trained there
+    too.
     """
 
     name: str = "conditional"
@@ -43,7 +44,8 @@ class ObjectiveConfig:
     turn_weights: tuple[float, ...] = ()
     """One a turn, from the first; later turns have the last one's. Empty for `turn_discount`."""
     normalise: str = "token"
-    """`token`: as is. `turn`: each response's weights sum to its message's weight. `dialogue`: all of its sum to 1."""
+    """`token`: as is. `turn`: each response's weights sum to its message's weight times its schedule. `dialogue`: all
+    of a dialogue's sum to 1; a message tree is one dialogue."""
     merge_weights: str = "max"
     """What a message has that several paths of a message tree share: `max` trains it once; `sum` as often as it stands
     in them, as if each path were a dialogue of its own."""

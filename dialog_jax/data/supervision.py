@@ -53,10 +53,14 @@ def responses(sequences: Sequence[Trained]) -> dict[int, Trained]:
     return {one.message: one for one in sequences if any(span.turn >= 0 for span in one.spans)}
 
 
-def build_tree(sequences: Sequence[Trained], objective: ObjectiveConfig) -> Tree | None:
-    """Returns the weighted tree of some sequences; None if there is nothing to train on."""
-    if not sequences:
-        return None
-    paths = [one.piece.path if objective.merge_weights == "sum" else 0 for one in sequences]
-    tree = tries.build_tree([(one.sequence.tokens, one.spans) for one in sequences], paths)
-    return tries.normalise(tree, objective.normalise) if tree.weight.any() else None
+def build_trees(groups: Sequence[Sequence[Trained]], objective: ObjectiveConfig) -> list[Tree | None]:
+    """Returns the weighted tree of each group of a dialogue; None where there is nothing to train on."""
+    built: list[Tree | None] = []
+    for sequences in groups:
+        built.append(None)
+        if sequences:
+            paths = [one.piece.path if objective.merge_weights == "sum" else 0 for one in sequences]
+            tree = tries.build_tree([(one.sequence.tokens, one.spans) for one in sequences], paths)
+            built[-1] = tree if tree.weight.any() else None
+    normalised = iter(tries.normalise([tree for tree in built if tree is not None], objective.normalise))
+    return [None if tree is None else next(normalised) for tree in built]

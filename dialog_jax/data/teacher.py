@@ -155,6 +155,8 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
       ValueError: there is no such file, or it is none of these, or cut short, or holds what are no probabilities.
     """
     file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{file.name} is no file. Make it with scripts/score.py --top_k=N --top_k_out=FILE.")
     try:
         with safetensors.safe_open(file, framework="numpy") as checked:
             metadata = checked.metadata() or {}

@@ -62,27 +62,28 @@ def build_tree(
 
     Args:
       sequences: at least one (tokens, spans); tokens int [n] with n > 0, spans within [0, n).
-      paths: for each sequence a number, in ascending order; weights outside responses add up over different numbers.
+      paths: for each sequence a number, in ascending order; all this is so for each number by itself, and the weights
+        of different numbers add up.
     """
     tree, nodes = grow([tokens for tokens, _ in sequences])
     size = len(tree.tokens)
-    responses, others, of_path = np.zeros(size), np.zeros(size), np.zeros(size)
+    weight, responses, others = np.zeros(size), np.zeros(size), np.zeros(size)
     turn = np.full(size, -1, np.int32)
     path = 0
     for number, ((_, spans), own) in enumerate(zip(sequences, nodes, strict=True)):
         if paths is not None and paths[number] != path:
             path = paths[number]
-            others += of_path
-            of_path[:] = 0
+            weight += np.maximum(responses, others)
+            responses[:], others[:] = 0, 0
         for span in spans:
             supervised = own[span.start : span.stop]
             if span.turn >= 0:
                 responses[supervised] += span.weight
             else:
-                of_path[supervised] = np.maximum(of_path[supervised], span.weight)
+                others[supervised] = np.maximum(others[supervised], span.weight)
             turn[supervised] = np.maximum(turn[supervised], span.turn)
-    weight = np.where(tree.parent < 0, 0, np.maximum(responses, others + of_path))
-    return tree._replace(weight=weight.astype(np.float32), turn=turn)
+    weight = np.where(tree.parent < 0, 0, weight + np.maximum(responses, others)).astype(np.float32)
+    return tree._replace(weight=weight, turn=turn)
 
 
 def grow(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[Int[np.ndarray, " _"]]]:
@@ -133,18 +134,22 @@ def targets(tree: Tree) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " s"]]:
     return tree.parent[target], target
 
 
-def normalise(tree: Tree, unit: str) -> Tree:
-    """Returns the tree with its weights rescaled.
+def normalise(trees: Sequence[Tree], unit: str) -> list[Tree]:
+    """Returns the trees of one dialogue, most often one, with their weights rescaled.
 
     Args:
       unit: `token` leaves the weights as they are; `turn` makes those outside responses (turn -1) sum to 1, as those of
-        each response do by their spans; `dialogue` makes all of the tree's sum to 1.
+        each response do by their spans; `dialogue` makes all sum to 1.
     """
-    part = {"token": np.zeros(len(tree.turn), bool), "turn": tree.turn < 0, "dialogue": tree.weight > 0}[unit]
-    total = tree.weight[part].sum(dtype=np.float64)
-    if not total > 0:
-        return tree
-    return tree._replace(weight=np.where(part, tree.weight / total, tree.weight).astype(np.float32))
+    if unit == "token":
+        return list(trees)
+    parts = [tree.turn < 0 if unit == "turn" else np.ones(len(tree.turn), bool) for tree in trees]
+    total = sum(tree.weight[part].sum(dtype=np.float64) for tree, part in zip(trees, parts, strict=True))
+    scale = 1 / total if total > 0 else 1.0
+    return [
+        tree._replace(weight=np.where(part, tree.weight * scale, tree.weight).astype(np.float32))
+        for tree, part in zip(trees, parts, strict=True)
+    ]
 
 
 def common_prefix(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " m"]) -> int:

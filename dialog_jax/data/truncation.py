@@ -78,16 +78,22 @@ def that_fit(
         for sequence in sequences:
             if objective.name == "last" and len(paths) == 1:  # the tree will hold the last one only
                 counted, size = [], 0
-            shared = 0
-            for other in reversed(counted):
-                if len(other.tokens) > shared:
-                    shared = max(shared, tries.common_prefix(other.tokens, sequence.tokens))
-            if size + len(sequence.tokens) - shared > max_length:
+            new = new_tokens(sequence, counted)
+            if size + new > max_length:
                 break
-            size += len(sequence.tokens) - shared
+            size += new
             counted.append(sequence)
             all_fitting[-1].append(sequence)
     return all_fitting
+
+
+def new_tokens(sequence: RenderedSequence, others: Sequence[RenderedSequence]) -> int:
+    """How many tokens a sequence adds to the trie of others."""
+    shared = 0
+    for other in reversed(others):  # in a path, only the last is looked at
+        if len(other.tokens) > shared:
+            shared = max(shared, tries.common_prefix(other.tokens, sequence.tokens))
+    return len(sequence.tokens) - shared
 
 
 def split_paths(
@@ -195,4 +201,4 @@ def _last_response(dialogue: Dialogue, path: Sequence[int]) -> int:
 
 def _history(message: Message) -> Message:
     """The message, not trained on."""
-    return dataclasses.replace(message, weight=0.0)
+    return dataclasses.replace(message, weight=0.0, parts=())

@@ -1,6 +1,6 @@
 """What one pass and K passes give for the same responses in; how far they are apart, and where, out.
 
-Everything here is NumPy and works on what has been computed. Knows tokens, masks and gradients as arrays; knows no
+What is compared is NumPy and works on what has been computed. Knows tokens, masks and gradients as arrays; knows no
 template, trie or model.
 """
 

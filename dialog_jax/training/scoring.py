@@ -159,15 +159,12 @@ def _groups(sequences: Iterable[RenderedSequence], context: int) -> Iterator[lis
     group: list[RenderedSequence] = []
     size = 0
     for sequence in sequences:
-        shared = 0
-        for other in reversed(group):
-            if len(other.tokens) > shared:  # in a path, only the last is looked at
-                shared = max(shared, tries.common_prefix(other.tokens, sequence.tokens))
-        if group and size + len(sequence.tokens) - shared > context:
+        new = truncation.new_tokens(sequence, group)
+        if group and size + new > context:
             yield group
-            group, size, shared = [], 0, 0
+            group, size, new = [], 0, len(sequence.tokens)
         group.append(sequence)
-        size += len(sequence.tokens) - shared
+        size += new
     if group:
         yield group
 

@@ -14,7 +14,7 @@ def looked_at(dialogues, renderer, objective, lengths):
     """The `fits` of each dialogue with a tree."""
     made = []
     for dialogue, pieces in zip(dialogues, inspection.render(dialogues, renderer, objective), strict=True):
-        tree = supervision.build_tree(supervision.trained(dialogue, [pieces], objective)[0], objective)
+        tree = supervision.build_trees(supervision.trained(dialogue, [pieces], objective), objective)[0]
         if tree is not None:
             made.append(row_lengths.fits(dialogue, pieces, tree, objective, lengths))
     return made

@@ -200,7 +200,7 @@ class TruncateTest(parameterized.TestCase):
         self.assertEqual(trees.ids, (0,))
         self.assertEqual((trees.report.dropped_too_long, trees.report.turns_cut), (1, 2))
         (named,) = trees.report.named["dropped, too long"]
-        self.assertStartsWith(named, "dialogue 1 (said.jsonl:2), whose first turn alone exceeds 200 tokens")
+        self.assertStartsWith(named, "dialogue 1 (said.jsonl:2), no turn of which fits 200 tokens")
         with self.assertRaisesRegex(ValueError, r"(?s)None of 1 dialogues.*200 tokens.*dialogue 1 \(said.jsonl:2\)"):
             prepare([turns(2, words=300, id=1)], truncate=truncate, max_length=200)
 
@@ -276,6 +276,15 @@ class SplitTest(parameterized.TestCase):
         self.assertEqual(self.responses(trees, "qwen3")[0], expected)
         self.assertGreater(len(trees), 1)
         self.assertLessEqual(trees.sizes()[0].max(), 300)
+
+    @parameterized.parameters("conditional", "joint")
+    def test_the_pieces_of_a_dialogue_sum_to_one(self, name):
+        trees = prepare([turns(12), turns(1, id=1)], max_length=80, truncate="split", name=name, normalise="dialogue")
+        self.assertGreater(len(trees), 3)
+        sums = collections.Counter()
+        for number, id in enumerate(trees.ids):
+            sums[id] += float(trees.tree(number).weight.sum())
+        np.testing.assert_allclose([sums[0], sums[1]], 1, rtol=1e-5)
 
     def test_last_trains_the_last_response_of_all_pieces(self):
         found, _ = self.responses(prepare([turns(25)], truncate="split", max_length=100, name="last"))

@@ -128,6 +128,15 @@ class FormatsTest(_Files):
         self.assertEqual([m.content for m in dialogue.messages], ["1", "2", "3", "4"])
         self.assertEqual([m.weight for m in dialogue.messages], [1.0, 0.0, 0.5, 1.0])
 
+    def test_sharegpt_history_of_a_prompt_has_weight_zero(self):
+        prompt = [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+            {"from": "gpt", "value": "b", "weight": 2},
+        ]
+        (dialogue,) = dialogues.dialogues_from_records([{"prompt": prompt, "completion": "c"}])
+        self.assertEqual([message.weight for message in dialogue.messages], [1, 0, 2, 1])
+
     def test_messages_win_over_prompt_which_stays_metadata(self):
         dialogue = dialogues.parse_dialogue({**_GOOD, "prompt": "Hi"}, index=0, where="")
         self.assertEqual((dialogue.messages, dialogue.metadata), (_HI, {"prompt": "Hi"}))
@@ -376,6 +385,7 @@ _BAD_RECORDS = (
     ("part_without_text", _with_message(content=[{"type": "text"}]), ["message 1", "part 0", '"text"', "remove"]),
     ("part_image", _with_message(content=[{"text": "a"}, {"type": "image", "url": "x"}]), ["message 1", "part 1"]),
     ("part_string", _with_message(content=["a"]), ["message 1", "part 0", "'a' (str)", '"text"']),
+    ("part_unknown_key", _with_message(content=[{"text": "a", "weigth": 2}]), ["part 0", "'weigth'", "Rename"]),
     ("part_weight", _with_message(content=[{"text": "a", "weight": -1}]), ["part 0", "weight -1 (int)", ">= 0"]),
     ("tree_two_roots", _tree((None, "q"), ("q", "a"), (None, "b")), ["message 2 has no parent", "first", "Give it"]),
     ("tree_unknown_parent", _tree((None, "q"), ("z", "a")), ["message 1", "parent 'z'", "no message before it"]),
@@ -385,6 +395,12 @@ _BAD_RECORDS = (
     ("tree_parent_list", _tree((None, "q"), (["q"], "a")), ["message 1", "parent ['q']", "before"]),
     ("continuations_empty", {**_GOOD, "continuations": []}, ["no messages", "continuations"]),
     ("continuations_text", {**_GOOD, "continuations": "x"}, ["continuations is 'x' (str)", "list"]),
+    ("continuation_parent", {**_GOOD, "continuations": [{"content": "x", "parent": "q"}]}, ["parent", "Remove"]),
+    ("surrogate_in_field", _with_message(reasoning_content="\ud83d x"), ["message 1", "surrogate", "Write"]),
+    ("surrogate_in_call", _with_message(tool_calls=[{"function": {"name": "\ud83d"}}]), ["message 1", "surrogate"]),
+    ("weight_too_large", _with_message(weight=10**400), ["message 1", "weight 1", "needed 0, or", "Scale"]),
+    ("weight_beyond_float32", _with_message(weight=1e60), ["message 1", "weight 1e+60", "Scale"]),
+    ("weight_below_float32", _with_message(weight=1e-60), ["message 1", "weight 1e-60", "Scale"]),
     ("continuation_number", {**_GOOD, "continuations": [1]}, ["continuations is 1 (int)", "list"]),
     (
         "continuations_of_a_tree",

@@ -133,6 +133,13 @@ class SuperviseTest(parameterized.TestCase):
         tree = self.tree_with_parts(**objective)
         np.testing.assert_allclose(padded(tree.weight), numbers(picture), rtol=1e-6)
 
+    def test_normalise_turn_makes_what_is_outside_responses_sum_to_one(self):
+        weight = tree_of(_DIALOGUE, name="joint", normalise="turn").weight
+        outside = numbers(_JOINT) - numbers(_CONDITIONAL)
+        expected = outside / outside.sum()
+        expected[5:8], expected[14:18] = 1 / 3, 1 / 4
+        np.testing.assert_allclose(padded(weight), expected, rtol=1e-6)
+
     def test_normalise_turn_keeps_the_ratio_of_parts(self):
         weight = self.tree_with_parts(normalise="turn").weight
         expected = [0.5 / 3] * 3 + [0.5 / 2.5, 0.5 / 2.5, 0.25 / 2.5]

@@ -175,8 +175,9 @@ class FileTest(TeacherTest):
         self.assertEqual(self.path.read_text(), "earlier")
 
     def test_a_file_that_is_none_of_these_is_refused(self):
-        with self.assertRaisesRegex(ValueError, "teacher.safetensors is not a whole safetensors file.*Make it again"):
-            teacher.read_file(self.path, tokenizer="T")
+        for nothing in (self.path, self.directory):
+            with self.assertRaisesRegex(ValueError, f"{nothing.name} is no file.*--top_k"):
+                teacher.read_file(nothing, tokenizer="T")
         self.write([two_turns()])
         self.path.write_bytes(self.path.read_bytes()[:-8])
         with self.assertRaisesRegex(ValueError, "teacher.safetensors is not a whole safetensors file"):

@@ -49,6 +49,14 @@ class BuildTreeTest(parameterized.TestCase):
         tree = tries.build_tree([(text, own) for own in spans], paths=[0, 0, 3])
         np.testing.assert_array_equal(tree.weight, [0, 1, 3, 2.5, 2, 2])
 
+    def test_paths_are_weighed_one_by_one(self):
+        text = np.arange(5, dtype=np.int32)
+        spans = [tries.Span(1, 5, 1.0, 0)], [tries.Span(1, 3, 2.0, -1)]
+        tree = tries.build_tree([(text, own) for own in spans], paths=[0, 1])
+        np.testing.assert_array_equal(tree.weight, [0, 3, 3, 1, 1])
+        together = tries.build_tree([(text, own) for own in spans])
+        np.testing.assert_array_equal(together.weight, [0, 2, 2, 1, 1])
+
     def test_grow_says_where_the_tokens_of_each_sequence_are(self):
         rng = np.random.default_rng(0)
         for _ in range(50):
@@ -120,19 +128,19 @@ class NormaliseTest(absltest.TestCase):
         return tries.build_tree([(tokens, spans)])
 
     def test_token_leaves_weights(self):
-        np.testing.assert_array_equal(tries.normalise(self.tree(), "token").weight, [0, 2, 1, 1, 1, 0, 2, 0.5])
+        np.testing.assert_array_equal(tries.normalise([self.tree()], "token")[0].weight, [0, 2, 1, 1, 1, 0, 2, 0.5])
 
     def test_turn_makes_what_is_outside_responses_sum_to_one(self):
-        np.testing.assert_array_equal(tries.normalise(self.tree(), "turn").weight, [0, 0.5, 1, 1, 1, 0, 0.5, 0.5])
+        np.testing.assert_array_equal(tries.normalise([self.tree()], "turn")[0].weight, [0, 0.5, 1, 1, 1, 0, 0.5, 0.5])
 
     def test_dialogue_sums_to_one(self):
-        weight = tries.normalise(self.tree(), "dialogue").weight
+        weight = tries.normalise([self.tree()], "dialogue")[0].weight
         np.testing.assert_allclose(weight, np.array([0, 2, 1, 1, 1, 0, 2, 0.5]) / 7.5, rtol=1e-6)
 
     def test_without_weights_nothing_changes(self):
         tree, _ = tries.grow([np.arange(3, dtype=np.int32)])
         for unit in ("token", "turn", "dialogue"):
-            np.testing.assert_array_equal(tries.normalise(tree, unit).weight, [0, 0, 0])
+            np.testing.assert_array_equal(tries.normalise([tree], unit)[0].weight, [0, 0, 0])
 
 
 if __name__ == "__main__":
