@@ -1,10 +1,9 @@
 """What do K passes over a dialogue cost, and what does one pass that gives the same loss and gradient?
 
-A human dialogue of ChitChat is cut to its first K turns. One pass reads its tree; K passes read each response behind
-its prompt, one after another, with the same code. Both are run forward and backward with the weights of
-SmolLM2-135M-Instruct, for the model's own template, and for one that strips reasoning from history, where the tree
-branches. Loss and gradient of the one pass are compared with `training.k_passes`, which shares no code with it.
-
+Question:  A human dialogue is cut to its first K turns and goes forward and backward, in one pass over its tree, and
+           in K passes, one for each response behind its prompt, with the same code. How do tokens, FLOPs, time and
+           memory grow with K, for a template that keeps history as it was, and for one that strips reasoning from it?
+           And is the one pass exact, held against `training.k_passes`, which shares no code with it but the decoder?
 Command:   python experiments/one_pass_vs_k_passes.py
 Hardware:  not run yet.
 Time:      not run yet.
@@ -15,22 +14,20 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from absl import app, flags, logging
-
-matplotlib.use("Agg")  # no window, and none needed
-
-import matplotlib.pyplot as plt
+import report
+from absl import flags
+from matplotlib.figure import Figure
+from report import Options
 
 from dialog_jax import chat
 from dialog_jax.data import batches, dataset
@@ -42,59 +39,59 @@ from dialog_jax.data.tokenizers import load_tokenizer
 from dialog_jax.model import decoder
 from dialog_jax.training import k_passes, loss, metrics
 
-_MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model directory.")
-_DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues.")
-_TURNS = flags.DEFINE_list("turns", ["1", "2", "4", "8", "16", "32"], "Numbers of turns to measure now.")
-_TEMPLATES = flags.DEFINE_list("templates", ["own", "reasoning"], "Which templates to measure now.")
-_MEASURED = flags.DEFINE_string(
-    "measured", "runs/one_pass_vs_k_passes.jsonl", "Where measurements are kept; what is there is not measured again."
-)
-_RESULTS = flags.DEFINE_string("results_dir", "experiments/results", "Where the table and the picture go.")
-_WRITE_REASONING = flags.DEFINE_string(
-    "write_reasoning", "", "Only write the dialogues with reasoning put in to this .jsonl, for scripts/check.py."
-)
-
-_NAME = "one_pass_vs_k_passes"
+TURNS = (1, 2, 4, 8, 16, 32)
 _REASONING = pathlib.Path(__file__).parent / "templates" / "reasoning.jinja"
-_MOST_TURNS = 32
 _MULTIPLE = 64  # to which rows are padded, tokens and targets
 _FITTED_FROM = 4  # turns; with fewer, the system prompt is much of a pass
-_REPEATED_FOR = 20.0  # seconds
-_WAYS = ("one_pass", "k_passes")
+_REPEATED_FOR = 5.0  # seconds
+_NO_LIMIT = 2**20  # tokens
+_WAYS = {"one_pass": ("one pass", report.BLUE), "k_passes": ("K passes", report.ORANGE)}
+_COSTS = {
+    "tokens": ("tokens", 1, ",.0f"),
+    "flops": ("TFLOPs", 1e12, ".2f"),
+    "seconds": ("seconds", 1, ".1f"),
+    "temporary_bytes": ("GB", 1e9, ".2f"),
+}
 
 
 def cut(dialogue: Dialogue, turns: int) -> Dialogue:
     """Returns the dialogue up to its response number `turns`, counted from 1."""
-    responses = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
-    return dataclasses.replace(dialogue, messages=dialogue.messages[: responses[turns - 1] + 1])
+    return dataclasses.replace(dialogue, messages=dialogue.messages[: _responses(dialogue)[turns - 1] + 1])
 
 
 def alone(dialogue: Dialogue) -> list[Dialogue]:
     """Returns a dialogue for each response, which ends with it and has weight 0 on the earlier ones."""
-    responses = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
     history = [dataclasses.replace(message, weight=0.0) for message in dialogue.messages]
-    return [dataclasses.replace(dialogue, messages=(*history[:index], dialogue.messages[index])) for index in responses]
+    return [
+        dataclasses.replace(dialogue, messages=(*history[:index], dialogue.messages[index]))
+        for index in _responses(dialogue)
+    ]
 
 
 def with_reasoning(dialogue: Dialogue) -> Dialogue:
-    """Returns the dialogue with a thought before every response, made of what was just said and of the response."""
+    """Returns the dialogue with a thought before every response, made of what was said before and of the response."""
     messages: list[Message] = []
     for message in dialogue.messages:
         if message.role == "assistant" and messages:
-            heard, words = messages[-1].content, message.content.split()
+            words = message.content.split()
+            heard = messages[-1].content.split("</think>")[-1].strip()
             thought = f"I was told: {heard}\nI could answer in {len(words)} words, from {' '.join(words[:2])!r} on."
             message = dataclasses.replace(message, content=f"<think>\n{thought}\n</think>\n\n{message.content}")
         messages.append(message)
     return dataclasses.replace(dialogue, messages=tuple(messages))
 
 
+def _responses(dialogue: Dialogue) -> list[int]:
+    return [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
+
+
 def rows(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[Batch]:
     """Returns a batch of one row for each dialogue, padded to the next multiple."""
-    trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=2**20)
+    trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
     made = []
-    for number, (tokens, targets) in enumerate(zip(*trees.sizes(), strict=True)):
-        length, most = (-(-int(count) // _MULTIPLE) * _MULTIPLE for count in (tokens, targets))
-        made.append(batches.fill_rows(trees, [[number]], max_length=length, max_targets=most))
+    for number, sizes in enumerate(zip(*trees.sizes(), strict=True)):
+        length, targets = (-(-int(size) // _MULTIPLE) * _MULTIPLE for size in sizes)
+        made.append(batches.fill_rows(trees, [[number]], max_length=length, max_targets=targets))
     return made
 
 
@@ -111,7 +108,7 @@ def add_gradient(model, parameters, gradient, batch):
     return value, jax.tree.map(jnp.add, gradient, own)
 
 
-def cost(model, parameters: dict, many: Sequence[Batch]) -> tuple[dict[str, Any], float, dict]:
+def cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dict[str, Any], float, dict]:
     """Returns (what running the batches one after another costs, the sum of their losses, that of their gradients).
 
     `seconds` is the least of as many runs as begin within `_REPEATED_FOR`, and counts no compilation. `temporary_bytes`
@@ -135,33 +132,33 @@ def cost(model, parameters: dict, many: Sequence[Batch]) -> tuple[dict[str, Any]
             memory = compiled[shape].memory_analysis()
             assert memory is not None
             temporary = max(temporary, memory.temp_size_in_bytes)
+    print(f"{name}: compiled", flush=True)
     seconds: list[float] = []
     while sum(seconds) < _REPEATED_FOR:
         value, gradient, taken = run()
         seconds.append(taken)
+    print(f"{name}: {min(seconds):.2f} s, the least of {len(seconds)} runs", flush=True)
     figures = {
         "tokens": sum(int((batch.segment > 0).sum()) for batch in many),
         "flops": sum(metrics.useful_flops(model, batch) for batch in many),
         "seconds": min(seconds),
-        "runs": len(seconds),
         "temporary_bytes": temporary,
     }
     return figures, value, gradient
 
 
-def measure(model: chat.ChatModel, dialogue: Dialogue) -> dict[str, Any]:
+def measure(model: chat.ChatModel, dialogue: Dialogue, name: str) -> dict[str, Any]:
     """Returns the costs of both ways, and how far one pass is from `training.k_passes`."""
-    one_pass, value, gradient = cost(model.config, model.parameters, rows([dialogue], model.renderer))
-    k_pass, _, _ = cost(model.config, model.parameters, rows(alone(dialogue), model.renderer))
-    nll, expected = k_passes.nll_and_gradient(
-        model.config, model.parameters, k_passes.passes(dialogue, model.tokenizer)
-    )
+    config, parameters = model.config, model.parameters
+    of_k, _, _ = cost(config, parameters, rows(alone(dialogue), model.renderer), f"{name}, K passes")
+    of_one, value, gradient = cost(config, parameters, rows([dialogue], model.renderer), f"{name}, one pass")
+    nll, expected = k_passes.nll_and_gradient(config, parameters, k_passes.passes(dialogue, model.tokenizer))
     total = math.fsum(math.fsum(each) for each in nll)
     apart = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, expected))
     return {
-        "one_pass": one_pass,
-        "k_passes": k_pass,
-        "loss": total,
+        "turns": len(_responses(dialogue)),
+        "one_pass": of_one,
+        "k_passes": of_k,
         "loss_difference": abs(value - total) / total,
         "gradient_difference": float(apart / optax.tree.norm(expected)),
     }
@@ -177,154 +174,115 @@ def exponent(turns: Sequence[int], values: Sequence[float]) -> float:
 
 
 def typical(dialogues: Sequence[Dialogue], renderer: Renderer) -> Dialogue:
-    """Returns the dialogue whose tree of `_MOST_TURNS` turns has the median number of tokens."""
-    trees = dataset.prepare(
-        [cut(dialogue, _MOST_TURNS) for dialogue in dialogues], renderer, objective=ObjectiveConfig(), max_length=2**20
-    )
+    """Returns the dialogue whose tree has the median number of tokens."""
+    trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
     tokens, _ = trees.sizes()
     return dialogues[int(np.argsort(tokens, kind="stable")[len(tokens) // 2])]
 
 
-def table_of_all(dialogues: Sequence[Dialogue], renderer: Renderer) -> str:
-    """Returns the mean number of tokens that each way reads of the dialogues, cut to 1, 2, 4, ... turns."""
-    lines = ["| turns K | one pass | K passes | times as many |", "| ---: | ---: | ---: | ---: |"]
-    turns = [2**n for n in range(int(math.log2(_MOST_TURNS)) + 1)]
-    means: dict[str, list[float]] = {way: [] for way in _WAYS}
+def _table(measured: Sequence[Mapping[str, Any]]) -> str:
+    turns = [record["turns"] for record in measured]
+    cells = [[str(k)] for k in turns] + [["exponent"]]
+    for what, (_, scale, style) in _COSTS.items():
+        for way in _WAYS:
+            values = [record[way][what] for record in measured]
+            for line, value in zip(cells, values, strict=False):
+                line.append(format(value / scale, style))
+            cells[-1].append(f"{exponent(turns, values):.2f}")
+    for line, record in zip(cells, measured, strict=False):
+        line += [f"{record['loss_difference']:.1e}", f"{record['gradient_difference']:.1e}"]
+    cells[-1] += ["", ""]
+    costs = [f"{word}, {name}" for name, _, _ in _COSTS.values() for word, _ in _WAYS.values()]
+    return report.table(["turns K", *costs, "loss differs", "gradient differs"], cells)
+
+
+def _table_of_all(dialogues: Sequence[Dialogue], renderer: Renderer, turns: Sequence[int]) -> str:
+    """Mean numbers of tokens over many dialogues."""
+    cells, means = [], []
     for count in turns:
         shorter = [cut(dialogue, count) for dialogue in dialogues]
-        trees = dataset.prepare(shorter, renderer, objective=ObjectiveConfig(), max_length=2**20)
+        trees = dataset.prepare(shorter, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
         separate = sum(len(sequence.tokens) for sequences in renderer.render(shorter) for sequence in sequences)
-        means["one_pass"].append(trees.report.tokens / len(shorter))
-        means["k_passes"].append(separate / len(shorter))
-        one, many = (means[way][-1] for way in _WAYS)
-        lines.append(f"| {count} | {one:,.0f} | {many:,.0f} | {many / one:.1f} |")
-    fitted = [f"{exponent(turns, means[way]):.2f}" for way in _WAYS]
-    lines.append(f"| exponent | {' | '.join(fitted)} | |")
-    return "\n".join(lines)
+        means.append((trees.report.tokens / len(shorter), separate / len(shorter)))
+        one, many = means[-1]
+        cells.append([str(count), f"{one:,.0f}", f"{many:,.0f}", f"{many / one:.1f}"])
+    fitted = [f"{exponent(turns, column):.2f}" for column in zip(*means, strict=True)]
+    return report.table(["turns K", "one pass", "K passes", "times as many"], [*cells, ["exponent", *fitted, ""]])
 
 
-def table(measured: Sequence[dict[str, Any]]) -> str:
-    """Returns the measurements of one template as Markdown, with the fitted exponents in the last line."""
-    heading = "turns K | tokens | | TFLOPs | | seconds | | temporaries, GB | | loss differs | gradient differs"
-    lines = [f"| {heading} |", "| ---: |" + " ---: |" * 10]
-    lines.append("| " + " | ".join(["", *["one pass", "K passes"] * 4, "relative", "relative"]) + " |")
-    scales = {"tokens": (1, ",.0f"), "flops": (1e12, ".2f"), "seconds": (1, ".1f"), "temporary_bytes": (1e9, ".2f")}
-    for record in measured:
-        cells = [f"{record['turns']}"]
-        for what, (scale, style) in scales.items():
-            cells += [format(record[way][what] / scale, style) for way in _WAYS]
-        cells += [f"{record['loss_difference']:.1e}", f"{record['gradient_difference']:.1e}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    turns = [record["turns"] for record in measured]
-    fitted = [f"{exponent(turns, [record[way][what] for record in measured]):.2f}" for what in scales for way in _WAYS]
-    lines.append(f"| exponent | {' | '.join(fitted)} | | |")
-    return "\n".join(lines)
-
-
-def plot(measured: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
-    """Draws tokens and seconds over turns, both axes logarithmic."""
-    colors = {"one_pass": "#1f5fa8", "k_passes": "#c2681f"}
-    words = {"one_pass": "one pass", "k_passes": "K passes"}
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), dpi=110, layout="constrained")
-        for axes, what, label in zip(panels, ("tokens", "seconds"), ("tokens read", "seconds"), strict=True):
-            for template, line in (("own", "-"), ("reasoning", "--")):
-                for way in _WAYS:
-                    turns = [record["turns"] for record in measured[template]]
-                    values = [record[way][what] for record in measured[template]]
-                    slope = exponent(turns, values)
-                    legend = f"{words[way]}, {template} template: K^{slope:.2f}"
-                    axes.loglog(turns, values, line, color=colors[way], marker="o", markersize=4, label=legend)
-            axes.set(xlabel="turns K", ylabel=label, title=f"{label[0].upper()}{label[1:]}, forward and backward")
+def _draw(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    with report.style():
+        figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+        for axes, what in zip(panels, ("tokens", "seconds"), strict=True):
+            for (template, records), line in zip(measured.items(), ("-", "--"), strict=True):
+                turns = [record["turns"] for record in records]
+                for way, (word, color) in _WAYS.items():
+                    values = [record[way][what] for record in records]
+                    label = f"{word}, {template}: $K^{{{exponent(turns, values):.2f}}}$"
+                    axes.loglog(turns, values, line, color=color, marker="o", markersize=3.5, label=label)
+            axes.set(xlabel="turns K", ylabel=_COSTS[what][0], title=f"{_COSTS[what][0]}, forward and backward")
             axes.set_xticks(turns, [str(k) for k in turns])
             axes.minorticks_off()
             axes.grid(alpha=0.25)
-            axes.legend(frameon=False, fontsize=8.5)
-        figure.savefig(file)
-        plt.close(figure)
+            axes.legend(frameon=False, fontsize=9)
+        return figure
 
 
-def write_results(measured: dict[str, list[dict[str, Any]]], of_all: str, results: pathlib.Path) -> None:
-    """Writes the picture and, around the tables, what they are of."""
-    results.mkdir(parents=True, exist_ok=True)
-    plot(measured, results / f"{_NAME}.png")
-    first = measured["own"][0]
-    text = [
-        "# One pass and K passes over a dialogue",
-        f"`python experiments/{_NAME}.py`; {first['machine']}; JAX {jax.__version__}; float32.",
-        f"![Tokens and seconds over turns]({_NAME}.png)",
-        f"{first['dialogue']}, the median in tokens of those with {_MOST_TURNS} responses and more, is cut to K turns "
-        "and goes forward and backward through the model. K passes read one response after another with the same code. "
-        f"Rows are padded to multiples of {_MULTIPLE} tokens.",
-        f"* Seconds are the least of the runs that begin within {_REPEATED_FOR:.0f} s, without compilation.\n"
-        "* FLOPs are those that the work needs, without padding, from the model's shape (`metrics.useful_flops`).\n"
-        "* Temporaries are what XLA sets aside for the largest row besides parameters and gradient "
-        "(`memory_analysis`).\n"
-        "* The differences are those of one pass from `training.k_passes`, which shares no code with it but the "
-        "decoder: of the loss, and of the gradient as the norm of the difference over the norm.\n"
-        f"* The exponents are the p of cost ~ K^p, fitted from {_FITTED_FROM} turns on.",
-        "## The model's own template: history as it was generated",
-        table(measured["own"]),
-        "## A template that strips reasoning: the tree branches at every turn",
-        "The same dialogue with a short thought put before every response.",
-        table(measured["reasoning"]),
-        f"## Tokens of all dialogues of {_MOST_TURNS} responses and more",
-        "Means, for the model's own template.",
-        of_all,
-    ]
-    (results / f"{_NAME}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-
-
-def measure_missing(store: pathlib.Path, dialogue: Dialogue) -> dict[str, list[dict[str, Any]]]:
-    """Measures what the flags ask for and `store` has not, adds it there, and returns all of it by template."""
-    store.parent.mkdir(parents=True, exist_ok=True)
-    measured = metrics.read_lines(store)
-    done = {(record["template"], record["turns"]) for record in measured}
-    own = chat.load(_MODEL.value)
-    # The second model is the first one's weights with another template.
-    tokenizer = load_tokenizer(_MODEL.value, chat_template=str(_REASONING))
-    stripping = own._replace(tokenizer=tokenizer, renderer=Renderer(tokenizer))
-    for template in _TEMPLATES.value:
-        model, whole = (own, dialogue) if template == "own" else (stripping, with_reasoning(dialogue))
-        for turns in map(int, _TURNS.value):
-            if (template, turns) in done:
-                continue
-            record = {"template": template, "turns": turns, "dialogue": dialogue.name, "machine": _machine()}
-            record |= measure(model, cut(whole, turns))
-            measured.append(record)
-            print(json.dumps(record))
-            with store.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-    return {
-        template: sorted((r for r in measured if r["template"] == template), key=lambda record: record["turns"])
-        for template in ("own", "reasoning")
-    }
-
-
-def _machine() -> str:
-    device = jax.devices()[0]
-    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
-
-
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
-    logging.set_verbosity(logging.WARNING)
-    every = list(read_dialogues(_DATA.value))
-    if _WRITE_REASONING.value:
-        with open(_WRITE_REASONING.value, "w", encoding="utf-8") as file:
-            for dialogue in map(with_reasoning, every):
-                messages = [message.as_dict() for message in dialogue.messages]
-                file.write(json.dumps({"id": dialogue.id, "messages": messages}, ensure_ascii=False) + "\n")
-        return
-    long = [d for d in every if sum(message.role == "assistant" for message in d.messages) >= _MOST_TURNS]
-    renderer = Renderer(load_tokenizer(_MODEL.value))
+def main(options: Options, turns: Sequence[int] = TURNS) -> None:
+    started = time.perf_counter()
+    model = chat.load(options.model)
+    tokenizer = load_tokenizer(options.model, chat_template=str(_REASONING))
+    stripping = model._replace(tokenizer=tokenizer, renderer=Renderer(tokenizer))
+    long = [dialogue for dialogue in read_dialogues(options.train) if len(_responses(dialogue)) >= turns[-1]]
+    if not long:
+        raise ValueError(f"{options.train} has no dialogue of {turns[-1]} responses; give --train another file.")
+    long = [cut(dialogue, turns[-1]) for dialogue in long]
+    dialogue = typical(long, model.renderer)
     with jax.default_matmul_precision("highest"):
-        measured = measure_missing(pathlib.Path(_MEASURED.value), typical(long, renderer))
-    if all(measured.values()):
-        write_results(measured, table_of_all(long, renderer), pathlib.Path(_RESULTS.value))
-        print((pathlib.Path(_RESULTS.value) / f"{_NAME}.md").read_text(encoding="utf-8"))
+        measured = {
+            "history kept": [measure(model, cut(dialogue, k), f"{k} turns, history kept") for k in turns],
+            "reasoning stripped": [
+                measure(stripping, cut(with_reasoning(dialogue), k), f"{k} turns, reasoning stripped") for k in turns
+            ],
+        }
+    report.write(
+        options,
+        _draw(measured),
+        [
+            f"The dialogue is {dialogue.name}: of {len(long):,} with {turns[-1]} responses and more, the median in "
+            "tokens. K passes read one response after another with the same code as the one pass. Rows are padded to "
+            f"multiples of {_MULTIPLE} tokens. Seconds are the least of the runs that begin within "
+            f"{_REPEATED_FOR:.0f} s, without compilation. TFLOPs are those that the work needs, without padding, from "
+            "the model's shape (`metrics.useful_flops`). GB are temporaries: what XLA sets aside for the largest row "
+            "besides parameters and gradient (`memory_analysis`). The differences are those of one pass from "
+            "`training.k_passes`: of the loss, and the norm of the gradients' difference over the norm. The last line "
+            f"has the exponents p of cost ~ K^p, fitted from {_FITTED_FROM} turns on.",
+            "## The model's own template keeps history as it was",
+            _table(measured["history kept"]),
+            "## A template strips reasoning from history: the tree branches at every turn",
+            "The same dialogue with a thought put before every response.",
+            _table(measured["reasoning stripped"]),
+            "## Tokens, mean over all of these dialogues, history kept",
+            _table_of_all(long, model.renderer, turns),
+        ],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _write_reasoning(source: str, out: str) -> None:
+    with open(out, "w", encoding="utf-8") as file:
+        for dialogue in map(with_reasoning, read_dialogues(source)):
+            messages = [message.as_dict() for message in dialogue.messages]
+            file.write(json.dumps({"id": dialogue.id, "messages": messages}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _OUT = flags.DEFINE_string(
+        "write_reasoning",
+        "",
+        "Only write the dialogues of --train with reasoning to this .jsonl, for scripts/check.py.",
+    )
+    report.run_script(
+        lambda options: _write_reasoning(options.train, _OUT.value) if _OUT.value else main(options),
+        "one_pass_vs_k_passes",
+    )

@@ -88,10 +88,11 @@ def _passes(
     if refusal or own_refusal:
         outcome.left_out.append(f"refused: {own_refusal or refusal}")
         return []
+    passes = [one for one in passes if one.weight.any()]
     if not passes:
         outcome.left_out.append(f"{dialogue.name}: no assistant message has a weight above 0")
         return []
-    if cut := len(passes) - len(fitting):
+    if cut := sum(one.message not in fitting for one in passes):
         outcome.left_out.append(
             f"{dialogue.name}: {cut:,} of {len(passes):,} responses, which exceed {max_length:,} tokens with what "
             "stands before them (raise --max_length)"

@@ -113,7 +113,7 @@ def compare_responses(
     tokenizer: transformers.PreTrainedTokenizerFast,
     findings: dict[str, Finding],
 ) -> None:
-    """Finds for every response token of a dialogue's passes the target that sees the same tokens; compares the two.
+    """Finds for every token of weight above 0 in a dialogue's passes the target that sees the same; compares the two.
 
     A response's loss is relative to itself, or to 1 nat a token where it is smaller.
 
@@ -126,8 +126,9 @@ def compare_responses(
     places: dict[tuple[bytes, int], str] = {}
     for one, own in zip(passes, nll, strict=True):
         response = f"{name}, message {one.message} (turn {one.turn})"
+        trained = np.flatnonzero(one.weight)
         found = []
-        for index in range(one.start, len(one.tokens)):
+        for index in (trained + one.start).tolist():
             key = one.tokens[:index].tobytes(), int(one.tokens[index])
             where = f"{response}, token {index - one.start} {_shown(tokenizer, key[1])}"
             target = by_string.get(key)
@@ -144,9 +145,9 @@ def compare_responses(
             findings["positions"].add(math.inf if len(wrong) else 0.0, place, target.position[at], at)
             weights[key] += float(one.weight[index - one.start])
             places.setdefault(key, where)
-        if len(found) == len(own):
-            value, expected = math.fsum(found), math.fsum(own)
-            size = abs(value - expected) / max(abs(expected), len(own))
+        if len(found) == len(trained):
+            value, expected = math.fsum(found), math.fsum(own[trained])
+            size = abs(value - expected) / max(abs(expected), len(trained))
             findings["loss of a response"].add(size, response, f"{value:.6f}", f"{expected:.6f}")
     for key, weight in weights.items():
         target = by_string[key]

@@ -144,12 +144,15 @@ class AgreementTest(parameterized.TestCase):
         parts = Message(
             role="assistant",
             content="ten and nine.",
-            parts=(Part(text="ten and ", weight=0.25), Part(text="nine.", weight=2.0)),
+            parts=(Part(text="ten", weight=0.0), Part(text=" and ", weight=0.25), Part(text="nine.", weight=2.0)),
         )
-        drawn.append(Dialogue(id="p", messages=(Message(role="user", content="What is 12 plus 7?"), parts)))
+        question = Message(role="user", content="What is 12 plus 7?")
+        drawn.append(Dialogue(id="p", messages=(question, parts)))
+        only_the_end = dataclasses.replace(parts, parts=(Part(text=parts.content, weight=0.0),))
+        drawn.append(Dialogue(id="q", messages=(question, only_the_end)))
         outcome = compare(family, drawn)
         self.assertTrue(outcome.passed, outcome)
-        self.assertEqual(outcome.dialogues, 3)
+        self.assertEqual(outcome.dialogues, 4)
         self.assertGreaterEqual(outcome.branching, 2)
 
     def test_message_tree_that_exceeds_the_row_is_compared_as_far_as_it_fits(self):
