@@ -34,6 +34,17 @@ from dialog_jax.training import step as step_lib
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.progress import Clock, Progress
 
+# Of DataConfig: what does not change trees, or is in their key by its content.
+_NOT_IN_TREES = {
+    "train",
+    "validation",
+    "train_split",
+    "validation_split",
+    "max_targets",
+    "chat_template",
+    "cache_dir",
+    "teacher",
+}
 _TURNS_SHOWN = 32  # turns that held-out figures list one by one
 
 
@@ -244,11 +255,9 @@ def _trees(
         "dialogues": digest.hexdigest(),
         "tokenizer": fingerprint(tokenizer),
         "chat_template": tokenizer.chat_template,
-        "chat_template_kwargs": dict(config.data.chat_template_kwargs),
         "objective": dataclasses.asdict(config.objective),
-        "max_length": config.data.max_length,
-        "truncate": config.data.truncate,
-        "share_prefixes": config.data.share_prefixes,
+        # All other fields, so that a new one is not forgotten.
+        **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
     }
     if teacher is not None:
         key["teacher"] = teacher.digest

@@ -298,5 +298,18 @@ class ReadTargetsTest(absltest.TestCase):
         self.assertEqual([target.nll for target in found], [1.0, 2.0, 3.0])
 
 
+class GradientTest(absltest.TestCase):
+    def test_a_parameter_whose_sign_is_wrong_is_found_though_its_norm_is_right(self):
+        right = {"layers": {"w": np.array([[3.0, 4.0], [1.0, 2.0]])}, "embedding": np.array([100.0, 0.0])}
+        wrong = {"layers": {"w": np.array([[3.0, 4.0], [-1.0, -2.0]])}, "embedding": np.array([100.0, 0.0])}
+        findings = differences.Agreement().findings
+        differences.compare_gradients(wrong, right, "row 0", findings)
+        largest = findings["gradient by parameter"].largest
+        self.assertAlmostEqual(largest.size, 2.0)
+        self.assertIn("layers/w[1]", largest.where)
+        self.assertEqual(findings["gradient norm"].beyond, 0)
+        self.assertEqual(findings["gradient direction"].beyond, 1)
+
+
 if __name__ == "__main__":
     absltest.main()
