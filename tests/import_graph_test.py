@@ -12,8 +12,8 @@ _ROOT = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_loc
 # fmt: off
 _FLOW = {
     "data": (
-        "sources", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries", "objectives",
-        "truncation", "supervision", "teacher", "dataset", "packing", "batches",
+        "sources", "records", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries",
+        "objectives", "truncation", "supervision", "teacher", "dataset", "packing", "batches",
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "model": ("attention", "decoder", "pretrained", "adapters"),

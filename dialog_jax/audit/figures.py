@@ -20,8 +20,9 @@ from dialog_jax.audit import findings, inspection, row_lengths
 from dialog_jax.audit.findings import Finding
 from dialog_jax.audit.row_lengths import Fill, Fit, Spread
 from dialog_jax.data import supervision
-from dialog_jax.data.dialogues import ROLES, Dialogue
+from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.data.records import ROLES
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.supervision import Trained
 from dialog_jax.data.tries import Tree

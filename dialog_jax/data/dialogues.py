@@ -4,36 +4,14 @@ Knows the forms people give dialogues, and nothing of templates, tokens or loss.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dialog_jax.data import sources
-
-ROLES = ("system", "user", "assistant", "tool")
-
-# ShareGPT's names for the speaker. A function call is something the assistant writes.
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+from dialog_jax.data import records, sources
 
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-30, 1e30
-_FORMATS = (
-    '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion" '
-    'or "continuations"'
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +90,9 @@ def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Itera
     return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
 
 
-def dialogues_from_records(records: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
+def dialogues_from_records(given: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
     """The dialogues of Python records in any of the formats of `parse_dialogue`; `source` names them in errors."""
-    return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(records)), source)
+    return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(given)), source)
 
 
 def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
@@ -148,52 +126,29 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
     """
     if not isinstance(record, Mapping):
         raise ValueError(
-            f"{_name(index, where)}: got {_shown(record)}; needed an object with the keys of one of {_FORMATS}. "
-            "Write one object a dialogue."
+            f"{_name(index, where)}: got {records.shown(record)}; needed an object with the keys of one of "
+            f"{records.FORMATS}. Write one object a dialogue."
         )
     identifier = index if record.get("id") is None else record["id"]
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise ValueError(
-            f"{_name(index, where)}: id is {_shown(identifier)}; needed a string or an integer. Change it."
+            f"{_name(index, where)}: id is {records.shown(identifier)}; needed a string or an integer. Change it."
         )
     name = _name(identifier, where)
-    used = {"id", "tools"}
-    if record.get("messages") is not None:
-        used |= {"messages"}
-        items = _items(record["messages"], "messages", name)
-    elif record.get("conversations") is not None:
-        used |= {"conversations", "system"}
-        items = _items(record["conversations"], "conversations", name)
-        items = _system_items(record.get("system"), items, name) + items
-    elif record.get("prompt") is not None and record.get("completion") is not None:
-        used |= {"prompt", "completion"}
-        items = _prompt_items(record["prompt"], name) + _chain(record["completion"], "completion", name)
-    elif record.get("prompt") is not None and record.get("continuations") is not None:
-        used |= {"prompt"}
-        items = _prompt_items(record["prompt"], name)
-    else:
-        keys = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
-        raise ValueError(f"{name}: has the keys {keys}; needed {_FORMATS}. Rename or convert its fields.")
-    items, parents = _tree(items, name)
-    if record.get("continuations") is not None:
-        if "completion" in used or parents != list(range(-1, len(items) - 1)):
-            other = "a completion" if "completion" in used else "messages with a parent"
-            raise ValueError(f"{name}: has continuations and {other}; needed one of them. Remove the other.")
-        used |= {"continuations"}
-        items, parents = _continued(items, record["continuations"], name)
+    raw = records.unpack(record, name)
     return Dialogue(
         id=identifier,
-        messages=tuple(_message(item, f"{name}: message {i}") for i, item in enumerate(items)),
-        parents=() if parents == list(range(-1, len(items) - 1)) else tuple(parents),
-        tools=_tools(record.get("tools"), name),
-        metadata={key: value for key, value in record.items() if key not in used},
+        messages=tuple(_message(item, f"{name}: message {i}") for i, item in enumerate(raw.messages)),
+        parents=() if raw.parents == list(range(-1, len(raw.messages) - 1)) else tuple(raw.parents),
+        tools=raw.tools,
+        metadata={key: value for key, value in record.items() if key not in raw.used},
         where=where,
     )
 
 
-def _parse_all(records: Iterable[tuple[str, Any]], source: str) -> Iterator[Dialogue]:
+def _parse_all(placed: Iterable[tuple[str, Any]], source: str) -> Iterator[Dialogue]:
     index = -1
-    for index, (where, record) in enumerate(records):
+    for index, (where, record) in enumerate(placed):
         yield parse_dialogue(record, index=index, where=where)
     if index < 0:
         raise ValueError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
@@ -201,13 +156,15 @@ def _parse_all(records: Iterable[tuple[str, Any]], source: str) -> Iterator[Dial
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise ValueError(f'{where} is {_shown(item)}; needed an object with "role" and "content". Write it as one.')
+        raise ValueError(
+            f'{where} is {records.shown(item)}; needed an object with "role" and "content". Write it as one.'
+        )
     sharegpt = "from" in item and "role" not in item
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     given = item.get(role_key)
-    role = _SHAREGPT_ROLES.get(given) if sharegpt and isinstance(given, str) else given
-    if role not in ROLES:
-        allowed = ", ".join(_SHAREGPT_ROLES if sharegpt else ROLES)
+    role = records.SHAREGPT_ROLES.get(given) if sharegpt and isinstance(given, str) else given
+    if role not in records.ROLES:
+        allowed = ", ".join(records.SHAREGPT_ROLES if sharegpt else records.ROLES)
         has = f"has no {role_key!r}" if given is None else f"has {'role' if role_key == 'role' else 'from'} {given!r}"
         raise ValueError(f"{where} {has}; needed one of {allowed}. Rename it in the data.")
     fields = {
@@ -224,7 +181,7 @@ def _message(item: Any, where: str) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ValueError(
-            f"{where} ({role}) has {content_key} {_shown(content)}; needed a string or a list of text parts. "
+            f"{where} ({role}) has {content_key} {records.shown(content)}; needed a string or a list of text parts. "
             "Write it as text; only a message with tool_calls may leave it out."
         )
     try:
@@ -234,28 +191,10 @@ def _message(item: Any, where: str) -> Message:
             f"{where} ({role}) has half a surrogate pair at character {error.start} of its {content_key}; "
             "needed Unicode text. Write the whole pair, or remove it."
         ) from None
-    _check_text(fields, f"{where} ({role})")
+    records.check_text(fields, f"{where} ({role})")
     weight = _weight(item, where)
     weighted = weight > 0 and any(part.weight != 1 for part in parts)
     return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
-
-
-def _check_text(value: Any, where: str) -> None:
-    """Raises ValueError if there is a string in the value that is no text."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where} has half a surrogate pair in {_shown(value)}; needed Unicode text. Write the whole pair, or "
-                "remove it."
-            ) from None
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            _check_text(entry, where)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            _check_text(entry, where)
 
 
 def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
@@ -264,7 +203,7 @@ def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
         is_text = isinstance(item, Mapping) and item.get("type", "text") == "text" and isinstance(item.get("text"), str)
         if not is_text:
             raise ValueError(
-                f"{where}: part {number} of its content is {_shown(item)}; needed text, as "
+                f"{where}: part {number} of its content is {records.shown(item)}; needed text, as "
                 '{"type": "text", "text": "...", "weight": 0.5}. Images and other parts are not supported: remove them.'
             )
         unknown = sorted(set(item) - {"type", "text", "weight", "train"})
@@ -277,131 +216,26 @@ def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _tree(items: list[Any], name: str) -> tuple[list[Any], list[int]]:
-    """(the items, the index of each one's parent): the item before it, unless they name parents."""
-    if not any(isinstance(item, Mapping) and item.get("parent") is not None for item in items):
-        return items, list(range(-1, len(items) - 1))
-    places: dict[str | int, int] = {}
-    parents = []
-    for index, item in enumerate(items):
-        identifier, parent = (item.get("id"), item.get("parent")) if isinstance(item, Mapping) else (None, None)
-        if not isinstance(item, Mapping) or (parent is None and index):
-            raise ValueError(
-                f"{name}: message {index} has no parent, but others have; only the first message of a tree has none. "
-                'Give it "parent", the id of the message it follows.'
-            )
-        if parent is not None and (not isinstance(parent, str | int) or parent not in places):
-            raise ValueError(
-                f"{name}: message {index} has parent {_shown(parent)}, which is the id of no message before it. List "
-                "parents before what follows them."
-            )
-        if identifier is not None and (not isinstance(identifier, str | int) or identifier in places):
-            raise ValueError(
-                f"{name}: message {index} has id {_shown(identifier)}; needed a string or an integer that no message "
-                "before it has. Change it."
-            )
-        parents.append(-1 if parent is None else places[parent])
-        if identifier is not None:
-            places[identifier] = index
-    return [{key: value for key, value in dict(item).items() if key != "id"} for item in items], parents
-
-
-def _continued(history: list[Any], continuations: Any, name: str) -> tuple[list[Any], list[int]]:
-    """(the history and all continuations, the index of each message's parent)."""
-    items, parents = list(history), list(range(-1, len(history) - 1))
-    for continuation in _items(continuations, "continuations", name):
-        chain = _chain(continuation, "continuations", name)
-        if any(isinstance(item, Mapping) and item.get("parent") is not None for item in chain):
-            raise ValueError(
-                f"{name}: a message of its continuations has a parent; they follow the last message. Remove it, or "
-                "give all messages parents and no continuations."
-            )
-        parents += [len(history) - 1, *range(len(items), len(items) + len(chain) - 1)]
-        items += chain
-    return items, parents
-
-
 def _weight(item: Mapping[str, Any], where: str) -> float:
     weight, train = item.get("weight"), item.get("train")
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{where} has train {_shown(train)}; needed true or false. For a number, use weight.")
+        raise ValueError(f"{where} has train {records.shown(train)}; needed true or false. For a number, use weight.")
     if weight is None:
         weight = 1.0
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or (isinstance(weight, float) and not math.isfinite(weight)) or weight < 0:
         raise ValueError(
-            f"{where} has weight {_shown(weight)}; needed a finite number >= 0. "
+            f"{where} has weight {records.shown(weight)}; needed a finite number >= 0. "
             'Write 1 for a message that is trained on, 0 (or "train": false) for one that is not.'
         )
     # It will be a float32: neither infinite there, nor 0 though it is not.
     if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
         raise ValueError(
-            f"{where} has weight {_shown(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
+            f"{where} has weight {records.shown(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
             f"{_LARGEST_WEIGHT:g}. Scale the weights."
         )
     return 0.0 if train is False else float(weight)
 
 
-def _items(value: Any, key: str, name: str) -> list[Any]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{name}: {key} is {_shown(value)}; needed a list of messages. Write it as a list.")
-    if not value:
-        raise ValueError(f"{name}: has no messages; needed at least one in {key}. Remove the record, or fill it.")
-    return list(value)
-
-
-def _system_items(system: Any, items: list[Any], name: str) -> list[Any]:
-    """The system message that some ShareGPT data sets keep beside the conversation."""
-    if system is None or system == "":
-        return []
-    if any(isinstance(item, Mapping) and "system" in (item.get("from"), item.get("role")) for item in items):
-        raise ValueError(f"{name}: has both a system field and a system message; needed one. Remove one of them.")
-    return [{"role": "system", "content": system}]
-
-
-def _prompt_items(prompt: Any, name: str) -> list[Any]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    history = []
-    for item in _items(prompt, "prompt", name):
-        speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
-        is_response = isinstance(speaker, str) and _SHAREGPT_ROLES.get(speaker) == "assistant"
-        unweighted = is_response and item.get("weight") is None and item.get("train") is None
-        history.append({**item, "weight": 0.0} if unweighted else item)
-    return history
-
-
-def _chain(value: Any, key: str, name: str) -> list[Any]:
-    """One message or several of a completion: text and a message without a role are the assistant's."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    if isinstance(value, Mapping):
-        return [value if "role" in value or "from" in value else {"role": "assistant", **value}]
-    return _items(value, key, name)
-
-
-def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
-    remedy = 'Write them as [{"type": "function", "function": {"name": ..., "parameters": ...}}].'
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{name}: tools is text but not JSON ({error.msg} at column {error.colno}). {remedy}"
-            ) from None
-    if tools is None:
-        return None
-    _check_text(tools, f"{name}: tools")
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"{name}: tools is {_shown(tools)}; needed a list of objects. {remedy}")
-    return tuple(tools) or None
-
-
 def _name(identifier: str | int, where: str) -> str:
     return f"dialogue {identifier} ({where})" if where else f"dialogue {identifier}"
-
-
-def _shown(value: Any) -> str:
-    """The value and its type, short enough for an error."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dialog_jax.data.dialogues import ROLES, Dialogue, Message
+from dialog_jax.data.dialogues import Dialogue, Message
 from dialog_jax.data.locating import MessageSpan
+from dialog_jax.data.records import ROLES
 from dialog_jax.data.rendering import RenderedSequence
 from dialog_jax.data.tries import Span, common_prefix
 

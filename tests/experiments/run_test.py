@@ -74,7 +74,7 @@ class RunTest(parameterized.TestCase):
 
 class ReportTest(absltest.TestCase):
     def test_command_names_what_is_not_as_usual_and_no_path_of_the_machine(self):
-        options = Options(name="x", steps=3, seed=1, model="/home/someone/model/", train="my/train.jsonl")
+        options = Options(name="x", steps=3, seed=1, model="/data/someone/model/", train="my/train.jsonl")
         self.assertEqual(
             options.command, "python experiments/x.py --steps=3 --seed=1 --model=model --train=my/train.jsonl"
         )
