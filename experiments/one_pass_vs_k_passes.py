@@ -5,9 +5,12 @@ Question:  A human dialogue is cut to its first K turns and goes forward and bac
            memory grow with K, for a template that keeps history as it was, and for one that strips reasoning from it?
            And is the one pass exact, held against `training.k_passes`, which shares no code with it but the decoder?
 Command:   python experiments/one_pass_vs_k_passes.py
-Hardware:  not run yet.
-Time:      not run yet.
-Result:    not run yet.
+Hardware:  two cores of an AMD EPYC with AVX-512, shared with other work.
+Time:      43.3 min, 47.0 min of CPU time over all cores.
+Result:    at 32 turns 1,663 tokens instead of 26,660 and 11.5 s instead of 179.8 s (15.6 times faster); from 4 turns on
+           tokens grow as K^1.11 and K^1.99, seconds as K^1.00 and K^1.82. With reasoning stripped the tree branches at
+           every turn: 3,988 tokens instead of 28,331, 48.4 s instead of 194.4 s. One pass is from K passes at most
+           1.6e-7 apart in the loss and 2.8e-6 in the gradient, relatively.
 """
 
 import dataclasses
