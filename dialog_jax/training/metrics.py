@@ -34,8 +34,8 @@ def useful_flops(config: DecoderConfig, batch: Batch) -> float:
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
-    used = batch.segment > 0
-    pairs = int(np.sum(batch.position[used].astype(np.int64) + 1))
+    used = np.asarray(batch.segment) > 0
+    pairs = int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1))
     forward = (
         2 * layer * config.layers * int(used.sum())
         + 4 * query * config.layers * pairs
