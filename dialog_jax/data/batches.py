@@ -140,7 +140,6 @@ class Plan:
       trees: the data set.
       rows: rows of a micro-batch, over all devices and hosts.
       micro_batches: micro-batches of a step.
-      host, hosts: this host is given the rows of every micro-batch from `host * rows / hosts` on.
     """
 
     def __init__(
@@ -152,14 +151,10 @@ class Plan:
         rows: int,
         micro_batches: int,
         seed: int,
-        host: int = 0,
-        hosts: int = 1,
     ):
-        assert rows % hosts == 0, (rows, hosts)
         self._trees, self._seed = trees, seed
         self._max_length, self._max_targets = max_length, max_targets
         self._rows, self._micro_batches = rows, micro_batches
-        self._own = slice(host * rows // hosts, (host + 1) * rows // hosts)
         self._epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
         self.rows_per_epoch = len(self._epoch(0))
         self.tokens_per_epoch = sum(_row_tokens(trees, row) for row in self._epoch(0))
@@ -172,21 +167,21 @@ class Plan:
             for row in range(step * count, (step + 1) * count)
         ]
 
-    def batch(self, step: int) -> Batch:
-        """This host's part of step `step`: arrays [M, B, ...]."""
+    def batch(self, step: int, own: Sequence[int] | None = None) -> Batch:
+        """The arrays [M, B, ...] of step `step`, or of each micro-batch the rows `own` only."""
         rows = self.rows(step)
-        own = [rows[m * self._rows : (m + 1) * self._rows][self._own] for m in range(self._micro_batches)]
+        wanted = range(self._rows) if own is None else own
         filled = fill_rows(
             self._trees,
-            [row for part in own for row in part],
+            [rows[m * self._rows + row] for m in range(self._micro_batches) for row in wanted],
             max_length=self._max_length,
             max_targets=self._max_targets,
         )
         return filled.map(lambda array: array.reshape(self._micro_batches, -1, *array.shape[1:]))
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, own: Sequence[int] | None = None) -> Iterator[Batch]:
         """The batches of steps `start` to `stop` (exclusive), made ahead of their use in a thread."""
-        steps = grain.MapDataset.range(start, stop).map(self.batch)
+        steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, own))
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def _pack_epoch(self, epoch: int) -> list[list[int]]:
@@ -196,7 +191,7 @@ class Plan:
 
 
 def evaluation_batches(
-    trees: Trees, *, max_length: int, max_targets: int, rows: int, limit: int = 0
+    trees: Trees, *, max_length: int, max_targets: int, rows: int, limit: int = 0, own: Sequence[int] | None = None
 ) -> Iterator[tuple[Batch, list[list[int]]]]:
     """Yields ([1, B, ...] batches that hold every tree once, in a fixed order, and their rows).
 
@@ -205,6 +200,7 @@ def evaluation_batches(
     Args:
       rows: rows of a batch.
       limit: number of rows after which to stop, 0 for all; which rows these are depends on nothing but the trees.
+      own: the rows of each batch to fill; None for all of them.
     """
     rng = np.random.default_rng(0)
     packed = _pack(trees, max_length=max_length, max_targets=max_targets, rng=rng)
@@ -212,7 +208,8 @@ def evaluation_batches(
     for start in range(0, len(packed), rows):
         part = packed[start : start + rows]
         part += [[] for _ in range(rows - len(part))]
-        filled = fill_rows(trees, part, max_length=max_length, max_targets=max_targets)
+        wanted = part if own is None else [part[row] for row in own]
+        filled = fill_rows(trees, wanted, max_length=max_length, max_targets=max_targets)
         yield filled.map(lambda array: array[None]), part
 
 

@@ -3,7 +3,6 @@
 import collections
 import itertools
 
-import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -138,16 +137,15 @@ class PlanTest(parameterized.TestCase):
             single = [trees_of(one.batch(n))[0] for n in range(step * size, (step + 1) * size)]
             self.assertEqual(trees_of(other.batch(step)), single)
 
-    @parameterized.parameters(2, 4)
-    def test_hosts_together_hold_the_rows_of_one(self, hosts):
-        trees = random_trees(2, 60)
-        options = dict(rows=4, micro_batches=3)
-        whole = plan_of(trees, **options)
-        parts = [plan_of(trees, host=host, hosts=hosts, **options) for host in range(hosts)]
+    @parameterized.parameters(([0, 1], [2, 3]), ([0, 2], [3], [1]))
+    def test_hosts_together_hold_the_rows_of_one(self, *shares):
+        plan = plan_of(random_trees(2, 60), rows=4, micro_batches=3)
         for step in (0, 5):
-            joined = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *(part.batch(step) for part in parts))
-            assert_equal(joined, whole.batch(step))
-            self.assertEqual(parts[0].rows(step), whole.rows(step))
+            whole = plan.batch(step)
+            for own in shares:
+                assert_equal(plan.batch(step, own), whole.map(lambda array, own=own: array[:, own]))
+        for given, whole in zip(plan.batches(3, 6, [1, 2]), plan.batches(3, 6), strict=True):
+            assert_equal(given, whole.map(lambda array: array[:, [1, 2]]))
 
     def test_a_batch_depends_on_seed_and_step_only(self):
         trees = random_trees(3, 60)
@@ -204,6 +202,17 @@ class EvaluationTest(parameterized.TestCase):
         self.assertLen(sets[0], 7)
         self.assertEqual(sets[0], sets[1])
         self.assertEqual(sets[0], sets[2])
+
+    def test_a_host_fills_its_own_rows_of_each_batch(self):
+        trees = random_trees(6, 30)
+        options = dict(max_length=32, max_targets=32, rows=4)
+        for (own, numbers), (whole, all_numbers) in zip(
+            batches.evaluation_batches(trees, own=[3, 0], **options),
+            batches.evaluation_batches(trees, **options),
+            strict=True,
+        ):
+            assert_equal(own, whole.map(lambda array: array[:, [3, 0]]))
+            self.assertEqual(numbers, all_numbers)
 
 
 def common_beginning(number, seed):

@@ -1,0 +1,160 @@
+"""What a run reads before it begins: model, tokenizer and prepared trees, and a hash of each.
+
+Knows no devices and no steps. All that can be wrong with a user's files is found here, before anything is written but
+prepared trees.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import rich.console
+import transformers
+
+from dialog_jax.data import dataset
+from dialog_jax.data import teacher as teacher_lib
+from dialog_jax.data.dataset import Trees
+from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.teacher import TeacherFile
+from dialog_jax.data.tokenizers import check_vocabulary, fingerprint, load_tokenizer
+from dialog_jax.model import pretrained
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training.config import TrainConfig
+
+# Of DataConfig: what does not change trees, or is in their key by its content.
+_NOT_IN_TREES = {
+    "train",
+    "validation",
+    "train_split",
+    "validation_split",
+    "max_targets",
+    "chat_template",
+    "cache_dir",
+    "teacher",
+}
+
+
+class Inputs(NamedTuple):
+    """A run's model, tokenizer and data."""
+
+    model_path: pathlib.Path
+    model: DecoderConfig
+    tokenizer: transformers.PreTrainedTokenizerFast
+    stop_tokens: set[int]
+    """Ids of the tokens at which a reply ends."""
+    train: Trees
+    held_out: Trees
+    hashes: Mapping[str, str]
+    """Of the content of model and data, by the config's fields."""
+
+
+def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
+    """Returns what `config` names; trees are prepared unless they are stored, in `directory` or data.cache_dir.
+
+    Raises:
+      ValueError: something is missing or broken, or model, tokenizer and data do not go together.
+    """
+    model_path = pretrained.resolve(config.model)
+    model = pretrained.load_config(model_path)
+    tokenizer = load_tokenizer(config.tokenizer or str(model_path), chat_template=config.data.chat_template)
+    check_vocabulary(tokenizer, model.vocab_size)
+    if config.data.max_length > model.max_length:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
+        )
+    renderer = Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs)
+    teacher = _teacher(config, tokenizer, model)
+    train, train_hash = _trees(
+        config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console, teacher
+    )
+    held_out, held_out_hash = _trees(
+        config, config.data.validation, config.data.validation_split, tokenizer, renderer, directory, console
+    )
+    ends = pretrained.stop_tokens(model_path) | {renderer.end_of_turn, tokenizer.eos_token_id}
+    return Inputs(
+        model_path=model_path,
+        model=model,
+        tokenizer=tokenizer,
+        stop_tokens={token for token in ends if token is not None},
+        train=train,
+        held_out=held_out,
+        hashes={
+            "model": pretrained.fingerprint(model_path),
+            "data.train": train_hash,
+            "data.validation": held_out_hash,
+        },
+    )
+
+
+def _trees(
+    config: TrainConfig,
+    source: str,
+    split: str,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    renderer: Renderer,
+    directory: pathlib.Path,
+    console: rich.console.Console,
+    teacher: TeacherFile | None = None,
+) -> tuple[Trees, str]:
+    """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
+    file = pathlib.Path(source).expanduser()
+    digest = hashlib.sha256()
+    if file.is_file():
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    else:
+        for dialogue in read_dialogues(source, split=split):
+            digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
+    key = {
+        "dialogues": digest.hexdigest(),
+        "tokenizer": fingerprint(tokenizer),
+        "chat_template": tokenizer.chat_template,
+        "objective": dataclasses.asdict(config.objective),
+        # All other fields, so that a new one is not forgotten.
+        **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
+    }
+    if teacher is not None:
+        key["teacher"] = teacher.digest
+
+    def make() -> Trees:
+        with console.status(f"preparing {os.path.basename(source)}"):
+            return dataset.prepare(
+                read_dialogues(source, split=split),
+                renderer,
+                objective=config.objective,
+                max_length=config.data.max_length,
+                truncate=config.data.truncate,
+                share_prefixes=config.data.share_prefixes,
+                teacher=teacher,
+            )
+
+    trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make, teacher)
+    console.print(f"{os.path.basename(source)}: {trees.report}")
+    targets = trees.sizes()[1]
+    if config.data.max_targets and targets.max() > config.data.max_targets:
+        raise ValueError(
+            f"dialogue {trees.ids[int(targets.argmax())]} ({os.path.basename(source)}) has {targets.max():,} targets, "
+            f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
+        )
+    return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _teacher(
+    config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig
+) -> TeacherFile | None:
+    """The file of data.teacher, if there is one."""
+    if not config.data.teacher:
+        return None
+    teacher = teacher_lib.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))
+    if teacher.largest >= model.vocab_size:
+        raise ValueError(
+            f"{teacher.name} names token {teacher.largest:,}, but the model's vocabulary has {model.vocab_size:,}. "
+            "Choose a teacher with the model's tokenizer."
+        )
+    return teacher
