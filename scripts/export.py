@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from dialog_jax.data.tokenizers import load_tokenizer
 from dialog_jax.model import decoder, pretrained
-from dialog_jax.training import checkpoints, run_directory
+from dialog_jax.training import checkpoints, metrics, run_directory
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Directory of a run: the --output_dir of scripts/train.py.", required=True
@@ -38,8 +38,8 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
       ValueError: there is no run, or no such step, or something else is in `out`.
     """
     model, stop_tokens = run_directory.read_model(run)
-    with checkpoints.open_manager(run / "checkpoints") as manager:
-        number = _choose(run, step, manager.best_step(), manager.latest_step(), list(manager.all_steps()))
+    with checkpoints.open_reader(run / "checkpoints") as manager:
+        number = _choose(run, step, list(manager.all_steps()))
         source = _identity(run, number)
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; give a directory.")
@@ -65,10 +65,12 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
     return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
 
 
-def _choose(run: pathlib.Path, step: str, best: int | None, latest: int | None, steps: list[int]) -> int:
-    if latest is None or best is None:
-        raise ValueError(f"{run} has no checkpoint yet. Let the run get to its first one (checkpoint_every).")
-    named = {"best": best, "latest": latest}
+def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
+    losses = {line["step"]: line["loss"] for line in metrics.read_lines(run / "evaluation.jsonl")}
+    best = checkpoints.best_step(losses, steps)
+    if best is None:
+        raise ValueError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
+    named = {"best": best, "latest": max(steps)}
     if step not in named and not (step.isdecimal() and int(step) in steps):
         raise ValueError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
     return named[step] if step in named else int(step)

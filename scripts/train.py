@@ -7,6 +7,7 @@ Every field of `dialog_jax.training.config.TrainConfig` is a flag: `--config.` a
 run writes is listed at the top of `dialog_jax/training/run_directory.py`.
 """
 
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -16,9 +17,13 @@ from ml_collections import config_flags
 
 from dialog_jax.training import config, loop
 from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.interruption import StoppedError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/quickstart.py.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory of the run; made if missing.", required=True)
+_ALLOW_CHANGES = flags.DEFINE_bool(
+    "allow_changes", False, "Go on with the run in --output_dir even if its config or data were others."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -63,7 +68,7 @@ def _no_field(path: str, fields: Mapping[str, Any]) -> NoReturn:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every file
+    logging.set_verbosity(logging.FATAL)  # orbax tells of every file, and errors with a traceback besides raising them
     try:
         asked = config.from_config_dict(_CONFIG.value.copy_and_resolve_references())
     except OSError as error:  # what ml_collections keeps until the config is read
@@ -71,11 +76,14 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     try:
-        result = loop.run(asked, _OUTPUT_DIR.value)
+        result = loop.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value)
+    except StoppedError as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        sys.exit(0 if stop.signal == signal.SIGTERM else 130)
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        print("train.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
 

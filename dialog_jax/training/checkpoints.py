@@ -1,64 +1,198 @@
-"""Train states on disk, by orbax: saved in the background, the newest few kept and the best by held-out loss."""
+"""Train states on disk, by orbax: saved in the background, the newest few kept and the best by held-out loss.
 
+A checkpoint holds, beside the arrays, a checksum of each, computed where the array lives. Orbax notices files that are
+missing or cut off, but not a byte of an array that has changed; the checksums do, on any mesh.
+"""
+
+import contextlib
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dialog_jax.training.step import TrainState
 
+# What orbax raises for a file that is missing, cut off or changed; a plain Exception besides.
+_BROKEN = (ValueError, LookupError, AttributeError, TypeError, FileNotFoundError)
 
-def open_manager(directory: pathlib.Path, *, keep: int = 1) -> ocp.CheckpointManager:
-    """Returns orbax's manager of the checkpoints in `directory`: it keeps the newest `keep` and the best one.
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or not as it was written."""
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written."""
+
+
+class _NewestAndBest(preservation_policy.PreservationPolicy):
+    """Which checkpoints stay.
+
+    Args:
+      keep: how many of the newest.
+      losses: held-out loss by step, looked at whenever something is saved.
+    """
+
+    def __init__(self, keep: int, losses: Mapping[int, float]):
+        self._keep, self._losses = keep, losses
+
+    def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
+        """Of each checkpoint, oldest first."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], best_step(self._losses, steps)}
+        return [step in kept for step in steps]
+
+
+def best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
+    """Returns the first of `steps` with the lowest held-out loss; None if none of them has one."""
+    evaluated = [step for step in sorted(steps) if step in losses]
+    return min(evaluated, key=lambda step: losses[step], default=None)
+
+
+def open_manager(directory: pathlib.Path, *, keep: int, losses: Mapping[int, float]) -> ocp.CheckpointManager:
+    """Returns orbax's manager of the checkpoints in `directory`, less what a killed process left half-written.
 
     Close it, or use it in a `with` statement, so that the last save is finished.
+
+    Args:
+      keep: how many of the newest checkpoints stay; the best one does besides.
+      losses: held-out loss by step; may be added to while the manager is in use.
     """
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        ),
-        best_fn=lambda metrics: metrics["loss"],
-        best_mode="min",
+        preservation_policy=_NewestAndBest(keep, losses),
         enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, *, loss: float) -> None:
-    """Starts saving the state under its step, with the held-out loss by which the best is chosen."""
-    manager.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            parameters=ocp.args.StandardSave(state.parameters),
-            optimizer_state=ocp.args.StandardSave(state.optimizer_state),
-        ),
-        metrics={"loss": loss},
-    )
+def open_reader(directory: pathlib.Path) -> ocp.CheckpointManager:
+    """Returns orbax's manager for reading alone, also while a run goes on there."""
+    return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+    """Starts saving the state under its step, after the save before it is finished.
+
+    Raises:
+      SaveError: this save, or the one before, failed.
+    """
+    counts = {name: int(getattr(state, name)) for name in ("step", "skipped", "skipped_in_a_row")}
+    record = {
+        **counts,
+        "parameters": checksums(state.parameters),
+        "optimizer_state": checksums(state.optimizer_state),
+    }
+    with _saving():
+        manager.save(
+            counts["step"],
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardSave(state.parameters),
+                optimizer_state=ocp.args.StandardSave(state.optimizer_state),
+                record=ocp.args.JsonSave(record),
+            ),
+        )
+
+
+def check(manager: ocp.CheckpointManager) -> None:
+    """Raises SaveError if the save in the background has failed."""
+    with _saving():
+        manager.check_for_errors()
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits for the save in the background.
+
+    Raises:
+      SaveError: it failed.
+    """
+    with _saving():
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _saving() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SaveError(
+            f"a checkpoint could not be written: {str(error).partition(chr(10))[0]}. Those before it stay. Make "
+            "room on the disk, or the directory writable; the same command goes on from the last one."
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    """Returns the state saved at `step`, laid out as `like` (arrays, or their shapes with shardings)."""
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            parameters=ocp.args.StandardRestore(like.parameters),
-            optimizer_state=ocp.args.StandardRestore(like.optimizer_state),
-        ),
-    )
-    count = jax.device_put(jax.numpy.asarray(step, like.step.dtype), like.step.sharding)
-    return TrainState(count, restored["parameters"], restored["optimizer_state"])
+    """Returns the state saved at `step`, laid out as `like` (arrays, or their shapes with shardings).
+
+    Raises:
+      DamagedError: a file is missing, or has changed since it was written.
+    """
+    record, trees = _restore(manager, step, parameters=like.parameters, optimizer_state=like.optimizer_state)
+
+    def count(name: str) -> jax.Array:
+        place = getattr(like, name)
+        return jax.device_put(jnp.asarray(record[name], place.dtype), place.sharding)
+
+    return TrainState(count("step"), count("skipped"), count("skipped_in_a_row"), **trees)
 
 
 def restore_parameters(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """Returns the parameters alone of the state saved at `step`."""
-    restored = manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like)))
-    return restored["parameters"]
+    """Returns the parameters alone of the state saved at `step`.
+
+    Raises:
+      DamagedError: a file is missing, or has changed since it was written.
+    """
+    return _restore(manager, step, parameters=like)[1]["parameters"]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    wanted = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    try:
+        found = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted))
+    except Exception as error:
+        if not isinstance(error, _BROKEN) and type(error) is not Exception:
+            raise
+        raise DamagedError(f"checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}") from error
+    record = found["record"]
+    for name in like:
+        changed = [path for path, value in checksums(found[name]).items() if record[name].get(path) != value]
+        if changed:
+            raise DamagedError(
+                f"checkpoint {step} is not what was written: {name}{changed[0]} has another checksum "
+                f"({len(changed)} arrays in all)"
+            )
+    return record, {name: found[name] for name in like}
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Returns a checksum of each array by its path; whatever its layout, and different if one of its bits is.
+
+    All processes call it together. Source: the finaliser of MurmurHash3 (Appleby, public domain) on each word mixed
+    with its index, added up modulo 2**32; adding in any order gives the same.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = _checksums([leaf for _, leaf in leaves])
+    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(arrays: Sequence[Array]) -> list[UInt32[Array, ""]]:
+    return [_checksum(array) for array in arrays]
+
+
+def _checksum(array: Array) -> UInt32[Array, ""]:
+    assert array.dtype.itemsize == 4, array.dtype
+    index, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(stride % 2**32)
+        stride *= array.shape[axis]
+    word = jax.lax.bitcast_convert_type(array, jnp.uint32) ^ (index * np.uint32(0x9E3779B9))
+    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
+    return jnp.sum(word ^ (word >> 16), dtype=jnp.uint32)

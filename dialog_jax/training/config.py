@@ -73,9 +73,11 @@ class TrainConfig:
     evaluate_rows: int = 0
     """Rows of an evaluation, always the same; 0 for all."""
     checkpoint_every: int = 50
-    """A multiple of evaluate_every."""
-    keep_checkpoints: int = 1
-    """Newest checkpoints to keep; the best by held-out loss is kept besides."""
+    """Updates between checkpoints, a multiple of evaluate_every; one more when a signal stops a run."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; if one is damaged, a run goes on from the one before. The best is kept besides."""
+    max_bad_steps: int = 5
+    """Steps in a row whose loss or gradient is not finite, each without an update, after which a run stops."""
     seed: int = 0
 
     def __post_init__(self):
@@ -88,7 +90,14 @@ class TrainConfig:
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "
                 "teacher's file, and its share of the loss) or neither."
             )
-        for field in ("rows", "gradient_accumulation", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        for field in (
+            "rows",
+            "gradient_accumulation",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_bad_steps",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if self.data.max_length < 2:

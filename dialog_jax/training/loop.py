@@ -3,10 +3,12 @@
 `training.run_directory` says what lies in that directory.
 """
 
+import contextlib
+import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +17,19 @@ import numpy as np
 import optax
 import rich.console
 from jax.sharding import Mesh
+from orbax.checkpoint import CheckpointManager
 
 from dialog_jax.data import batches
 from dialog_jax.data.batches import Batch, Plan
 from dialog_jax.data.dataset import Trees
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import checkpoints, inputs, metrics, optimizer, run_directory, sharding
+from dialog_jax.training import checkpoints, inputs, interruption, metrics, optimizer, run_directory, sharding
 from dialog_jax.training import step as step_lib
+from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.inputs import Inputs
+from dialog_jax.training.interruption import Listener, StoppedError
 from dialog_jax.training.progress import Clock, Progress
 from dialog_jax.training.step import EvaluationSums, StepMetrics, TrainState
 
@@ -53,6 +58,10 @@ class _Run(NamedTuple):
     schedule: optax.Schedule
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     evaluation_step: Callable[[dict, Batch], EvaluationSums]
+    losses: dict[int, float]
+    """Held-out loss by step, as far as the run has come."""
+    writer: metrics.Writer
+    listener: Listener
 
 
 class _Update(NamedTuple):
@@ -64,13 +73,22 @@ class _Update(NamedTuple):
 
 
 def run(
-    config: TrainConfig, output_dir: str | os.PathLike, *, console: rich.console.Console | None = None
+    config: TrainConfig,
+    output_dir: str | os.PathLike,
+    *,
+    allow_changes: bool = False,
+    console: rich.console.Console | None = None,
 ) -> RunResult:
     """Trains as `config` says, or goes on from the newest checkpoint in `output_dir`; a finished run is left alone.
 
+    Args:
+      allow_changes: go on with the run in `output_dir` even if its config or data were others.
+
     Raises:
-      ValueError: the directory belongs to another config, or model, tokenizer and data do not go together.
-      FloatingPointError: the loss or the gradient is not finite; the checkpoints before stay.
+      ValueError: the directory belongs to another config or is in use, or model, tokenizer and data do not go together.
+      FloatingPointError: loss or gradient were not finite too often in a row; the checkpoints before stay.
+      SaveError: a checkpoint could not be written; those before stay.
+      StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
     console = console or rich.console.Console(highlight=False, soft_wrap=True)
     directory = pathlib.Path(output_dir)
@@ -78,27 +96,70 @@ def run(
         raise ValueError(f"{jax.process_count()} processes: runs on several hosts are not supported yet. Use one.")
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
-    run_directory.check(directory, config)
-    given = inputs.read(config, directory, console)
-    plan, steps = _planned(config, given.train, console)
-    transform = optimizer.make_optimizer(config.optimizer, steps)
-    hashes = {**given.hashes, "steps": steps}
-    run_directory.check_inputs(directory, hashes)
-    # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
-    loaded = None if (directory / "checkpoints").exists() else _load(given, mesh)
-    run_directory.claim(directory, config, hashes, given.model, given.tokenizer, stop_tokens=given.stop_tokens)
+    run_directory.check(directory)
+    with interruption.listening() as listener, run_directory.locked(directory):
+        changes = run_directory.differences(directory, config)
+        _refuse(directory, "another config", changes, allow_changes)
+        given = inputs.read(config, directory, console)
+        plan, steps = _planned(config, given.train, console)
+        hashes = {**given.hashes, "steps": steps}
+        changed = run_directory.changed_inputs(directory, hashes)
+        _refuse(directory, "another content", changed, allow_changes)
+        # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
+        loaded = None if (directory / "checkpoints").exists() else _load(given, mesh)
+        run_directory.claim(
+            directory,
+            config,
+            hashes,
+            given.model,
+            given.tokenizer,
+            stop_tokens=given.stop_tokens,
+            changes=changes + changed,
+        )
+        for change in changes + changed:
+            console.print(f"changed: {change}")
+        _train(config, directory, mesh, given, plan, steps, loaded, listener, console)
+    lines = metrics.read_lines(directory / "evaluation.jsonl")
+    return RunResult(steps, lines[0], lines[-1])
 
-    with checkpoints.open_manager(directory / "checkpoints", keep=config.keep_checkpoints) as manager:
+
+def _refuse(directory: pathlib.Path, what: str, differences: Sequence[str], allowed: bool) -> None:
+    if differences and not allowed:
+        raise ValueError(
+            f"{directory.name} belongs to a run with {what} ({'; '.join(differences)}), so going on would not give the "
+            "same run. Put back what it began with, choose another --output_dir, or say --allow_changes."
+        )
+
+
+def _train(
+    config: TrainConfig,
+    directory: pathlib.Path,
+    mesh: Mesh,
+    given: Inputs,
+    plan: Plan,
+    steps: int,
+    loaded: dict | None,
+    listener: Listener,
+    console: rich.console.Console,
+) -> None:
+    """Goes from the newest checkpoint, or from the first step, to the last."""
+    transform = optimizer.make_optimizer(config.optimizer, steps)
+    losses = {line["step"]: line["loss"] for line in metrics.read_lines(directory / "evaluation.jsonl")}
+    keep = config.keep_checkpoints
+    with checkpoints.open_manager(directory / "checkpoints", keep=keep, losses=losses) as manager:
         start = manager.latest_step() or 0
-        if start >= steps:
+        if start >= steps and start in losses:
             console.print(f"The run is finished: step {start:,}. Nothing to do.")
-            return _result(directory, start)
+            return
         if start:
-            state, shardings = _restored(given.model, mesh, transform, manager, start)
+            state, shardings = _restored(given.model, mesh, transform, manager, directory, console)
+            start = int(state.step)
             console.print(f"going on from step {start:,}")
         else:
             state, shardings = step_lib.initial_state(mesh, loaded or _load(given, mesh), transform)
         del loaded  # donated to the state
+        for later in [step for step in losses if not start or step > start]:
+            del losses[later]  # of steps to come again
         for line in sharding.undivided(mesh, state.parameters):
             console.print(f"not divided over the mesh: {line}")
         dtype = _compute_dtype(config, mesh)
@@ -123,42 +184,56 @@ def run(
             evaluation_step=step_lib.make_evaluation_step(
                 given.model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
             ),
+            losses=losses,
+            writer=metrics.Writer(directory, step=start),
+            listener=listener,
         )
-        writer = metrics.Writer(directory, step=start)
-        with Progress(console, steps, start) as progress:
-            _go_on(this, state, start, manager, writer, progress)
-        writer.close()
-    return _result(directory, steps)
+        with contextlib.closing(this.writer), Progress(console, steps, start) as progress:
+            _go_on(this, state, start, manager, progress)
 
 
-def _go_on(this: _Run, state: TrainState, start: int, manager, writer: metrics.Writer, progress: Progress) -> None:
-    """Trains from step `start` to the end."""
-    config = this.config
-    if not start:
-        _evaluate(this, 0, state, writer, progress)
+def _go_on(this: _Run, state: TrainState, start: int, manager: CheckpointManager, progress: Progress) -> None:
+    """Trains from step `start` to the end, or until a signal arrives."""
+    this.listener.keep()
+    if _is_evaluated(this, start) and start not in this.losses:
+        _evaluate(this, start, state, progress)
+    if this.listener.received:  # what was restored is still there
+        raise StoppedError(this.listener.received, start or None)
     clock = Clock()
     previous: _Update | None = None
 
     def report(figures: dict[str, float]) -> None:
         assert previous is not None
-        writer.train(previous.step, figures)
+        this.writer.train(previous.step, figures)
         progress.show(previous.step, figures)
 
     for number, batch in enumerate(this.plan.batches(start, this.steps), start + 1):
         placed = _place(this.mesh, batch)
-        figures = _checked(this, previous, clock) if previous else {}
+        figures = _checked(this, previous, clock, progress) if previous else {}
         state, measured = this.train_step(state, placed)
         if previous:
             report(figures)  # while the device works on
         previous = _Update(number, batch, measured)
-        if number % config.evaluate_every and number != this.steps:
+        checkpoints.check(manager)
+        if not _is_evaluated(this, number) and not this.listener.received:
             continue
-        report(_checked(this, previous, clock))
+        report(_checked(this, previous, clock, progress))
         previous = None
-        held_out = _evaluate(this, number, state, writer, progress)
-        if number % config.checkpoint_every == 0 or number == this.steps:
-            checkpoints.save(manager, state, loss=held_out["loss"])
+        if _is_evaluated(this, number):
+            _evaluate(this, number, state, progress)
+        stopped = this.listener.received
+        if stopped or number % this.config.checkpoint_every == 0 or number == this.steps:
+            this.writer.sync()
+            checkpoints.save(manager, state)
+        if stopped:
+            checkpoints.wait(manager)
+            raise StoppedError(stopped, number)
         clock.restart()
+    checkpoints.wait(manager)
+
+
+def _is_evaluated(this: _Run, step: int) -> bool:
+    return step % this.config.evaluate_every == 0 or step == this.steps
 
 
 def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -> tuple[Plan, int]:
@@ -196,17 +271,40 @@ def _load(given: Inputs, mesh: Mesh) -> dict:
     )
 
 
-def _restored(model: DecoderConfig, mesh: Mesh, transform, manager, start: int):
-    """(the state saved at step `start`, its shardings)."""
+def _restored(
+    model: DecoderConfig,
+    mesh: Mesh,
+    transform: optax.GradientTransformation,
+    manager: CheckpointManager,
+    directory: pathlib.Path,
+    console: rich.console.Console,
+) -> tuple[TrainState, TrainState]:
+    """(the newest state that can be read, its shardings); damaged ones after it are moved out of the way."""
     abstract = jax.eval_shape(
-        lambda parameters: TrainState(jnp.zeros((), jnp.int32), parameters, transform.init(parameters)),
-        decoder.abstract_parameters(model),
+        functools.partial(step_lib.first_state, optimizer=transform), decoder.abstract_parameters(model)
     )
     shardings = sharding.state_sharding(mesh, abstract)
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
     )
-    return checkpoints.restore(manager, start, like), shardings
+    damaged: list[int] = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            state = checkpoints.restore(manager, step, like)
+        except DamagedError as error:
+            console.print(f"{error}")
+            damaged.append(step)
+            continue
+        for moved in damaged:
+            place = run_directory.set_aside(directory, moved)
+            console.print(f"checkpoint {moved} was moved to {place}")
+        if damaged:
+            manager.reload()
+        return state, shardings
+    raise ValueError(
+        f"{directory.name}: none of the checkpoints {', '.join(map(str, damaged))} can be read. Put one back from a "
+        "copy, or choose another --output_dir to begin anew."
+    )
 
 
 def _compute_dtype(config: TrainConfig, mesh: Mesh):
@@ -220,8 +318,8 @@ def _place(mesh: Mesh, batch: Batch) -> Batch:
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(rows, array), batch)
 
 
-def _evaluate(this: _Run, number: int, state: TrainState, writer: metrics.Writer, progress: Progress) -> dict[str, Any]:
-    """Held-out figures after step `number`, written and shown."""
+def _evaluate(this: _Run, number: int, state: TrainState, progress: Progress) -> None:
+    """Writes and shows held-out figures after step `number`; leaves off, with none, if a signal arrives."""
     data = this.config.data
     evaluation = metrics.Evaluation()
     for batch, _ in batches.evaluation_batches(
@@ -232,27 +330,36 @@ def _evaluate(this: _Run, number: int, state: TrainState, writer: metrics.Writer
         limit=this.config.evaluate_rows,
     ):
         evaluation.add(this.evaluation_step(state.parameters, _place(this.mesh, batch)))
+        if this.listener.received:
+            return
     figures = evaluation.figures()
     if not math.isfinite(figures["loss"]):
         raise FloatingPointError(
             f"step {number}: held-out loss {figures['loss']}. The run stops; the checkpoints before stay. "
             "Lower optimizer.learning_rate."
         )
-    writer.evaluation(number, figures)
+    this.writer.evaluation(number, figures)
+    this.losses[number] = figures["loss"]
     progress.print(_held_out_line(number, figures))
-    return figures
 
 
-def _checked(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
-    """Waits for the update; its figures, if they are finite."""
+def _checked(this: _Run, update: _Update, clock: Clock, progress: Progress) -> dict[str, float]:
+    """Waits for the update; its figures. Tells of one that was skipped, and stops after too many in a row."""
     figures = _figures(this, update, clock)
-    if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
-        ids = sorted({str(this.train.ids[tree]) for row in this.plan.rows(update.step - 1) for tree in row})
-        raise FloatingPointError(
-            f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}. The run "
-            f"stops; the checkpoints before stay. Its dialogues: {', '.join(ids[:20])}"
-            f"{' and more' if len(ids) > 20 else ''}. Lower optimizer.learning_rate, or look at them."
+    in_a_row = int(np.asarray(update.measured.skipped_in_a_row))
+    if in_a_row:
+        rows = this.plan.rows(update.step - 1)
+        ids = sorted({str(this.train.ids[tree]) for row in rows for tree in row})
+        told = (
+            f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}: no update. Its "
+            f"{len(rows)} rows are of {', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}"
         )
+        if in_a_row >= this.config.max_bad_steps:
+            raise FloatingPointError(
+                f"{told}. That is max_bad_steps = {in_a_row} in a row, so the run stops; the checkpoints before stay. "
+                "Lower optimizer.learning_rate, or look at the dialogues."
+            )
+        progress.print(told)
     return figures
 
 
@@ -260,11 +367,13 @@ def _figures(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
     """The figures of one update; waits for it."""
     values = StepMetrics(*(np.asarray(value).item() for value in update.measured))
     seconds = clock.lap()
+    updates_before = update.step - 1 - values.skipped + bool(values.skipped_in_a_row)
     figures = {
         "loss": values.loss,
         "nll": values.nll,
         "gradient_norm": values.gradient_norm,
-        "learning_rate": float(this.schedule(update.step - 1)),
+        "learning_rate": float(this.schedule(updates_before)),
+        "skipped": values.skipped,
         "seconds": seconds,
         "tokens_per_second": values.tokens / seconds,
         "response_tokens_per_second": values.response_tokens / seconds,
@@ -283,8 +392,3 @@ def _held_out_line(step: int, figures: Mapping[str, Any]) -> str:
         f"step {step:,}: held-out loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.2%} "
         f"on {figures['targets']:,} targets"
     )
-
-
-def _result(directory: pathlib.Path, step: int) -> RunResult:
-    lines = metrics.read_lines(directory / "evaluation.jsonl")
-    return RunResult(step, lines[0], lines[-1])

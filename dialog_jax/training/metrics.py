@@ -1,6 +1,8 @@
 """Sums to figures, and figures to files: held-out loss by turn, throughput, MFU, JSONL and TensorBoard."""
 
 import json
+import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -90,9 +92,11 @@ class Evaluation:
 class Writer:
     """Appends figures to `metrics.jsonl`, `evaluation.jsonl` and TensorBoard files in a run's directory.
 
+    Lines are only ever added. What is not finite is null.
+
     Args:
       directory: made if missing.
-      step: the run goes on from here; lines of later steps, left by an interrupted run, are dropped.
+      step: the run goes on from here; lines of later steps, left by an interrupted run, are cut off.
     """
 
     def __init__(self, directory: pathlib.Path, *, step: int):
@@ -115,6 +119,11 @@ class Writer:
         for turn in figures["turns"]:
             self._tensorboard.add_scalar(f"held_out_turns/{turn['turn']}", turn["loss"], step)
 
+    def sync(self) -> None:
+        """Waits until all lines are on the disk, where a power failure leaves them."""
+        for file in (self._train, self._evaluation):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Flushes and closes the files."""
         self._train.close()
@@ -123,20 +132,43 @@ class Writer:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file written here; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The records of a JSONL file written here; a last line that was cut off is left out.
+
+    Raises:
+      ValueError: another line is no record of a step.
+    """
+    return [record for record, _ in _records(path)]
+
+
+def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
+    """Each record, and the number of bytes up to its end."""
+    data = path.read_bytes() if path.exists() else b""
+    found, end = [], 0
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(keepends=True), 1):
+        end += len(line)
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path.name}:{number}: no record of a step ({error}). Nothing here writes such a line: put the file "
+                "back, or take out the line."
+            ) from None
+        found.append((record, end))
+    return found
 
 
 def _open_from(path: pathlib.Path, step: int):
-    """Opens for appending, after dropping the lines of steps after `step`; at step 0, all of them."""
-    kept = [record for record in read_lines(path) if step and record["step"] <= step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    """Opens for appending, after cutting off the lines of steps after `step`; at step 0, all of them."""
+    size = max((end for record, end in _records(path) if step and record["step"] <= step), default=0)
+    file = path.open("a", encoding="utf-8")
+    file.truncate(size)
+    return file
 
 
 def _write_line(file, record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(record) + "\n")
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    file.write(json.dumps(finite, allow_nan=False) + "\n")
     file.flush()

@@ -3,20 +3,27 @@
 output_dir/
   config.json        what was asked for; a directory serves one config only
   inputs.json        hashes of model and data, which must not change while a run goes on
+  changes.jsonl      what of both was changed later, if --allow_changes let it
+  lock               held by the process that trains here
   model.json         the shape of the model, and the tokens at which a reply ends
   tokenizer/         with its chat template
   trees/             prepared data
   checkpoints/       train states, orbax
+  damaged/           checkpoints that could not be read, moved out of the way
   metrics.jsonl      a line an update
   evaluation.jsonl   held-out figures, a line an evaluation; step 0 is before training
   tensorboard/       the same for TensorBoard
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -24,6 +31,10 @@ import transformers
 from dialog_jax.model.attention import Llama3Scaling
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training.config import TrainConfig
+
+_BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
+# Fields that may differ when a run goes on.
+_FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps")
 
 
 def _described(config: TrainConfig) -> dict[str, Any]:
@@ -41,42 +52,73 @@ def _described(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def check(directory: pathlib.Path, config: TrainConfig) -> None:
-    """Raises ValueError if the directory holds another run, or files that are no run's."""
-    if (directory / "config.json").exists():
-        before = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        old, new = _flat(before), _flat(_described(config))
-        differences = [
-            f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        if differences:
-            raise ValueError(
-                f"{directory.name} belongs to a run with another config ({'; '.join(differences)}). Choose another "
-                "--output_dir, or remove this one."
-            )
-    # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
-    elif directory.exists() and not directory.is_dir():
+def check(directory: pathlib.Path) -> None:
+    """Raises ValueError if the directory holds files that are no run's."""
+    if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory.name} is a file. Choose another --output_dir.")
-    elif directory.exists() and any(
-        file.name not in ("trees", "tokenizer", "model.json", "inputs.json") for file in directory.iterdir()
-    ):
+    if (directory / "config.json").exists() or not directory.exists():
+        return
+    # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
+    if any(file.name not in _BEFORE_A_CLAIM for file in directory.iterdir()):
         raise ValueError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."
         )
 
 
-def check_inputs(directory: pathlib.Path, inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError if the run began with other inputs: hashes of model and data, and the number of steps."""
-    if (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
-        before = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
-        changed = [name for name, value in inputs.items() if before.get(name) != value]
-        if changed:
+@contextlib.contextmanager
+def locked(directory: pathlib.Path) -> Iterator[None]:
+    """Makes the directory and keeps other processes from training in it; however this one ends, the lock ends with it.
+
+    Raises:
+      ValueError: another process trains there, or the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{directory.name} cannot be written ({error.strerror}). Choose another --output_dir, or ask for the right "
+            "to write there."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
             raise ValueError(
-                f"{directory.name} began with another content of {', '.join(changed)}, so going on would not give the "
-                "same run. Put back what it began with, or choose another --output_dir."
-            )
+                f"{directory.name} is in use: {file.read().strip() or 'another process'} trains there. Wait for it, or "
+                "choose another --output_dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def differences(directory: pathlib.Path, config: TrainConfig) -> list[str]:
+    """Returns how the run in the directory was configured otherwise: "seed: 0 there, 1 asked for"; empty if it was not.
+
+    What changes where and how fast a run goes on, but not what it computes, is left out.
+    """
+    if not (directory / "config.json").exists():
+        return []
+    before = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    old, new = _flat(before), _flat(_described(config))
+    return [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+    ]
+
+
+def changed_inputs(directory: pathlib.Path, inputs: Mapping[str, Any]) -> list[str]:
+    """Returns what the run began with otherwise: "data.train: 1f... there, 9a... now"; empty for the same."""
+    if not (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
+        return []
+    before = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
+    return [
+        f"{name}: {before.get(name)} there, {value} now" for name, value in inputs.items() if before.get(name) != value
+    ]
 
 
 def claim(
@@ -87,15 +129,32 @@ def claim(
     tokenizer: transformers.PreTrainedTokenizerFast,
     *,
     stop_tokens: Collection[int],
+    changes: Sequence[str] = (),
 ) -> None:
-    """Makes the directory this config's own: writes what an export needs, the inputs' hashes and, last, the config."""
-    if not (directory / "config.json").exists():
+    """Makes the directory this config's own: writes what an export needs, the inputs' hashes and, last, the config.
+
+    Args:
+      changes: what differs from the run that is there, and was allowed to; noted in changes.jsonl.
+    """
+    if changes:
+        with (directory / "changes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"changes": list(changes)}) + "\n")
+    if changes or not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
         fields = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
         write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
         write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
         write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
+
+
+def set_aside(directory: pathlib.Path, step: int) -> str:
+    """Moves the checkpoint of a step to damaged/, where no run looks; returns its place in the run's directory."""
+    (directory / "damaged").mkdir(exist_ok=True)
+    names = (f"{step}{suffix}" for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))))
+    place = next(directory / "damaged" / name for name in names if not (directory / "damaged" / name).exists())
+    (directory / "checkpoints" / str(step)).rename(place)
+    return str(place.relative_to(directory))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

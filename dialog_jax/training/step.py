@@ -7,6 +7,7 @@ the weights of the whole batch are known at the start of the step. What `LossCon
 and is divided likewise.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,15 +24,19 @@ from dialog_jax.training import loss, sharding
 
 
 class TrainState(NamedTuple):
-    """All that an update changes. `step` counts updates."""
+    """All that a step changes. The optimizer has made `step - skipped` updates."""
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    """Steps whose loss or gradient was not finite: they changed neither parameters nor moments."""
+    skipped_in_a_row: Int[Array, ""]
+    """How many of them were the last ones."""
     parameters: dict
     optimizer_state: Any
 
 
 class StepMetrics(NamedTuple):
-    """Of one update: what it saw before it was applied. Scalars."""
+    """Of one step: what it saw before its update was applied. Scalars."""
 
     loss: Float[Array, ""]
     """What is minimised: the weighted mean over the batch, with all that `LossConfig` adds, in nats."""
@@ -44,6 +49,10 @@ class StepMetrics(NamedTuple):
     targets: Int[Array, ""]
     response_tokens: Int[Array, ""]
     """Targets within responses."""
+    skipped: Int[Array, ""]
+    """Steps without an update up to this one, since loss or gradient were not finite."""
+    skipped_in_a_row: Int[Array, ""]
+    """0 if this step is an update; otherwise how many were none, with those just before."""
 
 
 class EvaluationSums(NamedTuple):
@@ -57,6 +66,12 @@ class EvaluationSums(NamedTuple):
     """Targets that have the highest logit."""
 
 
+def first_state(parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; wherever JAX puts what it adds."""
+    none = jnp.zeros((), jnp.int32)
+    return TrainState(none, none, none, parameters, optimizer.init(parameters))
+
+
 def initial_state(
     mesh: Mesh, parameters: dict, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, TrainState]:
@@ -66,9 +81,7 @@ def initial_state(
       parameters: placed as `sharding.parameter_sharding` says.
     """
 
-    def make(parameters):
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
-
+    make = functools.partial(first_state, optimizer=optimizer)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(make, parameters))
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters), shardings
 
@@ -85,7 +98,8 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted update: (state, batch) to (next state, `StepMetrics`).
 
-    The state it is given is donated: go on with the one it returns.
+    The state it is given is donated: go on with the one it returns. If loss or gradient are not finite, parameters and
+    optimizer state stay as they are.
     """
 
     def micro_batch_loss(parameters, batch: Batch, total_weight):
@@ -125,15 +139,30 @@ def make_train_step(
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
+        norm = optax.tree.norm(gradient)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (parameters, optimizer_state),
+            (state.parameters, state.optimizer_state),
+        )
+        after = TrainState(
+            state.step + 1,
+            state.skipped + ~good,
+            jnp.where(good, 0, state.skipped_in_a_row + 1),
+            *kept,
+        )
         metrics = StepMetrics(
             loss=value,
             nll=nll,
-            gradient_norm=optax.tree.norm(gradient),
+            gradient_norm=norm,
             tokens=jnp.sum(batch.segment > 0),
             targets=jnp.sum(batch.weight > 0),
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
+            skipped=after.skipped,
+            skipped_in_a_row=after.skipped_in_a_row,
         )
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        return after, metrics
 
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(

@@ -14,7 +14,7 @@ from dialog_jax.data.tokenizers import load_tokenizer
 from dialog_jax.model import pretrained
 from dialog_jax.training import checkpoints, run_directory
 from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.step import TrainState
+from dialog_jax.training.step import first_state
 from tests.data import chat_templates
 from tests.scripts import running
 from tests.training import tiny
@@ -31,11 +31,13 @@ class ExportTest(absltest.TestCase):
         run_directory.claim(self.run_directory, config, {}, self.model, self.tokenizer, stop_tokens={1, 2})
         # Step 1 is the best by held-out loss, step 2 the latest.
         self.parameters = {step: tiny.parameters(self.model, seed=step) for step in (1, 2)}
-        with checkpoints.open_manager(self.run_directory / "checkpoints") as manager:
-            for step, loss in ((1, 2.0), (2, 3.0)):
-                parameters = self.parameters[step]
-                state = TrainState(jnp.int32(step), parameters, optax.adam(1e-3).init(parameters))
-                checkpoints.save(manager, state, loss=loss)
+        losses = {0: 1.0, 1: 2.0, 2: 3.0}
+        with checkpoints.open_manager(self.run_directory / "checkpoints", keep=1, losses=losses) as manager:
+            for step in (1, 2):
+                state = first_state(self.parameters[step], optax.adam(1e-3))._replace(step=jnp.int32(step))
+                checkpoints.save(manager, state)
+        lines = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
+        (self.run_directory / "evaluation.jsonl").write_text("".join(lines))
 
     def export(self, *flags):
         return running.run("export", f"--checkpoint={self.run_directory}", f"--out={self.out}", *flags)
@@ -81,6 +83,18 @@ class ExportTest(absltest.TestCase):
         _, error = self.export()
         self.assertIn("not empty", error)
         self.assertEqual([path.name for path in self.out.iterdir()], ["config.json"])
+
+    def test_checkpoint_with_a_changed_byte_is_not_exported(self):
+        largest = max((self.run_directory / "checkpoints" / "1").rglob("*"), key=lambda file: file.stat().st_size)
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 4
+        largest.write_bytes(data)
+        told, error = self.export()
+        self.assertEmpty(told)
+        self.assertRegex(error, "checkpoint 1 is not what was written: parameters.* has another checksum")
+        self.assertFalse(self.out.exists())
+        self.export("--step=latest")
+        self.assert_holds(2)
 
     def test_unknown_step_and_missing_run_are_explained(self):
         _, error = self.export("--step=7")

@@ -4,15 +4,17 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pathlib
 import shutil
+import signal
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from dialog_jax.data import teacher
 from dialog_jax.data.dialogues import read_dialogues
@@ -21,52 +23,39 @@ from dialog_jax.data.tokenizers import fingerprint
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.training import checkpoints, loop, metrics, run_directory, scoring
 from dialog_jax.training import step as step_lib
-from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.interruption import StoppedError
 from dialog_jax.training.loss import LossConfig
-from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 from tests.data import chat_templates
 from tests.training import tiny
 
 
-class RunTest(absltest.TestCase):
+def damage(checkpoint):
+    """Changes one bit in the largest file of a checkpoint: orbax notices nothing."""
+    file = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+class RunTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.directory = pathlib.Path(self.create_tempdir().full_path)
-        tokenizer = chat_templates.train_tokenizer("chatml")
-        model = tiny.config(len(tokenizer))
-        pretrained.save_pretrained(self.directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
-        rng = np.random.default_rng(0)
-        for name, count in (("train", 24), ("validation", 4)):
-            dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3) for i in range(count)]
-            lines = [
-                json.dumps({"id": f"{name}-{i}", "messages": [message.as_dict() for message in dialogue.messages]})
-                for i, dialogue in enumerate(dialogues)
-            ]
-            (self.directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.config = TrainConfig(
-            model=str(self.directory / "model"),
-            data=DataConfig(
-                train=str(self.directory / "train.jsonl"),
-                validation=str(self.directory / "validation.jsonl"),
-                max_length=256,
-            ),
-            optimizer=OptimizerConfig(learning_rate=3e-3),
-            mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-            rows=4,
-            gradient_accumulation=2,
-            steps=6,
-            evaluate_every=2,
-            checkpoint_every=2,
-        )
+        self.config = tiny.run_config(self.directory)
         self.output = io.StringIO()
 
-    def run_in(self, name, **changes):
+    def run_in(self, name, *, allow_changes=False, **changes):
         console = rich.console.Console(file=self.output, highlight=False, soft_wrap=True)
-        return loop.run(dataclasses.replace(self.config, **changes), self.directory / name, console=console)
+        config = dataclasses.replace(self.config, **changes)
+        return loop.run(config, self.directory / name, allow_changes=allow_changes, console=console)
+
+    def steps_of(self, name):
+        """The steps that have a checkpoint."""
+        return sorted(int(path.name) for path in (self.directory / name / "checkpoints").iterdir())
 
     def parameters_of(self, name, step):
-        with checkpoints.open_manager(self.directory / name / "checkpoints") as manager:
+        with checkpoints.open_reader(self.directory / name / "checkpoints") as manager:
             model, _ = run_directory.read_model(self.directory / name)
             like = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(
@@ -100,9 +89,8 @@ class RunTest(absltest.TestCase):
         self.assertEqual([turn["turn"] for turn in held_out[0]["turns"]], [0, 1, 2])
         self.assertEqual(sum(turn["targets"] for turn in held_out[0]["turns"]), held_out[0]["targets"])
         self.assertNotEmpty(list((self.directory / "run" / "tensorboard").iterdir()))
-        with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
-            self.assertEqual(manager.latest_step(), 6)
-            self.assertEqual(manager.best_step(), min(held_out[1:], key=lambda line: line["loss"])["step"])
+        best = min(held_out[1:], key=lambda line: line["loss"])["step"]
+        self.assertEqual(self.steps_of("run"), sorted({4, 6, best}))
 
     def test_extras_of_the_loss_reach_the_update_and_leave_held_out_figures_plain(self):
         result = self.run_in("run", steps=1, loss=LossConfig(z_loss=1.0))
@@ -133,7 +121,7 @@ class RunTest(absltest.TestCase):
         self.assertGreater(lines[0]["nll"], lines[0]["loss"] + 1)  # of random models, which are alike
         self.assertEqual(self.run_in("run", steps=6, **config).step, 6)
         self.taught("teacher.safetensors", dialogues[::-1])
-        with self.assertRaisesRegex(ValueError, "began with another content of data.train"):
+        with self.assertRaisesRegex(ValueError, "another content \\(data.train: "):
             self.run_in("run", steps=6, **config)
 
     def test_teacher_that_has_not_read_the_data_claims_nothing(self):
@@ -158,7 +146,7 @@ class RunTest(absltest.TestCase):
             if file.is_file() and file.name != "commit_success.txt":  # orbax's own
                 self.assertNotIn(str(self.directory).encode(), file.read_bytes(), file.name)
 
-    def test_stopped_run_goes_on_to_the_same_bits(self):
+    def test_run_stopped_by_an_error_goes_on_to_the_same_bits(self):
         self.run_in("whole")
         evaluations = 0
         original = metrics.Writer.evaluation
@@ -177,16 +165,89 @@ class RunTest(absltest.TestCase):
             self.run_in("stopped")
         self.run_in("stopped")
         self.assertIn("going on from step 2", self.output.getvalue())
-        for whole, stopped in zip(
-            *(jax.tree.leaves(self.parameters_of(name, 6)) for name in ("whole", "stopped")), strict=True
-        ):
-            np.testing.assert_array_equal(whole, stopped)
+        self.assert_same("whole", "stopped")
+
+    def assert_same(self, first, second):
+        """Two runs ended in the same bits and wrote the same lines."""
+        jax.tree.map(np.testing.assert_array_equal, self.parameters_of(first, 6), self.parameters_of(second, 6))
         for file in ("metrics.jsonl", "evaluation.jsonl"):
-            whole, stopped = (
-                [(line["step"], line["loss"]) for line in metrics.read_lines(self.directory / name / file)]
-                for name in ("whole", "stopped")
-            )
-            self.assertEqual(whole, stopped)
+            lines = [metrics.read_lines(self.directory / name / file) for name in (first, second)]
+            self.assertEqual(*([(line["step"], line["loss"]) for line in written] for written in lines))
+
+    def stopping_in(self, function, number):
+        """Sends this process a SIGTERM when a function of `loop` is called for the third time."""
+        original, calls = getattr(loop, function), 0
+
+        def called(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        return mock.patch.object(loop, function, called)
+
+    @parameterized.parameters(
+        ("_place", 4, signal.SIGTERM, 2),  # the first place is taken by the evaluation before training
+        ("_figures", 1, signal.SIGINT, 4),
+        ("_evaluate", 1, signal.SIGTERM, 4),
+    )
+    def test_signal_finishes_the_step_saves_it_and_says_how_to_go_on(self, function, rows, number, step):
+        with self.stopping_in(function, number), self.assertRaises(StoppedError) as stopped:
+            self.run_in("stopped", checkpoint_every=6, evaluate_rows=rows)
+        self.assertEqual((stopped.exception.signal, stopped.exception.step), (number, step))
+        self.assertRegex(str(stopped.exception), f"after step {step}, which is saved; the same command goes on")
+        self.assertEqual(self.steps_of("stopped"), [step])
+        self.run_in("stopped", checkpoint_every=6, evaluate_rows=rows)
+        self.run_in("whole", checkpoint_every=6, evaluate_rows=rows)
+        self.assert_same("whole", "stopped")
+
+    def test_signal_before_there_is_anything_to_save_stops_at_once(self):
+        with (
+            mock.patch.object(loop, "_planned", lambda *_: os.kill(os.getpid(), signal.SIGTERM)),
+            self.assertRaisesRegex(StoppedError, "stopped by SIGTERM before its first step"),
+        ):
+            self.run_in("run")
+        self.assertFalse((self.directory / "run" / "config.json").exists())
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+
+    def test_damaged_checkpoint_is_told_and_the_one_before_gives_the_same_bits(self):
+        self.run_in("whole")
+        with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
+            self.run_in("run")
+        self.assertEqual(self.steps_of("run"), [2, 4])
+        damage(self.directory / "run" / "checkpoints" / "4")
+        self.run_in("run")
+        told = self.output.getvalue()
+        self.assertRegex(told, "checkpoint 4 is not what was written: .* has another checksum")
+        self.assertIn("checkpoint 4 was moved to damaged/4\ngoing on from step 2", told)
+        self.assert_same("whole", "run")
+
+    def test_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(self):
+        with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
+            self.run_in("run")
+        for step in (2, 4):
+            shutil.rmtree(self.directory / "run" / "checkpoints" / str(step) / "parameters" / "ocdbt.process_0")
+        for _ in range(2):
+            with self.assertRaisesRegex(ValueError, "none of the checkpoints 4, 2 can be read"):
+                self.run_in("run")
+        self.assertEqual(self.steps_of("run"), [2, 4])
+
+    def test_two_runs_in_one_directory_are_refused(self):
+        with (
+            run_directory.locked(self.directory / "run"),
+            self.assertRaisesRegex(ValueError, rf"run is in use: process {os.getpid()} on .* trains there"),
+        ):
+            self.run_in("run")
+        self.run_in("run", steps=2)
+
+    def test_other_mesh_goes_on_to_the_same_parameters(self):
+        self.run_in("whole")
+        with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
+            self.run_in("run")
+        self.run_in("run", mesh=MeshConfig(data=4, fsdp=1, tensor=2))
+        gap = tiny.largest_difference(self.parameters_of("run", 6), self.parameters_of("whole", 6))
+        self.assertLess(gap, 1e-5)
 
     def test_finished_run_is_left_alone(self):
         first = self.run_in("run", steps=2)
@@ -198,6 +259,17 @@ class RunTest(absltest.TestCase):
         self.run_in("run", steps=2)
         with self.assertRaisesRegex(ValueError, r"seed: 0 there, 1 asked for.*--output_dir"):
             self.run_in("run", steps=2, seed=1)
+
+    def test_changes_that_are_allowed_are_told_and_noted(self):
+        self.run_in("run", steps=2)
+        self.run_in("run", steps=4, seed=1, allow_changes=True)
+        self.assertIn("changed: seed: 0 there, 1 asked for", self.output.getvalue())
+        (line,) = (self.directory / "run" / "changes.jsonl").read_text().splitlines()
+        self.assertEqual(
+            json.loads(line)["changes"],
+            ["seed: 0 there, 1 asked for", "steps: 2 there, 4 asked for", "steps: 2 there, 4 now"],
+        )
+        self.assertEqual(self.run_in("run", steps=4, seed=1).step, 4)
 
     def test_directory_with_other_files_is_refused(self):
         (self.directory / "full").mkdir()
@@ -216,7 +288,7 @@ class RunTest(absltest.TestCase):
     def test_claim_that_was_cut_off_is_no_run(self):
         self.run_in("run", steps=2)
         for file in (self.directory / "run").iterdir():
-            if file.name not in ("trees", "tokenizer", "model.json", "inputs.json"):
+            if file.name not in ("trees", "tokenizer", "model.json", "inputs.json", "lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         self.assertEqual(self.run_in("run", steps=4).step, 4)
 
@@ -240,7 +312,9 @@ class RunTest(absltest.TestCase):
         self.run_in("run", steps=2)
         file = self.directory / "train.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
-        with self.assertRaisesRegex(ValueError, "began with another content of data.train,"):
+        with self.assertRaisesRegex(
+            ValueError, r"another content \(data.train: [0-9a-f]{64} there, [0-9a-f]{64} now\)"
+        ):
             self.run_in("run", steps=2)
 
     def test_other_model_of_the_same_name_is_refused(self):
@@ -249,7 +323,7 @@ class RunTest(absltest.TestCase):
         other = self.directory / "elsewhere" / "model"
         tokenizer = chat_templates.train_tokenizer("chatml")
         pretrained.save_pretrained(other, model, tiny.parameters(model), tokenizer=tokenizer)
-        with self.assertRaisesRegex(ValueError, "began with another content of model,"):
+        with self.assertRaisesRegex(ValueError, r"another content \(model: [0-9a-f]+ there, [0-9a-f]+ now\)"):
             self.run_in("run", steps=2, model=str(other))
 
     def test_held_out_nan_stops_before_it_can_be_the_best_checkpoint(self):
@@ -266,30 +340,49 @@ class RunTest(absltest.TestCase):
             self.assertRaisesRegex(FloatingPointError, "step 4: held-out loss nan"),
         ):
             self.run_in("run")
-        with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
-            self.assertEqual((manager.latest_step(), manager.best_step()), (2, 2))
+        self.assertEqual(self.steps_of("run"), [2])
 
-    def test_nan_stops_with_step_and_dialogues_and_keeps_the_last_good_checkpoint(self):
+    def poisoned_at(self, *steps):
+        """Makes the loss of these steps NaN."""
         original = step_lib.make_train_step
 
         def poisoned(*args, **kwargs):
             run = original(*args, **kwargs)
 
             def step(state, batch):
-                if int(state.step) == 3:
+                if int(state.step) + 1 in steps:
                     batch = batch._replace(weight=batch.weight * np.nan)
                 return run(state, batch)
 
             return step
 
+        return mock.patch.object(step_lib, "make_train_step", poisoned)
+
+    def test_step_that_is_not_finite_is_skipped_and_told(self):
+        with self.poisoned_at(3, 6):
+            self.run_in("run", evaluate_every=1, checkpoint_every=1, keep_checkpoints=6)
+        self.assertRegex(self.output.getvalue(), r"step 3: loss nan, gradient norm nan: no update. .*train-\d+")
+        lines = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        self.assertEqual([line["skipped"] for line in lines], [0, 0, 1, 1, 1, 2])
+        self.assertEqual([line["loss"] is None for line in lines], [False, False, True, False, False, True])
+        # The schedule counts updates.
+        self.assertEqual(lines[2]["learning_rate"], lines[3]["learning_rate"])
+        held_out = [line["loss"] for line in metrics.read_lines(self.directory / "run" / "evaluation.jsonl")]
+        self.assertEqual((held_out[3], held_out[6]), (held_out[2], held_out[5]))
+        self.assertNotEqual(held_out[4], held_out[3])
+        jax.tree.map(np.testing.assert_array_equal, self.parameters_of("run", 2), self.parameters_of("run", 3))
+
+    def test_too_many_bad_steps_in_a_row_stop_with_dialogues_and_keep_the_last_checkpoint(self):
         with (
-            mock.patch.object(step_lib, "make_train_step", poisoned),
-            self.assertRaisesRegex(FloatingPointError, r"step 4: loss nan.*train-\d+"),
+            self.poisoned_at(1, 4, 5, 6),
+            self.assertRaisesRegex(FloatingPointError, r"step 5: loss nan.*train-\d+.*max_bad_steps = 2 in a row"),
         ):
-            self.run_in("run")
-        with checkpoints.open_manager(self.directory / "run" / "checkpoints") as manager:
-            self.assertEqual(manager.latest_step(), 2)
-        for leaf in jax.tree.leaves(self.parameters_of("run", 2)):
+            self.run_in("run", max_bad_steps=2)
+        self.assertEqual(self.steps_of("run"), [2, 4])
+        # The count goes on where it was: step 4 was bad, and so is 5 again.
+        with self.poisoned_at(5), self.assertRaisesRegex(FloatingPointError, "step 5: loss nan"):
+            self.run_in("run", max_bad_steps=2)
+        for leaf in jax.tree.leaves(self.parameters_of("run", 4)):
             self.assertTrue(np.isfinite(leaf).all())
 
     def test_tokenizer_larger_than_the_vocabulary_is_refused(self):

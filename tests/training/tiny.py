@@ -1,12 +1,18 @@
 """A decoder small enough for tests, random parameters for it, and dialogues through the whole data room."""
 
+import json
+
 import jax
 import numpy as np
 
 from dialog_jax.data import batches, dataset
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, pretrained
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.sharding import MeshConfig
+from tests.data import chat_templates
 
 
 def config(vocab_size, **changes):
@@ -38,6 +44,35 @@ def trees(dialogues, tokenizer, *, max_length=512, **objective):
     return dataset.prepare(
         dialogues, Renderer(tokenizer), objective=ObjectiveConfig(**objective), max_length=max_length
     )
+
+
+def run_config(directory, **changes):
+    """The config of a run of 6 steps on 8 devices; its model, 24 dialogues and 4 held out are written there."""
+    tokenizer = chat_templates.train_tokenizer("chatml")
+    model = config(len(tokenizer))
+    pretrained.save_pretrained(directory / "model", model, parameters(model), tokenizer=tokenizer)
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 24), ("validation", 4)):
+        dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3) for i in range(count)]
+        lines = [
+            json.dumps({"id": f"{name}-{i}", "messages": [message.as_dict() for message in dialogue.messages]})
+            for i, dialogue in enumerate(dialogues)
+        ]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    fields = {
+        "model": str(directory / "model"),
+        "data": DataConfig(
+            train=str(directory / "train.jsonl"), validation=str(directory / "validation.jsonl"), max_length=256
+        ),
+        "optimizer": OptimizerConfig(learning_rate=3e-3),
+        "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
+        "rows": 4,
+        "gradient_accumulation": 2,
+        "steps": 6,
+        "evaluate_every": 2,
+        "checkpoint_every": 2,
+    }
+    return TrainConfig(**(fields | changes))
 
 
 def rows(prepared, assignment, *, max_length):

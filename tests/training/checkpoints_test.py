@@ -1,0 +1,125 @@
+"""Checksums by hand, any damage to a checkpoint is noticed, and which checkpoints stay."""
+
+import pathlib
+import shutil
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec
+
+from dialog_jax.training import checkpoints, sharding
+from dialog_jax.training.checkpoints import DamagedError
+from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.step import first_state
+from tests.training import tiny
+
+
+def checksum(array):
+    """MurmurHash3's finaliser, word by word, in Python's integers."""
+    total = 0
+    for index, word in enumerate(np.asarray(array).ravel().view(np.uint32).tolist()):
+        word ^= index * 0x9E3779B9 % 2**32
+        word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
+        word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
+        total += word ^ word >> 16
+    return total % 2**32
+
+
+class ChecksumTest(absltest.TestCase):
+    def test_checksum_is_that_of_the_loop_on_any_mesh(self):
+        array = jax.random.normal(jax.random.key(0), (3, 16, 8))
+        count = jnp.int32(7)
+        expected = {"['a']": checksum(array), "['n']": checksum(count)}
+        self.assertEqual(checkpoints.checksums({"a": array, "n": count}), expected)
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+        place = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+        self.assertEqual(checkpoints.checksums({"a": jax.device_put(array, place), "n": count}), expected)
+
+    def test_every_bit_and_every_place_counts(self):
+        array = np.zeros((2, 3), np.float32)
+        seen = {checksum(array)}
+        for place in range(6):
+            for bit in range(32):
+                changed = array.view(np.uint32).copy()
+                changed.flat[place] ^= np.uint32(1 << bit)
+                (value,) = checkpoints.checksums([jnp.asarray(changed.view(np.float32))]).values()
+                seen.add(value)
+        self.assertLen(seen, 1 + 6 * 32)
+
+
+class DamageTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.create_tempdir().full_path) / "checkpoints"
+        self.state = first_state(tiny.parameters(tiny.config(64)), optax.adam(1e-3))._replace(
+            step=jnp.int32(5), skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1)
+        )
+        with checkpoints.open_manager(self.directory, keep=1, losses={}) as manager:
+            checkpoints.save(manager, self.state)
+
+    def restored(self):
+        with checkpoints.open_reader(self.directory) as manager:
+            return checkpoints.restore(manager, 5, self.state)
+
+    def test_state_comes_back_with_its_counts(self):
+        jax.tree.map(np.testing.assert_array_equal, self.restored(), self.state)
+
+    @parameterized.parameters("missing", "cut", "changed")
+    def test_damage_to_any_file_is_noticed_or_harmless(self, how):
+        """Orbax keeps copies and notes that reading does not need; what matters is that no wrong array comes back."""
+        rng = np.random.default_rng(0)
+        whole = self.directory.with_name("whole")
+        shutil.copytree(self.directory, whole)
+        noticed = 0
+        for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
+            shutil.rmtree(self.directory)
+            shutil.copytree(whole, self.directory)
+            data = bytearray((whole / file).read_bytes())
+            if how == "missing":
+                (self.directory / file).unlink()
+            elif how == "cut":
+                (self.directory / file).write_bytes(data[: len(data) // 2])
+            else:
+                data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+                (self.directory / file).write_bytes(data)
+            with self.subTest(file=file):
+                try:
+                    jax.tree.map(np.testing.assert_array_equal, self.restored(), self.state)
+                except DamagedError:
+                    noticed += 1
+        self.assertGreaterEqual(noticed, 5)
+
+    def test_errors_of_the_machine_are_no_damage(self):
+        with (
+            checkpoints.open_reader(self.directory) as manager,
+            mock.patch.object(manager, "restore", side_effect=MemoryError),
+            self.assertRaises(MemoryError),
+        ):
+            checkpoints.restore(manager, 5, self.state)
+
+
+class KeptTest(absltest.TestCase):
+    def test_newest_and_best_stay(self):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        state = first_state({"a": jnp.ones(3)}, optax.sgd(1.0))
+        losses, kept = {0: 0.1}, []
+        with checkpoints.open_manager(directory, keep=2, losses=losses) as manager:
+            for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, 6.0), (6, 2.0), (7, 9.0), (8, 9.0)):
+                if loss is not None:
+                    losses[step] = loss
+                checkpoints.save(manager, state._replace(step=jnp.int32(step)))
+                checkpoints.wait(manager)
+                kept.append(sorted(int(path.name) for path in directory.iterdir()))
+        self.assertEqual(kept, [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]])
+
+    def test_best_is_the_first_of_the_lowest(self):
+        self.assertEqual(checkpoints.best_step({0: 1.0, 2: 3.0, 4: 3.0, 6: 5.0}, [6, 4, 2, 8]), 2)
+        self.assertIsNone(checkpoints.best_step({0: 1.0}, [6]))
+
+
+if __name__ == "__main__":
+    absltest.main()
