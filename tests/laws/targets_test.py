@@ -1,0 +1,219 @@
+"""Every target appears exactly once, behind exactly its context: from dialogues to trees, and from trees to batches."""
+
+import collections
+
+import hypothesis
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import strategies as st
+
+from dialog_jax.data import batches, dataset, rendering
+from dialog_jax.data.objectives import ObjectiveConfig
+from tests.data import chat_templates
+from tests.laws import budget, oracles, strategies
+
+
+def prepare(dialogues, family, *, max_length=100_000, truncate="turns", share_prefixes=False, **objective):
+    """Trees; None where nothing is trained on."""
+    try:
+        return dataset.prepare(
+            dialogues,
+            rendering.Renderer(chat_templates.train_tokenizer(family)),
+            objective=ObjectiveConfig(**objective),
+            max_length=max_length,
+            truncate=truncate,
+            share_prefixes=share_prefixes,
+        )
+    except ValueError as error:
+        if "has a target under objective" not in str(error):
+            raise
+        return None
+
+
+class DialoguesTest(parameterized.TestCase):
+    def check(self, dialogues, family, objective):
+        trees = prepare(dialogues, family, **objective)
+        numbers = {} if trees is None else {id: number for number, id in enumerate(trees.ids)}
+        for dialogue in dialogues:
+            expected = oracles.targets(dialogue, objective, family)
+            self.assertEqual(dialogue.id in numbers, bool(expected))
+            if not expected:
+                continue
+            tree = trees.tree(numbers[dialogue.id])
+            found = oracles.tree_targets(tree)
+            self.assertLen({(context, token) for context, token, _, _ in found}, len(found))
+            got = {(context, token): (weight, turn) for context, token, weight, turn in found}
+            self.assertEqual(got.keys(), expected.keys())
+            np.testing.assert_allclose([got[key][0] for key in got], [expected[key][0] for key in got], rtol=1e-5)
+            self.assertEqual([got[key][1] for key in got], [expected[key][1] for key in got])
+
+    @parameterized.parameters(*chat_templates.FAMILIES)
+    @budget.cases(12)
+    @hypothesis.given(data=st.data())
+    def test_a_tree_has_the_targets_of_its_responses_one_by_one(self, family, data):
+        records = data.draw(st.lists(strategies.records(family), min_size=1, max_size=3))
+        self.check(strategies.parsed(records), family, data.draw(strategies.objectives))
+
+    @parameterized.parameters(*strategies.BYTE_LEVEL)
+    @budget.cases(10)
+    @hypothesis.given(data=st.data())
+    def test_tokens_of_parts_have_the_weight_of_the_part_they_end_in(self, family, data):
+        record = data.draw(strategies.records(family, kind="parts"))
+        self.check(strategies.parsed([record]), family, data.draw(strategies.objectives))
+
+    @parameterized.parameters(*chat_templates.FAMILIES)
+    @budget.cases(8)
+    @hypothesis.given(data=st.data())
+    def test_a_tree_has_each_beginning_once_and_no_other_token(self, family, data):
+        dialogues = strategies.parsed([data.draw(strategies.records(family))])
+        trees = prepare(dialogues, family)
+        if trees is not None:
+            tree = trees.tree(0)
+            found = [tuple(tree.tokens[oracles.context(tree, node)].tolist()) for node in range(len(tree.tokens))]
+            self.assertLen(set(found), len(found))
+            self.assertEqual(set(found), oracles.nodes(dialogues[0], family))
+
+
+class BuildTreeTest(absltest.TestCase):
+    @budget.cases(150)
+    @hypothesis.given(data=st.data())
+    def test_weights_of_responses_add_up_and_others_do_not_path_by_path(self, data):
+        sequences = data.draw(st.lists(strategies.strings(min_length=1), min_size=1, max_size=5))
+        paths = sorted(data.draw(st.lists(st.integers(0, 2), min_size=len(sequences), max_size=len(sequences))))
+        tree = strategies.built(sequences, paths)
+        expected = {}
+        for (ids, spans), path in zip(sequences, paths, strict=True):
+            for stop in range(1, len(ids) + 1):
+                sums, _ = expected.setdefault(tuple(ids[:stop]), (collections.defaultdict(lambda: [0.0, 0.0]), [-1]))
+                _, turns = expected[tuple(ids[:stop])]
+                for begin, end, weight, turn in spans:
+                    if begin < stop <= end:
+                        of_responses, others = sums[path]
+                        added = turn >= 0
+                        sums[path] = [of_responses + added * weight, others if added else max(others, weight)]
+                        turns.append(turn)
+        got = {}
+        for node in range(len(tree.tokens)):
+            prefix = tuple(tree.tokens[oracles.context(tree, node)].tolist())
+            self.assertNotIn(prefix, got)
+            got[prefix] = (float(tree.weight[node]), int(tree.turn[node]))
+        wanted = {
+            prefix: (sum(max(pair) for pair in sums.values()) if len(prefix) > 1 else 0.0, max(turns))
+            for prefix, (sums, turns) in expected.items()
+        }
+        self.assertEqual(got, wanted)
+
+
+def plan_of(trees, *, max_length, max_targets, rows, micro_batches, seed):
+    return batches.Plan(
+        trees, max_length=max_length, max_targets=max_targets, rows=rows, micro_batches=micro_batches, seed=seed
+    )
+
+
+def parts_of(trees, hosts, rows, **options):
+    """The plans of several hosts, which divide the rows of a micro-batch."""
+    return [batches.Plan(trees, rows=rows, host=host, hosts=hosts, **options) for host in range(hosts)]
+
+
+@st.composite
+def budgets(draw, trees):
+    """max_length and max_targets, often no larger than the largest tree needs."""
+    tokens, targets = trees.sizes()
+    length = int(tokens.max()) + draw(st.sampled_from([0, 0, 1, 5, 30]))
+    return {"max_length": length, "max_targets": min(length, int(targets.max()) + draw(st.sampled_from([0, 1, 4, 40])))}
+
+
+class EpochTest(parameterized.TestCase):
+    @parameterized.parameters(False, True)
+    @budget.cases(80)
+    @hypothesis.given(data=st.data())
+    def test_an_epoch_has_every_target_of_every_tree_once(self, preambles, data):
+        trees = strategies.stored(data.draw(strategies.forests(preambles=preambles)))
+        plan = plan_of(
+            trees,
+            **data.draw(budgets(trees)),
+            rows=data.draw(st.sampled_from([1, 2, 4])),
+            micro_batches=data.draw(st.sampled_from([1, 2, 3])),
+            seed=data.draw(st.integers(0, 2**40)),
+        )
+        rows = len(plan.rows(0))
+        expected = [target for number in range(len(trees)) for target in oracles.tree_targets(trees.tree(number))]
+        epochs = 3
+        given = [row for step in range(-(-epochs * plan.rows_per_epoch // rows)) for row in plan.rows(step)]
+        for epoch in range(epochs):
+            part = given[epoch * plan.rows_per_epoch : (epoch + 1) * plan.rows_per_epoch]
+            self.assertCountEqual([tree for row in part for tree in row], range(len(trees)))
+        found, taken, step = [], 0, 0
+        while taken < plan.rows_per_epoch:
+            batch = plan.batch(step).map(lambda array: array.reshape(rows, -1))
+            batch = batch.map(lambda array, left=plan.rows_per_epoch - taken: array[:left])
+            found += oracles.row_targets(batch)
+            taken, step = taken + rows, step + 1
+        if not preambles:
+            self.assertCountEqual(found, expected)
+        got, wanted = oracles.added_up(found), oracles.added_up(expected)
+        self.assertEqual(got.keys(), wanted.keys())
+        np.testing.assert_allclose([got[key] for key in got], [wanted[key] for key in got], rtol=1e-6)
+
+    @budget.cases(40)
+    @hypothesis.given(data=st.data())
+    def test_evaluation_has_every_target_once(self, data):
+        trees = strategies.stored(data.draw(strategies.forests()))
+        options = data.draw(budgets(trees)) | {"rows": data.draw(st.integers(1, 5))}
+        given = [batch for batch, _ in batches.evaluation_batches(trees, **options)]
+        expected = [target for number in range(len(trees)) for target in oracles.tree_targets(trees.tree(number))]
+        self.assertCountEqual([target for batch in given for target in oracles.row_targets(batch)], expected)
+
+    @parameterized.parameters("chatml", "qwen3", "mistral")
+    @budget.cases(8)
+    @hypothesis.given(data=st.data())
+    def test_packed_dialogues_have_the_targets_of_their_responses(self, family, data):
+        """From records to batches at once, with a shared system prompt or without."""
+        records = data.draw(st.lists(strategies.records(family), min_size=1, max_size=6))
+        dialogues = strategies.parsed(records)
+        trees = prepare(dialogues, family, share_prefixes=data.draw(st.booleans()))
+        expected = collections.Counter()
+        for dialogue in dialogues:
+            for key, (weight, _) in oracles.targets(dialogue, {}, family).items():
+                expected[key] += weight
+        self.assertEqual(trees is None, not expected)
+        if trees is None:
+            return
+        plan = plan_of(trees, **data.draw(budgets(trees)), rows=1, micro_batches=1, seed=data.draw(st.integers(0, 99)))
+        found = [target for step in range(plan.rows_per_epoch) for target in oracles.row_targets(plan.batch(step))]
+        got = oracles.added_up(found)
+        self.assertEqual(got.keys(), expected.keys())
+        np.testing.assert_allclose([got[key] for key in got], [expected[key] for key in got], rtol=1e-5)
+
+
+class HostsTest(absltest.TestCase):
+    @budget.cases(60)
+    @hypothesis.given(data=st.data())
+    def test_hosts_together_have_the_whole_batch(self, data):
+        trees = strategies.stored(data.draw(strategies.forests(preambles=True)))
+        options = data.draw(budgets(trees)) | {"micro_batches": data.draw(st.integers(1, 3)), "seed": 5}
+        hosts, each, step = (data.draw(st.sampled_from(some)) for some in ([1, 2, 4], [1, 2], [0, 1, 7]))
+        whole = plan_of(trees, rows=hosts * each, **options).batch(step)
+        parts = [plan.batch(step) for plan in parts_of(trees, hosts, hosts * each, **options)]
+        for name, array in whole._asdict().items():
+            if array is not None:
+                joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
+                np.testing.assert_array_equal(joined, array, err_msg=name)
+
+
+class PlanTest(absltest.TestCase):
+    @budget.cases(60)
+    @hypothesis.given(data=st.data())
+    def test_a_batch_is_a_function_of_seed_and_step(self, data):
+        trees = strategies.stored(data.draw(strategies.forests(preambles=True)))
+        options = data.draw(budgets(trees)) | {"rows": 2, "micro_batches": 2, "seed": data.draw(st.integers(0, 9))}
+        asked = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
+        plan = plan_of(trees, **options)
+        for step in asked:
+            first, fresh = plan.batch(step), plan_of(trees, **options).batch(step)
+            for name, array in first._asdict().items():
+                np.testing.assert_array_equal(array, getattr(fresh, name), err_msg=name)
+
+
+if __name__ == "__main__":
+    absltest.main()
