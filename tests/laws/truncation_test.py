@@ -1,0 +1,152 @@
+"""Cutting to length: what is kept and what is counted as cut are all there is, and what is kept is what it was."""
+
+import collections
+
+import hypothesis
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import strategies as st
+
+from dialog_jax.data.dialogues import Dialogue
+from tests.laws import budget, oracles, strategies
+from tests.laws.targets_test import prepare
+
+_FAMILIES = ("chatml", "llama3", "qwen3", "gemma", "mistral")
+
+
+def wanted(dialogue):
+    return [i for i, message in enumerate(dialogue.messages) if message.role == "assistant" and message.weight > 0]
+
+
+def beginnings(one):
+    ids = one.prompt + one.tokens
+    return {tuple(ids[:stop]) for stop in range(1, len(ids) + 1)}
+
+
+def fitting(dialogue, family, max_length):
+    """The responses of each path's longest beginning such that all their beginnings are at most `max_length`."""
+    kept, known, seen = set(), set(), set()
+    for path in oracles.paths_of(dialogue):
+        for message in (m for m in path if m in wanted(dialogue) and m not in seen):
+            more = known | beginnings(oracles.response(dialogue, message, family))
+            if len(more) > max_length:
+                break
+            known = more
+            kept.add(message)
+        seen |= set(path)
+    return kept
+
+
+def distinct(record):
+    """The record with other words in each message."""
+    messages = [{**m, "content": f"{number} {m['content']}"} for number, m in enumerate(record["messages"])]
+    return {**record, "messages": messages}
+
+
+def lengths(data, dialogue, family):
+    """A limit at which something is likely to be cut."""
+    size = len(oracles.nodes(dialogue, family))
+    return data.draw(st.integers(2, max(2, size + 1)), label="max_length")
+
+
+class TurnsTest(parameterized.TestCase):
+    @parameterized.parameters(*_FAMILIES)
+    @budget.cases(25)
+    @hypothesis.given(data=st.data())
+    def test_turns_keeps_the_longest_beginning_and_counts_the_rest(self, family, data):
+        (dialogue,) = strategies.parsed([data.draw(strategies.records(family))])
+        objective = data.draw(st.sampled_from([{}, {"turn_discount": 0.5}, {"normalise": "dialogue"}]))
+        max_length = lengths(data, dialogue, family)
+        kept = fitting(dialogue, family, max_length)
+        expected = collections.Counter()
+        for one, weights in oracles.response_weights(dialogue, objective, family, kept=kept):
+            for n, weight in enumerate(weights):
+                expected[tuple(one.prompt + one.tokens[:n]), one.tokens[n]] += weight
+        trees = prepare([dialogue], family, max_length=max_length, truncate="turns", **objective)
+        self.assertEqual(trees is None, not kept)
+        if trees is None:
+            return
+        report, tree = trees.report, trees.tree(0)
+        self.assertLessEqual(len(tree.tokens), max_length)
+        self.assertEqual((report.turns, report.turns_cut), (len(kept), len(wanted(dialogue)) - len(kept)))
+        self.assertEqual(report.shortened, int(report.turns_cut > 0))
+        got = oracles.added_up(oracles.tree_targets(tree))
+        self.assertEqual(got.keys(), expected.keys())
+        np.testing.assert_allclose([got[key] for key in got], [expected[key] for key in got], rtol=1e-5)
+
+    @parameterized.parameters(*_FAMILIES)
+    @budget.cases(15)
+    @hypothesis.given(data=st.data())
+    def test_drop_and_error_take_whole_dialogues_only(self, family, data):
+        (dialogue,) = strategies.parsed([data.draw(strategies.records(family))])
+        max_length = lengths(data, dialogue, family)
+        whole = len(fitting(dialogue, family, max_length)) == len(wanted(dialogue))
+        if not wanted(dialogue):
+            return
+        dropped = prepare([dialogue], family, max_length=max_length, truncate="drop")
+        self.assertEqual(dropped is not None, whole)
+        if whole:
+            kept = prepare([dialogue], family, max_length=max_length, truncate="error")
+            self.assertCountEqual(
+                oracles.tree_targets(kept.tree(0)), oracles.tree_targets(prepare([dialogue], family).tree(0))
+            )
+        else:
+            with self.assertRaisesRegex(ValueError, r"dialogue 0 \(records\[0\]\): has more than max_length"):
+                prepare([dialogue], family, max_length=max_length, truncate="error")
+
+
+class SplitTest(parameterized.TestCase):
+    """Each response that can be trained at all is trained once, behind as much of its history as the trees say."""
+
+    def histories(self, dialogue, message, family):
+        """The response behind each history that a piece may give it, from the shortest on."""
+        path = oracles.path_to(dialogue, message)
+        system = int(dialogue.messages[path[0]].role == "system")
+        starts = [place for place in range(system, len(path) - 1) if dialogue.messages[path[place]].role == "user"]
+        for start in [*reversed(starts), None]:
+            kept = path if start is None else path[:system] + path[start:]
+            part = Dialogue(id=0, messages=tuple(dialogue.messages[i] for i in kept))
+            yield oracles.response(part, len(kept) - 1, family)
+
+    @parameterized.parameters(*_FAMILIES)
+    @budget.cases(25)
+    @hypothesis.given(data=st.data())
+    def test_split_trains_each_response_once_or_counts_it(self, family, data):
+        kinds = st.one_of(
+            strategies.lists(family, max_turns=6, kind="words"), strategies.message_trees(family, kind="words")
+        )
+        (dialogue,) = strategies.parsed([distinct(data.draw(kinds))])
+        max_length = lengths(data, dialogue, family)
+        trees = prepare([dialogue], family, max_length=max_length, truncate="split")
+        found = collections.Counter()
+        turns = {}
+        for number in range(0 if trees is None else len(trees)):
+            self.assertLessEqual(len(trees.tree(number).tokens), max_length)
+            for context, token, weight, turn in oracles.tree_targets(trees.tree(number)):
+                found[context, token] += weight
+                turns[context, token] = turn
+        trained = set()
+        for message in wanted(dialogue):
+            histories = list(self.histories(dialogue, message, family))
+            path = oracles.path_to(dialogue, message)
+            turn = sum(dialogue.messages[i].role == "assistant" for i in path) - 1
+            behind = {tuple(one.prompt): one for one in histories}
+            used = [one for one in behind.values() if (tuple(one.prompt + one.tokens[:-1]), one.tokens[-1]) in found]
+            self.assertLessEqual(len(used), 1)
+            fits = len(histories[0].prompt + histories[0].tokens) <= max_length
+            self.assertEqual(bool(used), fits)
+            for one in used:
+                trained.add(message)
+                for n, token in enumerate(one.tokens):
+                    key = (tuple(one.prompt + one.tokens[:n]), token)
+                    # Two responses to one history may begin alike; what is left must be the other's.
+                    found[key] -= dialogue.messages[message].weight
+                    self.assertEqual(turns[key], turn)
+        self.assertEqual({key: weight for key, weight in found.items() if abs(weight) > 1e-5}, {})
+        if trees is not None:
+            self.assertEqual(trees.report.turns, len(trained))
+            self.assertEqual(trees.report.turns + trees.report.turns_cut, len(wanted(dialogue)))
+
+
+if __name__ == "__main__":
+    absltest.main()
