@@ -124,6 +124,7 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
     Raises:
       ValueError: got something else. Says what, what was needed, where, and the remedy.
     """
+    records.check_depth(record, _name(index, where))
     if not isinstance(record, Mapping):
         raise ValueError(
             f"{_name(index, where)}: got {records.shown(record)}; needed an object with the keys of one of "
@@ -134,6 +135,7 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
         raise ValueError(
             f"{_name(index, where)}: id is {records.shown(identifier)}; needed a string or an integer. Change it."
         )
+    records.check_text(identifier, f"{_name(index, where)}: id")
     name = _name(identifier, where)
     raw = records.unpack(record, name)
     return Dialogue(

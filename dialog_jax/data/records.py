@@ -7,6 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+_DEEPEST = 100  # messages, calls and their arguments need few
+_CONTAINERS = (Mapping, list, tuple)
+
 ROLES = ("system", "user", "assistant", "tool")
 
 # ShareGPT's names for the speaker. A function call is something the assistant writes.
@@ -166,6 +169,9 @@ def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
             raise ValueError(
                 f"{name}: tools is text but not JSON ({error.msg} at column {error.colno}). {remedy}"
             ) from None
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{name}: tools is text that cannot be read as JSON ({error}). {remedy}") from None
+        check_depth(tools, f"{name}: tools")
     if tools is None:
         return None
     check_text(tools, f"{name}: tools")
@@ -174,8 +180,19 @@ def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
     return tuple(tools) or None
 
 
+def check_depth(value: Any, where: str) -> None:
+    """Raises ValueError if lists and objects nest so deeply in the value that what calls itself for each could fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        held = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, _CONTAINERS)]
+        level = [entry for entries in held for entry in entries]
+        if not level:
+            return
+    raise ValueError(f"{where}: nests lists and objects more than {_DEEPEST} deep. Flatten it, or write it as text.")
+
+
 def check_text(value: Any, where: str) -> None:
-    """Raises ValueError if there is a string in the value that is no text."""
+    """Raises ValueError if there is a string in the value, or a key, that is no text."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -185,7 +202,8 @@ def check_text(value: Any, where: str) -> None:
                 "remove it."
             ) from None
     elif isinstance(value, Mapping):
-        for entry in value.values():
+        for key, entry in value.items():
+            check_text(key, where)
             check_text(entry, where)
     elif isinstance(value, list | tuple):
         for entry in value:

@@ -97,6 +97,10 @@ def _decoded_json(data: bytes, where: str, remedy: str) -> Any:
         # A file's line is part of the place; the lines of a .jsonl file are numbered in `where` already.
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise ValueError(f"{where}: not JSON at {place}: {error.msg}. {remedy}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nests lists and objects too deeply to be read. Write a dialogue flat.") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: has a number that is too long ({error}). Write it shorter, or as text.") from None
 
 
 def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -105,16 +109,18 @@ def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path.name}: reading Parquet needs pyarrow. Run: pip install pyarrow") from None
+    index = 0
     try:
-        parquet = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path.name}: not a Parquet file ({error}). Write it again, or rename it.") from None
-    with parquet:
-        index = 0
-        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
-            for record in batch.to_pylist():
-                yield f"{path.name}[{index}]", _without_nulls(record)
-                index += 1
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
+                for record in batch.to_pylist():
+                    yield f"{path.name}[{index}]", _without_nulls(record)
+                    index += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        after = f" after {index:,} records" if index else ""
+        raise ValueError(
+            f"{path.name}: not a whole Parquet file{after} ({error}). Write it again, or rename it."
+        ) from None
 
 
 def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tuple[str, Any]]:
