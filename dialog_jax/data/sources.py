@@ -117,10 +117,8 @@ def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path.name}[{index}]", _without_nulls(record)
                     index += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        after = f" after {index:,} records" if index else ""
-        raise ValueError(
-            f"{path.name}: not a whole Parquet file{after} ({error}). Write it again, or rename it."
-        ) from None
+        what = f"damaged after {index:,} records" if index else "not a Parquet file"
+        raise ValueError(f"{path.name}: {what} ({error}). Write it again, or rename it.") from None
 
 
 def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tuple[str, Any]]:

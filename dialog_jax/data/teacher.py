@@ -165,8 +165,10 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file.name} is not a whole safetensors file: {error}. Make it again.") from error
     arrays = _mapped(file)
+    ids = _ids(file.name, metadata["ids"])
     if not len(arrays["token"]):
         raise ValueError(f"{file.name} holds no response. Score the dialogues that are to be trained on.")
+    _check_places(file.name, len(ids), arrays)
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -176,7 +178,7 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
         digest=digest.hexdigest(),
         same_tokenizer=metadata.get("tokenizer") == tokenizer,
         largest=_check(file.name, arrays["top_token"], arrays["top_log_probability"]),
-        numbers={name: number for number, name in enumerate(json.loads(metadata["ids"]))},
+        numbers={name: number for number, name in enumerate(ids)},
         **arrays,
     )
 
@@ -281,11 +283,44 @@ def _mapped(file: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _ids(name: str, text: str) -> list[str | int]:
+    """The ids of a file's dialogues."""
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: its list of dialogues is not JSON ({error}). Make it again.") from None
+    if not isinstance(ids, list) or not all(isinstance(one, str | int) for one in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{name}: its list of dialogues holds what are no ids, or one of them twice. Make it again.")
+    return ids
+
+
+def _check_places(name: str, dialogues: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where the arrays of a file do not belong together."""
+    dialogue, offset, top = arrays["response_dialogue"], arrays["response_offset"], arrays["top_token"]
+    responses, tokens = len(dialogue), len(arrays["token"])
+    shapes = {key: (tokens, *top.shape[1:2]) if key.startswith("top_") else (responses,) for key in _TYPES}
+    shapes |= {"response_offset": (responses + 1,), "token": (tokens,)}
+    together = (
+        responses > 0
+        and all(arrays[key].shape == shape for key, shape in shapes.items())
+        and top.ndim == 2
+        and top.shape[1] > 0
+        and (offset[0], offset[-1]) == (0, tokens)
+        and (offset[:-1] <= offset[1:]).all()
+        and (dialogue[:-1] <= dialogue[1:]).all()
+        and 0 <= dialogue[0] <= dialogue[-1] < dialogues
+    )
+    if not together:
+        raise ValueError(f"{name}: its arrays do not belong together, as if written by something else. Make it again.")
+
+
 def _check(name: str, token: Int32[np.ndarray, "n N"], log_probability: Float32[np.ndarray, "n N"]) -> int:
     """The largest token id; raises ValueError where there are no probabilities."""
     largest = 0
     for start in range(0, len(token), _BLOCK):
         largest = max(largest, int(token[start : start + _BLOCK].max()))
+        if (least := int(token[start : start + _BLOCK].min())) < 0:
+            raise ValueError(f"{name} holds the token id {least}; ids start at 0. Make it again.")
         sums = np.exp(log_probability[start : start + _BLOCK].astype(np.float64)).sum(axis=-1)
         wrong = ~((sums > 0) & (sums <= 1 + _MASS))  # so that nan is wrong
         if wrong.any():

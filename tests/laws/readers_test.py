@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from dialog_jax.data import dialogues, sources
 from tests.laws import budget, strategies
 
+# fmt: off
 _KEYS = (
     "messages", "conversations", "prompt", "completion", "continuations", "role", "content", "from", "value", "weight",
     "train", "id", "parent", "type", "text", "system", "tools", "tool_calls", "function", "arguments", "x", "",
-)  # fmt: skip
+)
 _VALUES = (
-    "user", "assistant", "system", "tool", "human", "gpt", "text", "m0", "[]", "{}", '[{"type": "function"}]', " [1", "\x00",
-    "\ud800", "\udcff", "a" * 200, 0, 1, -1, 0.5, 1e-40, 1e39, 10**400, -(10**30), float("nan"), float("inf"), True, False,
-    None, [], {},
-)  # fmt: skip
+    "user", "assistant", "system", "tool", "human", "gpt", "text", "m0", "[]", "{}", '[{"type": "function"}]', " [1",
+    "\x00", "\ud800", "\udcff", "a" * 200, 0, 1, -1, 0.5, 1e-40, 1e39, 10**400, -(10**30), float("nan"), float("inf"),
+    True, False, None, [], {},
+)
+# fmt: on
 _scalars = st.one_of(
     st.sampled_from(_VALUES),
     st.integers(),
@@ -140,19 +142,20 @@ def file_texts(records):
 @st.composite
 def literals(draw):
     """JSON texts that are none, or that say more than Python takes."""
-    digits = draw(st.sampled_from([10, 4400, 20_000]))
-    deep = draw(st.sampled_from([10, 990, 5000, 100_000]))
-    return draw(
-        st.sampled_from(
-            [
-                "NaN", "-Infinity", "1e999", "-1e-999", "9" * digits, "-" + "9" * digits + ".5", '{"id": ' + "9" * digits + "}",
-                "[" * deep, "[" * deep + "]" * deep, '{"x":' * deep + "1" + "}" * deep, '"\\ud800"', '"\\u0000"', '{"a":1,"a":2}',
-                '{"messages":[],"messages":[{"role":"user","content":"a"}]}', "\ufeff{}", "{}\r", "\r", "\x0c", "\x00", "{}{}",
-                '{"messages": [{"role": "user", "content": "a", "weight": ' + "9" * digits + "}]}",
-                '{"metadata": ' + "[" * deep + "]" * deep + ', "prompt": "a", "completion": "b"}',
-            ]
-        )
-    )  # fmt: skip
+    nines = "9" * draw(st.sampled_from([10, 4400, 20_000]))
+    depth = draw(st.sampled_from([10, 990, 5000, 100_000]))
+    deep = "[" * depth + "]" * depth
+    # fmt: off
+    texts = [
+        "NaN", "-Infinity", "1e999", "-1e-999", nines, f"-{nines}.5", '"\\ud800"', '"\\u0000"', '{"a":1,"a":2}', "{}{}",
+        "\ufeff{}", "{}\r", "\r", "\x0c", "\x00", deep, deep[:depth], '{"x":' * depth + "1" + "}" * depth,
+        f'{{"prompt": "a", "completion": "b", "id": {nines}}}',
+        f'{{"prompt": "a", "completion": "b", "x": {deep}}}',
+        f'{{"messages": [{{"role": "user", "content": "a", "weight": {nines}}}]}}',
+        '{"messages": [], "messages": [{"role": "user", "content": "a"}]}',
+    ]
+    # fmt: on
+    return draw(st.sampled_from(texts))
 
 
 @st.composite
@@ -217,7 +220,7 @@ class FilesTest(parameterized.TestCase):
         ending = data.draw(st.sampled_from(["\n", "\r\n", "\n\n", " \n", "\r"]))
         text = ending.join(data.draw(st.permutations(lines)))
         if suffix == ".json":
-            text = data.draw(st.sampled_from(["[%s, %s]" % tuple(lines), lines[1], text]))  # noqa: UP031
+            text = data.draw(st.sampled_from([f"[{', '.join(lines)}]", lines[1], text]))
         bom = data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
         self.check(f"data{suffix}", bom + text.encode("utf-8", "surrogatepass"))
 
