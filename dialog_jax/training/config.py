@@ -1,6 +1,7 @@
 """What a run is told: `TrainConfig`, and its two forms, a frozen dataclass and the ConfigDict that flags override."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -104,8 +105,10 @@ class TrainConfig:
             raise ValueError(f"data.max_length is {self.data.max_length}; it must be at least 2.")
         if not 0 <= self.data.max_targets <= self.data.max_length:
             raise ValueError(f"data.max_targets is {self.data.max_targets}; it must be 0 to data.max_length.")
-        if self.steps < 0 or (not self.steps and not self.epochs > 0):
-            raise ValueError(f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0.")
+        if self.steps < 0 or (not self.steps and not 0 < self.epochs < math.inf):
+            raise ValueError(
+                f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0, and finite."
+            )
         if self.checkpoint_every % self.evaluate_every:
             raise ValueError(
                 f"checkpoint_every is {self.checkpoint_every}; it must be a multiple of evaluate_every = "

@@ -1,6 +1,7 @@
 """Learning-rate schedules, weight-decay mask and the optax chain."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -30,11 +31,12 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0.")
+        for field in ("learning_rate", "epsilon"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
         for field in ("warmup_steps", "weight_decay", "clip_norm"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0.")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
         for field in ("final_fraction", "decay_fraction", "b1", "b2"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
