@@ -47,7 +47,8 @@ class ConfigTest(absltest.TestCase):
             inner = made
             for name in path[:-1]:
                 inner = inner[name]
-            inner[path[-1]] = data.draw(_OF_FIELD.get(path[-1]) or _OF_KIND[type(value)])
+            own = _OF_FIELD[path[-1]] if path[-1] in _OF_FIELD else _OF_KIND[type(value)]
+            inner[path[-1]] = data.draw(own)
         try:
             found = config.from_config_dict(made)
         except ValueError as error:
