@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dialog_jax.training import config, metrics
 from tests.laws import budget
+from tests.laws.readers_test import damaged
 
 _WHOLE = config.TrainConfig(
     model="m", data=config.DataConfig(train="a.jsonl", validation="b.jsonl"), checkpoint_every=50
@@ -73,17 +74,34 @@ class ConfigTest(absltest.TestCase):
 
 
 class FiguresTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.path = pathlib.Path(self.create_tempfile("metrics.jsonl").full_path)
+
+    figure = st.fixed_dictionaries({"step": st.integers(1, 10**6), "loss": st.floats(allow_nan=False)})
+    records = st.lists(figure, max_size=4)
+
+    def text(self, records):
+        return "".join(json.dumps(record) + "\n" for record in records).encode()
+
     @budget.cases(100)
-    @hypothesis.given(data=st.data())
-    def test_a_file_cut_anywhere_gives_its_whole_lines(self, data):
-        figure = st.fixed_dictionaries({"step": st.integers(1, 10**6), "loss": st.floats(allow_nan=False)})
-        records = data.draw(st.lists(figure, max_size=4))
-        lines = [json.dumps(record) + "\n" for record in records]
-        text = "".join(lines).encode()
-        cut = data.draw(st.integers(0, len(text)))
-        path = pathlib.Path(self.create_tempfile().full_path)
-        path.write_bytes(text[:cut])
-        self.assertEqual(metrics.read_lines(path), records[: text[:cut].count(b"\n")])
+    @hypothesis.given(records=records, data=st.data())
+    def test_a_file_cut_anywhere_gives_its_whole_lines(self, records, data):
+        text = self.text(records)
+        kept = text[: data.draw(st.integers(0, len(text)))]
+        self.path.write_bytes(kept)
+        self.assertEqual(metrics.read_lines(self.path), records[: kept.count(b"\n")])
+
+    @budget.cases(150)
+    @hypothesis.given(records=records, data=st.data())
+    def test_a_damaged_file_gives_records_of_steps_or_names_a_line(self, records, data):
+        self.path.write_bytes(data.draw(damaged(self.text(records))))
+        try:
+            found = metrics.read_lines(self.path)
+        except ValueError as error:
+            self.assertRegex(str(error), r"metrics.jsonl:\d")
+        else:
+            self.assertTrue(all(isinstance(record["step"], int) for record in found))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def forests(draw, *, max_trees=12, preambles=False):
         sequences = []
         for string, spans in draw(st.lists(strings(), min_size=1, max_size=3)):
             first = 3 + draw(st.integers(0, 1))
-            moved = [(start + len(head) + 1, stop + len(head) + 1, *rest) for start, stop, *rest in spans]
+            moved = [(start + len(head), stop + len(head), *rest) for start, stop, *rest in spans]
             sequences.append(([*head, first, *string], moved + [(0, len(head), weight, -1)] * bool(weight)))
         sequences[0][1].append((len(sequences[0][0]) - 1, len(sequences[0][0]), 1.0, 0))  # a tree has a target
         made.append((len(head), sequences))

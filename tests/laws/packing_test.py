@@ -1,0 +1,48 @@
+"""Packing of many trees: each once, within both budgets, and as many rows in each epoch."""
+
+import hypothesis
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import strategies as st
+
+from dialog_jax.data import packing
+from tests.laws import budget
+
+
+class PackTest(parameterized.TestCase):
+    @parameterized.parameters(False, True)
+    @budget.cases(150)
+    @hypothesis.given(data=st.data())
+    def test_each_tree_once_within_both_budgets_in_as_many_rows_each_epoch(self, grouped, data):
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+        count, length = int(rng.integers(1, 40)), int(rng.integers(8, 40))
+        tokens = rng.integers(2, length + 1, count)
+        targets = np.minimum(rng.integers(1, length + 1, count), tokens)
+        most = max(int(targets.max()), int(rng.integers(1, length + 1)))
+        groups = rng.integers(-1, 3, count) if grouped else np.full(count, -1)
+        preamble = np.where(groups >= 0, rng.integers(1, 6, 3)[groups], 0)
+        groups[preamble >= tokens] = -1
+        preamble[groups < 0] = 0
+        counts = set()
+        for epoch in range(3):
+            rows = packing.pack(
+                tokens,
+                targets,
+                max_length=length,
+                max_targets=most,
+                rng=np.random.default_rng(epoch),
+                preamble=preamble,
+                groups=groups,
+            )
+            self.assertCountEqual([tree for row in rows for tree in row], range(count))
+            for row in rows:
+                shared = {int(groups[tree]): int(preamble[tree]) for tree in row if groups[tree] >= 0}
+                own = sum(int(tokens[tree] - preamble[tree]) for tree in row)
+                self.assertLessEqual(own + sum(shared.values()), length)
+                self.assertLessEqual(targets[row].sum(), most)
+            counts.add(len(rows))
+        self.assertLen(counts, 1)
+
+
+if __name__ == "__main__":
+    absltest.main()
