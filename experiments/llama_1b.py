@@ -1,6 +1,5 @@
-"""What does a plan of 1.2 billion parameters on one GPU look like, and then the run?
+"""How well does Llama-3.2-1B-Instruct learn to answer as UltraChat does, from some 260 million tokens of it?
 
-Question:  how well does Llama-3.2-1B-Instruct learn to answer as UltraChat does, from all of its dialogues?
 Command:   python scripts/train.py --config=experiments/llama_1b.py --output_dir=runs/llama_1b
            Look first: python scripts/plan.py --config=experiments/llama_1b.py --devices=1 --kind=h100
 Hardware:  planned for one H100 of 80 GB.
@@ -35,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
             mesh=MeshConfig(),
             rows=4,
             gradient_accumulation=16,
-            epochs=1.0,
+            steps=1000,
             compute_dtype="bfloat16",
             remat="full",
             evaluate_every=100,

@@ -1,6 +1,5 @@
-"""What does a plan of 8 billion parameters on one node of eight GPUs look like, and then the run?
+"""How well does Llama-3.1-8B-Instruct learn to answer as UltraChat does, from some 260 million tokens of it?
 
-Question:  how well does Llama-3.1-8B-Instruct learn to answer as UltraChat does, from all of its dialogues?
 Command:   python scripts/train.py --config=experiments/llama_8b.py --output_dir=runs/llama_8b
            Look first: python scripts/plan.py --config=experiments/llama_8b.py --devices=8 --kind=h100
 Hardware:  planned for one node of 8 H100 of 80 GB.
@@ -35,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
             mesh=MeshConfig(data=1, fsdp=8),
             rows=8,
             gradient_accumulation=8,
-            epochs=1.0,
+            steps=500,
             compute_dtype="bfloat16",
             remat="full",
             evaluate_every=100,

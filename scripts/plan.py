@@ -67,10 +67,13 @@ def main(arguments: list[str]) -> None:
     _simulate(_DEVICES.value)
     try:
         asked = config.from_config_dict(_CONFIG.value.copy_and_resolve_references())
-        _plan(asked)
-    except OSError as error:
+    except OSError as error:  # what ml_collections keeps until the config is read
         sys.exit(f"plan.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
     except ValueError as error:
+        sys.exit(f"plan.py: {error}")
+    try:
+        _plan(asked)
+    except (ValueError, OSError) as error:
         sys.exit(f"plan.py: {error}")
 
 
@@ -198,8 +201,8 @@ def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, 
     yield "Seconds of a step, from published peaks"
     yield f"  matrix products   {taken.compute:12.3f}   {peak}"
     yield f"  memory            {taken.memory:12.3f}   at {chip.bandwidth / 1e9:,.0f} GB/s; products and update only"
-    yield f"  links             {taken.link:12.3f}   at {chip.link / 1e9:,.0f} GB/s, {chip.together:,} devices together"
-    network = f"at {chip.network / 1e9:,.1f} GB/s a device" if chip.network else "not published"
+    yield f"  links             {taken.link:12.3f}   at {chip.link / 1e9:,.0f} GB/s in nodes or slices of {chip.together:,}"
+    network = f"at {chip.network / 1e9:,.1f} GB/s a device between them" if chip.network else "not published"
     yield f"  network           {taken.network:12.3f}   {network}"
     best, worst = taken.overlapped, taken.in_turn
     yield f"ESTIMATE {best:.3f} s a step if all overlaps, {worst:.3f} s if no exchange does;"

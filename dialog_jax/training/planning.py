@@ -8,7 +8,7 @@ import pathlib
 import re
 import tempfile
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,15 @@ from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.hlo import Collective, Products, Program
 
 TEACHER_TOKENS = 16  # of each target, where a teacher is named: how many its file has is not looked at
+
+# The program is kept as text after the partitioner, or, for one device, which needs none, after calls are inlined: both
+# before the CPU's own passes, which compute bfloat16 in float32 and fuse products into kernels of their own. Machine
+# code, which never runs, is made with the least effort.
+_OPTIONS: dict[str, Any] = {
+    "xla_dump_hlo_as_text": True,
+    "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
+    "xla_backend_optimization_level": 0,
+}
 
 
 class Memory(NamedTuple):
@@ -101,11 +110,11 @@ def compile_step(
     began = time.monotonic()
     lowered = step.lower(state, batch)
     with tempfile.TemporaryDirectory() as directory:
-        compiled = lowered.compile(
-            {"xla_dump_to": directory, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        )
-        program = hlo.parse(_dumped(directory, "after_spmd-partitioning", "before_optimizations"))
-        largest = _largest(_dumped(directory, "buffer-assignment"), hlo.parse(compiled.as_text()))
+        compiled = lowered.compile({**_OPTIONS, "xla_dump_to": directory})
+        program = hlo.parse(_dumped(directory, "after_spmd-partitioning", "after_call-inliner"))
+        largest = _largest(_dumped(directory, "buffer-assignment"), hlo.parse(compiled.as_text() or ""))
+        analysis = compiled.memory_analysis()
+        assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
     counts = hlo.runs(program, unknown=float(-(-targets // tile)))
     parameters = _device_bytes(state.parameters)
@@ -116,7 +125,7 @@ def compile_step(
             batch=_device_bytes(batch),
             gradients=parameters,  # of the same types and shardings
             kept=sum(one.array.bytes for one in hlo.stored(program) if "transpose(" not in one.operation_name),
-            temporaries=compiled.memory_analysis().temp_size_in_bytes,
+            temporaries=analysis.temp_size_in_bytes,
         ),
         largest=largest,
         products=hlo.products(program, counts),

@@ -32,7 +32,7 @@ def count(model):
 
 
 class MemoryTest(parameterized.TestCase):
-    @parameterized.parameters(MeshConfig(data=1, fsdp=4, tensor=2), MeshConfig(data=8), MeshConfig(data=2, fsdp=4))
+    @parameterized.parameters(MeshConfig(data=1, fsdp=4, tensor=2), MeshConfig(data=2, fsdp=4))
     def test_bytes_are_those_of_a_real_state(self, sizes):
         config = run_config()
         memory = compiled(sizes, config).memory
@@ -61,8 +61,8 @@ class MemoryTest(parameterized.TestCase):
     def test_full_recomputation_keeps_the_input_of_each_layer(self):
         full = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16)
         self.assertEqual(full.memory.kept, 3 * 128 * 64 * 2)  # layers, tokens of the one row, width, bytes
-        dots = compiled(MeshConfig(), run_config(remat="dots"), dtype=jnp.bfloat16)
-        self.assertGreater(dots.memory.kept, 3 * full.memory.kept)
+        alone = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16, devices=1)
+        self.assertEqual(alone.memory.kept, 8 * full.memory.kept)
 
     def test_largest_temporary_is_named(self):
         largest = compiled(MeshConfig(), run_config(length=512)).largest
@@ -81,7 +81,7 @@ class FlopsTest(parameterized.TestCase):
         planned = metrics.flops_of(_MODEL, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
         self.assertEqual(planned, metrics.useful_flops(_MODEL, batch))
 
-    @parameterized.parameters((1, MeshConfig(), "none"), (8, MeshConfig(), "none"), (1, MeshConfig(), "full"))
+    @parameterized.parameters((8, MeshConfig(), "none"), (1, MeshConfig(), "full"))
     def test_executed_flops_are_counted_product_by_product(self, devices, mesh, remat):
         step_plan = compiled(mesh, run_config(remat=remat, gradient_accumulation=2), devices=devices)
         tokens, layers = 2 * 8 * 128, 3
