@@ -201,7 +201,8 @@ def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, 
     yield "Seconds of a step, from published peaks"
     yield f"  matrix products   {taken.compute:12.3f}   {peak}"
     yield f"  memory            {taken.memory:12.3f}   at {chip.bandwidth / 1e9:,.0f} GB/s; products and update only"
-    yield f"  links             {taken.link:12.3f}   at {chip.link / 1e9:,.0f} GB/s in nodes or slices of {chip.together:,}"
+    link = f"at {chip.link / 1e9:,.0f} GB/s within nodes or slices of {chip.together:,}"
+    yield f"  links             {taken.link:12.3f}   {link}"
     network = f"at {chip.network / 1e9:,.1f} GB/s a device between them" if chip.network else "not published"
     yield f"  network           {taken.network:12.3f}   {network}"
     best, worst = taken.overlapped, taken.in_turn

@@ -17,7 +17,9 @@ _MODEL = tiny.config(512, width=64, layers=3, heads=8, kv_heads=4, tie_embedding
 
 def run_config(*, length=128, **fields):
     data = DataConfig(train="absent.jsonl", validation="absent.jsonl", max_length=length)
-    return TrainConfig(model="absent", data=data, **{"rows": 8, "gradient_accumulation": 1, "steps": 10, **fields})
+    return TrainConfig(
+        model="absent", data=data, **{"rows": 8, "gradient_accumulation": 1, "steps": 10, "remat": "none", **fields}
+    )
 
 
 def compiled(mesh, config, *, devices=8, dtype=jnp.float32, targets=128):
