@@ -13,42 +13,41 @@ import tensorboardX
 
 from dialog_jax.data.batches import Batch
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import chips
 from dialog_jax.training.step import EvaluationSums
-
-# Dense bf16 peak, FLOP/s of one device. Sources: NVIDIA data sheets of A100, H100 and H200 (SXM, without sparsity);
-# Google Cloud's TPU system-architecture pages.
-_PEAK = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def useful_flops(config: DecoderConfig, batch: Batch) -> float:
     """FLOPs that forward and backward pass of `batch` need: no padding, no masked pair, no logit without a target.
 
-    A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
+    See `flops_of`.
+    """
+    used = np.asarray(batch.segment) > 0
+    pairs = int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1))
+    return flops_of(config, tokens=int(used.sum()), pairs=pairs, targets=int(np.sum(batch.weight > 0)))
+
+
+def flops_of(config: DecoderConfig, *, tokens: int, pairs: int, targets: int) -> float:
+    """FLOPs of forward and backward pass. A multiply-add is two; the backward pass costs twice the forward pass;
+    recomputation does not count.
+
+    Args:
+      pairs: of a query and a key that it sees.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
-    used = np.asarray(batch.segment) > 0
-    pairs = int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1))
     forward = (
-        2 * layer * config.layers * int(used.sum())
+        2 * layer * config.layers * tokens
         + 4 * query * config.layers * pairs
-        + 2 * config.vocab_size * config.width * int(np.sum(batch.weight > 0))
+        + 2 * config.vocab_size * config.width * targets
     )
     return 3.0 * forward
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bf16 FLOP/s of one device; None where it is not known, as on CPUs."""
-    return next((peak for kind, peak in _PEAK.items() if device.device_kind.startswith(kind)), None)
+    kinds = [kind for kind in chips.PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return chips.PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 class Evaluation:

@@ -1,0 +1,117 @@
+"""From what a step does to what it might take on a chip, and whether it fits. Estimates: peaks as published, and one
+stated efficiency.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from dialog_jax.training import sharding
+from dialog_jax.training.chips import Chip
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.hlo import Collective
+from dialog_jax.training.planning import Memory, StepPlan
+
+FITS, DOUBTFUL, DOES_NOT_FIT = "fits", "may not fit", "does not fit"
+
+
+class Seconds(NamedTuple):
+    """What a step takes of each of a device's resources."""
+
+    compute: float
+    memory: float
+    link: float
+    """Within nodes or slices."""
+    network: float
+    """Between them; infinite where something crosses and the chip's network is not published."""
+
+    @property
+    def overlapped(self) -> float:
+        """A step in which everything hides behind what is slowest."""
+        return max(self)
+
+    @property
+    def in_turn(self) -> float:
+        """A step in which exchanges hide behind nothing."""
+        return max(self.compute, self.memory) + self.link + self.network
+
+
+def seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Seconds:
+    """Returns the time of a step by resource.
+
+    Memory traffic is that of matrix products, as if all between them were fused into them, and of the update: gradients
+    are read twice, parameters and moments read and written.
+
+    Args:
+      efficiency: share of the published peak that matrix products reach.
+    """
+    update = 4 * step.memory.parameters + 2 * step.memory.moments
+    exchanged = [exchange(collective, chip) for collective in step.collectives]
+    return Seconds(
+        compute=step.products.flops / (chip.flops * efficiency),
+        memory=(step.products.bytes + update) / chip.bandwidth,
+        link=sum(link for link, _ in exchanged),
+        network=sum(network for _, network in exchanged),
+    )
+
+
+def exchange(collective: Collective, chip: Chip) -> tuple[float, float]:
+    """Returns (seconds within nodes, seconds between them) of all runs of a collective, on the published bandwidth.
+
+    In a group of g devices, each sends and receives (g - 1) / g of the array, twice for an all-reduce. Over n nodes it
+    goes in two stages: (n - 1) / n of it between nodes, over the network cards of all devices that a node has in the
+    group, and the rest within nodes. Device numbers are those of the mesh, whose last axis is the fastest, and
+    `chip.together` in a row are a node or slice.
+    """
+    nodes = len({device // chip.together for device in collective.group})
+    group, size = len(collective.group), float(collective.bytes)
+    local = group / nodes
+    if collective.kind == "collective-permute":
+        inside, across = (size, 0.0) if nodes == 1 else (0.0, size)
+    elif collective.kind == "all-to-all":
+        inside, across = size * (local - 1) / group, size * (group - local) / group
+    else:
+        size *= 2 if collective.kind == "all-reduce" else 1
+        inside, across = size * (local - 1) / local, size * (nodes - 1) / nodes / local
+    network = across / chip.network if chip.network else math.inf if across else 0.0
+    return collective.runs * inside / chip.link, collective.runs * network
+
+
+def verdict(memory: Memory, chip: Chip) -> str:
+    """Returns whether a step fits: surely, surely not, or only for a compiler that is thriftier than the CPU's."""
+    if memory.least > chip.memory:
+        return DOES_NOT_FIT
+    return FITS if memory.compiled <= chip.memory else DOUBTFUL
+
+
+def remedies(step: StepPlan, chip: Chip, config: TrainConfig, mesh: Mesh, *, narrow: bool) -> Sequence[str]:
+    """Returns what would make a step smaller, in sentences; the first to be tried first.
+
+    Args:
+      narrow: whether it computes in bfloat16.
+    """
+    memory, found = step.memory, []
+    state = memory.parameters + memory.moments + memory.gradients
+    if state > chip.memory / 2:
+        # As many parts as leave half of the memory to the rest.
+        parts = math.ceil(2 * state * mesh.shape["fsdp"] * mesh.shape["tensor"] / chip.memory)
+        found.append(
+            f"Parameters, moments and gradients are {state / 1e9:.1f} GB a device: divide them further, to fsdp * "
+            f"tensor of {parts} or more (now {mesh.shape['fsdp']} * {mesh.shape['tensor']})."
+        )
+    if config.remat != "full":
+        found.append(f"Keep less for the backward pass: --config.remat=full (now {config.remat}).")
+    divided = sharding.batch_sharding(mesh).shard_shape((1, config.rows))[1]
+    if divided > 1:
+        found.append(
+            f"Fewer rows at once: --config.rows={config.rows // divided} (now {divided} a device), and "
+            f"--config.gradient_accumulation={config.gradient_accumulation * divided} for the same update."
+        )
+    if not narrow:
+        found.append("Compute in bfloat16: --config.compute_dtype=bfloat16.")
+    found.append(
+        f"Smaller rows: --config.data.max_length={config.data.max_length // 2} halves all that grows with tokens."
+    )
+    return found

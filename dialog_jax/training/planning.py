@@ -1,0 +1,218 @@
+"""A run's train step, compiled for devices that are not there: what each would hold, compute and exchange.
+
+In: a config and a mesh of simulated devices. Out: bytes and counts of one device. Nothing is allocated and no weights
+are read: every array is a shape with a sharding. Knows no chips and no seconds; see `training.estimating`.
+"""
+
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dialog_jax.data.batches import Batch
+from dialog_jax.model import decoder
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import hlo, loss, optimizer, sharding
+from dialog_jax.training import step as step_lib
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.hlo import Collective, Products, Program
+
+TEACHER_TOKENS = 16  # of each target, where a teacher is named: how many its file has is not looked at
+
+# The program is kept as text after the partitioner, or, for one device, which needs none, after calls are inlined: both
+# before the CPU's own passes, which compute bfloat16 in float32 and fuse products into kernels of their own. Machine
+# code, which never runs, is made with the least effort.
+_OPTIONS: dict[str, Any] = {
+    "xla_dump_hlo_as_text": True,
+    "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
+    "xla_backend_optimization_level": 0,
+}
+
+
+class Memory(NamedTuple):
+    """Bytes of one device."""
+
+    parameters: int
+    moments: int
+    batch: int
+    gradients: int
+    kept: int
+    """Activations that the forward pass leaves for the backward pass, in the types that the program asks for."""
+    temporaries: int
+    """All that is neither state nor batch (so gradients and `kept` too), as the CPU's compiler lays it out."""
+
+    @property
+    def least(self) -> int:
+        """What any compiler needs."""
+        return self.parameters + self.moments + self.batch + self.gradients + self.kept
+
+    @property
+    def compiled(self) -> int:
+        """What the CPU's compiler needs."""
+        return self.parameters + self.moments + self.batch + self.temporaries
+
+
+class Largest(NamedTuple):
+    """The largest temporary array of the CPU's program."""
+
+    bytes: int
+    shape: str
+    operation_name: str
+
+
+class StepPlan(NamedTuple):
+    """A step of one device."""
+
+    memory: Memory
+    largest: Largest
+    products: Products
+    collectives: list[Collective]
+    undivided: list[str]
+    """What `sharding.undivided` says."""
+    seconds: float
+    """That compilation took here."""
+
+
+def compile_step(
+    config: TrainConfig, model: DecoderConfig, mesh: Mesh, *, compute_dtype: jax.typing.DTypeLike, targets: int
+) -> StepPlan:
+    """Returns what one update of the run is to a device of `mesh`.
+
+    Args:
+      targets: of a row; the loop over tiles of targets is as long as these need.
+
+    Raises:
+      ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, or the optimizer does
+        not suit the steps.
+    """
+    if config.data.max_length > model.max_length:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
+        )
+    # The schedule's numbers change no shape: any number of steps after the warm-up does.
+    transform = optimizer.make_optimizer(config.optimizer, config.steps or config.optimizer.warmup_steps + 1)
+    state, shardings = _abstract_state(model, mesh, transform)
+    batch = _abstract_batch(config, mesh)
+    step = step_lib.make_train_step(
+        model,
+        transform,
+        mesh,
+        shardings,
+        compute_dtype=compute_dtype,
+        remat=config.remat,
+        loss_config=config.loss,
+    )
+    began = time.monotonic()
+    lowered = step.lower(state, batch)
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = lowered.compile({**_OPTIONS, "xla_dump_to": directory})
+        program = hlo.parse(_dumped(directory, "after_spmd-partitioning", "after_call-inliner"))
+        largest = _largest(_dumped(directory, "buffer-assignment"), hlo.parse(compiled.as_text() or ""))
+        analysis = compiled.memory_analysis()
+        assert analysis is not None, "the CPU's compiler says what it needs"
+    tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
+    counts = hlo.runs(program, unknown=float(-(-targets // tile)))
+    parameters = _device_bytes(state.parameters)
+    return StepPlan(
+        memory=Memory(
+            parameters=parameters,
+            moments=_device_bytes(state.optimizer_state),
+            batch=_device_bytes(batch),
+            gradients=parameters,  # of the same types and shardings
+            kept=sum(one.array.bytes for one in hlo.stored(program) if "transpose(" not in one.operation_name),
+            temporaries=analysis.temp_size_in_bytes,
+        ),
+        largest=largest,
+        products=hlo.products(program, counts),
+        collectives=hlo.collectives(program, counts, mesh.size),
+        undivided=sharding.undivided(mesh, state.parameters),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _abstract_state(model: DecoderConfig, mesh: Mesh, transform) -> tuple[step_lib.TrainState, step_lib.TrainState]:
+    """(the train state as shapes that know their shardings, the shardings)."""
+    state = jax.eval_shape(
+        lambda parameters: step_lib.TrainState(jnp.zeros((), jnp.int32), parameters, transform.init(parameters)),
+        decoder.abstract_parameters(model),
+    )
+    shardings = sharding.state_sharding(mesh, state)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
+    )
+    return placed, shardings
+
+
+def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    place = sharding.batch_sharding(mesh)
+    lead = (config.gradient_accumulation, config.rows)
+    try:
+        place.shard_shape(lead)
+    except ValueError as error:
+        raise ValueError(
+            f"rows is {config.rows}, but rows are divided as {place.spec[1]} over the mesh {dict(mesh.shape)}. Choose "
+            "a multiple of the product of these axes, so that every device has rows."
+        ) from error
+
+    def shape(size, dtype, *more):
+        return jax.ShapeDtypeStruct((*lead, size, *more), dtype, sharding=place)
+
+    tokens = shape(config.data.max_length, jnp.int32)
+    size = config.data.max_targets or config.data.max_length
+    targets, weight = shape(size, jnp.int32), shape(size, jnp.float32)
+    batch = Batch(tokens, tokens, tokens, tokens, targets, targets, weight, targets)
+    if config.data.teacher:
+        batch = batch._replace(
+            teacher_token=shape(size, jnp.int32, TEACHER_TOKENS),
+            teacher_log_probability=shape(size, jnp.float32, TEACHER_TOKENS),
+        )
+    return batch
+
+
+def _device_bytes(arrays) -> int:
+    """Bytes of one device's parts of abstract arrays."""
+    return sum(
+        jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype).size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arrays)
+    )
+
+
+def _dumped(directory: str, *names: str) -> str:
+    """The text of the first file that has one of `names` in its own; earlier names are preferred."""
+    for name in names:
+        for file in sorted(pathlib.Path(directory).glob(f"*{name}*.txt")):
+            if "buffer-assignment-values" not in file.name:
+                return file.read_text(encoding="utf-8")
+    raise ValueError(
+        f"XLA left no text of {' or '.join(names)}, as that of JAX 0.10 does; this is JAX {jax.__version__}."
+    )
+
+
+def _largest(assignment: str, optimised: Program) -> Largest:
+    """The largest value within the allocations for temporaries."""
+    best, inside = Largest(0, "", ""), False
+    for line in assignment.splitlines():
+        if line.startswith("allocation "):
+            inside = "preallocated-temp" in line
+        value = re.match(r" value: <\d+ ([\w.\-]+)[^>]*> \(size=(\d+),offset=\d+\): (\S+)", line)
+        if inside and value and int(value.group(2)) > best.bytes:
+            best = Largest(int(value.group(2)), value.group(3).partition("{")[0], value.group(1))
+    return best._replace(operation_name=_origin(optimised, best.operation_name))
+
+
+def _origin(program: Program, name: str) -> str:
+    """Where an instruction comes from; what the compiler made has the origin of what it was made of."""
+    for body in program.computations.values():
+        while name in body:
+            instruction = body[name]
+            fused = hlo.called(program, instruction).values()
+            origins = [one.operation_name for one in (instruction, *fused) if one.operation_name]
+            if origins:
+                return origins[0]
+            name = instruction.operands[0]
+    return name

@@ -1,0 +1,44 @@
+"""How well does Llama-3.1-70B-Instruct learn to answer as UltraChat does, from some 260 million tokens of it?
+
+Command:   python scripts/train.py --config=experiments/llama_70b.py --output_dir=runs/llama_70b
+           Look first: python scripts/plan.py --config=experiments/llama_70b.py --devices=256 --kind=tpu-v5e
+Hardware:  planned for a v5e slice of 256 chips.
+Time:      not run yet.
+Result:    not run yet.
+
+The shape of the model, as published, is in experiments/shapes; weights and dialogues come from the Hugging Face Hub.
+"""
+
+import ml_collections
+
+from dialog_jax.training import config
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.sharding import MeshConfig
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Llama-3.1-70B-Instruct on UltraChat: 512 rows of 2,048 tokens a step, parameters divided over 64 * 4 devices."""
+    return config.to_config_dict(
+        TrainConfig(
+            model="meta-llama/Llama-3.1-70B-Instruct",
+            data=DataConfig(
+                train="HuggingFaceH4/ultrachat_200k",
+                train_split="train_sft",
+                validation="HuggingFaceH4/ultrachat_200k",
+                validation_split="test_sft",
+                max_length=2048,
+                truncate="split",
+            ),
+            optimizer=OptimizerConfig(learning_rate=2e-6, warmup_steps=50),
+            mesh=MeshConfig(data=1, fsdp=64, tensor=4),
+            rows=64,
+            gradient_accumulation=8,
+            steps=250,
+            compute_dtype="bfloat16",
+            remat="full",
+            evaluate_every=100,
+            evaluate_rows=256,
+            checkpoint_every=200,
+        )
+    )

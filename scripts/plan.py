@@ -1,0 +1,219 @@
+"""Says before anything is rented whether a run fits its devices and about how fast it would be.
+
+    python scripts/plan.py --config=experiments/llama_8b.py --devices=8 --kind=h100
+
+Takes an experiment and overrides as scripts/train.py does. The train step is compiled for that many simulated devices
+on the CPU; nothing is allocated, and of the model only config.json is read. Counts are those of the partitioned
+program, before the CPU's own passes. Sizes are in GB of 1e9 bytes.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from dialog_jax.model import pretrained, published_config, tensor_files
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import chips, config, estimating, hlo, metrics, planning, sharding, workload
+from dialog_jax.training.chips import Chip
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.planning import StepPlan
+from dialog_jax.training.workload import Workload
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/llama_8b.py.")
+_DEVICES = flags.DEFINE_integer("devices", None, "How many devices.", lower_bound=1, required=True)
+_KIND = flags.DEFINE_enum("kind", None, [*chips.CHIPS, "cpu"], "What they are; cpu gives no times.", required=True)
+_EFFICIENCY = flags.DEFINE_float(
+    "efficiency", 0.5, "Share of the published peak that matrix products reach.", lower_bound=0.01, upper_bound=1.0
+)
+_TOKENS = flags.DEFINE_float(
+    "assume_tokens",
+    0.9,
+    "Share of a row that is not padding, where the data is not here.",
+    lower_bound=0,
+    upper_bound=1,
+)
+_TARGETS = flags.DEFINE_float(
+    "assume_targets",
+    0.5,
+    "Share of tokens that is trained on, where the data is not here.",
+    lower_bound=0,
+    upper_bound=1,
+)
+_DIALOGUES = flags.DEFINE_integer("sample", 1000, "Dialogues of the data to look at, at most.", lower_bound=1)
+flags.mark_flag_as_required("config")
+
+_SHAPES = pathlib.Path(__file__).parents[1] / "experiments" / "shapes"
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line."""
+    try:
+        return app.parse_flags_with_usage(list(arguments))
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"plan.py: {error}; scripts/train.py --help lists the fields of --config")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+    _simulate(_DEVICES.value)
+    try:
+        asked = config.from_config_dict(_CONFIG.value.copy_and_resolve_references())
+    except OSError as error:  # what ml_collections keeps until the config is read
+        sys.exit(f"plan.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
+    except ValueError as error:
+        sys.exit(f"plan.py: {error}")
+    try:
+        _plan(asked)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plan.py: {error}")
+
+
+def _simulate(devices: int) -> None:
+    # Read when JAX looks for devices, which importing it does not do.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    jax.config.update("jax_platforms", "cpu")
+    if jax.device_count() != devices:
+        sys.exit(f"plan.py: JAX shows {jax.device_count()} devices of {devices}: it was started before this script.")
+
+
+def _plan(asked: TrainConfig) -> None:
+    model = _shape(asked.model)
+    mesh = sharding.make_mesh(asked.mesh)
+    chip = chips.CHIPS.get(_KIND.value)
+    if chip:  # slices may be smaller than the largest there are
+        chip = chip._replace(together=min(chip.together, mesh.size // mesh.shape.get("dcn_data", 1)))
+    narrow = asked.compute_dtype == "bfloat16" or (asked.compute_dtype == "auto" and chip is not None)
+    work = workload.measured(asked, dialogues=_DIALOGUES.value)
+    if work is None:
+        work = workload.assumed(asked, tokens=_TOKENS.value, targets=_TARGETS.value)
+    step = planning.compile_step(
+        asked,
+        model,
+        mesh,
+        compute_dtype=jnp.bfloat16 if narrow else jnp.float32,
+        targets=-(-work.targets // (asked.rows * asked.gradient_accumulation)),
+    )
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    print(f"{asked.model} on {mesh.size} x {_KIND.value}: {axes}; compiled in {step.seconds:.0f} s")
+    for line in step.undivided:
+        print(f"not divided over the mesh: {line}")
+    sections = [
+        _memory_lines(step, chip),
+        _verdict_lines(step, chip, asked, mesh, narrow=narrow) if chip else [],
+        _collective_lines(step, chip),
+        _work_lines(step, asked, model, mesh, work),
+        _time_lines(step, chip, asked, work, narrow=narrow)
+        if chip
+        else ["No times: no published figures hold for all CPUs."],
+    ]
+    for lines in sections:
+        print("", *lines, sep="\n")
+
+
+def _shape(name: str) -> DecoderConfig:
+    """The shape of the model: of a directory or file here, of experiments/shapes, or of config.json on the Hub."""
+    path = pathlib.Path(name).expanduser()
+    if path.exists():
+        return pretrained.load_config(path)
+    file = _SHAPES / f"{path.name}.json"
+    if not file.exists():
+        try:
+            file = pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+            raise ValueError(
+                f"model {name!r} is no directory or file here, {file.name} is not in experiments/shapes, and its "
+                f"config.json could not be had from the Hugging Face Hub ({type(error).__name__})."
+            ) from error
+    return published_config.from_json(file, tensor_files.read_json(file))
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:12.3f}"
+
+
+def _memory_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
+    memory, largest = step.memory, step.largest
+    yield f"{'Memory of a device':34}          GB"
+    yield f"  parameters                        {_gigabytes(memory.parameters)}"
+    yield f"  optimizer's moments               {_gigabytes(memory.moments)}"
+    yield f"  batch                             {_gigabytes(memory.batch)}"
+    yield f"  gradients                         {_gigabytes(memory.gradients)}"
+    yield f"  activations kept for backward     {_gigabytes(memory.kept)}"
+    yield f"  at least                          {_gigabytes(memory.least)}"
+    if chip:
+        yield f"  the chip has                      {_gigabytes(chip.memory)}"
+    yield f"  as the CPU's compiler lays it out {_gigabytes(memory.compiled)}"
+    yield f"    of that temporaries             {_gigabytes(memory.temporaries)}   gradients and activations among them"
+    yield f"    largest                         {_gigabytes(largest.bytes)}   {largest.shape} {largest.operation_name}"
+    yield "  The chip's compiler lays out otherwise. The CPU's keeps float32 copies of what is bfloat16."
+
+
+def _verdict_lines(step: StepPlan, chip: Chip, asked: TrainConfig, mesh: Mesh, *, narrow: bool) -> Iterator[str]:
+    found = estimating.verdict(step.memory, chip)
+    yield {
+        estimating.FITS: "FITS, also as the CPU's compiler lays it out.",
+        estimating.DOUBTFUL: "MAY NOT FIT: the least does, what the CPU's compiler makes of it does not.",
+        estimating.DOES_NOT_FIT: "DOES NOT FIT, whatever the compiler.",
+    }[found]
+    if found != estimating.FITS:
+        yield from (f"  {line}" for line in estimating.remedies(step, chip, asked, mesh, narrow=narrow))
+
+
+def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
+    yield f"{'Collectives of a device in a step':34}       count          GB{'     seconds' if chip else ''}"
+    for kind in hlo.COLLECTIVES:
+        some = [one for one in step.collectives if one.kind == kind]
+        line = (
+            f"  {kind:32}{sum(one.runs for one in some):12,.0f}{_gigabytes(sum(one.runs * one.bytes for one in some))}"
+        )
+        if chip:
+            line += f"{sum(sum(estimating.exchange(one, chip)) for one in some):12.3f}"
+        yield line
+    if step.collectives:
+        most = max(step.collectives, key=lambda one: one.runs * one.bytes)
+        yield f"  most bytes: {most.kind} among {len(most.group)}, {most.runs:,.0f} times, {most.operation_name}"
+    yield "  GB are those of the whole arrays that are gathered, reduced or exchanged."
+
+
+def _work_lines(step: StepPlan, asked: TrainConfig, model: DecoderConfig, mesh: Mesh, work: Workload) -> Iterator[str]:
+    room = asked.rows * asked.gradient_accumulation * asked.data.max_length
+    useful = metrics.flops_of(model, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
+    executed = step.products.flops * mesh.size
+    yield f"Work of a step, all devices ({work.source})"
+    yield f"  tokens            {work.tokens:12,} of {room:,}: {work.tokens / room:.1%} useful"
+    yield f"  targets           {work.targets:12,}"
+    yield f"  useful FLOPs      {useful:12.3e}"
+    yield f"  executed FLOPs    {executed:12.3e}   {useful / executed:.0%} useful; recomputation, padding, masked pairs"
+
+
+def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, *, narrow: bool) -> Iterator[str]:
+    peak = f"at {_EFFICIENCY.value:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s{'' if narrow else ', those of bfloat16'}"
+    taken = estimating.seconds(step, chip, efficiency=_EFFICIENCY.value)
+    yield "Seconds of a step, from published peaks"
+    yield f"  matrix products   {taken.compute:12.3f}   {peak}"
+    yield f"  memory            {taken.memory:12.3f}   at {chip.bandwidth / 1e9:,.0f} GB/s; products and update only"
+    link = f"at {chip.link / 1e9:,.0f} GB/s within nodes or slices of {chip.together:,}"
+    yield f"  links             {taken.link:12.3f}   {link}"
+    network = f"at {chip.network / 1e9:,.1f} GB/s a device between them" if chip.network else "not published"
+    yield f"  network           {taken.network:12.3f}   {network}"
+    best, worst = taken.overlapped, taken.in_turn
+    yield f"ESTIMATE {best:.3f} s a step if all overlaps, {worst:.3f} s if no exchange does;"
+    yield f"  {work.tokens / best:,.0f} to {work.tokens / worst:,.0f} useful tokens a second;"
+    if work.updates:
+        hours = work.updates / 3600
+        yield f"  {hours * best:,.1f} to {hours * worst:,.1f} hours for {work.updates:,} steps"
+    else:
+        yield f"  hours unknown: {asked.epochs:g} epochs of data that is not here. Give --config.steps."
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,129 @@
+"""scripts/plan.py from flags to text, and the shapes that it knows."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dialog_jax.model import decoder, pretrained, published_config
+from dialog_jax.training import sharding
+from tests.data import chat_templates
+from tests.scripts import running
+from tests.training import tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+class PlanTest(absltest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        cls.config = tiny.config(len(tokenizer))
+        pretrained.save_pretrained(
+            cls.directory / "model", cls.config, tiny.parameters(cls.config), tokenizer=tokenizer
+        )
+        (cls.directory / "model" / "model.safetensors").unlink()  # a plan needs no weights
+        rng = np.random.default_rng(0)
+        records = [dataclasses.asdict(chat_templates.random_dialogue(rng, turns=2)) for _ in range(12)]
+        (cls.directory / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def flags(self, *more):
+        return [
+            f"--config={_ROOT / 'experiments' / 'quickstart.py'}",
+            f"--config.model={self.directory / 'model'}",
+            f"--config.data.train={self.directory / 'train.jsonl'}",
+            "--config.data.max_length=256",
+            "--config.rows=8",
+            "--config.gradient_accumulation=2",
+            *more,
+        ]
+
+    def run_plan(self, *more):
+        with mock.patch.dict(os.environ):
+            return running.run("plan", *self.flags(*more))
+
+    def test_run_is_planned_from_its_data(self):
+        told, error = self.run_plan("--devices=8", "--kind=h100", "--config.mesh.data=2", "--config.mesh.fsdp=4")
+        self.assertEmpty(error)
+        self.assertIn("on 8 x h100: data=2, fsdp=4, tensor=1;".replace("data=2", "data=2"), told)
+        self.assertIn("measured on 12 of the 12 dialogues of train.jsonl", told)
+        self.assertIn("FITS, also as the CPU's compiler lays it out.", told)
+        self.assertRegex(told, r"all-reduce +[\d,]+ +[\d.]+ +[\d.]+\n")
+        self.assertRegex(told, r"ESTIMATE [\d.]+ s a step .* [\d.]+ s if no exchange does;")
+        self.assertRegex(told, r"hours for [\d,]+ steps")
+        self.assertNotIn("ASSUMED", told)
+
+    def test_what_is_assumed_is_marked_and_cpus_have_no_times(self):
+        told, error = self.run_plan("--devices=8", "--kind=cpu", "--config.data.train=some/hub", "--assume_tokens=0.5")
+        self.assertEmpty(error)
+        self.assertRegex(told, r"ASSUMED: every row one dialogue, 50% of it used")
+        self.assertIn("2,048 of 4,096: 50.0% useful", told)
+        self.assertIn("No times: no published figures hold for all CPUs.", told)
+        self.assertNotIn("ESTIMATE", told)
+
+    def test_more_devices_than_this_process_has_are_simulated(self):
+        ran = subprocess.run(
+            [sys.executable, "scripts/plan.py", *self.flags("--devices=16", "--kind=tpu-v5e", "--config.rows=16")],
+            cwd=_ROOT,
+            env={name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+            | {"PYTHONPATH": str(_ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(ran.returncode, 0, ran.stderr)
+        self.assertRegex(ran.stdout, r"on 16 x tpu-v5e: .*data=16, fsdp=1, tensor=1")
+        size = sum(leaf.size * 4 for leaf in jax.tree.leaves(decoder.abstract_parameters(self.config)))
+        self.assertRegex(ran.stdout, rf"parameters +{re.escape(f'{size / 1e9:.3f}')}\n")
+
+    def test_errors_are_explained(self):
+        for flags, message in (
+            (["--devices=4"], "plan.py: JAX shows 8 devices of 4: it was started before this script."),
+            (["--devices=8", "--config.rows=3"], "plan.py: rows is 3, but rows are divided as"),
+            (["--devices=8", "--config.mesh.fsdp=3"], "plan.py: mesh sizes .* do not multiply to the 8 devices"),
+            (["--devices=8", "--config.model=no/such"], "plan.py: model 'no/such' is no directory or file here"),
+            (["--devices=8", "--config.steps=-1"], "plan.py: steps is -1"),
+        ):
+            with self.subTest(flags):
+                told, error = self.run_plan("--kind=h100", *flags)
+                self.assertEmpty(told)
+                self.assertRegex(error, message)
+
+    def test_experiment_that_is_not_there_is_named(self):
+        with mock.patch.dict(os.environ):
+            _, error = running.run("plan", "--config=experiments/nope.py", "--devices=8", "--kind=cpu")
+        self.assertRegex(error, r"(?s)the experiment cannot be read.*experiments/nope\.py")
+
+
+class ShapesTest(parameterized.TestCase):
+    # Numbers of parameters as published with the weights.
+    @parameterized.parameters(
+        ("llama_1b", 1, 1_235_814_400), ("llama_8b", 8, 8_030_261_248), ("llama_70b", 256, 70_553_706_496)
+    )
+    def test_experiment_has_the_published_shape_and_a_mesh_that_divides_it(self, experiment, devices, parameters):
+        with running.loaded("plan") as script:
+            namespace = {}
+            exec((_ROOT / "experiments" / f"{experiment}.py").read_text(), namespace)
+            config = namespace["get_config"]()
+            model = script._shape(config.model)
+        abstract = decoder.abstract_parameters(model)
+        self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(abstract)), parameters)
+        self.assertEqual(published_config.to_json(model)["rope_parameters"]["rope_type"], "llama3")
+        sizes = sharding.MeshConfig(**config.mesh).__dict__
+        named = [size for size in sizes.values() if size > 0]
+        self.assertEqual(devices % int(np.prod(named)), 0)
+        self.assertEqual(config.rows % (config.mesh.fsdp * max(1, config.mesh.data)), 0)
+
+
+if __name__ == "__main__":
+    absltest.main()

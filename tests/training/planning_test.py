@@ -1,0 +1,131 @@
+"""Plans against what is really allocated, and against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dialog_jax.data.batches import Batch
+from dialog_jax.training import metrics, optimizer, planning, sharding, step, workload
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.sharding import MeshConfig
+from tests.training import tiny
+
+_MODEL = tiny.config(512, width=64, layers=3, heads=8, kv_heads=4, tie_embeddings=False)
+
+
+def run_config(*, length=128, **fields):
+    data = DataConfig(train="absent.jsonl", validation="absent.jsonl", max_length=length)
+    return TrainConfig(
+        model="absent", data=data, **{"rows": 8, "gradient_accumulation": 1, "steps": 10, "remat": "none", **fields}
+    )
+
+
+def compiled(mesh, config, *, devices=8, dtype=jnp.float32, targets=128):
+    mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
+    return planning.compile_step(config, _MODEL, mesh, compute_dtype=dtype, targets=targets)
+
+
+def count(model):
+    """Numbers in the matrices of a layer."""
+    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    return model.width * (2 * query + 2 * key + 3 * model.feed_forward)
+
+
+class MemoryTest(parameterized.TestCase):
+    @parameterized.parameters(MeshConfig(data=1, fsdp=4, tensor=2), MeshConfig(data=2, fsdp=4))
+    def test_bytes_are_those_of_a_real_state(self, sizes):
+        config = run_config()
+        memory = compiled(sizes, config).memory
+        mesh = sharding.make_mesh(sizes)
+        parameters = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: jax.device_put(
+                leaf, sharding.parameter_sharding(mesh, [key.key for key in keys], leaf.shape)
+            ),
+            tiny.parameters(_MODEL),
+        )
+        state, _ = step.initial_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
+
+        def held(arrays):
+            shards = [shard for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
+            return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[3])
+
+        self.assertEqual(memory.parameters, held(state.parameters))
+        self.assertEqual(memory.gradients, held(state.parameters))
+        self.assertEqual(memory.moments, held(state.optimizer_state))
+        rows = np.zeros((1, 8, 128), np.int32)
+        batch = jax.device_put([rows] * 8, sharding.batch_sharding(mesh))
+        self.assertEqual(memory.batch, held(batch))
+        self.assertGreater(memory.temporaries, memory.gradients)
+        self.assertEqual(memory.compiled, memory.parameters + memory.moments + memory.batch + memory.temporaries)
+
+    def test_full_recomputation_keeps_the_input_of_each_layer(self):
+        full = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16)
+        self.assertEqual(full.memory.kept, 3 * 128 * 64 * 2)  # layers, tokens of the one row, width, bytes
+        alone = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16, devices=1)
+        self.assertEqual(alone.memory.kept, 8 * full.memory.kept)
+
+    def test_largest_temporary_is_named(self):
+        largest = compiled(MeshConfig(), run_config(length=512)).largest
+        self.assertGreaterEqual(largest.bytes, 8 * 256 * 512 * 4)  # scores of 8 heads, 256 queries and 512 keys
+        self.assertRegex(largest.shape, r"^\w+\[[\d,]+\]$")
+        self.assertIn("/", largest.operation_name)
+
+
+class FlopsTest(parameterized.TestCase):
+    def test_useful_flops_of_full_rows_are_those_of_a_full_batch(self):
+        config = run_config(gradient_accumulation=2)
+        ones = np.ones((2, 8, 128), np.int32)
+        position = np.broadcast_to(np.arange(128), ones.shape)
+        batch = Batch(ones, position, ones, ones, ones, ones, ones.astype(np.float32), ones)
+        work = workload.assumed(config, tokens=1.0, targets=1.0)
+        planned = metrics.flops_of(_MODEL, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
+        self.assertEqual(planned, metrics.useful_flops(_MODEL, batch))
+
+    @parameterized.parameters((8, MeshConfig(), "none"), (1, MeshConfig(), "full"))
+    def test_executed_flops_are_counted_product_by_product(self, devices, mesh, remat):
+        step_plan = compiled(mesh, run_config(remat=remat, gradient_accumulation=2), devices=devices)
+        tokens, layers = 2 * 8 * 128, 3
+        again = remat == "full"
+        # Of a layer's matrices: forward, and twice backward. The last product of a layer is not needed again.
+        matrices = 3 * count(_MODEL) + (count(_MODEL) - 64 * _MODEL.feed_forward if again else 0)
+        # Of attention, over whole blocks of 256 and so over masked pairs: scores and read, scores again, four backward.
+        attention = 8 * _MODEL.head_dim * 128 * (2 + 1 + 4 + (2 if again else 0))
+        vocabulary = 3 * 512 * 64
+        expected = 2 * tokens * (layers * (matrices + attention) + vocabulary)
+        self.assertAlmostEqual(step_plan.products.flops * devices / expected, 1, delta=0.03)
+
+    def test_half_as_many_tiles_of_targets_are_half_the_work(self):
+        some, all_ = (compiled(MeshConfig(), run_config(length=512), targets=targets) for targets in (256, 512))
+        tile = 3 * 2 * 256 * 512 * 64
+        self.assertEqual(all_.products.flops - some.products.flops, tile)
+
+
+class CollectivesTest(absltest.TestCase):
+    def test_data_parallel_gradients_are_reduced_once_a_micro_batch(self):
+        step_plan = compiled(MeshConfig(data=8), run_config(gradient_accumulation=2))
+        reduced = sum(one.runs * one.bytes for one in step_plan.collectives if one.kind == "all-reduce")
+        self.assertAlmostEqual(reduced / (2 * step_plan.memory.gradients), 1, delta=0.01)
+        self.assertEqual({len(one.group) for one in step_plan.collectives}, {8})
+
+    def test_one_device_exchanges_nothing(self):
+        self.assertEmpty(compiled(MeshConfig(), run_config(), devices=1).collectives)
+
+
+class ErrorsTest(absltest.TestCase):
+    def test_rows_that_do_not_divide_are_refused(self):
+        with self.assertRaisesRegex(ValueError, r"rows is 6, but rows are divided as .*fsdp"):
+            compiled(MeshConfig(), run_config(rows=6))
+
+    def test_rows_longer_than_the_context_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "data.max_length is 4,096, but the model's context is 2,048"):
+            compiled(MeshConfig(), run_config(length=4096))
+
+    def test_warm_up_longer_than_the_run_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "warmup_steps is 20"):
+            compiled(MeshConfig(), run_config(optimizer=OptimizerConfig(warmup_steps=20)))
+
+
+if __name__ == "__main__":
+    absltest.main()
