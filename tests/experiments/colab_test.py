@@ -206,15 +206,38 @@ class CellsTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "no row for 'Abacus'"):
             self.execute("training", DEVICE="Abacus")
 
-    def test_script_that_fails_stops_the_notebook(self):
+    def script(self, source, told):
+        """The cell's `run`, of a script with this source; what it prints goes to `told`."""
         (self.directory / "scripts").mkdir()
-        (self.directory / "scripts" / "bad.py").write_text("import sys; sys.exit(3)")
-        defined = self.execute("data", PYTHON=sys.executable, MODEL="m", TRAIN="t", VALIDATION="v")
-        with (
-            self.assertRaisesRegex(RuntimeError, r"bad\.py ended with code 3"),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            defined["run"]("bad")
+        (self.directory / "scripts" / "it.py").write_text(source)
+        run = self.execute("data", PYTHON=sys.executable, MODEL="m", TRAIN="t", VALIDATION="v")["run"]
+        with contextlib.redirect_stdout(told):
+            run("it", "--flag=a b")
+
+    def test_script_that_fails_stops_the_notebook(self):
+        told = io.StringIO()
+        with self.assertRaisesRegex(RuntimeError, r"it\.py ended with code 3"):
+            self.script("import sys; print(sys.argv[1:]); sys.exit(3)", told)
+        self.assertEqual(told.getvalue(), "$ python scripts/it.py '--flag=a b'\n['--flag=a b']\n")
+
+    def test_stop_button_lets_the_script_finish(self):
+        class Stopped(io.StringIO):
+            def write(self, text):
+                if text == "ready\n":
+                    raise KeyboardInterrupt
+                return super().write(text)
+
+        source = """
+import time
+try:
+    print("ready")
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("saved")
+"""
+        told = Stopped()
+        self.script(source, told)
+        self.assertEndsWith(told.getvalue(), "saved\n")
 
 
 class FileTest(absltest.TestCase):
