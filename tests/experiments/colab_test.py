@@ -92,6 +92,8 @@ class ExecutedTest(absltest.TestCase):
         lines = metrics.read_lines(self.output_dir / "metrics.jsonl")
         self.assertEqual([line["step"] for line in lines], list(range(1, _STEPS + 1)))
         self.assertIn("1 x cpu", self.text("device"))
+        self.assertIn(f"step 2 of {_STEPS}  loss ", self.text("training"))
+        self.assertNotIn("\x1b", self.text("training"))  # no bars of a terminal
         self.assertRegex(self.text("training"), rf"held-out loss \d\.\d+ before, \d\.\d+ after {_STEPS} steps")
         asked = json.loads((self.output_dir / "config.json").read_text())
         self.assertEqual((asked["rows"], asked["gradient_accumulation"], asked["data"]["max_length"]), (1, 2, 512))
