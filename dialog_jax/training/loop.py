@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from dialog_jax.data import batches
 from dialog_jax.data.batches import Batch, Plan
 from dialog_jax.data.dataset import Trees
+from dialog_jax.data.mixing import Mixture
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, inputs, metrics, optimizer, run_directory, sharding
@@ -29,6 +30,7 @@ from dialog_jax.training.progress import Clock, Progress
 from dialog_jax.training.step import EvaluationSums, StepMetrics, TrainState
 
 _TURNS_SHOWN = 32  # turns that held-out figures list one by one
+_STEPS_WEIGHED = 50  # of which the balance is told at the beginning
 
 
 class RunResult(NamedTuple):
@@ -47,7 +49,7 @@ class _Run(NamedTuple):
     mesh: Mesh
     model: DecoderConfig
     plan: Plan
-    train: Trees
+    train: Trees | Mixture
     held_out: Trees
     steps: int
     schedule: optax.Schedule
@@ -80,7 +82,7 @@ def run(
     _check_rows(config, mesh)
     run_directory.check(directory, config)
     given = inputs.read(config, directory, console)
-    plan, steps = _planned(config, given.train, console)
+    plan, steps = _planned(config, given.train, _shards(mesh), console)
     transform = optimizer.make_optimizer(config.optimizer, steps)
     hashes = {**given.hashes, "steps": steps}
     run_directory.check_inputs(directory, hashes)
@@ -161,7 +163,9 @@ def _go_on(this: _Run, state: TrainState, start: int, manager, writer: metrics.W
         clock.restart()
 
 
-def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -> tuple[Plan, int]:
+def _planned(
+    config: TrainConfig, train: Trees | Mixture, shards: int, console: rich.console.Console
+) -> tuple[Plan, int]:
     """(which rows each step is given, number of steps)."""
     plan = Plan(
         train,
@@ -170,7 +174,10 @@ def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -
         rows=config.rows,
         micro_batches=config.gradient_accumulation,
         seed=config.seed,
+        shards=shards,
     )
+    for line in plan.mixed:
+        console.print(line)
     rows_per_step = config.rows * config.gradient_accumulation
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
     used = plan.tokens_per_epoch / (plan.rows_per_epoch * config.data.max_length)
@@ -178,11 +185,23 @@ def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
     )
+    if shards > 1:
+        looked_at = range(min(steps, _STEPS_WEIGHED))
+        dealt, drawn = (np.mean([plan.imbalance(step, dealt=way) for step in looked_at]) for way in (True, False))
+        console.print(
+            f"attention costs the busiest of {shards} shards {dealt:.3f} times the mean, its rows dealt by cost; "
+            f"{drawn:.3f} times as they come ({len(looked_at)} steps)"
+        )
     return plan, steps
 
 
+def _shards(mesh: Mesh) -> int:
+    """Parts that the rows of a micro-batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in ("dcn_data", "data", "fsdp") if axis in mesh.shape)
+
+
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    divided = mesh.shape["data"] * mesh.shape["fsdp"]
+    divided = _shards(mesh)
     if config.rows % divided:
         raise ValueError(
             f"rows is {config.rows}; it must be a multiple of data * fsdp = {divided}, so that every device has rows."
@@ -247,7 +266,7 @@ def _checked(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
     """Waits for the update; its figures, if they are finite."""
     figures = _figures(this, update, clock)
     if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
-        ids = sorted({str(this.train.ids[tree]) for row in this.plan.rows(update.step - 1) for tree in row})
+        ids = sorted({this.train.dialogue(tree) for row in this.plan.rows(update.step - 1) for tree in row})
         raise FloatingPointError(
             f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}. The run "
             f"stops; the checkpoints before stay. Its dialogues: {', '.join(ids[:20])}"
@@ -270,6 +289,7 @@ def _figures(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
         "response_tokens_per_second": values.response_tokens / seconds,
         "tokens": values.tokens,
         "targets": values.targets,
+        "imbalance": this.plan.imbalance(update.step - 1),
         "row_tokens_used": values.tokens / update.batch.tokens.size,
     }
     peak = metrics.peak_flops(this.mesh.devices.flat[0])
