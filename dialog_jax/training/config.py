@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from dialog_jax.data import dataset
+from dialog_jax.data import building, mixing
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.model import decoder
 from dialog_jax.training.loss import LossConfig
@@ -22,8 +22,10 @@ class DataConfig:
 
     train: str = ""
     """A .jsonl, .json or .parquet file, or the name of a hub data set."""
+    mix: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Instead of `train`, several sets: name -> {"train": source, "weight": share} or {..., "epochs": passes}."""
     validation: str = ""
-    """Held-out dialogues, likewise."""
+    """Held-out dialogues, as `train`."""
     teacher: str = ""
     """What a teacher says of the training data: a file that scripts/score.py --top_k=N wrote, for loss.distillation."""
     train_split: str = "train"
@@ -43,6 +45,8 @@ class DataConfig:
     """Further variables of the template, such as enable_thinking."""
     cache_dir: str = ""
     """Where prepared trees are kept; empty for the run's own directory."""
+    workers: int = -1
+    """Processes that prepare trees; 0 for none but the run's own, -1 for one a processor, but at most 16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +86,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("model", "data.train", "data.validation"):
-            value = self.model if field == "model" else getattr(self.data, field.removeprefix("data."))
+        needed = {"model": self.model, "data.train": self.data.train or self.data.mix}
+        for field, value in {**needed, "data.validation": self.data.validation}.items():
             if not value:
                 raise ValueError(f"{field} is empty; a run needs it (--config.{field}=...).")
+        if self.data.mix and (self.data.train or self.data.teacher):
+            raise ValueError(
+                f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r} and data.teacher "
+                f"{self.data.teacher!r}; leave data.train empty, and a teacher to a single set."
+            )
+        mixing.check(self.data.mix)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
             raise ValueError(
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "
@@ -118,9 +128,11 @@ class TrainConfig:
             raise ValueError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
         if self.remat not in decoder.REMAT:
             raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
-        if self.data.truncate not in dataset.TRUNCATIONS:
+        if self.data.workers < -1:
+            raise ValueError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
+        if self.data.truncate not in building.TRUNCATIONS:
             raise ValueError(
-                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(dataset.TRUNCATIONS)}."
+                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(building.TRUNCATIONS)}."
             )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
