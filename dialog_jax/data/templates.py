@@ -11,6 +11,7 @@ import jinja2
 import transformers
 
 from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.data.special_text import Guard
 
 _REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -35,10 +36,17 @@ class ChatTemplate:
     Args:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
+      guard: of the dialogues, if they are guarded; then what is rendered is guarded likewise.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, kwargs: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        kwargs: Mapping[str, Any] | None = None,
+        guard: Guard | None = None,
+    ):
         self._tokenizer = tokenizer
+        self._guard = guard or Guard(tokenizer, allow_special_tokens=True)
         self._kwargs = dict(kwargs or {})
         self._alike: dict[str, bool] = {}  # whether a template renders together what it renders one by one
 
@@ -56,9 +64,9 @@ class ChatTemplate:
         try:
             return self._apply(dialogue, count, add_generation_prompt=add_generation_prompt)
         except _REFUSALS as error:
+            roles = ", ".join(message.role for message in dialogue.messages[:count])
             raise ValueError(
-                f"{dialogue.name}: the chat template refuses its first {count} messages "
-                f"({', '.join(message.role for message in dialogue.messages[:count])}): {error}. "
+                f"{dialogue.name}: the chat template refuses its first {count} messages ({roles}): {error}. "
                 "Change the dialogue, or pass another chat template."
             ) from error
 
@@ -110,6 +118,26 @@ class ChatTemplate:
         return turns if self._alike[template] else []
 
     def _apply(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
+        """What the template renders; of a guarded dialogue, what stands for that.
+
+        Raises:
+          ValueError: the template does something to the texts of special tokens but writing them.
+        """
+        if not self._guard.is_guarded(dialogue):
+            return self._run(dialogue, count, **kwargs)
+        text = self._run(self._guard.clean_dialogue(dialogue), count, **kwargs)
+        try:
+            guarded = self._run(dialogue, count, **kwargs)
+        except _REFUSALS:  # of marks, where it takes the text itself
+            guarded = ""
+        if self._guard.clean(guarded) != text:
+            raise ValueError(
+                "they spell special tokens, and the template does more with these than to write them. Remove them, or "
+                "set allow_special_tokens to have them parsed"
+            )
+        return guarded
+
+    def _run(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
         text = self._tokenizer.apply_chat_template(
             [message.as_dict() for message in dialogue.messages[:count]],
             tools=_tools(dialogue),
