@@ -61,6 +61,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
     ):
+        self.allow_special_tokens = allow_special_tokens
         self._guard = Guard(tokenizer, allow_special_tokens=allow_special_tokens)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._guard)
         self._encoder = Encoder(tokenizer, self._template.after_response(), self._guard)

@@ -84,7 +84,7 @@ class Guard:
         """Whether a text that a template sees has a mark."""
         contents = [message.content for message in dialogue.messages]
         fields = [message.fields for message in dialogue.messages if message.fields]
-        return any(map(self.guarded, _texts((contents, fields, dialogue.tools))))
+        return any(map(self.guarded, texts((contents, fields, dialogue.tools))))
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """The tokens of texts, guarded or not; what is marked has the tokens of ordinary text.
@@ -182,14 +182,14 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
     """Every string in a value of JSON's kinds."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _texts(key)
-            yield from _texts(entry)
+            yield from texts(key)
+            yield from texts(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
-            yield from _texts(entry)
+            yield from texts(entry)

@@ -82,7 +82,11 @@ def run(
         raise ValueError(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
-    renderer = Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs)
+    renderer = Renderer(
+        tokenizer,
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        allow_special_tokens=config.data.allow_special_tokens,
+    )
     teacher = _teacher(config, tokenizer, model)
     train, train_hash = _trees(
         config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console, teacher
