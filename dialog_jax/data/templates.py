@@ -7,13 +7,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jinja2
 import transformers
 
+from dialog_jax.data import sandbox
 from dialog_jax.data.dialogues import Dialogue, Message
 from dialog_jax.data.special_text import Guard
-
-_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
 PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
 _TURNS_TOGETHER = 4  # rendered in one call
@@ -63,7 +61,7 @@ class ChatTemplate:
             )
         try:
             return self._apply(dialogue, count, add_generation_prompt=add_generation_prompt)
-        except _REFUSALS as error:
+        except sandbox.REFUSALS as error:
             roles = ", ".join(message.role for message in dialogue.messages[:count])
             raise ValueError(
                 f"{dialogue.name}: the chat template refuses its first {count} messages ({roles}): {error}. "
@@ -107,7 +105,7 @@ class ChatTemplate:
                 rendered_counts=indices,
                 rendered_mark=_MARK,
             )
-        except _REFUSALS:
+        except sandbox.REFUSALS:
             return []
         texts = together.split(_MARK)
         if len(texts) != 2 * len(indices) + 1:  # a message contains the mark
@@ -128,7 +126,7 @@ class ChatTemplate:
         text = self._run(self._guard.clean_dialogue(dialogue), count, **kwargs)
         try:
             guarded = self._run(dialogue, count, **kwargs)
-        except _REFUSALS:  # of marks, where it takes the text itself
+        except sandbox.REFUSALS:  # of marks, where it takes the text itself
             guarded = ""
         if self._guard.clean(guarded) != text:
             raise ValueError(
@@ -138,15 +136,8 @@ class ChatTemplate:
         return guarded
 
     def _run(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
-        text = self._tokenizer.apply_chat_template(
-            [message.as_dict() for message in dialogue.messages[:count]],
-            tools=_tools(dialogue),
-            tokenize=False,
-            **kwargs,
-            **self._kwargs,
-        )
-        assert isinstance(text, str)
-        return text
+        messages = [message.as_dict() for message in dialogue.messages[:count]]
+        return sandbox.render(self._tokenizer, messages, tools=_tools(dialogue), **kwargs, **self._kwargs)
 
 
 def _tools(dialogue: Dialogue) -> list[Any] | None:

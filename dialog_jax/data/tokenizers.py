@@ -12,6 +12,8 @@ import jinja2
 import tokenizers
 import transformers
 
+from dialog_jax.data import bounded, sandbox
+
 # How GGUF numbers the kinds of its tokens.
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -48,12 +50,14 @@ def load_tokenizer(
             "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
         )
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        sandbox.render(tokenizer, [{"role": "user", "content": "Hi"}])
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"{path.name}: the chat template is not Jinja at line {error.lineno}: {error.message}. Correct it."
         ) from None
-    except jinja2.TemplateError:
+    except bounded.Exceeded as error:
+        raise ValueError(f"{path.name}: the chat template was stopped: {error}. Pass another one.") from None
+    except sandbox.REFUSALS:
         pass  # A template may refuse this dialogue; whether it takes the user's is told with theirs.
     return tokenizer
 
