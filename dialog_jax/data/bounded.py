@@ -34,7 +34,8 @@ class _Call:
     def __init__(self):
         self.thread = threading.get_ident()
         self.began = time.monotonic()
-        self.resident = -1  # bytes that the process had when the call was first looked at
+        self.seen = False
+        self.resident = -1  # bytes that the process had when the call was seen for the second time; most never are
         self.over = ""  # which limit, once it is told to stop
 
 
@@ -54,11 +55,12 @@ class _Watch:
                     self.begun.clear()
             self.begun.wait()
             time.sleep(_LOOK_EVERY)
+            resident = _resident() if any(call.seen for call in list(self.calls)) else -1
             with self.lock:
-                resident = _resident()
                 for call in self.calls:
-                    if call.resident < 0:
+                    if call.seen and call.resident < 0:
                         call.resident = resident
+                    call.seen = True
                     if not call.over and (over := _over(call, resident)):
                         call.over = over
                         _raise_in(call.thread, _Stopped)
@@ -105,7 +107,7 @@ def _end(watch: _Watch, call: _Call) -> None:
 
 
 def _over(call: _Call, resident: int) -> str:
-    seconds, grown = time.monotonic() - call.began, resident - call.resident
+    seconds, grown = time.monotonic() - call.began, resident - call.resident if call.resident >= 0 else 0
     if seconds > SECONDS:
         return f"it ran for {seconds:.1f} s, the limit is {SECONDS:g} s"
     if grown > BYTES:

@@ -23,6 +23,11 @@ _PRIVATE = range(0xF0000, 0x10FFFE)  # characters without a meaning of their own
 _SPELLINGS_KEPT = 4
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardedDialogue(Dialogue):
+    """A dialogue with marks in its texts."""
+
+
 class Guard:
     """What guards dialogues for a tokenizer, and encodes what is rendered of them.
 
@@ -67,24 +72,21 @@ class Guard:
         return "".join(marked)
 
     def dialogue(self, dialogue: Dialogue) -> Dialogue:
-        """The guarded dialogue: every text in it that a template sees; the same object where there is nothing to mark.
+        """A `GuardedDialogue` of every text that a template sees; the same object where there is nothing to mark.
 
         Raises:
           ValueError: a text has a mark already, which is half a surrogate pair.
         """
-        if self.is_guarded(dialogue):
-            raise ValueError(f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it.")
-        return _changed(dialogue, self.guard)
-
-    def clean_dialogue(self, dialogue: Dialogue) -> Dialogue:
-        """The dialogue that a guarded one stands for."""
-        return _changed(dialogue, self.clean)
-
-    def is_guarded(self, dialogue: Dialogue) -> bool:
-        """Whether a text that a template sees has a mark."""
         contents = [message.content for message in dialogue.messages]
         fields = [message.fields for message in dialogue.messages if message.fields]
-        return any(map(self.guarded, texts((contents, fields, dialogue.tools))))
+        if any(map(self.guarded, texts((contents, fields, dialogue.tools)))):
+            raise ValueError(f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it.")
+        marked = _changed(dialogue, self.guard)
+        return dialogue if marked is dialogue else GuardedDialogue(**vars(marked))
+
+    def clean_dialogue(self, dialogue: GuardedDialogue) -> Dialogue:
+        """The dialogue that a guarded one stands for."""
+        return _changed(dialogue, self.clean)
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """The tokens of texts, guarded or not; what is marked has the tokens of ordinary text.

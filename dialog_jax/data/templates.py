@@ -11,7 +11,7 @@ import transformers
 
 from dialog_jax.data import sandbox
 from dialog_jax.data.dialogues import Dialogue, Message
-from dialog_jax.data.special_text import Guard
+from dialog_jax.data.special_text import Guard, GuardedDialogue
 
 PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
 _TURNS_TOGETHER = 4  # rendered in one call
@@ -121,7 +121,7 @@ class ChatTemplate:
         Raises:
           ValueError: the template does something to the texts of special tokens but writing them.
         """
-        if not self._guard.is_guarded(dialogue):
+        if not isinstance(dialogue, GuardedDialogue):
             return self._run(dialogue, count, **kwargs)
         text = self._run(self._guard.clean_dialogue(dialogue), count, **kwargs)
         try:

@@ -47,7 +47,7 @@ class HarmTest(parameterized.TestCase):
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
         "{{ namespace.__init__.__globals__ }}",
         "{{ '{0.__class__.__mro__}'.format(messages) }}",
-        "{{ '{m.__class__}'.format_map({'m': messages}) }}",
+        "{{ '{m.__class__.__mro__}'.format_map({'m': messages}) }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update({'content': 'x'}) }}",
         "{{ self.__init__.__globals__ }}",
