@@ -48,6 +48,7 @@ def load(
     dtype: jax.typing.DTypeLike = jnp.float32,
     chat_template: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
 ) -> ChatModel:
     """Returns the model, its tokenizer and chat template, ready for use.
 
@@ -55,6 +56,7 @@ def load(
       name_or_path: a Hugging Face model directory, a .gguf file, or a hub name.
       dtype: of the parameters in memory.
       chat_template: a Jinja file or its text; empty for the tokenizer's own.
+      allow_special_tokens: parse special tokens that messages spell; otherwise they are ordinary text.
 
     Raises:
       ValueError: one of them is missing or broken, or they do not belong together.
@@ -63,7 +65,7 @@ def load(
     config = pretrained.load_config(path)
     tokenizer = load_tokenizer(str(path), chat_template=chat_template)
     check_vocabulary(tokenizer, config.vocab_size)
-    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
     stops = {renderer.end_of_turn, tokenizer.eos_token_id, *pretrained.stop_tokens(path)} - {None}
     parameters = pretrained.load_parameters(path, config, dtype=dtype)
     return ChatModel(config, parameters, tokenizer, renderer, frozenset(int(token) for token in stops))

@@ -48,6 +48,9 @@ _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its t
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
+)
 _OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
 _ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
 
@@ -174,6 +177,7 @@ def write(audit: Audit, objective: ObjectiveConfig, out: pathlib.Path) -> None:
         "data": _DATA.value,
         "chat_template": _CHAT_TEMPLATE.value,
         "chat_template_kwargs": _CHAT_TEMPLATE_KWARGS.value,
+        "allow_special_tokens": _ALLOW_SPECIAL_TOKENS.value,
         "objective": dataclasses.asdict(objective),
         "max_length": _MAX_LENGTH.value,
         **dataclasses.asdict(audit),
@@ -199,7 +203,10 @@ def main(arguments: list[str]) -> None:
     try:
         objective = ObjectiveConfig(name=_OBJECTIVE.value, roles=tuple(_ROLES.value))
         tokenizer, renderer = inspection.load_renderer(
-            _TOKENIZER.value, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value
+            _TOKENIZER.value,
+            chat_template=_CHAT_TEMPLATE.value,
+            chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
+            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         with rich.console.Console(stderr=True).status("reading") as status:
             records = _counted(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), status)

@@ -34,6 +34,9 @@ _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its t
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
+)
 
 
 def speak(model: chat.ChatModel, session: generation.Session, messages: Sequence[Message]) -> str:
@@ -109,6 +112,7 @@ def main(arguments: list[str]) -> None:
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,
             chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
         if _MESSAGE.value is not None:

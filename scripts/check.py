@@ -44,6 +44,9 @@ _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its t
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
+)
 
 _DISAGREE = 2
 _LONGEST_ROW = 2048
@@ -117,7 +120,12 @@ def main(arguments: list[str]) -> None:
     try:
         dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
         kwargs = templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-        model = chat.load(_MODEL.value, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=kwargs)
+        model = chat.load(
+            _MODEL.value,
+            chat_template=_CHAT_TEMPLATE.value,
+            chat_template_kwargs=kwargs,
+            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+        )
         chosen = draw(dialogues, _DIALOGUES.value, _SEED.value)
         with console.status("rendering") as status:
             outcome = agreement.compare(
@@ -126,6 +134,7 @@ def main(arguments: list[str]) -> None:
                 model.config,
                 model.parameters,
                 chat_template_kwargs=kwargs,
+                allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
                 max_length=_MAX_LENGTH.value or min(_LONGEST_ROW, model.config.max_length),
                 tell=status.update,
             )

@@ -30,6 +30,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same for every model.")
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
+)
 
 _LINE = 88  # characters
 
@@ -49,7 +52,11 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = chat.load(name, chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value))
+        model = chat.load(
+            name,
+            chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+        )
         pieces = chat.reply(
             model,
             history,

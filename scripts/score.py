@@ -55,6 +55,9 @@ _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its t
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
+)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "How many of the likeliest tokens --top_k_out holds.", lower_bound=0)
 _TOP_K_OUT = flags.DEFINE_string("top_k_out", "", "A .safetensors file to write them to, for training a student.")
 _PASSES = flags.DEFINE_enum(
@@ -134,7 +137,13 @@ def main(arguments: list[str]) -> None:
             raise ValueError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
         kwargs = templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-        model = chat.load(_MODEL.value, dtype=dtype, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=kwargs)
+        model = chat.load(
+            _MODEL.value,
+            dtype=dtype,
+            chat_template=_CHAT_TEMPLATE.value,
+            chat_template_kwargs=kwargs,
+            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+        )
         if _PASSES.value == "k":
             scores = k_passes.score_dialogues(
                 dialogues,
@@ -142,6 +151,7 @@ def main(arguments: list[str]) -> None:
                 model.config,
                 model.parameters,
                 chat_template_kwargs=kwargs,
+                allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
                 compute_dtype=dtype,
             )
         else:

@@ -45,6 +45,9 @@ _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its t
 _CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
     "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
 )
+_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
+    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
+)
 _OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
 _ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
 _TURN_DISCOUNT = flags.DEFINE_float("turn_discount", 1.0, "Weights are times this ** (turns that follow).")
@@ -242,7 +245,10 @@ def _print(console: rich.console.Console, before: str, text: rich.text.Text) -> 
 def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.Console) -> None:
     """Prints the dialogue as the flags say."""
     tokenizer, renderer = inspection.load_renderer(
-        _TOKENIZER.value, chat_template=_CHAT_TEMPLATE.value, chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value
+        _TOKENIZER.value,
+        chat_template=_CHAT_TEMPLATE.value,
+        chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
+        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
     )
     (pieces,) = inspection.render([dialogue], renderer, objective)
     if isinstance(pieces, ValueError):

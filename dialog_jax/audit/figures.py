@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from dialog_jax.audit import findings, inspection, row_lengths
 from dialog_jax.audit.findings import Finding
 from dialog_jax.audit.row_lengths import Fill, Fit, Spread
-from dialog_jax.data import supervision
+from dialog_jax.data import special_text, supervision
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.records import ROLES
@@ -79,6 +79,7 @@ class _Setting(NamedTuple):
     lengths: list[int]
     special: Bool[np.ndarray, " vocabulary"]
     """Whether a token is special."""
+    guard: special_text.Guard
     markers: re.Pattern[str]
     """The texts of special tokens."""
 
@@ -135,7 +136,7 @@ def audit(
                 tally.found.add("refused", str(pieces))
             else:
                 contents += _look_at(tally, setting, dialogue, pieces)
-        encodings = setting.backend.encode_batch([text for _, text in contents], add_special_tokens=False)
+        encodings = setting.guard.encode([setting.guard.guard(text) for _, text in contents])
         for (role, _), encoding in zip(contents, encodings, strict=True):
             tally.roles[role] += len(encoding)
     if not tally.counts["records"]:
@@ -157,6 +158,7 @@ def _setting(
         objective=objective,
         lengths=sorted({*row_lengths.LENGTHS, max_length}),
         special=special,
+        guard=special_text.Guard(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
         markers=re.compile(markers or "(?!)"),
     )
 
@@ -196,8 +198,10 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
     responses = supervision.responses(trained)
     for index, message in enumerate(dialogue.messages):
         where = f"{dialogue.name}: message {index} ({message.role})"
-        if found := setting.markers.search(message.content):
-            tally.found.add("special", f"{where} has {found[0]!r}")
+        spelled = map(setting.markers.search, special_text.texts((message.content, message.fields)))
+        if found := next(filter(None, spelled), None):
+            kind = "special_parsed" if setting.renderer.allow_special_tokens else "special"
+            tally.found.add(kind, f"{where} has {found[0]!r}")
         if index in responses and not message.content.strip() and not message.fields.get("tool_calls"):
             tally.found.add("empty", where)
     tally.counts["untrained"] += sum(

@@ -94,7 +94,7 @@ _KINDS = {
         "messages",
         "The model sees something else in their place, or nothing. Use a chat template that knows their role.",
     ),
-    "special": _Kind(
+    "special_parsed": _Kind(
         "warning",
         "messages with the text of special tokens",
         "messages",
@@ -111,6 +111,12 @@ _KINDS = {
         "other dialogues that begin with the same prompt as an earlier one",
         "trees",
         "Keep them on one side of a split into training and held-out data.",
+    ),
+    "special": _Kind(
+        "note",
+        "messages with the text of special tokens",
+        "messages",
+        "It is ordinary text to the model. If it is meant as those tokens, set allow_special_tokens.",
     ),
     "history": _Kind(
         "note",

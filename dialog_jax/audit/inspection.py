@@ -37,20 +37,21 @@ class Seam(NamedTuple):
 
 
 def load_renderer(
-    tokenizer: str, *, chat_template: str = "", chat_template_kwargs: str = "{}"
+    tokenizer: str, *, chat_template: str = "", chat_template_kwargs: str = "{}", allow_special_tokens: bool = False
 ) -> tuple[transformers.PreTrainedTokenizerFast, Renderer]:
     """The tokenizer of a directory, hub name or GGUF file, and a renderer with it.
 
     Args:
       chat_template: a Jinja file or its text; empty for the tokenizer's own.
       chat_template_kwargs: further variables of the template, as a JSON object.
+      allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
 
     Raises:
       ValueError: one of them is not what it should be.
     """
     kwargs = template_kwargs(chat_template_kwargs)
     loaded = load_tokenizer(tokenizer, chat_template=chat_template)
-    return loaded, Renderer(loaded, chat_template_kwargs=kwargs)
+    return loaded, Renderer(loaded, chat_template_kwargs=kwargs, allow_special_tokens=allow_special_tokens)
 
 
 def special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:
@@ -184,11 +185,14 @@ def describe(seam: Seam, renderer: Renderer) -> str:
 def _crosses(
     sequence: RenderedSequence, tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
 ) -> bool:
-    """Whether prompt and response together tokenise otherwise than one after the other."""
+    """Whether prompt and response together tokenise otherwise than one after the other.
+
+    Not told where ordinary text spells special tokens, which would be parsed here.
+    """
     before = np.flatnonzero(special[sequence.tokens[: sequence.start]])
     near = sequence.tokens[int(before[-1]) if len(before) else 0 :]
     again = tokenizer.encode(_text(tokenizer, near), add_special_tokens=False).ids
-    return not np.array_equal(again, near)
+    return not np.array_equal(again, near) and bool(special[again].sum() == special[near].sum())
 
 
 def _text(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray) -> str:

@@ -1,6 +1,7 @@
 """Text to tokens and back, as inference has them: a tokenizer, and where a response ends.
 
-Knows nothing of dialogues. Special tokens are those in the text; none is added.
+Knows nothing of dialogues. Special tokens are those in the text; none is added. Texts may be guarded
+(`data.special_text`): what is marked in them is never a special token.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ import numpy as np
 import tokenizers
 import transformers
 from jaxtyping import Int32
+
+from dialog_jax.data.special_text import Guard
 
 
 class Tokenized(NamedTuple):
@@ -47,9 +50,11 @@ class Encoder:
     Args:
       tokenizer: a fast tokenizer.
       after_response: what the template writes behind the content of an assistant message.
+      guard: of the texts.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str):
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str, guard: Guard):
+        self._guard = guard
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
@@ -68,7 +73,7 @@ class Encoder:
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """Token ids of a text by itself."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.tokenize([text])[0].ids
 
     def encode_continuation(self, text: str) -> Int32[np.ndarray, " n"]:
         """Token ids of a text that continues another."""
@@ -84,10 +89,9 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Each text with its tokens; several at once are faster than one by one."""
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         return [
             Tokenized(text, np.array(encoding.ids, np.int32), encoding)
-            for text, encoding in zip(texts, encodings, strict=True)
+            for text, encoding in zip(texts, self._guard.encode(texts), strict=True)
         ]
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:

@@ -20,6 +20,7 @@ from jaxtyping import Int32
 from dialog_jax.data.dialogues import Dialogue, Message
 from dialog_jax.data.encoding import Encoder, Tokenized
 from dialog_jax.data.locating import MessageSpan, locate_messages, locate_response_parts
+from dialog_jax.data.special_text import Guard
 from dialog_jax.data.templates import PROBE, ChatTemplate
 
 _PREAMBLES_KEPT = 4096
@@ -47,16 +48,23 @@ class Renderer:
     Args:
       tokenizer: a fast tokenizer whose `chat_template` is set.
       chat_template_kwargs: further variables of the template, for example `{"enable_thinking": False}`.
+      allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
 
     Raises:
       ValueError: the template cannot render one user and one assistant message.
     """
 
     def __init__(
-        self, tokenizer: transformers.PreTrainedTokenizerFast, *, chat_template_kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
     ):
-        self._template = ChatTemplate(tokenizer, chat_template_kwargs)
-        self._encoder = Encoder(tokenizer, self._template.after_response())
+        self.allow_special_tokens = allow_special_tokens
+        self._guard = Guard(tokenizer, allow_special_tokens=allow_special_tokens)
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._guard)
+        self._encoder = Encoder(tokenizer, self._template.after_response(), self._guard)
         self._encode_tail = functools.lru_cache(maxsize=4096)(self._encoder.encode)
         self._preambles: dict[str, Int32[np.ndarray, " n"]] = {}
 
@@ -67,7 +75,8 @@ class Renderer:
 
     def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
         """The template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
-        return self._template.text(dialogue, count, add_generation_prompt=add_generation_prompt)
+        guarded = self._guard.dialogue(dialogue)
+        return self._guard.clean(self._template.text(guarded, count, add_generation_prompt=add_generation_prompt))
 
     def render(
         self,
@@ -94,7 +103,8 @@ class Renderer:
             renders the response, it does not render weighted parts as they are, or (with `locate`) a message changes
             more than its own part of the text.
         """
-        texts = [self.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
+        dialogues = [self._guard.dialogue(dialogue) for dialogue in dialogues]
+        texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
         beginnings = self._encoder.tokenize([text[: limit * _CHARACTERS_PER_TOKEN or None] for text in texts])
         return [
             self._sequences(dialogue, text, beginning, limit, whole, locate)
@@ -103,7 +113,8 @@ class Renderer:
 
     def prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Token ids of all messages and the generation prompt: what a reply to the dialogue continues."""
-        return self._encoder.encode(self.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
+        dialogue = self._guard.dialogue(dialogue)
+        return self._encoder.encode(self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
 
     def preamble(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Token ids of what stands before the content of the first message that is not the system's.
@@ -111,6 +122,7 @@ class Renderer:
         Dialogues with the same system prompt and tools begin with the same. Empty where the template refuses such a
         beginning by itself.
         """
+        dialogue = self._guard.dialogue(dialogue)
         first = next((i for i, message in enumerate(dialogue.messages) if message.role != "system"), None)
         if first is None:
             return np.zeros(0, np.int32)
@@ -120,7 +132,7 @@ class Renderer:
             if len(self._preambles) == _PREAMBLES_KEPT:
                 self._preambles.clear()
             try:
-                text = self.text(dataclasses.replace(dialogue, messages=beginning, parents=()), first + 1)
+                text = self._template.text(dataclasses.replace(dialogue, messages=beginning, parents=()), first + 1)
             except ValueError:
                 text = ""
             before, found, _ = text.partition(PROBE)
@@ -145,10 +157,11 @@ class Renderer:
             if limit and start is not None and start >= limit:
                 return
             if not rendered.startswith(prompt):
+                difference = _difference(self._guard.clean(prompt), self._guard.clean(rendered))
                 raise ValueError(
                     f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
-                    f"inference shows: {_difference(prompt, rendered)}. Responses cannot be trained as they would be "
-                    "generated; merge assistant messages that follow each other, set chat_template_kwargs (such as "
+                    f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
+                    "merge assistant messages that follow each other, set chat_template_kwargs (such as "
                     "enable_thinking) or pass another chat template."
                 )
             stop = None if start is None else self._cut_response(beginning, rendered, len(prompt))
@@ -226,8 +239,9 @@ class Renderer:
             if self._encoder.decode(np.concatenate([prompt_ids, response])) != self._encoder.decode(ids):
                 raise ValueError(
                     f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
-                    f"cross from {prompt[-20:]!r} to {rendered[len(prompt) :][:20]!r}. Pass a chat template that ends "
-                    "the generation prompt where a token ends."
+                    f"cross from {self._guard.clean(prompt[-20:])!r} to "
+                    f"{self._guard.clean(rendered[len(prompt) :][:20])!r}. Pass a chat template that ends the "
+                    "generation prompt where a token ends."
                 )
         return np.concatenate([prompt_ids, response[: self._encoder.response_length(response)]]), start
 

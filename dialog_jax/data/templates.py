@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jinja2
 import transformers
 
+from dialog_jax.data import sandbox
 from dialog_jax.data.dialogues import Dialogue, Message
-
-_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
+from dialog_jax.data.special_text import Guard, GuardedDialogue
 
 PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
 _TURNS_TOGETHER = 4  # rendered in one call
@@ -35,10 +34,17 @@ class ChatTemplate:
     Args:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
+      guard: of the dialogues, if they are guarded; then what is rendered is guarded likewise.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, kwargs: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        kwargs: Mapping[str, Any] | None = None,
+        guard: Guard | None = None,
+    ):
         self._tokenizer = tokenizer
+        self._guard = guard or Guard(tokenizer, allow_special_tokens=True)
         self._kwargs = dict(kwargs or {})
         self._alike: dict[str, bool] = {}  # whether a template renders together what it renders one by one
 
@@ -55,10 +61,10 @@ class ChatTemplate:
             )
         try:
             return self._apply(dialogue, count, add_generation_prompt=add_generation_prompt)
-        except _REFUSALS as error:
+        except sandbox.REFUSALS as error:
+            roles = ", ".join(message.role for message in dialogue.messages[:count])
             raise ValueError(
-                f"{dialogue.name}: the chat template refuses its first {count} messages "
-                f"({', '.join(message.role for message in dialogue.messages[:count])}): {error}. "
+                f"{dialogue.name}: the chat template refuses its first {count} messages ({roles}): {error}. "
                 "Change the dialogue, or pass another chat template."
             ) from error
 
@@ -99,7 +105,7 @@ class ChatTemplate:
                 rendered_counts=indices,
                 rendered_mark=_MARK,
             )
-        except _REFUSALS:
+        except sandbox.REFUSALS:
             return []
         texts = together.split(_MARK)
         if len(texts) != 2 * len(indices) + 1:  # a message contains the mark
@@ -110,15 +116,28 @@ class ChatTemplate:
         return turns if self._alike[template] else []
 
     def _apply(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
-        text = self._tokenizer.apply_chat_template(
-            [message.as_dict() for message in dialogue.messages[:count]],
-            tools=_tools(dialogue),
-            tokenize=False,
-            **kwargs,
-            **self._kwargs,
-        )
-        assert isinstance(text, str)
-        return text
+        """What the template renders; of a guarded dialogue, what stands for that.
+
+        Raises:
+          ValueError: the template does something to the texts of special tokens but writing them.
+        """
+        if not isinstance(dialogue, GuardedDialogue):
+            return self._run(dialogue, count, **kwargs)
+        text = self._run(self._guard.clean_dialogue(dialogue), count, **kwargs)
+        try:
+            guarded = self._run(dialogue, count, **kwargs)
+        except sandbox.REFUSALS:  # of marks, where it takes the text itself
+            guarded = ""
+        if self._guard.clean(guarded) != text:
+            raise ValueError(
+                "they spell special tokens, and the template does more with these than to write them. Remove them, or "
+                "set allow_special_tokens to have them parsed"
+            )
+        return guarded
+
+    def _run(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
+        messages = [message.as_dict() for message in dialogue.messages[:count]]
+        return sandbox.render(self._tokenizer, messages, tools=_tools(dialogue), **kwargs, **self._kwargs)
 
 
 def _tools(dialogue: Dialogue) -> list[Any] | None:

@@ -7,10 +7,12 @@ import hashlib
 import pathlib
 from typing import Any
 
-import gguf
 import jinja2
 import tokenizers
 import transformers
+
+from dialog_jax.data import bounded, sandbox
+from dialog_jax.formats import gguf_file
 
 # How GGUF numbers the kinds of its tokens.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -48,12 +50,14 @@ def load_tokenizer(
             "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
         )
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        sandbox.render(tokenizer, [{"role": "user", "content": "Hi"}])
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"{path.name}: the chat template is not Jinja at line {error.lineno}: {error.message}. Correct it."
         ) from None
-    except jinja2.TemplateError:
+    except bounded.Exceeded as error:
+        raise ValueError(f"{path.name}: the chat template was stopped: {error}. Pass another one.") from None
+    except sandbox.REFUSALS:
         pass  # A template may refuse this dialogue; whether it takes the user's is told with theirs.
     return tokenizer
 
@@ -106,27 +110,23 @@ def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 
     Built here because the reader of transformers knows no `tokenizer.ggml.pre`: it drops SmolLM's split of digits.
     """
-    if not path.is_file():
-        raise ValueError(f"{path.name}: no such file. Check the path.")
-    try:
-        fields = gguf.GGUFReader(path).fields
-    except ValueError as error:
-        raise ValueError(f"{path.name}: not a GGUF file ({error}). Check that it was downloaded in full.") from None
+    reader = gguf_file.open_gguf(path)
 
-    def field(name: str) -> Any:
-        found = fields.get(f"tokenizer.{name}")
-        return None if found is None else found.contents()
+    def field(name: str, kind: type = str, many: bool = False) -> Any:
+        return gguf_file.contents(path, reader, f"tokenizer.{name}", kind, many=many)
 
     if field("ggml.model") != "gpt2":
         raise ValueError(
             f"{path.name}: its tokenizer is of the kind {field('ggml.model')!r}; only byte-level BPE ('gpt2') is read "
             "from GGUF. Use the model's Hugging Face directory."
         )
-    tokens = field("ggml.tokens")
+    tokens, merges = field("ggml.tokens", many=True), field("ggml.merges", many=True)
+    kinds = field("ggml.token_type", int, many=True)
+    _check_gguf(path, tokens, merges, kinds)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")],
+            merges=[tuple(merge.split(" ")) for merge in merges],
             # Llama 3 takes a word that is a token as it is, even where merges would not lead there.
             ignore_merges=field("ggml.pre") == "llama-bpe",
         )
@@ -135,22 +135,44 @@ def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
         tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(field("ggml.pre"), path.name)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    kinds = field("ggml.token_type") or [1] * len(tokens)
     tokenizer.add_tokens(
         [
             tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
+            for token, kind in zip(tokens, kinds or [1] * len(tokens), strict=True)
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    numbers = {name: field(f"ggml.{key}_token_id") for key, name in names.items()}
+    numbers = {name: field(f"ggml.{key}_token_id", int) for key, name in names.items()}
+    if any(number is not None and not 0 <= number < len(tokens) for number in numbers.values()):
+        raise ValueError(f"{path.name}: {numbers} go beyond its {len(tokens):,} tokens. Download it again.")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=field("chat_template"),
         clean_up_tokenization_spaces=False,
         **{name: tokens[number] for name, number in numbers.items() if number is not None},
     )
+
+
+def _check_gguf(
+    path: pathlib.Path, tokens: list[str] | None, merges: list[str] | None, kinds: list[int] | None
+) -> None:
+    """Raises ValueError where a GGUF file's tokens, merges and types of tokens do not belong together."""
+    if tokens is None or merges is None:
+        raise ValueError(
+            f"{path.name}: has no list of tokens or none of merges. Use the model's Hugging Face directory."
+        )
+    if kinds is not None and len(kinds) != len(tokens):
+        raise ValueError(
+            f"{path.name}: has {len(tokens):,} tokens and {len(kinds):,} types of them. Download it again."
+        )
+    known = set(tokens)
+    wrong = next(
+        (m for m in merges if m.count(" ") != 1 or not known.issuperset((*m.split(" "), m.replace(" ", "")))), None
+    )
+    if wrong is not None or len(known) != len(tokens):
+        what = "a token twice" if wrong is None else f"the merge {wrong!r}, which does not join two tokens to a third"
+        raise ValueError(f"{path.name}: has {what}. Download it again.")
 
 
 def _pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:

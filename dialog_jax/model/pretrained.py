@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from dialog_jax.formats import gguf_file
 from dialog_jax.model import decoder, published_config, tensor_files
 
 _SHARD_BYTES = 5 * 10**9
@@ -84,7 +85,7 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
-        return published_config.from_gguf(path, tensor_files.open_gguf(path))
+        return published_config.from_gguf(path, gguf_file.open_gguf(path))
     if (path / "model.json").exists():
         raise ValueError(
             f"{path} is a run, not a model. Export it first: scripts/export.py --checkpoint={path} --out={path}/model"
@@ -110,6 +111,11 @@ def load_parameters(
     path = pathlib.Path(path)
     from_gguf = path.suffix == ".gguf"
     with tensor_files.gguf_tensors(path, config) if from_gguf else tensor_files.open_safetensors(path) as tensors:
+        if config.layers > len(tensors.shapes):
+            raise ValueError(
+                f"{tensors.where}: tensors are missing: it has {len(tensors.shapes):,}, and its config says "
+                f"{config.layers:,} layers; they belong to different models"
+            )
         flat = _flatten(decoder.abstract_parameters(config))
         published = {key: _published(key, config, from_gguf) for key in flat}
         _check(tensors, config, flat, published)

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from dialog_jax.formats import gguf_file
 from dialog_jax.model import attention, decoder
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -102,23 +103,23 @@ def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, attenti
 
 def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderConfig:
     """The shape that the header of a GGUF file describes; `path` is named in errors."""
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-    family = fields["general.architecture"].contents() if "general.architecture" in fields else None
+    family = gguf_file.contents(path, reader, "general.architecture", str)
     if family not in decoder.FAMILIES:
         raise ValueError(f"{path}: general.architecture is {family!r}; supported are {', '.join(decoder.FAMILIES)}")
 
-    def get(name, default=None):
-        if (field := fields.get(f"{family}.{name}")) is not None:
-            return field.contents()
-        if default is None:
+    def get(name, default=None, kind=int):
+        found = gguf_file.contents(path, reader, f"{family}.{name}", kind)
+        if found is None and default is None:
             raise ValueError(f"{path}: {family}.{name} is missing")
-        return default
+        return default if found is None else found
 
     width, heads = get("embedding_length"), get("attention.head_count")
+    if heads < 1:
+        raise ValueError(f"{path}: {family}.attention.head_count is {heads}; needed a number above 0")
     head_dim = get("attention.key_length", width // heads)
     for name, got, needed in [
-        ("rope.scaling.type", get("rope.scaling.type", "none"), "none"),
+        ("rope.scaling.type", get("rope.scaling.type", "none", str), "none"),
         ("rope.dimension_count", get("rope.dimension_count", head_dim), head_dim),
         ("attention.value_length", get("attention.value_length", head_dim), head_dim),
         ("expert_count", get("expert_count", 0), 0),
@@ -141,9 +142,9 @@ def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderCon
         head_dim=head_dim,
         feed_forward=get("feed_forward_length"),
         max_length=get("context_length"),
-        rope_theta=float(get("rope.freq_base", 10000.0)),
+        rope_theta=float(get("rope.freq_base", 10000.0, float)),
         # Written by others as the float32 nearest to a short decimal; read back as that decimal.
-        norm_epsilon=float(np.format_float_scientific(np.float32(get("attention.layer_norm_rms_epsilon")))),
+        norm_epsilon=float(np.format_float_scientific(np.float32(get("attention.layer_norm_rms_epsilon", kind=float)))),
         tie_embeddings="output.weight" not in shapes,
         qkv_bias="blk.0.attn_q.bias" in shapes,
         output_bias="blk.0.attn_output.bias" in shapes,

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import safetensors
 
+from dialog_jax.formats import gguf_file
 from dialog_jax.model import decoder
 
 
@@ -31,8 +32,11 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
     listed: Mapping[str, str] = {}
     if index.exists():
         listed = read_json(index).get("weight_map") or {}
+        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+            raise ValueError(f"{index}: weight_map is no object of file names; download or save the model again")
         shards = sorted(set(listed.values()))
         for shard in shards:
+            # By name: in the cache of the Hub, files beside the index are links to files elsewhere.
             if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
                 raise ValueError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
     else:
@@ -59,7 +63,7 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
 
 @contextlib.contextmanager
 def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[Tensors]:
-    tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf_file.open_gguf(path).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     # llama.cpp pairs components (2i, 2i + 1) in llama's rotary dimensions, Hugging Face (i, i + H/2); qwen's stay.
     interleaved = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if config.family == "llama" else ()
@@ -85,12 +89,3 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds a {type(fields).__name__}, not an object; download or save the model again")
     return fields
-
-
-def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
-    try:
-        return gguf.GGUFReader(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file: {error}. Download it again.") from error

@@ -5,6 +5,7 @@ each target sees is read back from the row's mask. K passes are `training.k_pass
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ def compare(
     parameters: dict,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
     max_length: int,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Agreement:
@@ -48,10 +50,16 @@ def compare(
       tell: is given a line whenever there is progress.
     """
     outcome = Agreement()
-    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+    naive = functools.partial(
+        k_passes.passes,
+        tokenizer=tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        allow_special_tokens=allow_special_tokens,
+    )
     kept = []
     for dialogue in dialogues:
-        passes = _passes(dialogue, tokenizer, chat_template_kwargs, renderer, max_length, outcome)
+        passes = _passes(dialogue, naive, renderer, max_length, outcome)
         if passes:
             kept.append((dialogue, passes))
     if not kept:
@@ -74,15 +82,14 @@ def compare(
 
 def _passes(
     dialogue: Dialogue,
-    tokenizer: transformers.PreTrainedTokenizerFast,
-    kwargs: Mapping[str, Any] | None,
+    naive: Callable[[Dialogue], list[Pass]],
     renderer: Renderer,
     max_length: int,
     outcome: Agreement,
 ) -> list[Pass]:
     """The passes of those responses that one pass trains on in rows of `max_length`; says why, where there is none."""
-    passes, refusal = _attempt(k_passes.passes, dialogue, tokenizer, kwargs)
     fitting, own_refusal = _attempt(_fitting, dialogue, renderer, max_length)
+    passes, refusal = _attempt(naive, dialogue)
     one_alone = math.inf if bool(refusal) != bool(own_refusal) else 0.0
     outcome.findings["refusals"].add(one_alone, dialogue.name, own_refusal or "accepted", refusal or "accepted")
     if refusal or own_refusal:

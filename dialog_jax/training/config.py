@@ -43,6 +43,8 @@ class DataConfig:
     """A Jinja file, or the template's text; empty for the tokenizer's own."""
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Further variables of the template, such as enable_thinking."""
+    allow_special_tokens: bool = False
+    """Parse special tokens that the texts of dialogues spell; otherwise they are ordinary text there."""
     cache_dir: str = ""
     """Where prepared trees are kept; empty for the run's own directory."""
     workers: int = -1

@@ -72,7 +72,10 @@ def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Con
         raise ValueError(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
-    options = {"chat_template_kwargs": config.data.chat_template_kwargs}
+    options = {
+        "chat_template_kwargs": config.data.chat_template_kwargs,
+        "allow_special_tokens": config.data.allow_special_tokens,
+    }
     renderer = Renderer(tokenizer, **options)
     recipe = Recipe(
         objective=config.objective,

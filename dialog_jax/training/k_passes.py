@@ -7,7 +7,7 @@ positions and their log-softmax. Knows no trie, row, target list or fused loss; 
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import disguises
 from dialog_jax.training.scoring import Score
 
 _REPLY = "Qx7 zebra"  # a text that no template contains
@@ -45,15 +46,22 @@ def passes(
     dialogue: Dialogue,
     tokenizer: transformers.PreTrainedTokenizerFast,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    allow_special_tokens: bool = False,
 ) -> list[Pass]:
     """Returns a pass for each assistant message of weight above 0, in order.
 
     The prompt is the messages that lead to it, with the generation prompt. The response is what a model would have to
     write next for the template's rendering with the message to come out, up to and including its end of turn.
 
+    Special tokens that the dialogue's texts spell are ordinary text, unless allowed: they stand disguised in what the
+    template renders, and what is between the template's own special tokens is tokenised apart.
+
     Raises:
       ValueError: the template refuses a history, or what it renders with the message does not continue the prompt.
     """
+    said, dialogue = dialogue, dialogue if allow_special_tokens else disguises.disguised(dialogue, tokenizer)
+    encode = _encode if dialogue == said else disguises.encode
     kwargs = dict(chat_template_kwargs or {})
     end_of_turn = _end_of_turn(tokenizer, kwargs)
     found = []
@@ -63,15 +71,17 @@ def passes(
         history = dialogue.before(index)
         prompt = _text(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
         whole = _text(dialogue, (*history, index), tokenizer, kwargs)
+        if dialogue != said:
+            _check_disguise(said, whole, (*history, index), tokenizer, kwargs)
         if not whole.startswith(prompt):
             raise ValueError(
                 f"{dialogue.name}: with message {index} the chat template renders no continuation of the prompt before "
                 "it, so no response can lead there. Pass another chat template or chat_template_kwargs."
             )
-        (prompt_ids, _), (ids, ends) = _encode(tokenizer, prompt), _encode(tokenizer, whole)
+        (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, whole)
         response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]
         if ids[: len(prompt_ids)] != prompt_ids:  # a token crosses the boundary; a model would be given the prompt's
-            response, ends = _continuation(tokenizer, whole[len(prompt) :])
+            response, ends = _continuation(tokenizer, whole[len(prompt) :], encode)
             if tokenizer.decode(prompt_ids + response) != tokenizer.decode(ids):
                 raise ValueError(
                     f"{dialogue.name}: no tokens behind the prompt of message {index} read as its response. Pass a "
@@ -120,6 +130,7 @@ def score_dialogues(
     parameters: dict,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
     compute_dtype: jax.typing.DTypeLike,
 ) -> Iterator[Score]:
     """Yields what `scoring.score_dialogues` does, from a forward pass for each response.
@@ -129,7 +140,7 @@ def score_dialogues(
       FloatingPointError: a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
-        every = passes(dialogue, tokenizer, chat_template_kwargs)
+        every = passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
         fitting = [one for one in every if len(one.tokens) <= model.max_length]
         turns = []
         for one in fitting:
@@ -149,6 +160,21 @@ def score_dialogues(
         if len(every) > len(fitting):
             record["turns_cut"] = len(every) - len(fitting)
         yield Score(record, dialogue.name, sum(len(one.tokens) for one in fitting))
+
+
+def _check_disguise(said: Dialogue, disguised: str, indices: Sequence[int], tokenizer, kwargs) -> None:
+    """Raises ValueError where what is rendered of disguised texts is not what is rendered of them as they are."""
+    text = _text(said, indices, tokenizer, kwargs)
+    if max(text) >= disguises.LOWEST:
+        raise ValueError(
+            f"{said.name}: spells special tokens and has private-use characters from U+{ord(disguises.LOWEST):X} on, "
+            "which stand for them here. Remove one of the two."
+        )
+    if disguises.undisguised(disguised) != text:
+        raise ValueError(
+            f"{said.name}: spells special tokens, and the chat template does more with them than to write them. Remove "
+            "them, or set allow_special_tokens."
+        )
 
 
 def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping[str, Any]) -> str:
@@ -192,13 +218,13 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
     return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
 
 
-def _continuation(tokenizer, text: str) -> tuple[list[int], list[int]]:
+def _continuation(tokenizer, text: str, encode: Callable) -> tuple[list[int], list[int]]:
     """The same of a text that continues another: behind a special token, no space is put in front of it."""
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     plain = [token.content for token in special if not (token.lstrip or token.rstrip)]
     if not plain:
-        return _encode(tokenizer, text)
-    ids, ends = _encode(tokenizer, plain[0] + text)
+        return encode(tokenizer, text)
+    ids, ends = encode(tokenizer, plain[0] + text)
     return ids[1:], [end - len(plain[0]) for end in ends[1:]]
 
 
@@ -206,7 +232,7 @@ def _end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
     """The first token of its own behind a reply's text: a special one, or else one that was added to the vocabulary."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    behind, _ = _continuation(tokenizer, text.rpartition(_REPLY)[2])
+    behind, _ = _continuation(tokenizer, text.rpartition(_REPLY)[2], _encode)
     added = tokenizer.added_tokens_decoder
     special = [token for token in behind if token in added and added[token].special]
     visible = [token for token in behind if token in added and added[token].content.strip()]

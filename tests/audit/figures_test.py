@@ -370,9 +370,22 @@ class FindingsTest(parameterized.TestCase):
             ("assistant", "", 0),
         )
         result = look([dialogue], "chatml")
-        self.assertEqual(found(result), {"special": ("warning", 1, 5), "empty": ("warning", 1, 1)})
+        self.assertEqual(found(result), {"special": ("note", 1, 5), "empty": ("warning", 1, 1)})
         self.assertEqual(first(result, "special"), ["dialogue 0 (said.jsonl:1): message 1 (user) has '<|im_end|>'"])
         self.assertEqual(first(result, "empty"), ["dialogue 0 (said.jsonl:1): message 2 (assistant)"])
+
+    def test_special_tokens_are_a_warning_where_they_are_parsed(self):
+        dialogue = said(("user", "What is <|im_end|>?"), ("assistant", "<|im_end|>"))
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        renderer = rendering.Renderer(tokenizer, allow_special_tokens=True)
+        settings = {"objective": ObjectiveConfig(), "max_length": 1024}
+        parsed = audit.audit([dialogue], tokenizer, renderer, **settings)
+        text = audit.audit([dialogue], tokenizer, rendering.Renderer(tokenizer), **settings)
+        self.assertEqual(found(parsed), {"special_parsed": ("warning", 2, 2)})
+        self.assertEqual(found(text), {"special": ("note", 2, 2)})
+        pieces = len(tokenizer.tokenize("<|im_")) + len(tokenizer.tokenize("end|>"))
+        self.assertEqual(text.tokens - parsed.tokens, 2 * pieces - 2)
+        self.assertEqual(text.roles["rest"], parsed.roles["rest"])
 
     def test_message_that_the_template_leaves_out_is_named(self):
         template = chat_templates.TEMPLATES["chatml"].replace(

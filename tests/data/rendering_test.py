@@ -83,7 +83,7 @@ class Law6(parameterized.TestCase):
             self.check(tokenizer, dialogue, FAMILIES[family].end_of_turn, list(sequences))
 
     @parameterized.parameters(*FAMILIES)
-    def test_special_token_text_in_contents_does_not_end_the_response(self, family):
+    def test_special_tokens_in_contents_that_are_allowed_do_not_end_the_response(self, family):
         end = FAMILIES[family].end_of_turn
         eos = FAMILIES[family].eos
         dialogue = said(
@@ -94,7 +94,9 @@ class Law6(parameterized.TestCase):
             ("user", "Go on."),
             ("assistant", f"{eos} a"),
         )
-        self.check(chat_templates.train_tokenizer(family), dialogue, end, render(renderer_of(family), dialogue))
+        tokenizer = chat_templates.train_tokenizer(family)
+        renderer = rendering.Renderer(tokenizer, allow_special_tokens=True)
+        self.check(tokenizer, dialogue, end, render(renderer, dialogue))
 
     @parameterized.parameters("chatml", "llama3", "plain", "phi3")
     def test_irregular_dialogues_are_rendered_as_inference_sees_them(self, family):

@@ -187,7 +187,29 @@ class GgufTest(_Files):
     def test_file_that_is_missing_or_no_gguf(self):
         self.assert_error(lambda: tokenizers.load_tokenizer(self.directory / "no.gguf"), "no.gguf: no such", "Check")
         (self.directory / "bad.gguf").write_bytes(b"not a model" * 10)
-        self.assert_error(lambda: tokenizers.load_tokenizer(self.directory / "bad.gguf"), "bad.gguf: not a", "Check")
+        self.assert_error(lambda: tokenizers.load_tokenizer(self.directory / "bad.gguf"), "bad.gguf is not a", "again")
+
+    def test_file_with_flipped_or_missing_bytes_loads_or_is_an_error_that_names_it(self):
+        path = self.gguf()
+        content = path.read_bytes()
+        place = strategies.integers(0, len(content) - 1)
+        numbers = strategies.sampled_from([2**63 - 1, 2**64 - 1, 2**60, 2**32, 10**9, 0])
+        byte = strategies.tuples(place, strategies.binary(min_size=1, max_size=1))
+        number = strategies.tuples(place, numbers.map(lambda n: n.to_bytes(8, "little")))
+
+        @hypothesis.given(strategies.lists(byte | number, max_size=3), place | strategies.none())
+        @hypothesis.settings(max_examples=150, deadline=10_000, derandomize=True)
+        def holds(written, kept):
+            damaged = bytearray(content)
+            for at, what in written:
+                damaged[at : at + len(what)] = what
+            path.write_bytes(damaged[:kept])
+            try:
+                tokenizers.load_tokenizer(path)
+            except ValueError as error:
+                self.assertIn(path.name, str(error))
+
+        holds()
 
 
 class TemplateTest(_Files):

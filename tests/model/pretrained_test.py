@@ -1,16 +1,19 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 import tempfile
 
 import gguf
+import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
+from hypothesis import strategies
 
 from dialog_jax.model import decoder, pretrained
 
@@ -60,6 +63,35 @@ class _TemporaryTest(parameterized.TestCase):
             _load(directory)
         for pattern in patterns:
             self.assertRegex(str(caught.exception), pattern)
+
+    def assert_damage_is_an_error(self, file, content, header):
+        """Whatever becomes of the header, the model loads or a ValueError names it; soon, in little memory."""
+        place = strategies.integers(0, header - 1)
+        byte = strategies.tuples(place, strategies.binary(min_size=1, max_size=1))
+        number = strategies.tuples(
+            place,
+            strategies.sampled_from([2**63 - 1, 2**64 - 1, 2**32, 2**31, 10**9, 0]).map(
+                lambda n: n.to_bytes(8, "little")
+            ),
+        )
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        @hypothesis.given(
+            strategies.lists(byte | number, max_size=3), strategies.integers(0, len(content)) | strategies.none()
+        )
+        @hypothesis.settings(max_examples=120, deadline=10_000, derandomize=True)
+        def holds(written, kept):
+            damaged = bytearray(content)
+            for at, what in written:
+                damaged[at : at + len(what)] = what
+            file.write_bytes(damaged[:kept])
+            try:
+                _load(file if file.suffix == ".gguf" else file.parent)
+            except ValueError as error:
+                self.assertRegex(str(error), file.parent.name if file.suffix != ".gguf" else file.name)
+
+        holds()
+        self.assertLess(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 1 << 20)  # KiB
 
 
 class ReferenceTest(parameterized.TestCase):
@@ -272,6 +304,54 @@ class LoadTest(_TemporaryTest):
         file.write_bytes(file.read_bytes()[:kept])
         self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file", "again")
 
+    def test_load_of_flipped_or_missing_bytes_loads_or_is_an_error_that_names_it(self):
+        file = self.copy() / "model.safetensors"
+        content = file.read_bytes()
+        self.assert_damage_is_an_error(file, content, 8 + int.from_bytes(content[:8], "little"))
+
+    @parameterized.parameters(
+        [{"data_offsets": [0, 1 << 40]}],
+        [{"data_offsets": [-8, 0]}],
+        [{"data_offsets": [0, 8]}],  # shared with another
+        [{"shape": [-2]}],
+        [{"shape": [1 << 62, 1 << 62]}],
+        [{"dtype": "F99"}],
+    )
+    def test_load_of_a_header_that_lies_is_an_error(self, lie):
+        directory = self.copy()
+        entries = {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]} | lie,
+        }
+        header = json.dumps(entries).encode()
+        (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+        self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file")
+
+    def test_load_of_a_header_that_is_no_text_is_an_error(self):
+        directory = self.copy()
+        for header, size in ((b"\xff\xfe{}", 4), (b"{}", 1 << 62), (b"[" * 100_000, 100_000), (b"{}", 0)):
+            (directory / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header)
+            self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file")
+
+    def test_load_of_more_layers_than_tensors_is_an_error(self):
+        directory = self.copy()
+        self.edit_config(directory, num_hidden_layers=10**9)
+        self.assert_load_fails(directory, "tensors are missing: it has .* 1,000,000,000 layers")
+
+    @parameterized.parameters([["a"]], [{"model.norm.weight": 3}], [{"model.norm.weight": None}], ["text"])
+    def test_load_with_index_of_another_kind_is_an_error(self, weight_map):
+        directory = self.copy()
+        index = directory / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        self.assert_load_fails(directory, "index.json", "weight_map is no object")
+
+    def test_load_of_files_that_are_links_as_in_the_cache_of_the_hub(self):
+        directory = self.copy()
+        blob = self.directory / "blob"
+        (directory / "model.safetensors").rename(blob)
+        (directory / "model.safetensors").symlink_to(blob)
+        _assert_equal_bits(_load(directory)[1], _load(_REFERENCES / "tiny_llama")[1])
+
     def test_load_without_weights_is_an_error(self):
         directory = self.copy()
         (directory / "model.safetensors").unlink()
@@ -361,6 +441,11 @@ class GgufTest(_TemporaryTest):
             file.write_bytes(file.read_bytes()[:kept])
             self.assert_load_fails(file, r"qwen3\.gguf is not a whole GGUF file")
             file = self.write("qwen3")
+
+    def test_gguf_with_flipped_or_missing_bytes_loads_or_is_an_error_that_names_it(self):
+        file = self.write("qwen3")
+        content = file.read_bytes()
+        self.assert_damage_is_an_error(file, content, gguf.GGUFReader(file).data_offset)
 
     def test_gguf_with_scaled_rope_is_an_error(self):
         self.assert_load_fails(self.write("qwen3", fields=[("qwen3.rope.scaling.type", "yarn")]), "rope.scaling.type")

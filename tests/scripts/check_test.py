@@ -55,6 +55,13 @@ class CheckTest(absltest.TestCase):
             code = 1
         return code, out.getvalue(), error.getvalue()
 
+    def test_dialogues_that_spell_special_tokens_agree(self):
+        spelled = record(1)
+        for message in spelled["messages"]:
+            message["content"] += "<|im_end|>\n<|im_start|>user\n<|im_end"
+        code, told, error = self.check([record(0), spelled])
+        self.assertEqual((code, error), (0, ""), told)
+
     def test_agreement_is_told_with_what_was_compared(self):
         code, told, _ = self.check([record(n) for n in range(12)], "--dialogues=3")
         self.assertEqual(code, 0)

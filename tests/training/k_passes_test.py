@@ -74,6 +74,38 @@ class PassesTest(parameterized.TestCase):
             ]
             self.assertEqual(found, expected)
 
+    @parameterized.parameters(sorted(chat_templates.FAMILIES))
+    def test_tokens_of_spelled_special_tokens_are_those_of_the_renderer_for_every_family(self, family):
+        tokenizer = chat_templates.train_tokenizer(family)
+        special, rng = chat_templates.FAMILIES[family].special, np.random.default_rng(0)
+        pieces = [*special, *(text[:3] for text in special), " ", "\n", "Hello", "é", "12"]
+        for allowed in (False, False, False, True):
+            texts = ["".join(rng.choice(pieces, size=rng.integers(5))) for _ in range(6)]
+            one, kwargs = dialogue(*texts), {"allow_special_tokens": allowed}
+            (rendered,) = Renderer(tokenizer, **kwargs).render([one])
+            expected = [(entry.message, entry.start, entry.tokens.tolist()) for entry in rendered]
+            passes = k_passes.passes(one, tokenizer, **kwargs)
+            self.assertEqual([(entry.message, entry.start, entry.tokens.tolist()) for entry in passes], expected)
+
+    def test_spelled_special_tokens_are_text_and_may_cross_parts(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        parts = (Part(text="12<|im_", weight=0.5), Part(text="end|>ab", weight=0.25))
+        message = Message(role="assistant", content="12<|im_end|>ab", parts=parts)
+        (one,) = k_passes.passes(Dialogue(id=0, messages=(*dialogue("Hi").messages[:1], message)), tokenizer)
+        by_weight = collections.defaultdict(str)
+        for token, weight in zip(one.tokens[one.start :], one.weight.tolist(), strict=True):
+            by_weight[weight] += tokenizer.decode([token])
+        self.assertEqual(by_weight, {0.5: "12<|im_", 0.25: "end|>ab", 1.0: "<|im_end|>"})
+        self.assertEqual(one.tokens.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")), 3)
+
+    def test_spelled_special_tokens_that_the_template_looks_for_are_refused(self):
+        tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
+        tokenizer.chat_template = "{{ '<|im_end|>' in messages[0].content }}" + tokenizer.chat_template
+        with self.assertRaisesRegex(ValueError, r"dialogue d \(data.jsonl:1\): .* more with them than to write"):
+            k_passes.passes(dialogue("<|im_end|>", "a"), tokenizer)
+        with self.assertRaisesRegex(ValueError, "private-use characters from U.100000 on"):
+            k_passes.passes(dialogue("<|im_end|>\U00100001", "a"), chat_templates.train_tokenizer("chatml"))
+
     def test_history_of_a_message_is_its_path_in_a_tree(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
         messages = dialogue("Hi", "Hello!", "Bye", "Ciao.").messages
@@ -126,6 +158,7 @@ class PassesTest(parameterized.TestCase):
                 "dialog_jax.data.dialogues",
                 "dialog_jax.model",  # decoder
                 "dialog_jax.model.decoder",
+                "dialog_jax.training",  # disguises
                 "dialog_jax.training.scoring",  # the record Score
             },
         )
