@@ -160,8 +160,8 @@ def _train(
         del loaded  # donated to the state
         for later in [step for step in losses if not start or step > start]:
             del losses[later]  # of steps to come again
-        for line in sharding.undivided(mesh, state.parameters):
-            console.print(f"not divided over the mesh: {line}")
+        for line in sharding.listed(mesh, state.parameters):
+            console.print(f"on the mesh: {line}")
         dtype = _compute_dtype(config, mesh)
         this = _Run(
             config=config,
@@ -257,10 +257,11 @@ def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -
 
 
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    divided = mesh.shape["data"] * mesh.shape["fsdp"]
+    divided = math.prod(mesh.shape[axis] for axis in sharding.ROW_AXES)
     if config.rows % divided:
         raise ValueError(
-            f"rows is {config.rows}; it must be a multiple of data * fsdp = {divided}, so that every device has rows."
+            f"rows is {config.rows}; it must be a multiple of {' * '.join(sharding.ROW_AXES)} = {divided}, so that "
+            "every device has rows."
         )
 
 
