@@ -30,18 +30,30 @@ _PEAK = {
 
 
 def useful_flops(config: DecoderConfig, batch: Batch) -> float:
-    """FLOPs that forward and backward pass of `batch` need: no padding, no masked pair, no logit without a target.
+    """FLOPs that forward and backward pass of `batch` need, as `flops` counts them."""
+    used = np.asarray(batch.segment) > 0
+    return flops(
+        config,
+        tokens=int(used.sum()),
+        pairs=int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1)),
+        targets=int(np.sum(batch.weight > 0)),
+    )
+
+
+def flops(config: DecoderConfig, *, tokens: float, pairs: float, targets: float) -> float:
+    """FLOPs that forward and backward pass need: no padding, no masked pair, no logit without a target.
 
     A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
+
+    Args:
+      pairs: of a token and what it sees, itself included.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
-    used = np.asarray(batch.segment) > 0
-    pairs = int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1))
     forward = (
-        2 * layer * config.layers * int(used.sum())
+        2 * layer * config.layers * tokens
         + 4 * query * config.layers * pairs
-        + 2 * config.vocab_size * config.width * int(np.sum(batch.weight > 0))
+        + 2 * config.vocab_size * config.width * targets
     )
     return 3.0 * forward
 
@@ -129,6 +141,22 @@ class Writer:
         self._train.close()
         self._evaluation.close()
         self._tensorboard.close()
+
+
+class Silent:
+    """In the place of a `Writer` on all processes of a run but the first."""
+
+    def train(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

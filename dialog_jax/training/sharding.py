@@ -149,6 +149,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
 
 
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Returns which of the rows 0 to `rows` - 1 of a micro-batch this process must fill, in order.
+
+    Two processes fill the same rows where the axis `tensor` lies across them.
+    """
+    indices = [index for index in batch_sharding(mesh).addressable_devices_indices_map((1, rows)).values() if index]
+    return sorted({row for index in indices for row in range(rows)[index[1]]})
+
+
+def place_rows(mesh: Mesh, array: np.ndarray, own: Sequence[int], rows: int) -> jax.Array:
+    """Returns the global array [M, rows, ...] of which `array` holds the rows `own`, as `own_rows` gives them."""
+
+    def held(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[1].indices(rows)
+        first = own.index(start)
+        return array[:, first : first + stop - start]
+
+    return jax.make_array_from_callback((array.shape[0], rows, *array.shape[2:]), batch_sharding(mesh), held)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the layout of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -53,6 +53,8 @@ class StepMetrics(NamedTuple):
     """Steps without an update up to this one, since loss or gradient were not finite."""
     skipped_in_a_row: Int[Array, ""]
     """0 if this step is an update; otherwise how many were none, with those just before."""
+    pairs: Float[Array, ""]
+    """Pairs of a token and what it sees, itself included."""
 
 
 class EvaluationSums(NamedTuple):
@@ -161,6 +163,7 @@ def make_train_step(
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
             skipped=after.skipped,
             skipped_in_a_row=after.skipped_in_a_row,
+            pairs=jnp.sum(jnp.where(batch.segment > 0, batch.position + 1.0, 0.0)),
         )
         return after, metrics
 

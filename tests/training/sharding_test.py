@@ -25,7 +25,9 @@ class MeshTest(parameterized.TestCase):
     )
     def test_minus_one_takes_the_rest(self, config, shape):
         mesh = sharding.make_mesh(config)
-        self.assertEqual(tuple(mesh.shape.items()), tuple(zip(("dcn_data", "data", "fsdp", "tensor"), shape)))
+        self.assertEqual(
+            tuple(mesh.shape.items()), tuple(zip(("dcn_data", "data", "fsdp", "tensor"), shape, strict=True))
+        )
 
     @parameterized.parameters(
         MeshConfig(data=3), MeshConfig(data=-1, fsdp=3), MeshConfig(data=16), MeshConfig(dcn_data=3)
