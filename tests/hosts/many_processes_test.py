@@ -5,12 +5,15 @@ each, because their start takes seconds.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
 import json
 import os
 import pathlib
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -19,9 +22,10 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import decoder, pretrained
-from dialog_jax.training import checkpoints, metrics, run_directory
-from tests.data import chat_templates
+from dialog_jax.model import decoder
+from dialog_jax.training import checkpoints, config, metrics, run_directory
+from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.sharding import MeshConfig
 from tests.training import tiny
 
 _LAUNCHER = pathlib.Path(__file__).parents[2] / "experiments" / "launch" / "local.py"
@@ -32,11 +36,11 @@ _DEVICES = 4
 _TOLERANCE = 4e-4
 
 _MESHES = {
-    "data": {},
-    "fsdp_across_processes": {"mesh.data": 1, "mesh.fsdp": 4},
-    "dcn_data": {"mesh.dcn_data": 2, "mesh.data": 1, "mesh.fsdp": 2},
-    "tensor_within_processes": {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2},
-    "tensor_across_processes": {"mesh.data": 1, "mesh.tensor": 4},
+    "data": MeshConfig(),
+    "fsdp_across_processes": MeshConfig(data=1, fsdp=4),
+    "dcn_data": MeshConfig(dcn_data=2, data=1, fsdp=2),
+    "tensor_within_processes": MeshConfig(data=1, fsdp=2, tensor=2),
+    "tensor_across_processes": MeshConfig(data=1, tensor=4),
 }
 
 
@@ -46,30 +50,6 @@ def launcher():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def prepare(directory):
-    """Writes a model and two files of dialogues; returns the fields of a run of four steps on them."""
-    tokenizer = chat_templates.train_tokenizer("chatml")
-    model = tiny.config(len(tokenizer))
-    pretrained.save_pretrained(directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 24), ("validation", 5)):
-        dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3) for i in range(count)]
-        lines = [json.dumps({"messages": [message.as_dict() for message in one.messages]}) for one in dialogues]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {
-        "model": str(directory / "model"),
-        "data.train": str(directory / "train.jsonl"),
-        "data.validation": str(directory / "validation.jsonl"),
-        "data.max_length": 256,
-        "optimizer.learning_rate": 1e-2,
-        "rows": 4,
-        "gradient_accumulation": 2,
-        "steps": 4,
-        "evaluate_every": 2,
-        "checkpoint_every": 2,
-    }
 
 
 def start(directory, processes, runs, patience=100):
@@ -88,7 +68,7 @@ def start(directory, processes, runs, patience=100):
 
 def parameters(directory, step):
     """The parameters of a checkpoint, on one device of this process."""
-    with checkpoints.open_manager(directory / "checkpoints") as manager:
+    with checkpoints.open_reader(directory / "checkpoints") as manager:
         model, _ = run_directory.read_model(directory)
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(
@@ -97,29 +77,32 @@ def parameters(directory, step):
         return jax.device_get(checkpoints.restore_parameters(manager, step, like))
 
 
-class ManyProcessesTest(parameterized.TestCase):
+class RunsTest(parameterized.TestCase):
+    """A directory with a model and dialogues, and runs on them."""
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        cls.fields = prepare(cls.directory)
-        cls.start(1, cls.run_in("one"))
-        cls.start(2, *(cls.run_in(f"two_{name}", **mesh) for name, mesh in _MESHES.items()))
-        cls.start(4, *(cls.run_in(f"four_{name}", **_MESHES[name]) for name in ("data", "tensor_within_processes")))
+        cls.config = tiny.run_config(
+            cls.directory, mesh=MeshConfig(), steps=4, optimizer=OptimizerConfig(learning_rate=1e-2)
+        )
 
     @classmethod
-    def run_in(cls, name, **fields):
-        return {"output_dir": str(cls.directory / name), "fields": cls.fields | fields}
+    def a_run(cls, name, **changes):
+        extras = {key: changes.pop(key) for key in ("trouble", "other") if key in changes}
+        fields = config.to_config_dict(dataclasses.replace(cls.config, **changes)).to_dict()
+        return {"output_dir": str(cls.directory / name), "config": fields, **extras}
 
     @classmethod
-    def start(cls, processes, *runs):
+    def succeed(cls, processes, *runs):
         code, printed, _ = start(cls.directory, processes, runs)
         assert code == 0, printed
         return printed
 
     def assert_same(self, name, other="one"):
         """Parameters and figures of two runs are equal to rounding."""
-        a, b = (parameters(self.directory / run, 4) for run in (name, other))
+        a, b = (parameters(self.directory / run, self.config.steps) for run in (name, other))
         gap = max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
         print(f"{name}: largest difference of a parameter {gap:.1e}")
         self.assertLess(gap, _TOLERANCE)
@@ -133,9 +116,96 @@ class ManyProcessesTest(parameterized.TestCase):
                 for key in ("tokens", "targets", "row_tokens_used"):
                     self.assertEqual(line.get(key), want.get(key))
 
+
+class MeshesTest(RunsTest):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.succeed(1, cls.a_run("one"))
+        cls.succeed(2, *(cls.a_run(f"two_{name}", mesh=mesh) for name, mesh in _MESHES.items()))
+        cls.succeed(4, *(cls.a_run(f"four_{n}", mesh=_MESHES[n]) for n in ("data", "tensor_within_processes")))
+
     @parameterized.parameters(*(f"two_{name}" for name in _MESHES), "four_data", "four_tensor_within_processes")
     def test_any_processes_and_mesh_give_the_run_of_one_process(self, name):
         self.assert_same(name)
+
+
+class StopTest(RunsTest):
+    """Two processes, of which one is told to stop; and what becomes of their checkpoint in others."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.config = dataclasses.replace(cls.config, steps=30, evaluate_every=30, checkpoint_every=30)
+        cls.succeed(2, cls.a_run("undisturbed"))
+        trouble = {"process": 1, "step": 3, "kind": "terminated"}
+        cls.printed = cls.succeed(2, cls.a_run("stopped", trouble=trouble))
+        for processes in (1, 2, 4):
+            shutil.copytree(cls.directory / "stopped", cls.directory / f"on_{processes}")
+            cls.succeed(processes, cls.a_run(f"on_{processes}"))
+
+    def test_sigterm_to_one_process_saves_the_same_step_on_all(self):
+        steps = re.findall(r"^\[(\d)\] stopped by SIGTERM after step (\d+), which is saved", self.printed, re.M)
+        self.assertEqual([process for process, _ in sorted(steps)], ["0", "1"])
+        self.assertLen({step for _, step in steps}, 1)
+        step = int(steps[0][1])
+        self.assertBetween(step, 3, 29)
+        with checkpoints.open_reader(self.directory / "stopped" / "checkpoints") as manager:
+            self.assertEqual(manager.latest_step(), step)
+
+    def test_same_processes_go_on_to_the_same_bits(self):
+        a, b = (parameters(self.directory / name, 30) for name in ("on_2", "undisturbed"))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
+        a, b = (metrics.read_lines(self.directory / name / "metrics.jsonl") for name in ("on_2", "undisturbed"))
+        self.assertEqual([(line["step"], line["loss"]) for line in a], [(line["step"], line["loss"]) for line in b])
+
+    @parameterized.parameters(1, 4)
+    def test_other_processes_go_on_from_it_to_the_same_parameters(self, processes):
+        self.assert_same(f"on_{processes}", "undisturbed")
+
+
+class TroubleTest(RunsTest):
+    def fail(self, *runs, patience=100, processes=2):
+        code, printed, seconds = start(self.directory, processes, runs, patience=patience)
+        self.assertNotEqual(code, 0, printed)
+        return code, printed, seconds
+
+    def assert_refused(self, printed, message):
+        for process in range(2):
+            self.assertRegex(printed, rf"(?m)^\[{process}\] refused: .*{message}")
+
+    def test_other_data_on_one_process_is_refused_by_all(self):
+        other = self.directory / "other"
+        other.mkdir()
+        lines = (self.directory / "train.jsonl").read_text().splitlines(keepends=True)
+        (other / "train.jsonl").write_text("".join(lines[:20]))
+        change = {"process": 1, "field": "train", "value": str(other / "train.jsonl")}
+        code, printed, _ = self.fail(self.a_run("other_data", other=change))
+        self.assertEqual(code, 3)
+        self.assert_refused(printed, "process 1 has another content of data.train than process 0")
+        self.assertFalse((self.directory / "other_data" / "config.json").exists())
+
+    def test_other_flags_on_one_process_are_refused_by_all(self):
+        change = {"process": 1, "field": "max_length", "value": 128}
+        _, printed, _ = self.fail(self.a_run("other_flags", other=change))
+        self.assert_refused(printed, "process 1 has another config of data.max_length than process 0")
+
+    def test_broken_file_of_one_process_ends_all(self):
+        broken = self.directory / "broken"
+        broken.mkdir()
+        (broken / "train.jsonl").write_text("{")
+        change = {"process": 1, "field": "train", "value": str(broken / "train.jsonl")}
+        code, printed, _ = self.fail(self.a_run("broken_file", other=change))
+        self.assertEqual(code, 3)
+        self.assert_refused(printed, "process 1: train.jsonl:1: not JSON")
+
+    @parameterized.parameters("failed", "killed", "frozen")
+    def test_process_that_fails_while_training_ends_all(self, kind):
+        trouble = {"process": 1, "step": 2, "kind": kind}
+        _, printed, seconds = self.fail(self.a_run(kind, trouble=trouble), patience=10)
+        self.assertLess(seconds, 90)
+        print(kind, seconds)
 
 
 if __name__ == "__main__":

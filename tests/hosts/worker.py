@@ -1,8 +1,10 @@
 """One process of a run, as the tests of many processes start it: several runs, one after the other, to save start-ups.
 
-The first argument is a JSON file, {"patience": seconds, "runs": [{"output_dir", "fields", ...}, ...]}. `fields` are
-those of TrainConfig by their paths. A run may have {"trouble": {"process", "step", "kind"}}: before that process writes
-the figures of that step it gets SIGTERM, raises an error, is killed, or stops for good.
+The first argument is a JSON file, {"patience": seconds, "runs": [{"output_dir", "config"}, ...]}. A run may have
+
+  "trouble": {"process", "step", "kind"}: when that process (not the first) has the figures of that step, it gets
+      SIGTERM or SIGINT, is killed, stops for good, or raises an error;
+  "other": {"process", "field", "value"}: a field of `config.data` that is otherwise for that process.
 """
 
 import argparse
@@ -13,39 +15,34 @@ import pathlib
 import signal
 import sys
 import time
+from typing import Any
 from unittest import mock
 
+import ml_collections
 from absl import logging
 
 from dialog_jax.training import config, hosts, loop, metrics
-from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.interruption import StoppedError
 
 
-def configured(fields):
-    """The TrainConfig with `fields`, given by their paths."""
-    data = DataConfig(train="required", validation="required")
-    made = config.to_config_dict(TrainConfig(model="required", data=data))
-    made.update_from_flattened_dict(fields)
-    return config.from_config_dict(made)
+_SIGNALS = {
+    "interrupted": signal.SIGINT,
+    "terminated": signal.SIGTERM,
+    "killed": signal.SIGKILL,
+    "frozen": signal.SIGSTOP,
+}
 
 
-def troubled(process, step, kind):
-    """A patch of `metrics` that makes trouble for one process."""
+def troubled(step, kind):
+    """A patch of `metrics` that slows a process down and makes trouble for it at `step`."""
 
     def train(writer, number, figures):
         time.sleep(0.1)
-        if number != step:
-            return
-        if kind == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif kind == "hang":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
-            raise RuntimeError("trouble")
+        if number == step:
+            if kind not in _SIGNALS:
+                raise RuntimeError("trouble")
+            os.kill(os.getpid(), _SIGNALS[kind])
 
-    assert process > 0, "the first process has another writer"
     return mock.patch.object(metrics.Silent, "train", train)
 
 
@@ -61,14 +58,21 @@ def main():
     logging.set_verbosity(logging.WARNING)
     hosts.start(asked.coordinator_address, asked.num_processes, asked.process_id, patience=job.get("patience", 100))
     for run in job["runs"]:
-        fields = run["fields"] | run.get("only", {}).get(str(asked.process_id), {})
-        trouble = run.get("trouble")
-        mine = trouble and trouble["process"] == asked.process_id
-        with troubled(**trouble) if mine else contextlib.nullcontext():
+        fields, trouble, other = run["config"], run.get("trouble"), run.get("other")
+        if other and other["process"] == asked.process_id:
+            fields["data"][other["field"]] = other["value"]
+        patch: Any = contextlib.nullcontext()
+        if trouble and trouble["process"] == asked.process_id:
+            patch = troubled(trouble["step"], trouble["kind"])
+        with patch:
             try:
-                loop.run(configured(fields), run["output_dir"])
+                loop.run(config.from_config_dict(ml_collections.ConfigDict(fields)), run["output_dir"])
             except ValueError as error:
-                sys.exit(f"refused: {error}")
+                print(f"refused: {error}")
+                sys.exit(3)
+            except StoppedError as stop:
+                print(stop)
+                sys.exit(130 if stop.signal == signal.SIGINT else 0)
 
 
 if __name__ == "__main__":
