@@ -81,12 +81,12 @@ def _show(process: int, child: subprocess.Popen) -> None:
 def _wait(started: Sequence[subprocess.Popen]) -> int:
     """Waits for all, or for the first failure and a little longer; the exit code."""
     code, deadline = 0, float("inf")
-    while any(child.poll() is None for child in started) and time.monotonic() < deadline:
-        failed = [child.returncode for child in started if child.returncode]
+    while None in (codes := [child.poll() for child in started]) and time.monotonic() < deadline:
+        failed = [one for one in codes if one]
         if failed and not code:
             code, deadline = failed[0], time.monotonic() + _GRACE
         time.sleep(0.05)
-    code = code or next((child.returncode for child in started if child.returncode), 0)
+    code = code or next((one for one in codes if one), 0)
     return 128 - code if code < 0 else code
 
 

@@ -24,7 +24,6 @@ from absl import logging
 from dialog_jax.training import config, hosts, loop, metrics
 from dialog_jax.training.interruption import StoppedError
 
-
 _SIGNALS = {
     "interrupted": signal.SIGINT,
     "terminated": signal.SIGTERM,
@@ -68,10 +67,9 @@ def main():
             try:
                 loop.run(config.from_config_dict(ml_collections.ConfigDict(fields)), run["output_dir"])
             except ValueError as error:
-                print(f"refused: {error}")
-                sys.exit(3)
+                print(f"refused: {error}", flush=True)
             except StoppedError as stop:
-                print(stop)
+                print(stop, flush=True)
                 sys.exit(130 if stop.signal == signal.SIGINT else 0)
 
 
