@@ -5,6 +5,11 @@
 
 Every field of `dialog_jax.training.config.TrainConfig` is a flag: `--config.` and its path, as listed below. What the
 run writes is listed at the top of `dialog_jax/training/run_directory.py`.
+
+On many hosts each process is started with the same flags and `--distributed`; --output_dir is on a file system that all
+share. Slurm, Open MPI, Kubernetes and Cloud TPU are detected; elsewhere each is told by three more flags who it is:
+
+    --distributed --coordinator_address=10.0.0.1:8476 --num_processes=2 --process_id=0
 """
 
 import signal
@@ -15,7 +20,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dialog_jax.training import config, loop
+from dialog_jax.training import config, hosts, loop
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.interruption import StoppedError
 
@@ -24,6 +29,10 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory of the run; mad
 _ALLOW_CHANGES = flags.DEFINE_bool(
     "allow_changes", False, "Go on with the run in --output_dir even if its config or data were others."
 )
+_DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "Join the other processes of a run on many hosts.")
+_COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -65,6 +74,16 @@ def _no_field(path: str, fields: Mapping[str, Any]) -> NoReturn:
     sys.exit(f"The fields, with their defaults, are:\n{_listed(fields)}\ntrain.py: {path} is none of these fields")
 
 
+def _join() -> None:
+    address = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value:
+        hosts.start(*address)
+    elif address != (None, None, None):
+        raise ValueError(
+            "--coordinator_address, --num_processes and --process_id are for runs on many hosts. Add --distributed."
+        )
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
@@ -76,6 +95,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     try:
+        _join()
         result = loop.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value)
     except StoppedError as stop:
         print(f"train.py: {stop}", file=sys.stderr)
@@ -85,7 +105,8 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
+    if hosts.is_first():
+        print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dialog_jax.training import hosts
 from dialog_jax.training.step import TrainState
 
 # What orbax raises for a file that is missing, cut off or changed; a plain Exception besides.
@@ -153,12 +154,19 @@ def restore_parameters(manager: ocp.CheckpointManager, step: int, like: dict) ->
 
 def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
     wanted = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+
+    def read() -> Any:
+        try:
+            return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted))
+        except Exception as error:
+            if not isinstance(error, _BROKEN) and type(error) is not Exception:
+                raise
+            raise DamagedError(f"checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}") from error
+
     try:
-        found = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted))
-    except Exception as error:
-        if not isinstance(error, _BROKEN) and type(error) is not Exception:
-            raise
-        raise DamagedError(f"checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}") from error
+        found = hosts.together(read)  # a file that one process needs may be there for the others
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
     record = found["record"]
     for name in like:
         changed = [path for path, value in checksums(found[name]).items() if record[name].get(path) != value]

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import rich.console
 import transformers
@@ -72,7 +72,7 @@ def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Con
         raise ValueError(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
-    options = {
+    options: dict[str, Any] = {
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "allow_special_tokens": config.data.allow_special_tokens,
     }

@@ -5,9 +5,14 @@ two steps; a second SIGINT stops at once all the same.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
+
+import jax
+
+from dialog_jax.training import hosts
 
 
 class StoppedError(Exception):
@@ -25,12 +30,20 @@ class StoppedError(Exception):
 
 
 class Listener:
-    """What arrived since `listening` began."""
+    """What arrived since `listening` began.
 
-    def __init__(self) -> None:
+    Of many processes each must save the same step, so none may act on a signal of its own: JAX's runtime takes SIGTERM,
+    and SIGINT is handed to it as SIGTERM; all learn of it in `received_by_all`.
+
+    Args:
+      alone: whether this process is the only one of its run.
+    """
+
+    def __init__(self, *, alone: bool = True) -> None:
         self.received: signal.Signals | None = None
-        """The first signal since `keep`."""
-        self._keeping = False
+        """The first signal since `keep`; of many processes, once all have received it."""
+        self._alone, self._own = alone, signal.SIGTERM
+        self._keeping = self._interrupted = False
 
     def keep(self) -> None:
         """From now on signals are kept, for there is something to save."""
@@ -42,19 +55,32 @@ class Listener:
         arrived = signal.Signals(number)
         if not self._keeping:
             raise StoppedError(arrived)
-        if self.received is not None and arrived == signal.SIGINT:
+        if self._interrupted and arrived == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or arrived
+        self._interrupted = True
+        if self._alone:
+            self.received = self.received or arrived
+        else:
+            self._own = arrived
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def received_by_all(self, step: int) -> signal.Signals | None:
+        """What is to stop the run after `step`, the same on all processes. To be called after every step."""
+        if not self._alone and hosts.stop_requested(step):
+            self.received = self._own
+        return self.received
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
     """Hears SIGINT and SIGTERM; outside the main thread, where Python hears none, nothing changes."""
-    listener = Listener()
+    alone = jax.process_count() == 1
+    listener = Listener(alone=alone)
     if threading.current_thread() is not threading.main_thread():
         yield listener
         return
-    before = {number: signal.signal(number, listener.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    before = {number: signal.signal(number, listener.hear) for number in heard}
     try:
         yield listener
     finally:

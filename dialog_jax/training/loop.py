@@ -4,14 +4,12 @@
 """
 
 import contextlib
-import functools
 import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,9 +21,9 @@ from dialog_jax.data import batches
 from dialog_jax.data.batches import Batch, Plan
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.mixing import Mixture
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import checkpoints, inputs, interruption, metrics, optimizer, run_directory, sharding
+from dialog_jax.training import checkpoints, hosts, inputs, interruption, metrics, optimizer, run_directory, sharding
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import TrainConfig
@@ -56,13 +54,15 @@ class _Run(NamedTuple):
     plan: Plan
     train: Trees | Mixture
     held_out: Trees
+    own: list[int]
+    """The rows of a micro-batch that this process fills."""
     steps: int
     schedule: optax.Schedule
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     evaluation_step: Callable[[dict, Batch], EvaluationSums]
     losses: dict[int, float]
     """Held-out loss by step, as far as the run has come."""
-    writer: metrics.Writer
+    writer: metrics.Writer | metrics.Silent
     listener: Listener
 
 
@@ -70,7 +70,6 @@ class _Update(NamedTuple):
     """An update that the device may still be working on."""
 
     step: int
-    batch: Batch
     measured: StepMetrics
 
 
@@ -92,23 +91,44 @@ def run(
       SaveError: a checkpoint could not be written; those before stay.
       StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
-    console = console or rich.console.Console(highlight=False, soft_wrap=True)
+    console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not hosts.is_first())
     directory = pathlib.Path(output_dir)
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes: runs on several hosts are not supported yet. Use one.")
+    hosts.check_same("config", run_directory.fields(config))
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
-    run_directory.check(directory)
-    with interruption.listening() as listener, run_directory.locked(directory):
+    with interruption.listening() as listener, contextlib.ExitStack() as stack:
+        hosts.in_turn(lambda: _enter(directory, stack))
         changes = run_directory.differences(directory, config)
         _refuse(directory, "another config", changes, allow_changes)
-        given = inputs.read(config, directory, console)
-        plan, steps = _planned(config, given.train, _shards(mesh), console)
+        given = hosts.in_turn(lambda: inputs.read(config, directory, console))
+        plan, steps = _planned(config, given.train, sharding.shards(mesh), console)
         hashes = {**given.hashes, "steps": steps}
+        hosts.check_same("content", hashes)
         changed = run_directory.changed_inputs(directory, hashes)
         _refuse(directory, "another content", changed, allow_changes)
         # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
-        loaded = None if (directory / "checkpoints").exists() else _load(given, mesh)
+        loaded = hosts.together(lambda: None if (directory / "checkpoints").exists() else _load(given, mesh))
+        hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes + changed))
+        for change in changes + changed:
+            console.print(f"changed: {change}")
+        _train(config, directory, mesh, given, plan, steps, loaded, listener, console)
+        hosts.together(lambda: None)  # what the first process wrote is there for all
+    lines = metrics.read_lines(directory / "evaluation.jsonl")
+    return RunResult(steps, lines[0], lines[-1])
+
+
+def _enter(directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """Called in turn: the first process holds the lock for all."""
+    run_directory.check(directory)
+    if hosts.is_first():
+        stack.enter_context(run_directory.locked(directory))
+
+
+def _claim(
+    directory: pathlib.Path, config: TrainConfig, hashes: Mapping[str, Any], given: Inputs, changes: Sequence[str]
+) -> None:
+    """Called in turn: the first process claims the directory, and the others must see that."""
+    if hosts.is_first():
         run_directory.claim(
             directory,
             config,
@@ -116,13 +136,13 @@ def run(
             given.model,
             given.tokenizer,
             stop_tokens=given.stop_tokens,
-            changes=changes + changed,
+            changes=changes,
         )
-        for change in changes + changed:
-            console.print(f"changed: {change}")
-        _train(config, directory, mesh, given, plan, steps, loaded, listener, console)
-    lines = metrics.read_lines(directory / "evaluation.jsonl")
-    return RunResult(steps, lines[0], lines[-1])
+    elif not (directory / "config.json").exists():
+        raise ValueError(
+            f"{directory.name} is not what process 0 sees under that name. Put --output_dir on a file system that all "
+            "processes share."
+        )
 
 
 def _refuse(directory: pathlib.Path, what: str, differences: Sequence[str], allowed: bool) -> None:
@@ -150,6 +170,7 @@ def _train(
     keep = config.keep_checkpoints
     with checkpoints.open_manager(directory / "checkpoints", keep=keep, losses=losses) as manager:
         start = manager.latest_step() or 0
+        hosts.check_same("state", {"checkpoints": manager.all_steps(), "evaluation.jsonl": losses})
         if start >= steps and start in losses:
             console.print(f"The run is finished: step {start:,}. Nothing to do.")
             return
@@ -162,8 +183,8 @@ def _train(
         del loaded  # donated to the state
         for later in [step for step in losses if not start or step > start]:
             del losses[later]  # of steps to come again
-        for line in sharding.undivided(mesh, state.parameters):
-            console.print(f"not divided over the mesh: {line}")
+        for line in sharding.listed(mesh, state.parameters):
+            console.print(f"on the mesh: {line}")
         dtype = _compute_dtype(config, mesh)
         this = _Run(
             config=config,
@@ -172,6 +193,7 @@ def _train(
             plan=plan,
             train=given.train,
             held_out=given.held_out,
+            own=sharding.own_rows(mesh, config.rows),
             steps=steps,
             schedule=optimizer.make_schedule(config.optimizer, steps),
             train_step=step_lib.make_train_step(
@@ -187,7 +209,7 @@ def _train(
                 given.model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
             ),
             losses=losses,
-            writer=metrics.Writer(directory, step=start),
+            writer=metrics.Writer(directory, step=start) if hosts.is_first() else metrics.Silent(),
             listener=listener,
         )
         with contextlib.closing(this.writer), Progress(console, steps, start) as progress:
@@ -209,21 +231,22 @@ def _go_on(this: _Run, state: TrainState, start: int, manager: CheckpointManager
         this.writer.train(previous.step, figures)
         progress.show(previous.step, figures)
 
-    for number, batch in enumerate(this.plan.batches(start, this.steps), start + 1):
-        placed = _place(this.mesh, batch)
+    for number, batch in enumerate(this.plan.batches(start, this.steps, this.own), start + 1):
+        placed = _place(this, batch)
         figures = _checked(this, previous, clock, progress) if previous else {}
         state, measured = this.train_step(state, placed)
         if previous:
             report(figures)  # while the device works on
-        previous = _Update(number, batch, measured)
+        previous = _Update(number, measured)
         checkpoints.check(manager)
-        if not _is_evaluated(this, number) and not this.listener.received:
+        stopped = this.listener.received_by_all(number)
+        if not _is_evaluated(this, number) and not stopped:
             continue
         report(_checked(this, previous, clock, progress))
         previous = None
         if _is_evaluated(this, number):
             _evaluate(this, number, state, progress)
-        stopped = this.listener.received
+        stopped = stopped or this.listener.received
         if stopped or number % this.config.checkpoint_every == 0 or number == this.steps:
             this.writer.sync()
             checkpoints.save(manager, state)
@@ -270,16 +293,12 @@ def _planned(
     return plan, steps
 
 
-def _shards(mesh: Mesh) -> int:
-    """Parts that the rows of a micro-batch are divided into."""
-    return math.prod(mesh.shape[axis] for axis in ("dcn_data", "data", "fsdp") if axis in mesh.shape)
-
-
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    divided = _shards(mesh)
+    divided = sharding.shards(mesh)
     if config.rows % divided:
         raise ValueError(
-            f"rows is {config.rows}; it must be a multiple of data * fsdp = {divided}, so that every device has rows."
+            f"rows is {config.rows}; it must be a multiple of {' * '.join(sharding.ROW_AXES)} = {divided}, so that "
+            "every device has rows."
         )
 
 
@@ -299,13 +318,7 @@ def _restored(
     console: rich.console.Console,
 ) -> tuple[TrainState, TrainState]:
     """(the newest state that can be read, its shardings); damaged ones after it are moved out of the way."""
-    abstract = jax.eval_shape(
-        functools.partial(step_lib.first_state, optimizer=transform), decoder.abstract_parameters(model)
-    )
-    shardings = sharding.state_sharding(mesh, abstract)
-    like = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-    )
+    like, shardings = step_lib.abstract_state(model, mesh, transform)
     damaged: list[int] = []
     for step in sorted(manager.all_steps(), reverse=True):
         try:
@@ -314,9 +327,7 @@ def _restored(
             console.print(f"{error}")
             damaged.append(step)
             continue
-        for moved in damaged:
-            place = run_directory.set_aside(directory, moved)
-            console.print(f"checkpoint {moved} was moved to {place}")
+        hosts.in_turn(lambda: _set_aside(directory, damaged, console))
         if damaged:
             manager.reload()
         return state, shardings
@@ -326,15 +337,21 @@ def _restored(
     )
 
 
+def _set_aside(directory: pathlib.Path, damaged: Sequence[int], console: rich.console.Console) -> None:
+    for step in damaged if hosts.is_first() else ():
+        place = run_directory.set_aside(directory, step)
+        console.print(f"checkpoint {step} was moved to {place}")
+
+
 def _compute_dtype(config: TrainConfig, mesh: Mesh):
     if config.compute_dtype == "auto":
         return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
     return jnp.dtype(config.compute_dtype)
 
 
-def _place(mesh: Mesh, batch: Batch) -> Batch:
-    rows = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(rows, array), batch)
+def _place(this: _Run, batch: Batch) -> Batch:
+    """The global batch, of which `batch` holds the rows of this process."""
+    return batch.map(lambda array: sharding.place_rows(this.mesh, array, this.own, this.config.rows))
 
 
 def _evaluate(this: _Run, number: int, state: TrainState, progress: Progress) -> None:
@@ -347,8 +364,9 @@ def _evaluate(this: _Run, number: int, state: TrainState, progress: Progress) ->
         max_targets=data.max_targets or data.max_length,
         rows=this.config.rows,
         limit=this.config.evaluate_rows,
+        own=this.own,
     ):
-        evaluation.add(this.evaluation_step(state.parameters, _place(this.mesh, batch)))
+        evaluation.add(this.evaluation_step(state.parameters, _place(this, batch)))
         if this.listener.received:
             return
     figures = evaluation.figures()
@@ -387,7 +405,7 @@ def _figures(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
     values = StepMetrics(*(np.asarray(value).item() for value in update.measured))
     seconds = clock.lap()
     updates_before = update.step - 1 - values.skipped + bool(values.skipped_in_a_row)
-    figures = {
+    figures: dict[str, Any] = {
         "loss": values.loss,
         "nll": values.nll,
         "gradient_norm": values.gradient_norm,
@@ -399,11 +417,15 @@ def _figures(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
         "tokens": values.tokens,
         "targets": values.targets,
         "imbalance": this.plan.imbalance(update.step - 1),
-        "row_tokens_used": values.tokens / update.batch.tokens.size,
+        "row_tokens_used": values.tokens
+        / (this.config.rows * this.config.gradient_accumulation * this.config.data.max_length),
     }
     peak = metrics.peak_flops(this.mesh.devices.flat[0])
     if peak is not None:
-        figures["mfu"] = metrics.useful_flops(this.model, update.batch) / seconds / (peak * this.mesh.devices.size)
+        needed = metrics.flops(
+            this.model, tokens=float(values.tokens), pairs=float(values.pairs), targets=float(values.targets)
+        )
+        figures["mfu"] = needed / seconds / (peak * this.mesh.devices.size)
     return figures
 
 

@@ -18,21 +18,23 @@ from dialog_jax.training.step import EvaluationSums
 
 
 def useful_flops(config: DecoderConfig, batch: Batch) -> float:
-    """FLOPs that forward and backward pass of `batch` need: no padding, no masked pair, no logit without a target.
-
-    See `flops_of`.
-    """
+    """FLOPs that forward and backward pass of `batch` need, as `flops` counts them."""
     used = np.asarray(batch.segment) > 0
-    pairs = int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1))
-    return flops_of(config, tokens=int(used.sum()), pairs=pairs, targets=int(np.sum(batch.weight > 0)))
+    return flops(
+        config,
+        tokens=int(used.sum()),
+        pairs=int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1)),
+        targets=int(np.sum(batch.weight > 0)),
+    )
 
 
-def flops_of(config: DecoderConfig, *, tokens: int, pairs: int, targets: int) -> float:
-    """FLOPs of forward and backward pass. A multiply-add is two; the backward pass costs twice the forward pass;
-    recomputation does not count.
+def flops(config: DecoderConfig, *, tokens: float, pairs: float, targets: float) -> float:
+    """FLOPs that forward and backward pass need: no padding, no masked pair, no logit without a target.
+
+    A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
 
     Args:
-      pairs: of a query and a key that it sees.
+      pairs: of a token and what it sees, itself included.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
@@ -128,6 +130,22 @@ class Writer:
         self._train.close()
         self._evaluation.close()
         self._tensorboard.close()
+
+
+class Silent:
+    """In the place of a `Writer` on all processes of a run but the first."""
+
+    def train(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dialog_jax.data.batches import Batch
-from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import hlo, loss, optimizer, sharding
 from dialog_jax.training import step as step_lib
@@ -72,8 +71,8 @@ class StepPlan(NamedTuple):
     largest: Largest
     products: Products
     collectives: list[Collective]
-    undivided: list[str]
-    """What `sharding.undivided` says."""
+    listed: list[str]
+    """What `sharding.listed` says."""
     seconds: float
     """That compilation took here."""
 
@@ -96,7 +95,7 @@ def compile_step(
         )
     # The schedule's numbers change no shape: any number of steps after the warm-up does.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or config.optimizer.warmup_steps + 1)
-    state, shardings = _abstract_state(model, mesh, transform)
+    state, shardings = step_lib.abstract_state(model, mesh, transform)
     batch = _abstract_batch(config, mesh)
     step = step_lib.make_train_step(
         model,
@@ -130,22 +129,9 @@ def compile_step(
         largest=largest,
         products=hlo.products(program, counts),
         collectives=hlo.collectives(program, counts, mesh.size),
-        undivided=sharding.undivided(mesh, state.parameters),
+        listed=sharding.listed(mesh, state.parameters),
         seconds=time.monotonic() - began,
     )
-
-
-def _abstract_state(model: DecoderConfig, mesh: Mesh, transform) -> tuple[step_lib.TrainState, step_lib.TrainState]:
-    """(the train state as shapes that know their shardings, the shardings)."""
-    state = jax.eval_shape(
-        lambda parameters: step_lib.TrainState(jnp.zeros((), jnp.int32), parameters, transform.init(parameters)),
-        decoder.abstract_parameters(model),
-    )
-    shardings = sharding.state_sharding(mesh, state)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
-    )
-    return placed, shardings
 
 
 def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

@@ -52,6 +52,11 @@ def _described(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def fields(config: TrainConfig) -> dict[str, Any]:
+    """The config's fields by their paths, as `config.json` has them: what all processes of a run agree on."""
+    return _flat(_described(config))
+
+
 def check(directory: pathlib.Path) -> None:
     """Raises ValueError if the directory holds files that are no run's."""
     if directory.exists() and not directory.is_dir():

@@ -1,36 +1,55 @@
-"""Where arrays live: the mesh, and one rule from a parameter's path and shape to its PartitionSpec."""
+"""Where arrays live: the mesh, and one table of rules from a parameter's path and shape to its PartitionSpec."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("dcn_data", "data", "fsdp", "tensor")
+ROW_AXES = AXES[:3]
 
-# Axes of the mesh for the trailing axes of each parameter; axes that are not named, such as that of layers, are whole.
-_RULES: dict[str, tuple[str | None, ...]] = {
-    "embedding": ("tensor", "fsdp"),
-    "lm_head": ("tensor", "fsdp"),
-    "w_query": ("fsdp", "tensor"),
-    "w_key": ("fsdp", "tensor"),
-    "w_value": ("fsdp", "tensor"),
-    "w_output": ("tensor", "fsdp"),
-    "w_gate": ("fsdp", "tensor"),
-    "w_up": ("fsdp", "tensor"),
-    "w_down": ("tensor", "fsdp"),
+_Rule = tuple[str | tuple[str, ...] | None, ...]
+
+# Mesh axes for the trailing axes of each parameter; axes that are not named, such as that of layers, are whole. The
+# first rule of a column that divides a shape evenly is taken. All of them are right; the first is the fastest.
+_BOTH = ("fsdp", "tensor")
+# fmt: off
+_INTO_TENSOR: tuple[_Rule, ...] = (
+    ("fsdp", "tensor"), ("tensor", "fsdp"), (_BOTH, None), (None, _BOTH),
+    ("fsdp", None), (None, "fsdp"), (None, "tensor"), ("tensor", None), (None, None),
+)
+_FROM_TENSOR: tuple[_Rule, ...] = (
+    ("tensor", "fsdp"), ("fsdp", "tensor"), (None, _BOTH), (_BOTH, None),
+    (None, "fsdp"), ("fsdp", None), ("tensor", None), (None, "tensor"), (None, None),
+)
+# fmt: on
+_RULES: dict[str, tuple[_Rule, ...]] = {
+    "embedding": _FROM_TENSOR,
+    "lm_head": _FROM_TENSOR,
+    "w_query": _INTO_TENSOR,
+    "w_key": _INTO_TENSOR,
+    "w_value": _INTO_TENSOR,
+    "w_output": _FROM_TENSOR,
+    "w_gate": _INTO_TENSOR,
+    "w_up": _INTO_TENSOR,
+    "w_down": _FROM_TENSOR,
 }
+_WHOLE: tuple[_Rule, ...] = ((),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Sizes of the mesh's axes; one may be -1, for all devices that the others leave.
 
-    `data` replicates parameters and divides rows; `fsdp` divides rows, parameters and moments; `tensor` divides
-    parameters and the work of a row.
+    `dcn_data` and `data` replicate parameters and divide rows, the first over slices or hosts that a slow network
+    joins; `fsdp` divides rows, parameters and moments; `tensor` divides parameters and the work of a row.
     """
 
+    dcn_data: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -45,8 +64,11 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over `devices` (all by default).
 
+    With `dcn_data` above 1 each of its places is one slice, or one process where all devices are of one slice; the
+    devices of a single process are divided in their order.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or dcn_data is not the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -55,27 +77,58 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         asked = {axis: getattr(config, axis) for axis in AXES}
         raise ValueError(f"mesh sizes {asked} do not multiply to the {len(devices)} devices that there are.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
+    """Returns the devices in an array of `sizes`, near ones along the last axes; see `make_mesh`."""
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    processes = {device.process_index for device in devices}
+    if sizes[0] == 1 or len(processes) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    joined, kind = (len(slices), "slices") if len(slices) > 1 else (len(processes), "processes")
+    if sizes[0] != joined:
+        raise ValueError(
+            f"mesh.dcn_data is {sizes[0]}, but the devices are in {joined} {kind}. Set it to {joined}, or to 1."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *sizes[1:]), (sizes[0], 1, 1, 1), devices, process_is_granule=kind == "processes"
+    )
 
 
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-    """Returns how the parameter at `path` is laid out; an axis that the mesh does not divide evenly stays whole."""
-    rule = _RULES.get(path[-1], ())
-    axes = (None,) * (len(shape) - len(rule)) + rule
-    divided = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*divided))
+    """Returns how the parameter at `path` is laid out: by the first of its rules that divides `shape` evenly."""
+    rules = _RULES.get(path[-1], _WHOLE)
+    taken = next(rule for rule in rules if not _obstacle(mesh, rule, shape))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - len(taken)), *taken))
 
 
-def undivided(mesh: Mesh, parameters: dict) -> list[str]:
-    """Returns the parameters that a mesh axis should divide but does not, each with the reason."""
-    found = []
+def listed(mesh: Mesh, parameters: dict) -> list[str]:
+    """Returns a line for each parameter that its first rule does not divide evenly: why, and what was taken instead."""
+    lines = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         path = [key.key for key in keys]
-        rule = _RULES.get(path[-1], ())
-        for axis, size in zip(rule, leaf.shape[len(leaf.shape) - len(rule) :], strict=True):
-            if axis and size % mesh.shape[axis]:
-                found.append(f"{'/'.join(path)}: {size} is not divisible by {axis}={mesh.shape[axis]}")
-    return found
+        rules = _RULES.get(path[-1], _WHOLE)
+        if reason := _obstacle(mesh, rules[0], leaf.shape):
+            taken = parameter_sharding(mesh, path, leaf.shape).spec[leaf.ndim - len(rules[0]) :]
+            lines.append(f"{'/'.join(path)}: {reason}; laid out as {_shown(mesh, taken)}, not {_shown(mesh, rules[0])}")
+    return lines
+
+
+def _obstacle(mesh: Mesh, rule: Sequence, shape: Sequence[int]) -> str:
+    """What of `shape` the rule does not divide evenly; empty if there is nothing."""
+    for axes, size in zip(rule, shape[len(shape) - len(rule) :], strict=True):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if size % math.prod(mesh.shape[name] for name in names):
+            return f"{size} is not divisible by " + " * ".join(f"{name}={mesh.shape[name]}" for name in names)
+    return ""
+
+
+def _shown(mesh: Mesh, rule: Sequence) -> str:
+    """(tensor, fsdp), (whole, fsdp * tensor) and so on; axes of size 1 divide nothing and are left out."""
+    named = [(axes,) if isinstance(axes, str) else axes or () for axes in rule]
+    divided = [" * ".join(name for name in names if mesh.shape[name] > 1) for names in named]
+    return f"({', '.join(axes or 'whole' for axes in divided)})"
 
 
 def state_sharding(mesh: Mesh, state):
@@ -92,8 +145,34 @@ def state_sharding(mesh: Mesh, state):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns how arrays [M, B, ...] are laid out: rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    """Returns how arrays [M, B, ...] are laid out: rows over `ROW_AXES`."""
+    return NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
+
+
+def shards(mesh: Mesh) -> int:
+    """Returns into how many parts the rows of a micro-batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Returns which of the rows 0 to `rows` - 1 of a micro-batch this process must fill, in order.
+
+    Two processes fill the same rows where the axis `tensor` lies across them.
+    """
+    indices = [index for index in batch_sharding(mesh).addressable_devices_indices_map((1, rows)).values() if index]
+    return sorted({row for index in indices for row in range(rows)[index[1]]})
+
+
+def place_rows(mesh: Mesh, array: np.ndarray, own: Sequence[int], rows: int) -> jax.Array:
+    """Returns the global array [M, rows, ...] of which `array` holds the rows `own`, as `own_rows` gives them."""
+
+    def held(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[1].indices(rows)
+        first = own.index(start)
+        return array[:, first : first + stop - start]
+
+    return jax.make_array_from_callback((array.shape[0], rows, *array.shape[2:]), batch_sharding(mesh), held)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -53,6 +53,8 @@ class StepMetrics(NamedTuple):
     """Steps without an update up to this one, since loss or gradient were not finite."""
     skipped_in_a_row: Int[Array, ""]
     """0 if this step is an update; otherwise how many were none, with those just before."""
+    pairs: Float[Array, ""]
+    """Pairs of a token and what it sees, itself included."""
 
 
 class EvaluationSums(NamedTuple):
@@ -84,6 +86,18 @@ def initial_state(
     make = functools.partial(first_state, optimizer=optimizer)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(make, parameters))
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters), shardings
+
+
+def abstract_state(
+    model: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, TrainState]:
+    """Returns (a train state as shapes that know their shardings, the shardings)."""
+    state = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), decoder.abstract_parameters(model))
+    shardings = sharding.state_sharding(mesh, state)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
+    )
+    return placed, shardings
 
 
 def make_train_step(
@@ -161,6 +175,7 @@ def make_train_step(
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
             skipped=after.skipped,
             skipped_in_a_row=after.skipped_in_a_row,
+            pairs=jnp.sum(jnp.where(batch.segment > 0, batch.position + 1.0, 0.0)),
         )
         return after, metrics
 

@@ -423,7 +423,7 @@ class RunTest(parameterized.TestCase):
             self.run_in("run", model=str(self.directory / "small"))
 
     def test_rows_that_do_not_divide_over_devices_are_refused(self):
-        with self.assertRaisesRegex(ValueError, "rows is 3; it must be a multiple of data \\* fsdp = 4"):
+        with self.assertRaisesRegex(ValueError, "rows is 3; it must be a multiple of dcn_data \\* data \\* fsdp = 4"):
             self.run_in("run", rows=3)
         self.assertFalse((self.directory / "run").exists())
 

@@ -87,6 +87,8 @@ class SplitTest(parameterized.TestCase):
         ("eight_fsdp", MeshConfig(data=1, fsdp=8), 1, 8, 8, _LENGTH),
         ("two_each", MeshConfig(data=2, fsdp=2, tensor=2), 2, 4, 8, _LENGTH),
         ("four_tensor", MeshConfig(data=2, tensor=4), 2, 4, 8, _LENGTH),
+        ("two_slices", MeshConfig(dcn_data=2, data=1, fsdp=2, tensor=2), 2, 4, 8, _LENGTH),
+        ("uneven", MeshConfig(dcn_data=2, data=1, fsdp=1, tensor=3), 2, 4, 6, _LENGTH),
     )
     def test_any_split_gives_the_same_update(self, mesh_config, micro_batches, rows, devices, length):
         batch = batch_of(micro_batches, rows, length)

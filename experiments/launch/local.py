@@ -1,0 +1,104 @@
+"""Starts scripts/train.py as N processes of one run on this machine, joined over loopback.
+
+    python experiments/launch/local.py --processes=4 -- --config=experiments/quickstart.py --output_dir=runs/four
+
+What follows `--` are flags of train.py. Each line that a process prints is shown with its number before it. SIGINT and
+SIGTERM are passed on to all. When one process fails, the others are given a few seconds to end and are then killed; the
+exit code is that of the first failure, or 128 + N for signal N. On a machine with GPUs give each process its own by
+starting them with a cluster's launcher instead: here all processes see all devices.
+"""
+
+import argparse
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+_TRAIN = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"
+_GRACE = 5.0  # seconds that the others are given after a failure
+
+
+def launch(command: Sequence[str], processes: int, *, environment: Mapping[str, str] | None = None) -> int:
+    """Runs `command` once for each process, with the flags that join them, and returns the exit code of the launch."""
+    address = f"127.0.0.1:{_free_port()}"
+    started = [
+        subprocess.Popen(
+            [
+                *command,
+                "--distributed",
+                f"--coordinator_address={address}",
+                f"--num_processes={processes}",
+                f"--process_id={process}",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,  # a Ctrl-C of the terminal comes once, from here
+        )
+        for process in range(processes)
+    ]
+    shown = [
+        threading.Thread(target=_show, args=(process, child), daemon=True) for process, child in enumerate(started)
+    ]
+    for thread in shown:
+        thread.start()
+
+    def forward(number: int, _) -> None:
+        for child in started:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(started)
+    finally:
+        for child in started:
+            child.kill()
+        for thread in shown:
+            thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _show(process: int, child: subprocess.Popen) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        sys.stdout.write(f"[{process}] {line}")
+        sys.stdout.flush()
+
+
+def _wait(started: Sequence[subprocess.Popen]) -> int:
+    """Waits for all, or for the first failure and a little longer; the exit code."""
+    code, deadline = 0, float("inf")
+    while None in (codes := [child.poll() for child in started]) and time.monotonic() < deadline:
+        failed = [one for one in codes if one]
+        if failed and not code:
+            code, deadline = failed[0], time.monotonic() + _GRACE
+        time.sleep(0.05)
+    code = code or next((one for one in codes if one), 0)
+    return 128 - code if code < 0 else code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, required=True, help="how many")
+    parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="of scripts/train.py")
+    asked = parser.parse_args()
+    if asked.processes < 1:
+        parser.error(f"--processes is {asked.processes}; it must be at least 1")
+    sys.exit(launch([sys.executable, str(_TRAIN), *asked.flags], asked.processes))
+
+
+if __name__ == "__main__":
+    main()
