@@ -28,7 +28,7 @@ def useful_flops(config: DecoderConfig, batch: Batch) -> float:
     )
 
 
-def flops(config: DecoderConfig, *, tokens: float, pairs: float, targets: float) -> float:
+def flops(config: DecoderConfig, *, tokens: int | float, pairs: int | float, targets: int | float) -> float:
     """FLOPs that forward and backward pass need: no padding, no masked pair, no logit without a target.
 
     A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
