@@ -72,14 +72,14 @@ class Chunk(NamedTuple):
     """The first dialogues of each reason."""
 
 
-def batched(dialogues: Iterable[Dialogue], *, count: int = _DIALOGUES) -> Iterator[list[Dialogue]]:
-    """Yields the dialogues of one chunk after another: at most `count`, and not too much text."""
+def batched(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
+    """Yields the dialogues of one chunk after another: not too many, and not too much text."""
     batch: list[Dialogue] = []
     characters = 0
     for dialogue in dialogues:
         batch.append(dialogue)
         characters += sum(len(message.content) for message in dialogue.messages)
-        if len(batch) == count or characters >= _CHARACTERS:
+        if len(batch) == _DIALOGUES or characters >= _CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -233,7 +233,7 @@ def _shared(tree: Tree, preamble: Int32[np.ndarray, " n"]) -> int:
 
 
 def _group(preamble: Int32[np.ndarray, " n"]) -> int:
-    """A number in [0, 2^63) that other preambles are not likely to have, so that none need be remembered; -1 of none."""
+    """A number in [0, 2^63) that no other preamble is likely to have, so that none is remembered; -1 of none."""
     if not len(preamble):
         return -1
     return int.from_bytes(hashlib.blake2b(preamble.astype("<i4").tobytes(), digest_size=8).digest(), "little") >> 1

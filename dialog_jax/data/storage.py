@@ -8,7 +8,7 @@ A set of trees is a directory named by a hash of all that determines them:
     journal.json           the length of every column in bytes, and what was counted
     report.json, key.json  for people to read
 
-Until it is whole it has the ending `.unfinished`. There the journal is written anew every few seconds, after the columns
+Until it is whole its name ends in `.unfinished`. There the journal is written anew every few seconds, after the columns
 have reached the disk: a build that was interrupted cuts them to the last journal and goes on behind it. One process
 builds at a time, by a lock on the file beside it, which the system takes from a process that dies; others wait.
 """
@@ -132,7 +132,7 @@ def _build(
             shutil.rmtree(unfinished)
             raise
         _write_journal(unfinished, files, counts, named)
-    _write(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1))
+    _write(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
     _write(unfinished / "key.json", key)
     unfinished.rename(directory)
     _synchronise(directory.parent)
@@ -182,7 +182,7 @@ def _write_journal(
         file.flush()
         os.fsync(file.fileno())
     sizes = {name: file.tell() for name, file in files.items()}
-    _write(directory / "journal.json", json.dumps({"bytes": sizes, "counts": counts, "named": named}))
+    _write(directory / "journal.json", json.dumps({"bytes": sizes, "counts": counts, "named": named}, sort_keys=True))
     _synchronise(directory)
 
 

@@ -42,6 +42,8 @@ class DataConfig:
     """Further variables of the template, such as enable_thinking."""
     cache_dir: str = ""
     """Where prepared trees are kept; empty for the run's own directory."""
+    workers: int = -1
+    """Processes that prepare trees; 0 for none but the run's own, -1 for one a processor, but at most 16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,8 @@ class TrainConfig:
             raise ValueError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
         if self.remat not in decoder.REMAT:
             raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
+        if self.data.workers < -1:
+            raise ValueError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
         if self.data.truncate not in building.TRUNCATIONS:
             raise ValueError(
                 f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(building.TRUNCATIONS)}."
