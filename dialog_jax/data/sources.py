@@ -171,7 +171,8 @@ def _check_inside(directory: pathlib.Path) -> None:
             named += [(card, name) for name in _names([config.get("data_files"), config.get("data_dir")])]
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{directory.name}: its dataset_dict.json, state.json or README.md cannot be read as a data set's ({error}). Save it again."
+            f"{directory.name}: its dataset_dict.json, state.json or README.md cannot be read as a data set's "
+            f"({error}). Save it again."
         ) from None
     for file, name in named:
         parts = pathlib.PurePosixPath(str(name)).parts
