@@ -12,9 +12,9 @@ _ROOT = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_loc
 # fmt: off
 _FLOW = {
     "data": (
-        "sources", "records", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries",
-        "objectives", "truncation", "supervision", "teacher", "building", "dataset", "workers", "storage", "packing",
-        "mixing", "streams", "dealing", "batches",
+        "sources", "records", "dialogues", "bounded", "sandbox", "tokenizers", "special_text", "templates", "encoding",
+        "locating", "rendering", "tries", "objectives", "truncation", "supervision", "teacher", "building", "dataset",
+        "workers", "storage", "packing", "mixing", "streams", "dealing", "batches",
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "model": ("attention", "decoder", "pretrained", "adapters"),
@@ -78,6 +78,16 @@ class ImportGraphTest(absltest.TestCase):
 
     def test_model_imports_no_other_room(self):
         self.assert_none("dialog_jax.model", "dialog_jax.data", "dialog_jax.training")
+
+    def test_formats_imports_no_jax_and_no_other_room(self):
+        self.assert_none(
+            "dialog_jax.formats",
+            "jax",
+            "dialog_jax.data",
+            "dialog_jax.audit",
+            "dialog_jax.model",
+            "dialog_jax.training",
+        )
 
     def test_rooms_import_nothing_of_the_top(self):
         top = [module_of(file) for file in (_ROOT / "dialog_jax").glob("*.py") if file.stem != "__init__"]

@@ -54,7 +54,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str, guard: Guard):
-        self._guard = guard
+        self.guard = guard
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
@@ -91,7 +91,7 @@ class Encoder:
         """Each text with its tokens; several at once are faster than one by one."""
         return [
             Tokenized(text, np.array(encoding.ids, np.int32), encoding)
-            for text, encoding in zip(texts, self._guard.encode(texts), strict=True)
+            for text, encoding in zip(texts, self.guard.encode(texts), strict=True)
         ]
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:

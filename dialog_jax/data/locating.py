@@ -48,7 +48,7 @@ def locate_messages(
             stop = start + encoder.response_length(tokenized.ids[start:stop])
         if stop < len(tokenized.ids) and tokenized.ids[stop] == encoder.end_of_turn:
             stop += 1
-        parts = _locate_parts(dialogue, index, text[begin:end], ends - begin)
+        parts = _locate_parts(encoder, dialogue, index, text[begin:end], ends - begin)
         spans.append(MessageSpan(index, start, stop, parts))
     return tuple(spans)
 
@@ -70,7 +70,7 @@ def locate_response_parts(
     if not np.array_equal(tokenized.ids[: len(tokens)], tokens):  # the response was tokenised by itself
         ends = np.concatenate([np.zeros(start, np.int32), encoder.continuation_ends(rendered[len(prompt) :])])
     last = rendered.rfind(encoder.end_text, len(prompt)) if encoder.end_text else len(rendered)
-    return _locate_parts(dialogue, index, rendered[len(prompt) : max(last, len(prompt))], ends)
+    return _locate_parts(encoder, dialogue, index, rendered[len(prompt) : max(last, len(prompt))], ends)
 
 
 def _place(
@@ -98,7 +98,7 @@ def _place(
 
 
 def _locate_parts(
-    dialogue: Dialogue, index: int, text: str, ends: Int32[np.ndarray, " n"]
+    encoder: Encoder, dialogue: Dialogue, index: int, text: str, ends: Int32[np.ndarray, " n"]
 ) -> tuple[tuple[int, int], ...]:
     """The tokens of a message's parts, from its text and where in it tokens end."""
     message = dialogue.messages[index]
@@ -109,8 +109,8 @@ def _locate_parts(
         found = "does not render its content as it is" if at < 0 else "renders its content more than once"
         raise ValueError(
             f"{dialogue.name}: message {index} has parts with weights, but the chat template {found}: "
-            f"{text[:60]!r}. Write the content as the template renders it, white space included, or leave out the "
-            "weights of its parts."
+            f"{encoder.guard.clean(text[:60])!r}. Write the content as the template renders it, white space included, "
+            "or leave out the weights of its parts."
         )
     stops = at + np.cumsum([0] + [len(part.text) for part in message.parts])
     edges = np.searchsorted(ends, stops, "right").tolist()

@@ -135,6 +135,8 @@ def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tu
             f"{path.name}: got a directory or hub name, which the package datasets reads, and it is not installed. "
             "Run: pip install datasets; or give a .jsonl, .json or .parquet file."
         ) from None
+    if path.is_dir():
+        _check_inside(path)
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             stored = datasets.load_from_disk(str(path))
@@ -145,12 +147,57 @@ def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tu
         raise ValueError(
             f"{path.name}: has no split {split!r}; it has {', '.join(stored)}. Name one of them."
         ) from None
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path.name}: split {split!r} could not be opened as a data set ({error}). Check name, split and network."
         ) from None
     for index, record in enumerate(rows):
         yield f"{path.name}[{index}]", _without_nulls(record)
+
+
+def _check_inside(directory: pathlib.Path) -> None:
+    """Raises ValueError if a data set's directory names a file outside it, in what `datasets` would follow.
+
+    By name: in the cache of the Hub, the files of a directory are links to files elsewhere.
+    """
+    import huggingface_hub
+    import yaml  # which that package reads cards with
+
+    named: list[tuple[pathlib.Path, Any]] = []
+    try:
+        for state in sorted(directory.rglob("state.json")):
+            named += [(state, entry["filename"]) for entry in json.loads(state.read_bytes()).get("_data_files", [])]
+        for stored in sorted(directory.rglob("dataset_dict.json")):
+            named += [(stored, name) for name in json.loads(stored.read_bytes()).get("splits", [])]
+        card = directory / "README.md"
+        configs = (huggingface_hub.metadata_load(card) or {}).get("configs", []) if card.is_file() else []
+        for config in configs:
+            named += [(card, name) for name in _names([config.get("data_files"), config.get("data_dir")])]
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{directory.name}: its dataset_dict.json, state.json or README.md cannot be read as a data set's "
+            f"({error}). Save it again."
+        ) from None
+    for file, name in named:
+        parts = pathlib.PurePosixPath(str(name)).parts
+        if "://" in str(name) or "\\" in str(name) or ".." in parts or parts[:1] in (("/",), ("~",)):
+            raise ValueError(
+                f"{directory.name}: {file.name} names {name!r}, which is outside the directory. A data set's files "
+                "must lie in it: move the file there, or give it by itself."
+            )
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The patterns in what a data set's card says of files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            if key != "split":
+                yield from _names(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _names(entry)
 
 
 def _without_nulls(value: Any) -> Any:

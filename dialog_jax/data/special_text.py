@@ -10,7 +10,7 @@ Knows dialogues and tokenizers; knows no template.
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -46,8 +46,14 @@ class Guard:
         self._spelled = re.compile(f"(?=(?:{_any_of(special)})).", re.DOTALL)
         self._beginnings = frozenset(text[:stop] for text in special for stop in range(1, len(text)))
         # As the tokenizer looks for them: of those that begin at one place the longest, special or not.
-        self._added = re.compile(_any_of(t.content for t in added))
-        self._words = frozenset(token.content for token in added if token.single_word)
+        words = [token.content for token in added if token.single_word]
+        self._added = re.compile(_any_of((token.content for token in added), words))
+        # Tokens that are looked for in normalised text are spelled by whatever becomes them.
+        found_late = [token for token in added if token.content in self._special and token.normalized]
+        self._normalizer = self._backend.normalizer if found_late else None
+        if self._normalizer is not None:
+            late = {self._normalizer.normalize_str(token.content) for token in found_late}
+            self._late = re.compile(f"(?=(?:{_any_of(late)})).", re.DOTALL)
         self._respelled: dict[int, tokenizers.Tokenizer] = {}
 
     def guarded(self, text: str) -> bool:
@@ -75,12 +81,23 @@ class Guard:
         """A `GuardedDialogue` of every text that a template sees; the same object where there is nothing to mark.
 
         Raises:
-          ValueError: a text has a mark already, which is half a surrogate pair.
+          ValueError: a text has a mark already, which is half a surrogate pair; or the tokenizer's normalizer makes a
+            special token of what is none.
         """
         contents = [message.content for message in dialogue.messages]
         fields = [message.fields for message in dialogue.messages if message.fields]
-        if any(map(self.guarded, texts((contents, fields, dialogue.tools)))):
-            raise ValueError(f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it.")
+        for text in texts((contents, fields, dialogue.tools)):
+            if self.guarded(text):
+                raise ValueError(
+                    f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it."
+                )
+            if self._normalizer is not None:
+                late = self._late.findall(self._normalizer.normalize_str(text))
+                if len(late) > len(self._spelled.findall(text)):
+                    raise ValueError(
+                        f"{dialogue.name}: has a text that the tokenizer's normalizer makes a special token of: "
+                        f"{text[:60]!r}. Change it, or set allow_special_tokens."
+                    )
         marked = _changed(dialogue, self.guard)
         return dialogue if marked is dialogue else GuardedDialogue(**vars(marked))
 
@@ -109,26 +126,26 @@ class Guard:
         if base is None:
             raise ValueError("A text that spells special tokens has all private-use characters. Remove some of them.")
         spelling = {first: chr(base + number) for number, first in enumerate(self._marks)}
-        if base not in self._respelled:
+        respelled = self._respelled.get(base)
+        if respelled is None:
+            respelled = _respelled(self._backend, {text: spelling[text[0]] + text[1:] for text in self._special})
             if len(self._respelled) == _SPELLINGS_KEPT:
                 self._respelled.clear()
-            self._respelled[base] = _respelled(self._backend, {t: spelling[t[0]] + t[1:] for t in self._special})
+            self._respelled[base] = respelled
 
         def respell(found: re.Match[str]) -> str:
-            token, beside = (
-                found[0],
-                text[max(0, found.start() - 1) : found.start()] + text[found.end() : found.end() + 1],
-            )
-            inside = token in self._words and re.search(r"\w", beside)
-            return token if inside or token not in self._special else spelling[token[0]] + token[1:]
+            token = found[0]
+            return spelling[token[0]] + token[1:] if token in self._special else token
 
         genuine = self._added.sub(respell, text).translate(self._unmarked)
-        return self._respelled[base].encode(genuine, add_special_tokens=False)
+        return respelled.encode(genuine, add_special_tokens=False)
 
 
-def _any_of(texts: Iterable[str]) -> str:
-    """A pattern of the longest of `texts` that begins at a place; of nothing where there are none."""
-    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
+def _any_of(texts: Iterable[str], words: Collection[str] = ()) -> str:
+    """A pattern of the longest of `texts` that begins at a place; some are found as whole words only."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    patterns = [rf"(?<!\w){re.escape(text)}(?!\w)" if text in words else re.escape(text) for text in longest_first]
+    return "|".join(patterns) or "(?!)"
 
 
 def _respelled(backend: tokenizers.Tokenizer, spelling: Mapping[str, str]) -> tokenizers.Tokenizer:

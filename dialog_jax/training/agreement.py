@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import transformers
 
-from dialog_jax.data import batches, dataset, truncation
+from dialog_jax.data import batches, bounded, dataset, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
@@ -51,7 +51,8 @@ def compare(
     """
     outcome = Agreement()
     renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
-    naive = functools.partial(
+    naive = functools.partial(  # which runs the template by itself
+        bounded.run,
         k_passes.passes,
         tokenizer=tokenizer,
         chat_template_kwargs=chat_template_kwargs,

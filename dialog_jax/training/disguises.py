@@ -5,6 +5,7 @@ it: another disguise, and stretches of text tokenised one by one.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,9 +43,7 @@ def encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
         for content, (_, token) in sorted(added.items(), key=lambda pair: -len(pair[0]))
         if token.special
     )
-    plain = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.encode_special_tokens = True
-    plain.add_tokens([tokenizers.AddedToken(_BEHIND, normalized=False)])  # no space is put in front of what follows
+    plain = _plain(tokenizer.backend_tokenizer.to_str())
     ids, ends, at = [], [], 0
     for found in [*re.finditer(pattern, text), None]:
         stop = len(text) if found is None else found.start()
@@ -57,6 +56,15 @@ def encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
             ids.append(added[found[0].strip()][0])
             ends.append(at)
     return ids, ends
+
+
+@functools.lru_cache(maxsize=1)
+def _plain(tokenizer: str) -> tokenizers.Tokenizer:
+    """The tokenizer to which special tokens are text."""
+    plain = tokenizers.Tokenizer.from_str(tokenizer)
+    plain.encode_special_tokens = True
+    plain.add_tokens([tokenizers.AddedToken(_BEHIND, normalized=False)])  # no space is put in front of what follows
+    return plain
 
 
 def _disguised(value: Any, special: Sequence[str]) -> Any:

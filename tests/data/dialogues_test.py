@@ -238,6 +238,45 @@ class FilesTest(_Files):
                 lambda: list(dialogues.read_dialogues(directory, split="test")), "stored", "'test'", "train, dev"
             )
 
+    @parameterized.parameters("../a.jsonl", "/etc/a.jsonl", "sub/../../a.jsonl", "~/a", "https://host/a", "..\\a")
+    def test_data_set_that_names_files_outside_its_directory_is_refused(self, name):
+        directory = self.directory / "set"
+        (directory / "train").mkdir(parents=True)
+        package = types.SimpleNamespace(load_dataset=None, load_from_disk=None)
+        (directory / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+        with mock.patch.dict(sys.modules, {"datasets": package}):
+            self.assert_error(
+                lambda: list(dialogues.read_dialogues(directory)), "set: state.json names", "outside", "move"
+            )
+            (directory / "train" / "state.json").unlink()
+            (directory / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
+            self.assert_error(lambda: list(dialogues.read_dialogues(directory)), "set: dataset_dict.json names")
+            (directory / "dataset_dict.json").unlink()
+            for config in (
+                {"data_files": name},
+                {"data_files": ["a.jsonl", name]},
+                {"data_files": [{"split": "train", "path": ["a.jsonl", name]}]},
+                {"data_files": {"train": name}},
+                {"data_dir": name},
+            ):
+                (directory / "README.md").write_text(f"---\n{json.dumps({'configs': [config]})}\n---\nA set.\n")
+                self.assert_error(lambda: list(dialogues.read_dialogues(directory)), "set: README.md names", "outside")
+
+    def test_data_set_that_names_its_own_files_is_read(self):
+        directory = self.directory / "set"
+        directory.mkdir()
+        package = types.SimpleNamespace(load_dataset=lambda name, **_: [_GOOD])
+        (directory / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+        for card in ("---\nconfigs:\n- data_files:\n  - split: train\n    path: data/*.jsonl\n---\n", "Text.", ""):
+            (directory / "README.md").write_text(card)
+            with mock.patch.dict(sys.modules, {"datasets": package}):
+                self.assertEqual([each.id for each in dialogues.read_dialogues(directory)], ["a"])
+        (directory / "README.md").write_text("---\nconfigs: [3]\n---\n")
+        with mock.patch.dict(sys.modules, {"datasets": package}):
+            self.assert_error(
+                lambda: list(dialogues.read_dialogues(directory)), "set: its dataset_dict.json, state.json or README"
+            )
+
 
 class TreesTest(_Files):
     def contents(self, record):

@@ -318,6 +318,22 @@ class TokenizerTest(parameterized.TestCase):
         self.assertEqual((found.ids[:-3], found.ids[-3:]), (wanted.ids, [0, 1, 2]))
         self.assertEqual(found.offsets[:-3], wanted.offsets)
 
+    def test_text_that_becomes_a_special_token_by_the_normalizer_is_refused(self):
+        model = tokenizers.models.WordLevel({"<": 0, "X": 1, ">": 2, "x": 3, "?": 4}, unk_token="?")
+        backend = tokenizers.Tokenizer(model)
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+        backend.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
+        )
+        backend.add_special_tokens([tokenizers.AddedToken("<X>", special=True, normalized=True)])
+        guard = special_text.Guard(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+        for text in ("<x>", "\uff1cx\uff1e", "<X> <x>"):
+            with self.assertRaisesRegex(ValueError, r"dialogue 0 \(said.jsonl:1\): has a text that .* normalizer"):
+                guard.dialogue(said(("user", text)))
+        self.assertEqual(guard.encode(["\uff1cx\uff1e"])[0].ids, [5])
+        (encoding,) = guard.encode([guard.dialogue(said(("user", "<X>x"))).messages[0].content + "<X>"])
+        self.assertEqual(encoding.ids, [0, 3, 2, 3, 5])
+
     def test_an_unknown_token_may_be_special(self):
         model = tokenizers.models.WordLevel({"a": 0, "<x>": 1}, unk_token="<x>")
         _, guard, _ = self.encode(tokenizers.Tokenizer(model), "a")
