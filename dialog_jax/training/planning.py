@@ -138,7 +138,7 @@ def compile_step(
 def _abstract_state(model: DecoderConfig, mesh: Mesh, transform) -> tuple[step_lib.TrainState, step_lib.TrainState]:
     """(the train state as shapes that know their shardings, the shardings)."""
     state = jax.eval_shape(
-        lambda parameters: step_lib.TrainState(jnp.zeros((), jnp.int32), parameters, transform.init(parameters)),
+        lambda parameters: step_lib.first_state(parameters, transform),
         decoder.abstract_parameters(model),
     )
     shardings = sharding.state_sharding(mesh, state)
