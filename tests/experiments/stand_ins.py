@@ -4,8 +4,10 @@ A stand-in is a few lines of bash, first on PATH, that notes how it was called; 
 is told to end.
 """
 
+import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import tempfile
 import time
@@ -56,10 +58,17 @@ class StandInsTest(parameterized.TestCase):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         self.addCleanup(process.stdout.close)
-        self.addCleanup(process.kill)
+        self.addCleanup(self.end, process)
         return process
+
+    def end(self, process):
+        """Kills the script, and all that it started, if anything is left of them."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def run_script(self, script, *arguments, **others):
         process = self.start(script, *arguments, **others)
