@@ -14,7 +14,7 @@ import yaml
 from absl.testing import absltest, parameterized
 
 from dialog_jax.training import config
-from tests.experiments.stand_ins import TRAINING, StandInsTest
+from tests.experiments.stand_ins import SRUN, TRAINING, StandInsTest
 from tests.scripts import running
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -22,22 +22,6 @@ _LAUNCH = _ROOT / "experiments" / "launch"
 _DISTRIBUTED = ("distributed", "coordinator_address", "num_processes", "process_id")
 _FLAGS = ["--config=experiments/chitchat.py", "--output_dir=runs/a run", "--config.data.chat_template_kwargs={'a': 1}"]
 
-# As srun: a process a task, with Slurm's variables; a signal goes to all of them.
-_SRUN = """
-echo $$ >"$NOTES/srun.pid"
-options=()
-while [[ $1 == --* ]]; do options+=("$1"); shift; done
-printf '%s\\n' "${options[@]}" >"$NOTES/srun.options"
-export SLURM_STEP_NODELIST=127.0.0.1 SLURM_NTASKS=2 SLURM_PROCID SLURM_LOCALID
-for SLURM_PROCID in 0 1; do SLURM_LOCALID=$SLURM_PROCID; "$@" & tasks+=($!); done
-trap 'kill -TERM "${tasks[@]}"' TERM
-code=0
-for task in "${tasks[@]}"; do
-  while :; do wait "$task"; ended=$?; kill -0 "$task" 2>/dev/null || break; done
-  ((ended > code)) && code=$ended
-done
-exit "$code"
-"""
 # As gcloud with a TPU VM of one host, whose home is $HOST.
 _GCLOUD = """
 printf '%s\\0' "$@" >>"$NOTES/gcloud"
@@ -51,24 +35,21 @@ esac
 
 
 def parse(arguments):
-    """(TrainConfig, {flag of several hosts: value}) of the arguments of scripts/train.py, as it reads them itself."""
-    names = [argument.partition("=")[0].removeprefix("--") for argument in arguments]
-    hosts = {
-        name: argument.partition("=")[2]
-        for name, argument in zip(names, arguments, strict=True)
-        if name in _DISTRIBUTED
-    }
-    argv = ["train.py", *(argument for name, argument in zip(names, arguments, strict=True) if name not in hosts)]
+    """(TrainConfig, {flag of several hosts: its text}) of arguments of scripts/train.py, as it reads them itself."""
+    # Kubernetes puts the host's number there.
+    argv = ["train.py", *(argument.replace("$(JOB_COMPLETION_INDEX)", "0") for argument in arguments)]
     argv = [argument.replace("--config=experiments", f"--config={_ROOT}/experiments") for argument in argv]
     with running.loaded("train") as script, mock.patch.object(sys, "argv", argv):
         assert script.parse_flags(argv) == argv[:1]
-        return config.from_config_dict(script._CONFIG.value.copy_and_resolve_references()), hosts
+        asked = config.from_config_dict(script._CONFIG.value.copy_and_resolve_references())
+    given = {argument.partition("=")[0].removeprefix("--"): argument.partition("=")[2] for argument in arguments}
+    return asked, {name: given[name] for name in _DISTRIBUTED if name in given}
 
 
 class SlurmTest(StandInsTest):
     def setUp(self):
         super().setUp()
-        self.stand_in("srun", _SRUN)
+        self.stand_in("srun", SRUN)
         self.stand_in("scontrol", 'echo "$*" >"$NOTES/scontrol"')
         self.environment |= {"SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "8"}
 

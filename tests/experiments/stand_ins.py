@@ -26,6 +26,22 @@ if [[ ${LASTS:-} ]]; then
 fi
 exit "${CODE:-0}"
 """
+# As srun: a process a task, with Slurm's variables; a signal goes to all of them.
+SRUN = """
+echo $$ >"$NOTES/srun.pid"
+options=()
+while [[ $1 == --* ]]; do options+=("$1"); shift; done
+printf '%s\\n' "${options[@]}" >"$NOTES/srun.options"
+export SLURM_STEP_NODELIST=127.0.0.1 SLURM_NTASKS=2 SLURM_PROCID SLURM_LOCALID
+for SLURM_PROCID in 0 1; do SLURM_LOCALID=$SLURM_PROCID; "$@" & tasks+=($!); done
+trap 'kill -TERM "${tasks[@]}"' TERM
+code=0
+for task in "${tasks[@]}"; do
+  while :; do wait "$task"; ended=$?; kill -0 "$task" 2>/dev/null || break; done
+  ((ended > code)) && code=$ended
+done
+exit "$code"
+"""
 
 
 class StandInsTest(parameterized.TestCase):
