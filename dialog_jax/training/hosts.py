@@ -9,6 +9,7 @@ elsewhere ends the others too: they are stopped by the runtime, with an error, a
 
 import itertools
 import json
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ def start(
       ValueError: some of the three are missing or wrong, or none are given and JAX detects no cluster.
     """
     _check(coordinator_address, num_processes, process_id)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until `begin_steps`
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -136,6 +138,16 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
                 f"process {process} has another {what} of {', '.join(differing)} than process 0. Start all processes "
                 "with the same flags and the same files."
             )
+
+
+def begin_steps(start: int) -> None:
+    """Says that the next step is the one after `start`. SIGTERM waits until then.
+
+    JAX's runtime makes processes stop at the step after the last one that any of them has told; a signal that it got
+    before the first is told would make them wait for step 1, which a run that goes on has passed.
+    """
+    multihost_utils.reached_preemption_sync_point(start)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def stop_requested(step: int) -> bool:

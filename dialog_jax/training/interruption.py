@@ -45,9 +45,11 @@ class Listener:
         self._alone, self._own = alone, signal.SIGTERM
         self._keeping = self._interrupted = False
 
-    def keep(self) -> None:
-        """From now on signals are kept, for there is something to save."""
+    def keep(self, step: int) -> None:
+        """From now on signals are kept, for there is something to save: the state after `step`, or soon a later one."""
         self._keeping = True
+        if not self._alone:
+            hosts.begin_steps(step)
 
     def hear(self, number: int, frame: object) -> None:
         """Handles a signal."""

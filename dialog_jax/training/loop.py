@@ -218,7 +218,7 @@ def _train(
 
 def _go_on(this: _Run, state: TrainState, start: int, manager: CheckpointManager, progress: Progress) -> None:
     """Trains from step `start` to the end, or until a signal arrives."""
-    this.listener.keep()
+    this.listener.keep(start)
     if _is_evaluated(this, start) and start not in this.losses:
         _evaluate(this, start, state, progress)
     if this.listener.received:  # what was restored is still there
