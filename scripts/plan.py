@@ -186,7 +186,7 @@ def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
 
 def _work_lines(step: StepPlan, asked: TrainConfig, model: DecoderConfig, mesh: Mesh, work: Workload) -> Iterator[str]:
     room = asked.rows * asked.gradient_accumulation * asked.data.max_length
-    useful = metrics.flops_of(model, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
+    useful = metrics.flops(model, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
     executed = step.products.flops * mesh.size
     yield f"Work of a step, all devices ({work.source})"
     yield f"  tokens            {work.tokens:12,} of {room:,}: {work.tokens / room:.1%} useful"

@@ -18,21 +18,23 @@ from dialog_jax.training.step import EvaluationSums
 
 
 def useful_flops(config: DecoderConfig, batch: Batch) -> float:
-    """FLOPs that forward and backward pass of `batch` need: no padding, no masked pair, no logit without a target.
-
-    See `flops_of`.
-    """
+    """FLOPs that forward and backward pass of `batch` need, as `flops` counts them."""
     used = np.asarray(batch.segment) > 0
-    pairs = int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1))
-    return flops_of(config, tokens=int(used.sum()), pairs=pairs, targets=int(np.sum(batch.weight > 0)))
+    return flops(
+        config,
+        tokens=int(used.sum()),
+        pairs=int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1)),
+        targets=int(np.sum(batch.weight > 0)),
+    )
 
 
-def flops_of(config: DecoderConfig, *, tokens: int, pairs: int, targets: int) -> float:
-    """FLOPs of forward and backward pass. A multiply-add is two; the backward pass costs twice the forward pass;
-    recomputation does not count.
+def flops(config: DecoderConfig, *, tokens: int | float, pairs: int | float, targets: int | float) -> float:
+    """FLOPs that forward and backward pass need: no padding, no masked pair, no logit without a target.
+
+    A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
 
     Args:
-      pairs: of a query and a key that it sees.
+      pairs: of a token and what it sees, itself included.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)

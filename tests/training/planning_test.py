@@ -80,7 +80,7 @@ class FlopsTest(parameterized.TestCase):
         position = np.broadcast_to(np.arange(128), ones.shape)
         batch = Batch(ones, position, ones, ones, ones, ones, ones.astype(np.float32), ones)
         work = workload.assumed(config, tokens=1.0, targets=1.0)
-        planned = metrics.flops_of(_MODEL, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
+        planned = metrics.flops(_MODEL, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
         self.assertEqual(planned, metrics.useful_flops(_MODEL, batch))
 
     @parameterized.parameters((8, MeshConfig(), "none"), (1, MeshConfig(), "full"))
