@@ -227,6 +227,7 @@ def hidden_states(
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
+    place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in `compute_dtype`.
 
@@ -236,6 +237,7 @@ def hidden_states(
       remat: what the backward pass computes again, from least to most. "none": only attention's probabilities, which
         are never kept; "attention": also queries, keys and values; "dots": all but the products with weights and what
         attention read; "full": all but each layer's input.
+      place: applied to the stream before, between and after the layers; says on which devices it lives.
 
     Raises:
       ValueError: for an unknown `remat`.
@@ -258,7 +260,8 @@ def hidden_states(
         # A scan keeps the forward and backward pass apart by itself; the barrier that prevents CSE only costs.
         body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
     x = model.embedding[...][tokens].astype(compute_dtype)  # [B, T, D]
-    x, _ = jax.lax.scan(body, x, layers)
+    x, _ = jax.lax.scan(lambda x, layer: body(place(x), layer), place(x), layers)
+    x = place(x)
     return rms_norm(x, model.final_norm[...], config.norm_epsilon)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.data.batches import Batch
@@ -116,6 +116,10 @@ def make_train_step(
     optimizer state stay as they are.
     """
 
+    # Said outright: left to itself, XLA lays the stream out as the embedding's width is, keeps each row on all devices
+    # of fsdp, and reduces activations where it should gather parameters.
+    stream = NamedSharding(mesh, PartitionSpec(*sharding.batch_sharding(mesh).spec[1:]))
+
     def micro_batch_loss(parameters, batch: Batch, total_weight):
         hidden = decoder.hidden_states(
             model,
@@ -125,6 +129,7 @@ def make_train_step(
             batch.subtree_end,
             compute_dtype=compute_dtype,
             remat=remat,
+            place=lambda x: jax.lax.with_sharding_constraint(x, stream),
         )
         matrix = decoder.output_matrix(model, parameters)
         teacher = None

@@ -109,6 +109,17 @@ class CollectivesTest(absltest.TestCase):
         self.assertAlmostEqual(reduced / (2 * step_plan.memory.gradients), 1, delta=0.01)
         self.assertEqual({len(one.group) for one in step_plan.collectives}, {8})
 
+    def test_divided_parameters_are_gathered_for_forward_and_backward_pass_and_rows_stay_where_they_are(self):
+        step_plan = compiled(MeshConfig(data=1, fsdp=8), run_config(remat="full"))
+
+        def moved(kind):
+            return sum(one.runs * one.bytes for one in step_plan.collectives if one.kind == kind)
+
+        layers, head, tokens = 3 * count(_MODEL) * 4, 512 * 64 * 4, 8 * 128 * 4
+        self.assertEqual(moved("all-gather"), 2 * layers + head + tokens)
+        self.assertEqual(moved("reduce-scatter"), layers + head)
+        self.assertLess(moved("all-reduce"), 2000)  # norms and sums
+
 
 class ErrorsTest(absltest.TestCase):
     def test_rows_that_do_not_divide_are_refused(self):
