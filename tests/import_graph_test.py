@@ -13,7 +13,8 @@ _ROOT = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_loc
 _FLOW = {
     "data": (
         "sources", "records", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries",
-        "objectives", "truncation", "supervision", "teacher", "dataset", "packing", "batches",
+        "objectives", "truncation", "supervision", "teacher", "building", "dataset", "workers", "storage", "packing",
+        "streams", "mixing", "dealing", "batches",
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "model": ("attention", "decoder", "pretrained", "adapters"),

@@ -27,8 +27,8 @@ def pack(
 
         tokens  [3, 6, 4, 7]   ->   rows [[3, 0], [1, 2]]
 
-    Trees of equal size are taken in an order drawn from `rng`, so that each epoch has other neighbours while the number
-    of rows stays the same.
+    Trees of equal size (tokens, targets and preamble) are taken in an order drawn from `rng`: each epoch has other
+    neighbours, but the rows are of the same sizes, and so of the same number, because nothing else is looked at.
 
     Args:
       tokens: size of each tree, in tokens, each in [1, max_length].
@@ -42,9 +42,14 @@ def pack(
     assert len(tokens) == len(targets), (len(tokens), len(targets))
     assert not len(tokens) or (tokens.max() <= max_length and targets.max() <= max_targets)
     shuffled = rng.permutation(len(tokens))
-    order = shuffled[np.lexsort((-targets[shuffled], -tokens[shuffled]))]
     if preamble is None or groups is None:
         preamble, groups = np.zeros_like(tokens), np.full_like(tokens, -1)
+    else:
+        known, numbers = np.unique(groups, return_inverse=True)
+        groups = numbers - int(np.searchsorted(known, 0))  # in the same order, without gaps
+        groups = np.maximum(groups, -1)
+    keys = (groups, preamble, -targets, -tokens)  # the last one first
+    order = shuffled[np.lexsort([key[shuffled] for key in keys])]
     columns = (order, tokens[order], targets[order], preamble[order], groups[order])
     rows: list[list[int]] = []
     targets_left: list[int] = []

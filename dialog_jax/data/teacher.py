@@ -65,6 +65,7 @@ class Signal(NamedTuple):
 class TeacherFile:
     """A file of signals. The arrays are the file's own and lie there until they are read."""
 
+    path: str
     name: str
     digest: str
     same_tokenizer: bool
@@ -172,6 +173,7 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
         while block := stream.read(1 << 20):
             digest.update(block)
     return TeacherFile(
+        path=str(file.resolve()),
         name=file.name,
         digest=digest.hexdigest(),
         same_tokenizer=metadata.get("tokenizer") == tokenizer,

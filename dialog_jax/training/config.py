@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from dialog_jax.data import dataset
+from dialog_jax.data import building
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.model import decoder
 from dialog_jax.training.loss import LossConfig
@@ -42,6 +42,8 @@ class DataConfig:
     """Further variables of the template, such as enable_thinking."""
     cache_dir: str = ""
     """Where prepared trees are kept; empty for the run's own directory."""
+    workers: int = -1
+    """Processes that prepare trees; 0 for none but the run's own, -1 for one a processor, but at most 16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,9 +117,11 @@ class TrainConfig:
             raise ValueError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
         if self.remat not in decoder.REMAT:
             raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
-        if self.data.truncate not in dataset.TRUNCATIONS:
+        if self.data.workers < -1:
+            raise ValueError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
+        if self.data.truncate not in building.TRUNCATIONS:
             raise ValueError(
-                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(dataset.TRUNCATIONS)}."
+                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(building.TRUNCATIONS)}."
             )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")

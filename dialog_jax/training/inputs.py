@@ -15,13 +15,15 @@ from typing import NamedTuple
 import rich.console
 import transformers
 
-from dialog_jax.data import dataset
+from dialog_jax.data import storage
 from dialog_jax.data import teacher as teacher_lib
+from dialog_jax.data.building import Recipe
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.teacher import TeacherFile
 from dialog_jax.data.tokenizers import check_vocabulary, fingerprint, load_tokenizer
+from dialog_jax.data.workers import Preparation
 from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training.config import TrainConfig
@@ -36,6 +38,7 @@ _NOT_IN_TREES = {
     "chat_template",
     "cache_dir",
     "teacher",
+    "workers",
 }
 
 
@@ -67,13 +70,19 @@ def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Con
         raise ValueError(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
-    renderer = Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs)
-    teacher = _teacher(config, tokenizer, model)
-    train, train_hash = _trees(
-        config, config.data.train, config.data.train_split, tokenizer, renderer, directory, console, teacher
+    options = {"chat_template_kwargs": config.data.chat_template_kwargs}
+    renderer = Renderer(tokenizer, **options)
+    recipe = Recipe(
+        objective=config.objective,
+        max_length=config.data.max_length,
+        truncate=config.data.truncate,
+        share_prefixes=config.data.share_prefixes,
     )
+    untaught = Preparation(recipe, tokenizer, options)
+    taught = untaught._replace(teacher=_teacher(config, tokenizer, model))
+    train, train_hash = _trees(config, config.data.train, config.data.train_split, taught, directory, console)
     held_out, held_out_hash = _trees(
-        config, config.data.validation, config.data.validation_split, tokenizer, renderer, directory, console
+        config, config.data.validation, config.data.validation_split, untaught, directory, console
     )
     ends = pretrained.stop_tokens(model_path) | {renderer.end_of_turn, tokenizer.eos_token_id}
     return Inputs(
@@ -95,11 +104,9 @@ def _trees(
     config: TrainConfig,
     source: str,
     split: str,
-    tokenizer: transformers.PreTrainedTokenizerFast,
-    renderer: Renderer,
+    preparation: Preparation,
     directory: pathlib.Path,
     console: rich.console.Console,
-    teacher: TeacherFile | None = None,
 ) -> tuple[Trees, str]:
     """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
     file = pathlib.Path(source).expanduser()
@@ -113,30 +120,24 @@ def _trees(
             digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
     key = {
         "dialogues": digest.hexdigest(),
-        "tokenizer": fingerprint(tokenizer),
-        "chat_template": tokenizer.chat_template,
+        "tokenizer": fingerprint(preparation.tokenizer),
+        "chat_template": preparation.tokenizer.chat_template,
         "objective": dataclasses.asdict(config.objective),
         # All other fields, so that a new one is not forgotten.
         **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
     }
-    if teacher is not None:
-        key["teacher"] = teacher.digest
-
-    def make() -> Trees:
-        with console.status(f"preparing {os.path.basename(source)}"):
-            return dataset.prepare(
-                read_dialogues(source, split=split),
-                renderer,
-                objective=config.objective,
-                max_length=config.data.max_length,
-                truncate=config.data.truncate,
-                share_prefixes=config.data.share_prefixes,
-                teacher=teacher,
-            )
-
-    trees = dataset.load_or_prepare(config.data.cache_dir or directory / "trees", key, make, teacher)
+    if preparation.teacher is not None:
+        key["teacher"] = preparation.teacher.digest
+    with console.status(f"preparing {os.path.basename(source)}"):
+        trees = storage.load_or_build(
+            config.data.cache_dir or directory / "trees",
+            key,
+            read_dialogues(source, split=split),
+            preparation,
+            workers=config.data.workers,
+        )
     console.print(f"{os.path.basename(source)}: {trees.report}")
-    targets = trees.sizes()[1]
+    targets = trees.targets
     if config.data.max_targets and targets.max() > config.data.max_targets:
         raise ValueError(
             f"dialogue {trees.ids[int(targets.argmax())]} ({os.path.basename(source)}) has {targets.max():,} targets, "

@@ -6,7 +6,6 @@ by the model's context, and there is one compilation a length.
 """
 
 import collections
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,10 +33,6 @@ _PACKED_ROW = 1024  # rows of shorter dialogues are filled up to this length
 _BATCH_TOKENS = 8192  # of a batch of several rows, on accelerators; on CPU a batch is one row
 
 _ALL = ObjectiveConfig()  # every response
-
-_NO_REPORT = dataset.Report(
-    named={}, **{field.name: 0 for field in dataclasses.fields(dataset.Report) if field.name != "named"}
-)
 
 
 class Score(NamedTuple):
@@ -179,7 +174,7 @@ def _rows(
     """(the pieces of each row, the scores [S, ...] of its targets)."""
     if not pieces:
         return
-    trees = _stored([piece.tree for piece in pieces])
+    trees = dataset.of_trees([piece.tree for piece in pieces])
 
     def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], TargetScores]:
         return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length, max_targets=length))
@@ -282,16 +277,3 @@ def _signals(piece: _Piece, scores: TargetScores) -> list[Signal]:
             )
         )
     return signals
-
-
-def _stored(trees: Sequence[Tree]) -> dataset.Trees:
-    columns: dict[str, Any] = {
-        field: np.concatenate([getattr(tree, field) for tree in trees]) for field in Tree._fields
-    }
-    return dataset.Trees(
-        **columns,
-        offsets=np.concatenate([[0], np.cumsum([len(tree.tokens) for tree in trees])]).astype(np.int64),
-        preamble=np.zeros(len(trees), np.int32),
-        ids=tuple(range(len(trees))),
-        report=_NO_REPORT,
-    )

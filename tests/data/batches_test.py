@@ -8,27 +8,9 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.data import batches, dataset, tries
 
-_REPORT = dataset.Report(
-    dialogues=0,
-    trees=0,
-    tokens=0,
-    targets=0,
-    turns=0,
-    turns_cut=0,
-    shortened=0,
-    split=0,
-    dropped_too_long=0,
-    dropped_no_target=0,
-    branching=0,
-    named={},
-)
-
 
 def stored(*trees, preamble=0):
-    columns = {field: np.concatenate([getattr(tree, field) for tree in trees]) for field in tries.Tree._fields}
-    offsets = np.cumsum([0, *(len(tree.tokens) for tree in trees)])
-    preamble = np.full(len(trees), preamble, np.int32)
-    return dataset.Trees(**columns, offsets=offsets, preamble=preamble, ids=tuple(range(len(trees))), report=_REPORT)
+    return dataset.of_trees(trees, preambles=[preamble] * len(trees))
 
 
 def path(tokens, start, weight=1.0, turn=0):

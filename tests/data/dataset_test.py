@@ -1,8 +1,6 @@
 """Prepared trees against a dictionary of prefixes built from `apply_chat_template`; cutting, counting and storing."""
 
 import collections
-import os
-import pathlib
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -312,69 +310,6 @@ class SplitTest(parameterized.TestCase):
         )
         if name == "joint":  # nor is the text around them
             self.assertEqual(int((trees.weight > 0).sum()), prepare([turns(20)], name=name).report.targets)
-
-
-class StoreTest(parameterized.TestCase):
-    def setUp(self):
-        super().setUp()
-        self.made = []
-        self.directory = self.create_tempdir().full_path
-
-    def load(self, key, dialogues=2):
-        def make():
-            self.made.append(key)
-            return prepare([turns(n + 1, id=n) for n in range(dialogues)])
-
-        return dataset.load_or_prepare(self.directory, key, make)
-
-    def test_trees_are_made_once_and_read_back_as_they_were(self):
-        first, second = self.load({"a": 1}), self.load({"a": 1})
-        self.assertLen(self.made, 1)
-        fresh = prepare([turns(1), turns(2, id=1)])
-        for trees in (first, second):
-            for field in ("tokens", "parent", "position", "subtree_end", "weight", "turn", "offsets"):
-                got, wanted = getattr(trees, field), getattr(fresh, field)
-                np.testing.assert_array_equal(got, wanted)
-                self.assertEqual(got.dtype, wanted.dtype)
-            self.assertEqual(trees.ids, (0, 1))
-            self.assertEqual(trees.report, fresh.report)
-
-    def test_another_key_is_another_directory(self):
-        self.load({"a": 1})
-        self.load({"a": 2}, dialogues=1)
-        self.assertLen(self.made, 2)
-        self.assertLen(self.load({"a": 1}), 2)
-        self.assertLen(self.load({"a": 2}), 1)
-        self.assertLen(os.listdir(self.directory), 2)
-
-    def test_what_an_interruption_left_is_not_read(self):
-        def interrupted():
-            raise KeyboardInterrupt
-
-        with self.assertRaises(KeyboardInterrupt):
-            dataset.load_or_prepare(self.directory, {"a": 1}, interrupted)
-        self.assertEmpty(os.listdir(self.directory))
-        self.load({"a": 1})
-        (stored,) = pathlib.Path(self.directory).iterdir()
-        # A process that died while it wrote leaves a part of the files under the name of one that is not done.
-        for number in (1, os.getpid()):
-            leftover = stored.with_name(f"{stored.name}.{number}.unfinished")
-            leftover.mkdir()
-            (leftover / "tokens.npy").write_bytes(b"")
-        for file in stored.iterdir():
-            file.unlink()
-        stored.rmdir()
-        self.assertLen(self.load({"a": 1}), 2)
-        self.assertLen(self.made, 2)
-
-    def test_of_two_processes_at_once_one_is_kept(self):
-        def make():
-            self.load({"a": 1})  # another process is done while this one still works
-            return prepare([turns(1), turns(2, id=1)])
-
-        trees = dataset.load_or_prepare(self.directory, {"a": 1}, make)
-        self.assertEqual(trees.ids, (0, 1))
-        self.assertLen(os.listdir(self.directory), 1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import tries
+from dialog_jax.data import dataset, tries
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.training import scoring
 from tests.data import chat_templates
@@ -348,7 +348,7 @@ class BatchesTest(parameterized.TestCase):
             for size, span in zip(sizes, spans, strict=True)
         ]
         seen, shapes, room = [], set(), 0
-        for length, rows in scoring._batches(scoring._stored(trees), context, 4096):
+        for length, rows in scoring._batches(dataset.of_trees(trees), context, 4096):
             shapes.add((length, len(rows)))
             room += length * len(rows)
             for row in rows:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import batches, tries
+from dialog_jax.data import batches, dataset, tries
 from dialog_jax.data.dialogues import Dialogue, Message, Part
 from dialog_jax.training import agreement, differences, loss, step
 from tests.data import chat_templates, message_trees_test
@@ -278,13 +278,7 @@ class ReadTargetsTest(absltest.TestCase):
             ]
         )
         other = tries.build_tree([(np.array([7, 8], np.int32), [tries.Span(1, 2, 1.0, 0)])])
-        trees = agreement.dataset.Trees(
-            **{field: np.concatenate([getattr(other, field), getattr(tree, field)]) for field in tries.Tree._fields},
-            offsets=np.array([0, 2, 9]),
-            preamble=np.zeros(2, np.int32),
-            ids=(0, 1),
-            report=tiny.trees([dialogues()[1]], chat_templates.train_tokenizer("chatml")).report,
-        )
+        trees = dataset.of_trees([other, tree])
         batch = batches.fill_rows(trees, [[0, 1]], max_length=12, max_targets=6)
         found = differences.read_targets(batch, np.arange(6.0), 2)
         self.assertEqual(
