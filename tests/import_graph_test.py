@@ -14,7 +14,7 @@ _FLOW = {
     "data": (
         "sources", "records", "dialogues", "tokenizers", "templates", "encoding", "locating", "rendering", "tries",
         "objectives", "truncation", "supervision", "teacher", "building", "dataset", "workers", "storage", "packing",
-        "streams", "mixing", "dealing", "batches",
+        "mixing", "streams", "dealing", "batches",
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "model": ("attention", "decoder", "pretrained", "adapters"),

@@ -4,15 +4,19 @@ Knows no JAX: arrays are NumPy's, and sharding is the step's affair. Resuming ne
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from jaxtyping import Float32, Int
 
-from dialog_jax.data import packing, tries
+from dialog_jax.data import dealing, mixing, streams, tries
 from dialog_jax.data.dataset import Trees
+from dialog_jax.data.mixing import Mixture
+from dialog_jax.data.streams import Stream
 
 
 class Batch(NamedTuple):
@@ -46,7 +50,7 @@ class Batch(NamedTuple):
         return Batch(*(None if array is None else function(array) for array in self))
 
 
-def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, max_targets: int) -> Batch:
+def fill_rows(trees: Trees | Mixture, rows: Sequence[Sequence[int]], *, max_length: int, max_targets: int) -> Batch:
     """Returns the arrays of `rows`, lists of tree numbers, with B = len(rows); an empty list is a row of padding.
 
     Two trees, a path of 3 tokens (a response of 2) and one of 2, in a row of 6 tokens and 4 targets:
@@ -81,9 +85,9 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
         )
     for b, row in enumerate(rows):
         start, filled = 0, 0
-        for segment, numbers in enumerate(_sharing(trees, row), 1):
+        for segment, numbers in enumerate(streams.together(trees, row), 1):
             root, skipped = start, 0
-            shared = int(trees.preamble[numbers[0]]) if len(numbers) > 1 else 0
+            shared = trees.beginning(numbers[0])[1] if len(numbers) > 1 else 0
             for number, weight in zip(numbers, _merged(trees, numbers, shared), strict=True):
                 tree = trees.tree(number)._replace(weight=weight)
                 shift = start - skipped  # of a node's number to its place in the row, but for the preamble
@@ -99,6 +103,7 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
                 batch.weight[b, filled:end] = tree.weight[nodes]
                 batch.turn[b, filled:end] = tree.turn[nodes]
                 if batch.teacher_token is not None and batch.teacher_log_probability is not None:
+                    assert isinstance(trees, Trees)
                     token, log_probability = trees.signal(number, nodes)
                     batch.teacher_token[b, filled:end] = token
                     batch.teacher_log_probability[b, filled:end] = log_probability
@@ -107,22 +112,7 @@ def fill_rows(trees: Trees, rows: Sequence[Sequence[int]], *, max_length: int, m
     return batch
 
 
-def _sharing(trees: Trees, row: Sequence[int]) -> list[list[int]]:
-    """The trees of a row, those together that share a preamble; in the order of the first of each."""
-    together: dict[int, list[int]] = {}
-    for number in row:
-        group = int(trees.groups[number])
-        together.setdefault(group if group >= 0 else -1 - number, []).append(number)
-    return list(together.values())
-
-
-def _row_tokens(trees: Trees, row: Sequence[int]) -> int:
-    sizes = np.diff(trees.offsets)
-    together = _sharing(trees, row)
-    return sum(int(sizes[some].sum()) - (len(some) - 1) * int(trees.preamble[some[0]]) for some in together)
-
-
-def _merged(trees: Trees, numbers: Sequence[int], shared: int) -> list[Float32[np.ndarray, " _"]]:
+def _merged(trees: Trees | Mixture, numbers: Sequence[int], shared: int) -> list[Float32[np.ndarray, " _"]]:
     """The weights of trees that share their first tokens, there added up in the first tree."""
     weights = [trees.tree(number).weight for number in numbers]
     common = np.sum([weight[:shared] for weight in weights], axis=0, dtype=np.float32)
@@ -133,39 +123,65 @@ def _merged(trees: Trees, numbers: Sequence[int], shared: int) -> list[Float32[n
 class Plan:
     """Which rows each step is given.
 
-    Epoch e packs and shuffles all trees anew, from (seed, e); epochs follow each other without a gap, and step n takes
-    the next `micro_batches * rows` rows. No tree is left out, and none comes twice in an epoch.
+    Epoch e packs and shuffles all trees anew, from (seed, e); epochs follow each other without a gap, and step n has
+    the next `micro_batches * rows` rows. No tree is left out, and none comes twice in an epoch. In a mixture this is so
+    for each set by itself, and the rows of its sets come in turns (see `mixing.draw`).
 
     Args:
-      trees: the data set.
+      trees: the data set, or a mixture of several.
       rows: rows of a micro-batch, over all devices and hosts.
       micro_batches: micro-batches of a step.
+      shards: devices that the rows of a micro-batch are divided over; with several, the rows of a step are dealt to
+        them by what they cost (see `dealing.deal`).
     """
+
+    rows_per_epoch: int
+    tokens_per_epoch: int
+    """Those of an epoch's rows that are not padding; in a mixture of parts of sets, to rounding."""
 
     def __init__(
         self,
-        trees: Trees,
+        trees: Trees | Mixture,
         *,
         max_length: int,
         max_targets: int,
         rows: int,
         micro_batches: int,
         seed: int,
+        shards: int = 1,
     ):
-        self._trees, self._seed = trees, seed
+        assert rows % shards == 0, (rows, shards)
+        self._trees = trees
         self._max_length, self._max_targets = max_length, max_targets
-        self._rows, self._micro_batches = rows, micro_batches
-        self._epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
-        self.rows_per_epoch = len(self._epoch(0))
-        self.tokens_per_epoch = sum(_row_tokens(trees, row) for row in self._epoch(0))
+        self._rows, self._micro_batches, self._shards = rows, micro_batches, shards
+        sets = trees.sets if isinstance(trees, Mixture) else {"": trees}
+        self._streams = {
+            name: Stream(one, max_length=max_length, max_targets=max_targets, seed=seed) for name, one in sets.items()
+        }
+        counts = {name: stream.rows_per_epoch for name, stream in self._streams.items()}
+        self._quotas = (
+            mixing.quotas(trees.mix, counts)
+            if isinstance(trees, Mixture)
+            else {name: Fraction(count) for name, count in counts.items()}
+        )
+        self.rows_per_epoch = math.ceil(sum(self._quotas.values()))
+        tokens = {name: stream.tokens_per_epoch for name, stream in self._streams.items()}
+        self.tokens_per_epoch = round(sum(quota * tokens[name] / counts[name] for name, quota in self._quotas.items()))
+        self.mixed = mixing.lines(trees, self._quotas, counts, tokens) if isinstance(trees, Mixture) else []
+        self._dealt = functools.lru_cache(maxsize=4)(self._deal)
 
     def rows(self, step: int) -> list[list[int]]:
         """The tree numbers of all rows of a step, micro-batch by micro-batch, over all hosts."""
-        count = self._rows * self._micro_batches
-        return [
-            self._epoch(row // self.rows_per_epoch)[row % self.rows_per_epoch]
-            for row in range(step * count, (step + 1) * count)
-        ]
+        return self._dealt(step)
+
+    def imbalance(self, step: int, *, dealt: bool = True) -> float:
+        """How much longer the device with the most to do works than they do on average (see `dealing.imbalance`).
+
+        Args:
+          dealt: whether rows are given to devices by their cost, as `rows` does, or as they come.
+        """
+        rows = self.rows(step) if dealt else self._drawn(step)
+        return dealing.imbalance(self._costs(rows), rows=self._rows, shards=self._shards)
 
     def batch(self, step: int, own: Sequence[int] | None = None) -> Batch:
         """The arrays [M, B, ...] of step `step`, or of each micro-batch the rows `own` only."""
@@ -184,10 +200,22 @@ class Plan:
         steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, own))
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
-    def _pack_epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self._seed, epoch])
-        rows = _pack(self._trees, max_length=self._max_length, max_targets=self._max_targets, rng=rng)
-        return [rows[i] for i in rng.permutation(len(rows))]
+    def _drawn(self, step: int) -> list[list[int]]:
+        """The rows of a step as they come."""
+        count = self._rows * self._micro_batches
+        streams = list(self._streams.values())
+        starts = self._trees.starts if isinstance(self._trees, Mixture) else [0]
+        drawn = mixing.draw(list(self._quotas.values()), step * count, count)
+        return [[starts[index] + tree for tree in streams[index].row(number)] for index, number in drawn]
+
+    def _deal(self, step: int) -> list[list[int]]:
+        rows = self._drawn(step)
+        if self._shards == 1:
+            return rows
+        return [rows[row] for row in dealing.deal(self._costs(rows), rows=self._rows, shards=self._shards)]
+
+    def _costs(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        return [sum(self._trees.size(tree) ** 2 for tree in row) for row in rows]
 
 
 def evaluation_batches(
@@ -202,25 +230,10 @@ def evaluation_batches(
       limit: number of rows after which to stop, 0 for all; which rows these are depends on nothing but the trees.
       own: the rows of each batch to fill; None for all of them.
     """
-    rng = np.random.default_rng(0)
-    packed = _pack(trees, max_length=max_length, max_targets=max_targets, rng=rng)
-    packed = [packed[i] for i in rng.permutation(len(packed))][: limit or None]
-    for start in range(0, len(packed), rows):
-        part = packed[start : start + rows]
-        part += [[] for _ in range(rows - len(part))]
+    stream = Stream(trees, max_length=max_length, max_targets=max_targets, seed=0)
+    stop = min(limit or stream.rows_per_epoch, stream.rows_per_epoch)
+    for start in range(0, stop, rows):
+        part = [stream.row(number) if number < stop else [] for number in range(start, start + rows)]
         wanted = part if own is None else [part[row] for row in own]
         filled = fill_rows(trees, wanted, max_length=max_length, max_targets=max_targets)
         yield filled.map(lambda array: array[None]), part
-
-
-def _pack(trees: Trees, *, max_length: int, max_targets: int, rng: np.random.Generator) -> list[list[int]]:
-    tokens, targets = trees.sizes()
-    return packing.pack(
-        tokens,
-        targets,
-        max_length=max_length,
-        max_targets=max_targets,
-        rng=rng,
-        preamble=trees.preamble,
-        groups=trees.groups,
-    )

@@ -99,6 +99,18 @@ class Trees:
         part = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
         return Tree(*(getattr(self, field)[part] for field in Tree._fields))
 
+    def size(self, number: int) -> int:
+        """Tokens of tree `number`."""
+        return int(self.offsets[number + 1] - self.offsets[number])
+
+    def beginning(self, number: int) -> tuple[int, int]:
+        """(group, preamble) of tree `number`."""
+        return int(self.groups[number]), int(self.preamble[number])
+
+    def dialogue(self, number: int) -> str:
+        """The dialogue of tree `number`."""
+        return str(self.ids[number])
+
     def signal(
         self, number: int, nodes: Int[np.ndarray, " s"]
     ) -> tuple[Int32[np.ndarray, "s N"], Float32[np.ndarray, "s N"]]:

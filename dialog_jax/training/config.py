@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from dialog_jax.data import building
+from dialog_jax.data import building, mixing
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.model import decoder
 from dialog_jax.training.loss import LossConfig
@@ -21,8 +21,10 @@ class DataConfig:
 
     train: str = ""
     """A .jsonl, .json or .parquet file, or the name of a hub data set."""
+    mix: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Instead of `train`, several sets: name -> {"train": source, "weight": share} or {..., "epochs": passes}."""
     validation: str = ""
-    """Held-out dialogues, likewise."""
+    """Held-out dialogues, as `train`."""
     teacher: str = ""
     """What a teacher says of the training data: a file that scripts/score.py --top_k=N wrote, for loss.distillation."""
     train_split: str = "train"
@@ -83,10 +85,16 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("model", "data.train", "data.validation"):
-            value = self.model if field == "model" else getattr(self.data, field.removeprefix("data."))
+        needed = {"model": self.model, "data.train": self.data.train or self.data.mix}
+        for field, value in {**needed, "data.validation": self.data.validation}.items():
             if not value:
                 raise ValueError(f"{field} is empty; a run needs it (--config.{field}=...).")
+        if self.data.mix and (self.data.train or self.data.teacher):
+            raise ValueError(
+                f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r} and data.teacher "
+                f"{self.data.teacher!r}; leave data.train empty, and a teacher to a single set."
+            )
+        mixing.check(self.data.mix)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
             raise ValueError(
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "

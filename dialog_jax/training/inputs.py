@@ -20,6 +20,7 @@ from dialog_jax.data import teacher as teacher_lib
 from dialog_jax.data.building import Recipe
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.data.mixing import Mixture
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.teacher import TeacherFile
 from dialog_jax.data.tokenizers import check_vocabulary, fingerprint, load_tokenizer
@@ -31,6 +32,7 @@ from dialog_jax.training.config import TrainConfig
 # Of DataConfig: what does not change trees, or is in their key by its content.
 _NOT_IN_TREES = {
     "train",
+    "mix",
     "validation",
     "train_split",
     "validation_split",
@@ -50,7 +52,7 @@ class Inputs(NamedTuple):
     tokenizer: transformers.PreTrainedTokenizerFast
     stop_tokens: set[int]
     """Ids of the tokens at which a reply ends."""
-    train: Trees
+    train: Trees | Mixture
     held_out: Trees
     hashes: Mapping[str, str]
     """Of the content of model and data, by the config's fields."""
@@ -80,8 +82,12 @@ def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Con
     )
     untaught = Preparation(recipe, tokenizer, options)
     taught = untaught._replace(teacher=_teacher(config, tokenizer, model))
-    train, train_hash = _trees(config, config.data.train, config.data.train_split, taught, directory, console)
-    held_out, held_out_hash = _trees(
+    sources = {f"data.mix.{name}": entry["train"] for name, entry in config.data.mix.items()}
+    sets: dict[str, Trees] = {}
+    hashes = {"model": pretrained.fingerprint(model_path)}
+    for field, source in (sources or {"data.train": config.data.train}).items():
+        sets[field], hashes[field] = _trees(config, source, config.data.train_split, taught, directory, console)
+    held_out, hashes["data.validation"] = _trees(
         config, config.data.validation, config.data.validation_split, untaught, directory, console
     )
     ends = pretrained.stop_tokens(model_path) | {renderer.end_of_turn, tokenizer.eos_token_id}
@@ -90,13 +96,11 @@ def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Con
         model=model,
         tokenizer=tokenizer,
         stop_tokens={token for token in ends if token is not None},
-        train=train,
+        train=Mixture(dict(zip(config.data.mix, sets.values(), strict=True)), config.data.mix)
+        if config.data.mix
+        else sets["data.train"],
         held_out=held_out,
-        hashes={
-            "model": pretrained.fingerprint(model_path),
-            "data.train": train_hash,
-            "data.validation": held_out_hash,
-        },
+        hashes=hashes,
     )
 
 

@@ -22,6 +22,7 @@ from orbax.checkpoint import CheckpointManager
 from dialog_jax.data import batches
 from dialog_jax.data.batches import Batch, Plan
 from dialog_jax.data.dataset import Trees
+from dialog_jax.data.mixing import Mixture
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, inputs, interruption, metrics, optimizer, run_directory, sharding
@@ -34,6 +35,7 @@ from dialog_jax.training.progress import Clock, Progress
 from dialog_jax.training.step import EvaluationSums, StepMetrics, TrainState
 
 _TURNS_SHOWN = 32  # turns that held-out figures list one by one
+_STEPS_WEIGHED = 50  # of which the balance is told at the beginning
 
 
 class RunResult(NamedTuple):
@@ -52,7 +54,7 @@ class _Run(NamedTuple):
     mesh: Mesh
     model: DecoderConfig
     plan: Plan
-    train: Trees
+    train: Trees | Mixture
     held_out: Trees
     steps: int
     schedule: optax.Schedule
@@ -101,7 +103,7 @@ def run(
         changes = run_directory.differences(directory, config)
         _refuse(directory, "another config", changes, allow_changes)
         given = inputs.read(config, directory, console)
-        plan, steps = _planned(config, given.train, console)
+        plan, steps = _planned(config, given.train, _shards(mesh), console)
         hashes = {**given.hashes, "steps": steps}
         changed = run_directory.changed_inputs(directory, hashes)
         _refuse(directory, "another content", changed, allow_changes)
@@ -236,7 +238,9 @@ def _is_evaluated(this: _Run, step: int) -> bool:
     return step % this.config.evaluate_every == 0 or step == this.steps
 
 
-def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -> tuple[Plan, int]:
+def _planned(
+    config: TrainConfig, train: Trees | Mixture, shards: int, console: rich.console.Console
+) -> tuple[Plan, int]:
     """(which rows each step is given, number of steps)."""
     plan = Plan(
         train,
@@ -245,7 +249,10 @@ def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -
         rows=config.rows,
         micro_batches=config.gradient_accumulation,
         seed=config.seed,
+        shards=shards,
     )
+    for line in plan.mixed:
+        console.print(line)
     rows_per_step = config.rows * config.gradient_accumulation
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
     used = plan.tokens_per_epoch / (plan.rows_per_epoch * config.data.max_length)
@@ -253,11 +260,23 @@ def _planned(config: TrainConfig, train: Trees, console: rich.console.Console) -
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
     )
+    if shards > 1:
+        looked_at = range(min(steps, _STEPS_WEIGHED))
+        dealt, drawn = (np.mean([plan.imbalance(step, dealt=way) for step in looked_at]) for way in (True, False))
+        console.print(
+            f"attention costs the busiest of {shards} shards {dealt:.3f} times the mean, its rows dealt by cost; "
+            f"{drawn:.3f} times as they come ({len(looked_at)} steps)"
+        )
     return plan, steps
 
 
+def _shards(mesh: Mesh) -> int:
+    """Parts that the rows of a micro-batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in ("dcn_data", "data", "fsdp") if axis in mesh.shape)
+
+
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    divided = mesh.shape["data"] * mesh.shape["fsdp"]
+    divided = _shards(mesh)
     if config.rows % divided:
         raise ValueError(
             f"rows is {config.rows}; it must be a multiple of data * fsdp = {divided}, so that every device has rows."
@@ -349,7 +368,7 @@ def _checked(this: _Run, update: _Update, clock: Clock, progress: Progress) -> d
     in_a_row = int(np.asarray(update.measured.skipped_in_a_row))
     if in_a_row:
         rows = this.plan.rows(update.step - 1)
-        ids = sorted({str(this.train.ids[tree]) for row in rows for tree in row})
+        ids = sorted({this.train.dialogue(tree) for row in rows for tree in row})
         told = (
             f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}: no update. Its "
             f"{len(rows)} rows are of {', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}"
@@ -379,6 +398,7 @@ def _figures(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
         "response_tokens_per_second": values.response_tokens / seconds,
         "tokens": values.tokens,
         "targets": values.targets,
+        "imbalance": this.plan.imbalance(update.step - 1),
         "row_tokens_used": values.tokens / update.batch.tokens.size,
     }
     peak = metrics.peak_flops(this.mesh.devices.flat[0])

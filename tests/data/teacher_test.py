@@ -13,10 +13,12 @@ import safetensors
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import batches, dataset, teacher, tries
+from dialog_jax.data import batches, dataset, storage, teacher, tries
+from dialog_jax.data.building import Recipe
 from dialog_jax.data.dialogues import Dialogue, Message, dialogues_from_records
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
+from dialog_jax.data.workers import Preparation
 from tests.data import chat_templates
 from tests.data.chat_templates import FAMILIES
 
@@ -250,8 +252,10 @@ class PrepareTest(TeacherTest):
         self.write(dialogues)
         made = self.prepare(dialogues)
         file = teacher.read_file(self.path, tokenizer="T")
+        recipe = Recipe(objective=ObjectiveConfig(), max_length=1000)
+        preparation = Preparation(recipe, chat_templates.train_tokenizer("chatml"), {}, file)
         for _ in range(2):  # made, then read
-            stored = dataset.load_or_prepare(self.directory / "trees", {"teacher": file.digest}, lambda: made, file)
+            stored = storage.load_or_build(self.directory / "trees", {"teacher": file.digest}, dialogues, preparation)
             options = {"max_length": 200, "max_targets": 100}
             for a, b in zip(
                 batches.fill_rows(made, [[1, 0]], **options),

@@ -21,6 +21,13 @@ class ConfigTest(parameterized.TestCase):
         )
         self.assertEqual(config.from_config_dict(config.to_config_dict(original)), original)
 
+    def test_parts_of_a_mixture_can_be_overridden(self):
+        mix = {"a": {"train": "a", "weight": 1}, "b": {"train": "b", "weight": 0.5}}
+        overridden = config.to_config_dict(TrainConfig(model="m", data=DataConfig(mix=mix, validation="v")))
+        self.assertEqual(config.from_config_dict(overridden).data.mix, mix)
+        overridden.data.mix.b.weight = 2.0
+        self.assertEqual(config.from_config_dict(overridden).data.mix, mix | {"b": {"train": "b", "weight": 2.0}})
+
     def test_override_reaches_the_dataclass(self):
         overridden = config.to_config_dict(example())
         overridden.optimizer.learning_rate = 0.5
@@ -49,6 +56,15 @@ class ConfigTest(parameterized.TestCase):
         ({"steps": 0, "epochs": 0.0}, "one of them must be above 0"),
         ({"loss": LossConfig(distillation=0.5)}, "data.teacher is '' and loss.distillation is 0.5; set both"),
         ({"data": DataConfig(train="t", validation="v", teacher="s")}, "data.teacher is 's' and .* 0.0; set both"),
+        ({"data": DataConfig(validation="v", mix={"a": {"train": "a"}})}, "data.mix has neither weight nor epochs"),
+        (
+            {"data": DataConfig(train="t", validation="v", mix={"a": {"train": "a", "weight": 1}})},
+            "data.mix names a beside data.train 't' and data.teacher ''; leave data.train empty",
+        ),
+        (
+            {"data": DataConfig(train="t", validation="v", workers=-2)},
+            "data.workers is -2; it must be at least 0, or -1",
+        ),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
     )
     def test_bad_value_is_refused(self, changes, message):

@@ -308,6 +308,36 @@ class RunTest(parameterized.TestCase):
         ):
             self.run_in("run", data=data)
 
+    def test_mixture_goes_on_as_if_never_stopped_and_each_set_is_watched(self):
+        (self.directory / "other.jsonl").write_text((self.directory / "validation.jsonl").read_text())
+        mix = {
+            "first": {"train": str(self.directory / "train.jsonl"), "epochs": 1},
+            "other": {"train": str(self.directory / "other.jsonl"), "epochs": 2.5},
+        }
+        data = dataclasses.replace(self.config.data, train="", mix=mix)
+        self.run_in("whole", data=data, steps=4)
+        self.assertRegex(self.output.getvalue(), r"other: \d+ rows an epoch, 2.50 passes over 4 trees, \d+.\d% of the")
+        self.assertRegex(
+            self.output.getvalue(), r"busiest of 4 shards 1.\d+ times the mean, .*; 1.\d+ times as they come"
+        )
+        save = checkpoints.save
+
+        def killed(manager, state, **kwargs):
+            save(manager, state, **kwargs)
+            raise KeyboardInterrupt
+
+        with mock.patch.object(checkpoints, "save", killed), self.assertRaises(KeyboardInterrupt):
+            self.run_in("parts", data=data, steps=4)
+        self.run_in("parts", data=data, steps=4)
+        jax.tree.map(np.testing.assert_array_equal, self.parameters_of("parts", 4), self.parameters_of("whole", 4))
+        for line in metrics.read_lines(self.directory / "whole" / "metrics.jsonl"):
+            self.assertGreaterEqual(line["imbalance"], 1.0)
+            self.assertLess(line["imbalance"], 4.0)
+        with (self.directory / "other.jsonl").open("a") as file:
+            file.write((self.directory / "train.jsonl").read_text().splitlines()[0] + "\n")
+        with self.assertRaisesRegex(ValueError, "began with another content of data.mix.other,"):
+            self.run_in("whole", data=data, steps=4)
+
     def test_data_that_changed_since_the_run_began_is_refused(self):
         self.run_in("run", steps=2)
         file = self.directory / "train.jsonl"
