@@ -42,7 +42,7 @@ OF_TREES: dict[str, type[np.generic]] = {
     "groups": np.int64,
 }
 _DIALOGUES = 256  # of a chunk, at most
-_CHARACTERS = 1 << 19  # of a chunk, but for its last dialogue; what a chunk needs of memory grows with them
+_CHARACTERS = 1 << 18  # of a chunk, but for its last dialogue; what a chunk needs of memory grows with them
 _NAMES_KEPT = 1000  # dialogues named for each reason
 
 

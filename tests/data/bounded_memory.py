@@ -28,14 +28,14 @@ def _private() -> int:
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<end>": 2}, "a"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "b": 1, "<end>": 2}, "b"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<end>"])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, chat_template=_TEMPLATE)
 
 
 def _dialogues(count: int):
-    messages = Message(role="user", content="a " * _WORDS), Message(role="assistant", content="b b b b b b b")
+    messages = Message(role="user", content="hello " * _WORDS), Message(role="assistant", content="b b b b b b b")
     for number in range(count):
         yield Dialogue(id=number, messages=messages, where=f"made[{number}]")
 
@@ -56,9 +56,8 @@ def main(directory: str, megabytes: int) -> None:
         read = [np.array(column) for column in columns]
     except MemoryError:
         read = None
-    plan = batches.Plan(trees, max_length=8192, max_targets=64, rows=2, micro_batches=1, seed=0)
-    steps = -(-plan.rows_per_epoch // 2)
-    tokens = sum(int((plan.batch(step).segment > 0).sum()) for step in range(steps))
+    plan = batches.Plan(trees, max_length=8192, max_targets=64, rows=1, micro_batches=1, seed=0)
+    tokens = sum(int((plan.batch(step).segment > 0).sum()) for step in range(plan.rows_per_epoch))
     print(limit, sum(column.nbytes for column in columns), len(trees), tokens, "refused" if read is None else "read")
 
 
