@@ -88,6 +88,22 @@ class PreambleTest(parameterized.TestCase):
             self.assertLessEqual((tokens[row] - preamble[row]).sum() + sum(heads.values()), 64)
             self.assertLessEqual(targets[row].sum(), 40)
 
+    @parameterized.parameters(range(10))
+    def test_seeds_change_the_neighbours_but_not_the_rows_sizes(self, seed):
+        rng = np.random.default_rng(seed)
+        groups = rng.integers(-1, 4, 300)
+        preamble = np.where(groups >= 0, 5 + groups % 2, 0)
+        tokens = preamble + rng.integers(1, 12, 300)  # many are of the same size
+        targets = rng.integers(0, 4, 300)
+        packed = [
+            self.pack(tokens, targets, preamble, groups * 10**15, max_length=40, max_targets=15, seed=other)
+            for other in range(12)
+        ]
+        self.assertLen({tuple(map(tuple, rows)) for rows in packed}, 12)
+        sizes = [[sorted(zip(tokens[row], targets[row], groups[row], strict=True)) for row in rows] for rows in packed]
+        for other in sizes[1:]:
+            self.assertEqual(other, sizes[0])
+
     def test_fewer_rows_than_without(self):
         rng = np.random.default_rng(0)
         groups = rng.integers(0, 5, 2000)
