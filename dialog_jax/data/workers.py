@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import pathlib
 import resource
 import signal
 import socket
@@ -19,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import transformers
 
@@ -130,16 +129,16 @@ class _Worker:
 def _start(preparation: Preparation, memory: int) -> Iterator[_Worker]:
     """Gives a worker, which is gone afterwards."""
     ours, theirs = socket.socketpair()
-    root = str(pathlib.Path(__file__).parents[2])
-    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # The workers are the threads.
-    environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",  # the workers are the threads
+        "OPENBLAS_NUM_THREADS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
     with theirs:
+        code = f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as it; it.serve({theirs.fileno()}, {memory})"
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno()), str(memory)],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
         )
     connection = Connection(ours.detach())
     worker = _Worker(process, connection)
@@ -155,8 +154,20 @@ def _start(preparation: Preparation, memory: int) -> Iterator[_Worker]:
         process.wait()
 
 
-def _serve(connection: Connection, memory: int) -> None:
-    """Answers each batch with its chunk, or with the error it ends in, until the other end closes."""
+def serve(descriptor: int, memory: int) -> None:
+    """What a worker does: answers each batch from a socket with its chunk, or its error, until the other end closes.
+
+    Args:
+      memory: bytes that it may have.
+    """
+    with (
+        contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
+        Connection(descriptor) as connection,
+    ):
+        _serve(connection, memory)
+
+
+def _serve(connection: Connection, memory: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
@@ -177,8 +188,3 @@ def _serve(connection: Connection, memory: int) -> None:
             answer = MemoryError()
         del batch
         connection.send(answer)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError), Connection(int(sys.argv[1])) as given:
-        _serve(given, int(sys.argv[2]))
