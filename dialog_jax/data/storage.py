@@ -128,8 +128,9 @@ def _build(
                     written = time.monotonic()
             report = dataset.report_of(counts, named)
             dataset.check_any(report, preparation.recipe)
-        except ValueError:  # of the data: what follows is another key
-            shutil.rmtree(unfinished)
+        except ValueError as error:
+            if not isinstance(error, workers.WorkerError):  # but of the data: once corrected, they have another key
+                shutil.rmtree(unfinished)
             raise
         _write_journal(unfinished, files, counts, named)
     _write(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))

@@ -33,6 +33,10 @@ MEMORY = 8 << 30  # bytes that a worker may have, besides the files it reads
 SECONDS = 600.0  # that a chunk is waited for
 
 
+class WorkerError(ValueError):
+    """A worker needs too much time or memory, or was ended: what was built before it may be gone on with."""
+
+
 class Preparation(NamedTuple):
     """All that makes trees of dialogues, in a form that another process can be given."""
 
@@ -63,8 +67,8 @@ def build(
       seconds: that this process waits for a chunk.
 
     Raises:
-      ValueError: what `building.build` raises; a batch takes too much memory or time, or ends its worker. Names the
-        dialogues.
+      ValueError: what `building.build` raises.
+      WorkerError: a batch takes too much memory or time, or its worker was ended. Names the dialogues.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
@@ -107,19 +111,19 @@ class _Worker:
         first, last = self.batch[0].name, self.batch[-1].name
         among = first if len(self.batch) == 1 else f"{first} to {last}"
         if not self.connection.poll(seconds):
-            raise ValueError(
+            raise WorkerError(
                 f"{among}: not rendered after {seconds:,.0f} seconds. Look for a loop in the chat template that one of "
                 "them does not end, or for one that is very long."
             )
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            raise ValueError(
+            raise WorkerError(
                 f"{among}: the process that rendered them ended (exit code {self.process.wait()}): it was ended from "
                 "outside, or had too little memory. Set data.workers to fewer, or look for what is very long."
             ) from None
         if isinstance(answer, MemoryError):
-            raise ValueError(f"{among}: need more memory than a worker may have. Look for what is very long.")
+            raise WorkerError(f"{among}: need more memory than a worker may have. Look for what is very long.")
         if isinstance(answer, ValueError):
             raise answer
         return answer
@@ -168,7 +172,8 @@ def serve(descriptor: int, memory: int) -> None:
 
 
 def _serve(connection: Connection, memory: int) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the process that started this one, and ends it
+        signal.signal(number, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))

@@ -218,6 +218,27 @@ class StorageTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"(?s)None of 1 dialogues has a target.*said.jsonl:1"):
             self.load([said(("user", "a"), ("assistant", "b", 0))])
 
+    def test_a_worker_that_is_killed_costs_no_work(self):
+        dialogues = [turns(2 + n % 3, id=n) for n in range(60)]
+        chunk, given = workers._Worker.chunk, []
+
+        def killed(worker, seconds):
+            given.append(worker)
+            if len(given) == 5:
+                worker.process.kill()
+                worker.process.wait()
+            return chunk(worker, seconds)
+
+        with together(6), mock.patch.object(workers._Worker, "chunk", killed):
+            with self.assertRaisesRegex(
+                ValueError, r"dialogue 24 \(said.jsonl:25\) to dialogue 29 .* ended \(exit code -9\)"
+            ):
+                self.load(dialogues, workers=1, seconds=0.0)
+            (unfinished,) = (self.directory / "trees").glob("*.unfinished")
+            self.assertEqual(json.loads((unfinished / "journal.json").read_text())["counts"]["dialogues"], 24)
+            self.assert_same(self.load(dialogues, workers=1), in_memory(dialogues, preparation()))
+        self.assertLen(given, 5 + 6)
+
     def test_a_column_of_another_length_is_refused(self):
         self.load(awkward(10))
         (stored,) = [path for path in (self.directory / "trees").iterdir() if path.is_dir()]
