@@ -168,7 +168,7 @@ class Plan:
         tokens = {name: stream.tokens_per_epoch for name, stream in self._streams.items()}
         self.tokens_per_epoch = round(sum(quota * tokens[name] / counts[name] for name, quota in self._quotas.items()))
         self.mixed = mixing.lines(trees, self._quotas, counts, tokens) if isinstance(trees, Mixture) else []
-        self._dealt = functools.lru_cache(maxsize=4)(self._deal)
+        self._dealt = functools.lru_cache(maxsize=8)(self._deal)
 
     def rows(self, step: int) -> list[list[int]]:
         """The tree numbers of all rows of a step, micro-batch by micro-batch, over all hosts."""
