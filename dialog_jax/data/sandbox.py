@@ -44,11 +44,19 @@ def render(tokenizer: transformers.PreTrainedTokenizerFast, messages: list[Any],
 
 @functools.lru_cache(maxsize=64)
 def _check_operations(template: str) -> None:
-    """Refuses powers, by operator or in round(): a single one can take the interpreter, and all threads, for hours."""
+    """Refuses powers, by operator or in round(), and products with a huge number.
+
+    A single one can take the interpreter, and all of its threads, for hours, or all memory.
+    """
     tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template) if kind != "whitespace"]
-    for before, (kind, text), *after in zip([("", ""), *tokens], tokens, tokens[1:], tokens[2:], strict=False):
+    none = ("", "")
+    for before, (kind, text), *after in zip(
+        [none, *tokens], tokens, [*tokens[1:], none], [*tokens[2:], none, none], strict=False
+    ):
         if (kind, text) == ("operator", "**") and before[1] not in ("(", ","):  # f(**fields) is no power
             raise ValueError("it raises to a power, with **, which is not run")
+        if kind == "integer" and "*" in (before[1], after[0][1]) and int(text.replace("_", ""), 0) > LONGEST:
+            raise ValueError(f"it multiplies by {text}, the limit is {LONGEST:,}")
         if kind in ("name", "string") and text.strip("\"'") == "round":
             (_, follows), (number, digits) = after
             if kind == "string" or (follows == "(" and not (number == "integer" and int(digits) <= _DIGITS)):

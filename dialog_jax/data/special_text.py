@@ -45,6 +45,7 @@ class Guard:
         self._unmarked = {ord(mark): first for first, mark in self._marks.items()}
         self._spelled = re.compile(f"(?=(?:{_any_of(special)})).", re.DOTALL)
         self._beginnings = frozenset(text[:stop] for text in special for stop in range(1, len(text)))
+        self._longest = max(map(len, self._beginnings), default=0)
         # As the tokenizer looks for them: of those that begin at one place the longest, special or not.
         words = [token.content for token in added if token.single_word]
         self._added = re.compile(_any_of((token.content for token in added), words))
@@ -72,7 +73,7 @@ class Guard:
         if not any(first in text for first in self._marks):
             return text
         marked = list(self._spelled.sub(lambda found: self._marks[found[0]], text))
-        for place in range(max(0, len(text) - max(map(len, self._beginnings), default=0)), len(text)):
+        for place in range(max(0, len(text) - self._longest), len(text)):
             if text[place:] in self._beginnings:
                 marked[place] = self._marks[text[place]]
         return "".join(marked)
@@ -121,7 +122,7 @@ class Guard:
     def _encoding(self, text: str) -> tokenizers.Encoding:
         """Of a guarded text, from a tokenizer that spells special tokens as nothing in the text is spelled."""
         size = len(self._marks)
-        used = {(ord(character) - _PRIVATE.start) // size for character in text}
+        used = {(ord(character) - _PRIVATE.start) // size for character in set(text)}
         base = next((at for block, at in enumerate(_PRIVATE[:-size:size]) if block not in used), None)
         if base is None:
             raise ValueError("A text that spells special tokens has all private-use characters. Remove some of them.")

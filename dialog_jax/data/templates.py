@@ -64,8 +64,8 @@ class ChatTemplate:
         except sandbox.REFUSALS as error:
             roles = ", ".join(message.role for message in dialogue.messages[:count])
             raise ValueError(
-                f"{dialogue.name}: the chat template refuses its first {count} messages ({roles}): {error}. "
-                "Change the dialogue, or pass another chat template."
+                f"{dialogue.name}: the chat template refuses its first {count} messages ({roles}): "
+                f"{str(error) or type(error).__name__}. Change the dialogue, or pass another chat template."
             ) from error
 
     def after_response(self) -> str:

@@ -79,14 +79,16 @@ class HarmTest(parameterized.TestCase):
 
     def test_a_text_beyond_all_sense_is_refused(self):
         self.enter_context(mock.patch.object(sandbox, "LONGEST", 1000))
-        self.assert_refused("{{ 'x' * 1001 }}", "it wrote 1,001 characters, the limit is 1,000")
+        self.assert_refused("{% for _ in range(1001) %}x{% endfor %}", "it wrote 1,001 characters, the limit is 1,000")
         self.assertLen(templates.ChatTemplate(with_template("{{ 'x' * 1000 }}")).text(_DIALOGUE, 2), 1000)
 
     @parameterized.parameters(
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ range(10000000000) }}", "Range too big"),
-        ("{{ 'x' * 1000000000000000000 }}", ""),
+        ("{{ 'x' * 100_000_000_000 }}", "multiplies by 100_000_000_000"),
+        ("{{ 0x1000000000 * 'x' }}", "multiplies by 0x1000000000"),
+        ("{% set n = 1000000000000000000 %}{{ 'x' * n * n }}", "(Memory|Overflow)Error|cannot fit"),
         ("{{ 1.5 * 'x' }}", ""),
         ("{{ 9 ** 9 ** 9 }}", "raises to a power"),
         ("{{ 1 | round(10000000000, 'floor') }}", "rounds otherwise"),

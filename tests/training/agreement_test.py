@@ -238,7 +238,7 @@ class LeftOutTest(absltest.TestCase):
         self.assertRegex(line, r"^refused: dialogue s .* System role not supported")
 
     def test_refusal_by_one_side_only_fails(self):
-        def accept(dialogue, tokenizer, kwargs):
+        def accept(dialogue, **_):
             return []
 
         system = dataclasses.replace(dialogues()[1], messages=(Message(role="system", content="Hi"),))
