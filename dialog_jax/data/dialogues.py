@@ -195,7 +195,7 @@ def _message(item: Any, where: str) -> Message:
         ) from None
     records.check_text(fields, f"{where} ({role})")
     weight = _weight(item, where)
-    weighted = weight > 0 and any(part.weight != 1 for part in parts)
+    weighted = weight > 0 and any(part.weight != 1 for part in parts if part.text)
     return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
 
 

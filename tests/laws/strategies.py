@@ -47,9 +47,8 @@ _no_weights = st.just({})
 def _contents(draw, kind, family, role):
     """Text, or for `kind` "parts" now and then a list of weighted texts; reasoning where the template knows it."""
     if kind == "parts" and draw(st.booleans()):
-        return [
-            {"type": "text", "text": text, **draw(_weights)} for text in draw(st.lists(words, min_size=1, max_size=3))
-        ]
+        given = draw(st.lists(st.one_of(words, words, st.just("")), min_size=1, max_size=3))
+        return [{"type": "text", "text": text, **draw(_weights)} for text in given]
     text = draw(words if kind != "any" else texts)
     if family == "qwen3" and role == "assistant" and kind == "any" and draw(st.booleans()):
         text = f"<think>\n{draw(words)}\n</think>\n\n{text}"

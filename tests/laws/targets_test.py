@@ -49,14 +49,14 @@ class DialoguesTest(parameterized.TestCase):
             self.assertEqual([got[key][1] for key in got], [expected[key][1] for key in got])
 
     @parameterized.parameters(*chat_templates.FAMILIES)
-    @budget.cases(12)
+    @budget.cases(30)
     @hypothesis.given(data=st.data())
     def test_a_tree_has_the_targets_of_its_responses_one_by_one(self, family, data):
         records = data.draw(st.lists(strategies.records(family), min_size=1, max_size=3))
         self.check(strategies.parsed(records), family, data.draw(strategies.objectives))
 
     @parameterized.parameters(*strategies.BYTE_LEVEL)
-    @budget.cases(10)
+    @budget.cases(30)
     @hypothesis.given(data=st.data())
     def test_tokens_of_parts_have_the_weight_of_the_part_they_end_in(self, family, data):
         record = data.draw(strategies.records(family, kind="parts"))

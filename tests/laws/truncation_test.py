@@ -37,9 +37,14 @@ def fitting(dialogue, family, max_length):
     return kept
 
 
-def distinct(record):
-    """The record with other words in each message."""
-    messages = [{**m, "content": f"{number} {m['content']}"} for number, m in enumerate(record["messages"])]
+@st.composite
+def distinct(draw, records):
+    """A record with other words in each message, a few of them much longer than the others."""
+    record = draw(records)
+    messages = []
+    for number, message in enumerate(record["messages"]):
+        text = f"{number} {message['content']}" * draw(st.sampled_from([1, 1, 1, 6]))
+        messages.append({**message, "content": text})
     return {**record, "messages": messages}
 
 
@@ -115,7 +120,7 @@ class SplitTest(parameterized.TestCase):
         kinds = st.one_of(
             strategies.lists(family, max_turns=6, kind="words"), strategies.message_trees(family, kind="words")
         )
-        (dialogue,) = strategies.parsed([distinct(data.draw(kinds))])
+        (dialogue,) = strategies.parsed([data.draw(distinct(kinds))])
         max_length = lengths(data, dialogue, family)
         trees = prepare([dialogue], family, max_length=max_length, truncate="split")
         found = collections.Counter()
