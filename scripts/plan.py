@@ -21,11 +21,12 @@ from ml_collections import config_flags
 
 from dialog_jax.model import pretrained, published_config, tensor_files
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import chips, config, estimating, hlo, metrics, planning, sharding, workload
+from dialog_jax.planning import compiling, estimating, hlo, workload
+from dialog_jax.planning.compiling import StepPlan
+from dialog_jax.planning.workload import Workload
+from dialog_jax.training import chips, config, metrics, sharding
 from dialog_jax.training.chips import Chip
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.training.planning import StepPlan
-from dialog_jax.training.workload import Workload
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/llama_8b.py.")
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices.", lower_bound=1, required=True)
@@ -95,7 +96,7 @@ def _plan(asked: TrainConfig) -> None:
     work = workload.measured(asked, dialogues=_DIALOGUES.value)
     if work is None:
         work = workload.assumed(asked, tokens=_TOKENS.value, targets=_TARGETS.value)
-    step = planning.compile_step(
+    step = compiling.compile_step(
         asked,
         model,
         mesh,

@@ -18,7 +18,11 @@ _FLOW = {
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "model": ("attention", "decoder", "pretrained", "adapters"),
-    "training": ("loss", "optimizer", "sharding", "step", "checkpoints", "metrics", "loop"),
+    "training": (
+        "chips", "loss", "optimizer", "sharding", "step", "hosts", "interruption", "checkpoints", "metrics", "inputs",
+        "run_directory", "loop",
+    ),
+    "planning": ("hlo", "compiling", "workload", "estimating"),
 }
 # fmt: on
 
@@ -88,6 +92,10 @@ class ImportGraphTest(absltest.TestCase):
             "dialog_jax.model",
             "dialog_jax.training",
         )
+
+    def test_no_room_imports_planning(self):
+        for room in ("data", "audit", "model", "training", "formats"):
+            self.assert_none(f"dialog_jax.{room}", "dialog_jax.planning")
 
     def test_rooms_import_nothing_of_the_top(self):
         top = [module_of(file) for file in (_ROOT / "dialog_jax").glob("*.py") if file.stem != "__init__"]

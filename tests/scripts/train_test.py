@@ -9,6 +9,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
+import tests.experiments  # noqa: F401 - lets experiments find each other
 from dialog_jax.training import loop
 from tests.scripts import running
 

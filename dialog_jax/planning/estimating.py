@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from dialog_jax.planning.compiling import Memory, StepPlan
+from dialog_jax.planning.hlo import Collective
 from dialog_jax.training import sharding
 from dialog_jax.training.chips import Chip
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.training.hlo import Collective
-from dialog_jax.training.planning import Memory, StepPlan
 
 FITS, DOUBTFUL, DOES_NOT_FIT = "fits", "may not fit", "does not fit"
 

@@ -6,7 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dialog_jax.training import hlo
+from dialog_jax.planning import hlo
 
 _TEXT = """HloModule made_by_hand, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
 

@@ -6,7 +6,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.data.batches import Batch
-from dialog_jax.training import metrics, optimizer, planning, sharding, step, workload
+from dialog_jax.planning import compiling, workload
+from dialog_jax.training import metrics, optimizer, sharding, step
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
@@ -24,7 +25,7 @@ def run_config(*, length=128, **fields):
 
 def compiled(mesh, config, *, devices=8, dtype=jnp.float32, targets=128):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
-    return planning.compile_step(config, _MODEL, mesh, compute_dtype=dtype, targets=targets)
+    return compiling.compile_step(config, _MODEL, mesh, compute_dtype=dtype, targets=targets)
 
 
 def count(model):

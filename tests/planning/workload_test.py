@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.model import pretrained
-from dialog_jax.training import workload
+from dialog_jax.planning import workload
 from dialog_jax.training.config import DataConfig, TrainConfig
 from tests.data import chat_templates
 from tests.training import tiny

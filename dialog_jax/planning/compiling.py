@@ -1,7 +1,7 @@
 """A run's train step, compiled for devices that are not there: what each would hold, compute and exchange.
 
 In: a config and a mesh of simulated devices. Out: bytes and counts of one device. Nothing is allocated and no weights
-are read: every array is a shape with a sharding. Knows no chips and no seconds; see `training.estimating`.
+are read: every array is a shape with a sharding. Knows no chips and no seconds; see `planning.estimating`.
 """
 
 import pathlib
@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from dialog_jax.data.batches import Batch
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import hlo, loss, optimizer, sharding
+from dialog_jax.planning import hlo
+from dialog_jax.planning.hlo import Collective, Products, Program
+from dialog_jax.training import loss, optimizer, sharding
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.training.hlo import Collective, Products, Program
 
 TEACHER_TOKENS = 16  # of each target, where a teacher is named: how many its file has is not looked at
 

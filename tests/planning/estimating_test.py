@@ -5,11 +5,12 @@ import math
 import jax
 from absl.testing import absltest, parameterized
 
-from dialog_jax.training import estimating, sharding
+from dialog_jax.planning import estimating
+from dialog_jax.planning.compiling import Largest, Memory, StepPlan
+from dialog_jax.planning.hlo import Collective, Products
+from dialog_jax.training import sharding
 from dialog_jax.training.chips import CHIPS, PEAK_FLOPS, Chip
 from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.hlo import Collective, Products
-from dialog_jax.training.planning import Largest, Memory, StepPlan
 from dialog_jax.training.sharding import MeshConfig
 
 # 100 FLOP/s, 1,000 bytes, 10 bytes/s to memory, 4 within nodes of 4 devices and 1 between them.
