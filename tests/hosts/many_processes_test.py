@@ -93,7 +93,8 @@ class ManyProcessesTest(parameterized.TestCase):
         cls.config = tiny.run_config(
             cls.directory, mesh=MeshConfig(), steps=4, optimizer=OptimizerConfig(learning_rate=1e-2), remat="none"
         )
-        long = {"steps": _LONG, "evaluate_every": _LONG, "checkpoint_every": _LONG}
+        across = _MESHES["fsdp_across_processes"]
+        long = {"mesh": across, "steps": _LONG, "evaluate_every": _LONG, "checkpoint_every": _LONG}
         cls.stopping = cls.succeed(
             2,
             *(cls.a_run(f"two_{name}", mesh=mesh) for name, mesh in _MESHES.items()),
