@@ -74,8 +74,14 @@ def open_manager(directory: pathlib.Path, *, keep: int, losses: Mapping[int, flo
 
 
 def open_reader(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Returns orbax's manager for reading alone, also while a run goes on there."""
-    return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
+    """Returns orbax's manager for reading alone, also while a run goes on there.
+
+    It waits for no other process, so that one which cannot read its part can tell the others.
+    """
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
@@ -157,7 +163,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Ma
 
     def read() -> Any:
         try:
-            return manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted))
+            with open_reader(pathlib.Path(manager.directory)) as reader:
+                return reader.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted))
         except Exception as error:
             if not isinstance(error, _BROKEN) and type(error) is not Exception:
                 raise

@@ -45,7 +45,6 @@ _MESHES = {
 }
 
 
-_MESHES_OF_FOUR = ("data", "tensor_within_processes")  # where the latter is across two processes
 _LONG = 30  # steps of a run that is long enough to be stopped on its way
 _PATIENCE = 10  # seconds
 
@@ -92,34 +91,36 @@ class ManyProcessesTest(parameterized.TestCase):
         super().setUpClass()
         cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.config = tiny.run_config(
-            cls.directory, mesh=MeshConfig(), steps=4, optimizer=OptimizerConfig(learning_rate=1e-2)
+            cls.directory, mesh=MeshConfig(), steps=4, optimizer=OptimizerConfig(learning_rate=1e-2), remat="none"
         )
-        long = {"steps": _LONG, "evaluate_every": _LONG, "checkpoint_every": _LONG}
+        across = _MESHES["fsdp_across_processes"]
+        long = {"mesh": across, "steps": _LONG, "evaluate_every": _LONG, "checkpoint_every": _LONG}
         cls.stopping = cls.succeed(
             2,
             *(cls.a_run(f"two_{name}", mesh=mesh) for name, mesh in _MESHES.items()),
             cls.a_run("undisturbed", **long),
             cls.a_run("stopped", trouble={"process": 1, "step": 3, "kind": "terminated"}, **long),
         )
-        for processes in (1, 2, 4):
-            shutil.copytree(cls.directory / "stopped", cls.directory / f"on_{processes}")
+        for name in ("on_1", "on_2", "on_4", "damaged"):
+            shutil.copytree(cls.directory / "stopped", cls.directory / name)
+        written = (cls.directory / "damaged" / "checkpoints").glob("*/parameters/ocdbt.process_1/d/*")
+        max(written, key=lambda file: file.stat().st_size).unlink()
         cls.succeed(1, cls.a_run("one"), cls.a_run("on_1", **long))
-        cls.succeed(
-            4, *(cls.a_run(f"four_{name}", mesh=_MESHES[name]) for name in _MESHES_OF_FOUR), cls.a_run("on_4", **long)
-        )
-        cls.refusals = cls.directory / "refusals"
-        cls.refusals.mkdir()
+        across_two_of_four = _MESHES["tensor_within_processes"]  # which are so with two processes
+        cls.succeed(4, cls.a_run("four_tensor_across_processes", mesh=across_two_of_four), cls.a_run("on_4", **long))
         lines = (cls.directory / "train.jsonl").read_text().splitlines(keepends=True)
-        (cls.refusals / "train.jsonl").write_text("".join(lines[:20]))
-        (cls.refusals / "broken.jsonl").write_text("{")
+        for name, text in (("shorter", "".join(lines[:20])), ("broken", "{")):
+            (cls.directory / name).mkdir()
+            (cls.directory / name / "train.jsonl").write_text(text)
         cls.code, cls.refused, cls.seconds = start(
             cls.directory,
             2,
             [
                 cls.a_run("on_2", **long),
-                cls.a_run("other_data", other=cls.another("train", str(cls.refusals / "train.jsonl"))),
+                cls.a_run("other_data", other=cls.another("train", str(cls.directory / "shorter" / "train.jsonl"))),
                 cls.a_run("other_flags", other=cls.another("max_length", 128)),
-                cls.a_run("broken_file", other=cls.another("train", str(cls.refusals / "broken.jsonl"))),
+                cls.a_run("broken_file", other=cls.another("train", str(cls.directory / "broken" / "train.jsonl"))),
+                cls.a_run("damaged", **long),
                 cls.a_run("failed", trouble={"process": 1, "step": 2, "kind": "failed"}),
             ],
             patience=_PATIENCE,
@@ -157,7 +158,7 @@ class ManyProcessesTest(parameterized.TestCase):
                 for key in ("tokens", "targets", "row_tokens_used"):
                     self.assertEqual(line.get(key), want.get(key))
 
-    @parameterized.parameters(*(f"two_{name}" for name in _MESHES), *(f"four_{name}" for name in _MESHES_OF_FOUR))
+    @parameterized.parameters(*(f"two_{name}" for name in _MESHES), "four_tensor_across_processes")
     def test_any_processes_and_mesh_give_the_run_of_one_process(self, name):
         self.assert_same(name)
 
@@ -197,7 +198,11 @@ class ManyProcessesTest(parameterized.TestCase):
         self.assert_refused("process 1 has another config of data.max_length than process 0")
 
     def test_broken_file_of_one_process_is_an_error_on_all(self):
-        self.assert_refused("process 1: broken.jsonl:1: not JSON")
+        self.assert_refused("process 1: train.jsonl:1: not JSON")
+
+    def test_part_of_a_checkpoint_that_one_process_misses_is_an_error_on_all(self):
+        self.assertRegex(self.refused, r"(?m)^\[0\] process 1: checkpoint \d+ cannot be read")
+        self.assert_refused("damaged: none of the checkpoints .* can be read")
 
     def test_process_that_fails_while_training_ends_all(self):
         self.assertIn("[1] RuntimeError: trouble", self.refused)

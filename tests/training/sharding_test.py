@@ -144,6 +144,14 @@ class RuleTest(parameterized.TestCase):
         rows = {shard.device.id: shard.data.tolist() for shard in shards}
         self.assertEqual([rows[i] for i in range(8)], [[[r], [4 + r], [8 + r]] for r in (0, 0, 1, 1, 2, 2, 3, 3)])
 
+    def test_one_process_fills_all_rows(self):
+        mesh = sharding.make_mesh(MeshConfig(dcn_data=2, data=2, tensor=2))
+        self.assertEqual(sharding.own_rows(mesh, 8), list(range(8)))
+        rows = np.arange(48).reshape(2, 8, 3)
+        placed = sharding.place_rows(mesh, rows, range(8), 8)
+        self.assertEqual(placed.sharding, sharding.batch_sharding(mesh))
+        np.testing.assert_array_equal(placed, rows)
+
 
 if __name__ == "__main__":
     absltest.main()

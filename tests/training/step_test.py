@@ -99,6 +99,14 @@ class SplitTest(parameterized.TestCase):
         gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), parameters, self.parameters)
         self.assertLess(max(jax.tree.leaves(gap)), 1e-4)
 
+    def test_pairs_are_those_that_the_mask_lets_through(self):
+        batch = batch_of(1, 8)
+        pairs = 0
+        for segment, end in zip(batch.segment[0], batch.subtree_end[0], strict=True):
+            i, j = np.mgrid[:_LENGTH, :_LENGTH]
+            pairs += np.sum((j <= i) & (i < end[j]) & (segment[i] > 0))
+        self.assertEqual(self.metrics.pairs, pairs)
+
     def test_plain_loss_is_the_cross_entropy(self):
         self.assertEqual(self.metrics.loss, self.metrics.nll)
 
