@@ -139,25 +139,25 @@ class PackingTest(absltest.TestCase):
     def test_any_split_into_rows_and_micro_batches_gives_the_same_update(self, data):
         trees = self.trees(data)
         results = []
-        for micro_batches in (1, 2, 4):
+        for micro_batches in (1, 4):
             batch = self.filled(data, trees).map(
                 lambda array, m=micro_batches: array.reshape(m, _ROWS // m, *array.shape[1:])
             )
             results.append(updated(batch))
-        (first, metrics), *others = results
-        for other, own in others:
-            np.testing.assert_allclose(own.loss, metrics.loss, rtol=1e-5)
-            np.testing.assert_allclose(own.gradient_norm, metrics.gradient_norm, rtol=1e-4)
-            self.assertEqual((own.tokens, own.targets), (metrics.tokens, metrics.targets))
-            gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), other, first)
-            self.assertLess(max(jax.tree.leaves(gap)), 1e-4)  # 1 % of one update of Adam
+        (first, metrics), (other, own) = results
+        np.testing.assert_allclose(own.loss, metrics.loss, rtol=1e-5)
+        np.testing.assert_allclose(own.gradient_norm, metrics.gradient_norm, rtol=1e-4)
+        self.assertEqual((own.tokens, own.targets), (metrics.tokens, metrics.targets))
+        gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), other, first)
+        self.assertLess(max(jax.tree.leaves(gap)), 1e-4)  # 1 % of one update of Adam
 
 
 @functools.cache
 def update():
     """(the jitted update on one device, the state before it)."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5)
+    # The large epsilon keeps Adam from turning the rounding of gradients near 0 into steps.
+    config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
     transform = optimizer.make_optimizer(config, 10)
     state, shardings = step.initial_state(mesh, jax.tree.map(jnp.copy, parameters()), transform)
     return step.make_train_step(_MODEL, transform, mesh, shardings, compute_dtype=jnp.float32, remat="none"), state
