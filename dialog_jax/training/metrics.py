@@ -166,7 +166,7 @@ def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
         try:
             record = json.loads(line)
             record["step"] = int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path.name}:{number}: no record of a step ({error}). Nothing here writes such a line: put the file "
                 "back, or take out the line."

@@ -187,12 +187,4 @@ def built(sequences, paths=None):
 def stored(forest) -> dataset.Trees:
     """The trees of a forest."""
     made = [built(sequences) for _, sequences in forest]
-    columns = {field: np.concatenate([getattr(tree, field) for tree in made]) for field in tries.Tree._fields}
-    counts = {name: 0 for name in dataset.Report.__dataclass_fields__ if name != "named"}
-    return dataset.Trees(
-        **columns,
-        offsets=np.cumsum([0, *(len(tree.tokens) for tree in made)]),
-        preamble=np.array([shared for shared, _ in forest], np.int32),
-        ids=tuple(range(len(made))),
-        report=dataset.Report(**counts, named={}),
-    )
+    return dataset.of_trees(made, preambles=[shared for shared, _ in forest])

@@ -70,6 +70,21 @@ class WriterTest(absltest.TestCase):
         lines = metrics.read_lines(directory / "metrics.jsonl")
         self.assertEqual([(line["step"], line["loss"]) for line in lines], [(1, 1.0), (2, 2.0), (3, 30.0)])
 
+    def test_what_is_not_finite_is_null(self):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        writer = metrics.Writer(directory, step=0)
+        writer.train(1, {"loss": float("nan"), "gradient_norm": float("inf"), "seconds": 0.5})
+        writer.close()
+        text = (directory / "metrics.jsonl").read_text()
+        self.assertEqual(text, '{"step": 1, "loss": null, "gradient_norm": null, "seconds": 0.5}\n')
+
+    def test_a_line_that_is_no_record_is_named(self):
+        file = pathlib.Path(self.create_tempdir().full_path) / "metrics.jsonl"
+        for line in ("no JSON", "[1]", '{"loss": 1}', '{"step": Infinity}', "[" * 5000):
+            file.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+            with self.assertRaisesRegex(ValueError, r"^metrics.jsonl:2: no record of a step"):
+                metrics.read_lines(file)
+
 
 if __name__ == "__main__":
     absltest.main()
