@@ -22,9 +22,9 @@ def useful_flops(config: DecoderConfig, batch: Batch) -> float:
     used = np.asarray(batch.segment) > 0
     return flops(
         config,
-        tokens=int(used.sum()),
-        pairs=int(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1)),
-        targets=int(np.sum(batch.weight > 0)),
+        tokens=float(used.sum()),
+        pairs=float(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1)),
+        targets=float(np.sum(batch.weight > 0)),
     )
 
 

@@ -207,7 +207,7 @@ class ManyProcessesTest(parameterized.TestCase):
     def test_process_that_fails_while_training_ends_all(self):
         self.assertIn("[1] RuntimeError: trouble", self.refused)
         self.assertNotEqual(self.code, 0)
-        self.assertLess(self.seconds, 120)  # of which the runs before take most; `start` itself has no limit
+        self.assertLess(self.seconds, 300)  # with the runs before; a process that waited for ever would not come here
 
     def test_process_that_is_killed_ends_all(self):
         run = self.a_run("killed", trouble={"process": 1, "step": 2, "kind": "killed"})
