@@ -15,8 +15,11 @@ import jax
 from dialog_jax.training import hosts
 
 
-class StoppedError(Exception):
+class StoppedError(KeyboardInterrupt):
     """A run that stopped because a signal asked it to.
+
+    A KeyboardInterrupt, so that no library takes it for an error of its own and goes on, as `except Exception` and
+    asyncio, in which orbax reads, would.
 
     Args:
       number: of the signal.
