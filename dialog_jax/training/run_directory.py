@@ -33,6 +33,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training.config import TrainConfig
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
+_UNFINISHED = ".unfinished"  # ends the name of what is not yet whole
 # Fields that may differ when a run goes on.
 _FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps")
 
@@ -64,7 +65,8 @@ def check(directory: pathlib.Path) -> None:
     if (directory / "config.json").exists() or not directory.exists():
         return
     # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
-    if any(file.name not in _BEFORE_A_CLAIM for file in directory.iterdir()):
+    names = {file.name.removesuffix(_UNFINISHED) for file in directory.iterdir()}
+    if names - _BEFORE_A_CLAIM - {"config.json"}:
         raise ValueError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."
         )
@@ -190,6 +192,6 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
 
 def write_whole(file: pathlib.Path, text: str) -> None:
     """Writes a file that is either whole or not there."""
-    unfinished = file.with_name(file.name + ".unfinished")
+    unfinished = file.with_name(file.name + _UNFINISHED)
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)

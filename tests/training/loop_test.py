@@ -271,6 +271,27 @@ class RunTest(parameterized.TestCase):
         )
         self.assertEqual(self.run_in("run", steps=4, seed=1).step, 4)
 
+    def test_claim_that_was_interrupted_is_made_again(self):
+        tokenizer, write = chat_templates.train_tokenizer("chatml"), pathlib.Path.write_text
+
+        def claim(directory):
+            run_directory.claim(directory, self.config, {}, tiny.config(64), tokenizer, stop_tokens={1})
+
+        for torn in ("model.json", "inputs.json", "config.json"):
+            directory = self.directory / f"torn {torn}"
+
+            def tear(path, text, torn=torn, **kwargs):
+                write(path, text[:9], **kwargs)
+                if path.name.startswith(torn):
+                    raise OSError("No space left on device")
+
+            with mock.patch.object(pathlib.Path, "write_text", tear), self.assertRaisesRegex(OSError, "No space"):
+                claim(directory)
+            self.assertFalse((directory / "config.json").exists())
+            run_directory.check(directory)
+            claim(directory)
+            self.assertEqual(run_directory.differences(directory, self.config), [])
+
     def test_directory_with_other_files_is_refused(self):
         (self.directory / "full").mkdir()
         (self.directory / "full" / "thesis.txt").write_text("precious")
