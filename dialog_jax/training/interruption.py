@@ -51,8 +51,8 @@ class Listener:
     def keep(self, step: int) -> None:
         """From now on signals are kept, for there is something to save: the state after `step`, or soon a later one."""
         self._keeping = True
-        if not self._alone:
-            hosts.begin_steps(step)
+        if not self._alone and hosts.begin_steps(step):
+            self.received = self._own
 
     def hear(self, number: int, frame: object) -> None:
         """Handles a signal."""
