@@ -68,9 +68,9 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
 def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
     losses = {line["step"]: line["loss"] for line in metrics.read_lines(run / "evaluation.jsonl")}
     best = checkpoints.best_step(losses, steps)
-    if best is None:
+    if not steps or (step == "best" and best is None):
         raise ValueError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
-    named = {"best": best, "latest": max(steps)}
+    named = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}
     if step not in named and not (step.isdecimal() and int(step) in steps):
         raise ValueError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
     return named[step] if step in named else int(step)

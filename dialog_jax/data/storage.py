@@ -133,8 +133,8 @@ def _build(
                 shutil.rmtree(unfinished)
             raise
         _write_journal(unfinished, files, counts, named)
-    _write(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
-    _write(unfinished / "key.json", key)
+    write_whole(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
+    write_whole(unfinished / "key.json", key)
     unfinished.rename(directory)
     _synchronise(directory.parent)
 
@@ -183,7 +183,9 @@ def _write_journal(
         file.flush()
         os.fsync(file.fileno())
     sizes = {name: file.tell() for name, file in files.items()}
-    _write(directory / "journal.json", json.dumps({"bytes": sizes, "counts": counts, "named": named}, sort_keys=True))
+    write_whole(
+        directory / "journal.json", json.dumps({"bytes": sizes, "counts": counts, "named": named}, sort_keys=True)
+    )
     _synchronise(directory)
 
 
@@ -215,7 +217,7 @@ def _locked(file: pathlib.Path) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def _write(file: pathlib.Path, text: str) -> None:
+def write_whole(file: pathlib.Path, text: str) -> None:
     """Writes a file that is whole or as it was before, even after a loss of power."""
     unfinished = file.with_name(f"{file.name}.unfinished")
     with unfinished.open("w", encoding="utf-8") as stream:

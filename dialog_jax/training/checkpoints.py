@@ -97,7 +97,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
         "optimizer_state": checksums(state.optimizer_state),
     }
     with _saving():
-        manager.save(
+        saved = manager.save(
             counts["step"],
             args=ocp.args.Composite(
                 parameters=ocp.args.StandardSave(state.parameters),
@@ -105,6 +105,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
                 record=ocp.args.JsonSave(record),
             ),
         )
+    assert saved, counts
 
 
 def check(manager: ocp.CheckpointManager) -> None:
@@ -168,12 +169,13 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Ma
         except Exception as error:
             if not isinstance(error, _BROKEN) and type(error) is not Exception:
                 raise
-            raise DamagedError(f"checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}") from error
+            whose = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
+            return DamagedError(f"{whose}checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}")
 
-    try:
-        found = hosts.together(read)  # a file that one process needs may be there for the others
-    except ValueError as error:
-        raise DamagedError(str(error)) from error
+    found = hosts.together(read)  # where reading fails for another reason, the checkpoint may be whole
+    # A file that one process needs may be there for the others.
+    if damage := [text for text in hosts.told_by_all(str(found) if isinstance(found, DamagedError) else "") if text]:
+        raise DamagedError(damage[0])
     record = found["record"]
     for name in like:
         changed = [path for path, value in checksums(found[name]).items() if record[name].get(path) != value]

@@ -9,7 +9,6 @@ elsewhere ends the others too: they are stopped by the runtime, with an error, a
 
 import itertools
 import json
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -42,7 +41,6 @@ def start(
       ValueError: some of the three are missing or wrong, or none are given and JAX detects no cluster.
     """
     _check(coordinator_address, num_processes, process_id)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until `begin_steps`
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -51,6 +49,11 @@ def start(
             heartbeat_timeout_seconds=patience,
             shutdown_timeout_seconds=patience,
         )
+    except RuntimeError as error:
+        raise ValueError(
+            f"--distributed: the processes did not find each other ({error}). Start all of them, and see that each can "
+            "reach the coordinator's address and port."
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"--distributed: JAX detects no cluster here ({error}) It knows {_CLUSTERS}. Elsewhere give each process "
@@ -140,14 +143,13 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
             )
 
 
-def begin_steps(start: int) -> None:
-    """Says that the next step is the one after `start`. SIGTERM waits until then.
+def begin_steps(start: int) -> bool:
+    """Says that the next step is the one after `start`; whether to stop before it, the same on all processes.
 
-    JAX's runtime makes processes stop at the step after the last one that any of them has told; a signal that it got
-    before the first is told would make them wait for step 1, which a run that goes on has passed.
+    JAX's runtime makes processes stop at the step after the last one that any of them has told: for a signal that came
+    before this, at step 1, which a run that goes on has passed. So all steps are told, and none is passed over.
     """
-    multihost_utils.reached_preemption_sync_point(start)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    return any([multihost_utils.reached_preemption_sync_point(step) for step in range(1, start + 1)])
 
 
 def stop_requested(step: int) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import rich.console
@@ -19,7 +19,7 @@ from dialog_jax.data import storage
 from dialog_jax.data import teacher as teacher_lib
 from dialog_jax.data.building import Recipe
 from dialog_jax.data.dataset import Trees
-from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.data.dialogues import Dialogue, read_dialogues
 from dialog_jax.data.mixing import Mixture
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.teacher import TeacherFile
@@ -118,6 +118,7 @@ def _trees(
     """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
     file = pathlib.Path(source).expanduser()
     digest = hashlib.sha256()
+    written = _written(file)
     if file.is_file():
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -139,7 +140,7 @@ def _trees(
         trees = storage.load_or_build(
             config.data.cache_dir or directory / "trees",
             key,
-            read_dialogues(source, split=split),
+            _unchanged(read_dialogues(source, split=split), file, written),
             preparation,
             workers=config.data.workers,
         )
@@ -151,6 +152,21 @@ def _trees(
             f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
         )
     return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _written(file: pathlib.Path) -> tuple[int, ...] | None:
+    """What differs once a file is written to or replaced; None where there is no file."""
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _unchanged(dialogues: Iterable[Dialogue], file: pathlib.Path, before: tuple[int, ...] | None) -> Iterator[Dialogue]:
+    """Yields the dialogues; they must not be stored under the hash of what the file no longer is."""
+    yield from dialogues
+    if _written(file) != before:
+        raise ValueError(f"{file.name} changed while it was read. Start again once it is written in full.")
 
 
 def _teacher(

@@ -15,8 +15,11 @@ import jax
 from dialog_jax.training import hosts
 
 
-class StoppedError(Exception):
+class StoppedError(KeyboardInterrupt):
     """A run that stopped because a signal asked it to.
+
+    A KeyboardInterrupt, so that no library takes it for an error of its own and goes on, as `except Exception` and
+    asyncio, in which orbax reads, would.
 
     Args:
       number: of the signal.
@@ -48,8 +51,8 @@ class Listener:
     def keep(self, step: int) -> None:
         """From now on signals are kept, for there is something to save: the state after `step`, or soon a later one."""
         self._keeping = True
-        if not self._alone:
-            hosts.begin_steps(step)
+        if not self._alone and hosts.begin_steps(step):
+            self.received = self._own
 
     def hear(self, number: int, frame: object) -> None:
         """Handles a signal."""

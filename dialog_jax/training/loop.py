@@ -62,7 +62,6 @@ class _Run(NamedTuple):
     evaluation_step: Callable[[dict, Batch], EvaluationSums]
     losses: dict[int, float]
     """Held-out loss by step, as far as the run has come."""
-    writer: metrics.Writer | metrics.Silent
     listener: Listener
 
 
@@ -102,16 +101,31 @@ def run(
         _refuse(directory, "another config", changes, allow_changes)
         given = hosts.in_turn(lambda: inputs.read(config, directory, console))
         plan, steps = _planned(config, given.train, sharding.shards(mesh), console)
-        hashes = {**given.hashes, "steps": steps}
+        dtype = _compute_dtype(config, mesh)
+        hashes = {**given.hashes, "steps": steps, "compute_dtype": dtype.name}
         hosts.check_same("content", hashes)
-        changed = run_directory.changed_inputs(directory, hashes)
+        changes += (changed := run_directory.changed_inputs(directory, hashes))
         _refuse(directory, "another content", changed, allow_changes)
+        for change in changes:
+            console.print(f"changed: {change}")
         # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
         loaded = hosts.together(lambda: None if (directory / "checkpoints").exists() else _load(given, mesh))
-        hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes + changed))
-        for change in changes + changed:
-            console.print(f"changed: {change}")
-        _train(config, directory, mesh, given, plan, steps, loaded, listener, console)
+        if not changes:
+            hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
+        losses = {line["step"]: line["loss"] for line in metrics.read_lines(directory / "evaluation.jsonl")}
+        kept = config.keep_checkpoints
+        with checkpoints.open_manager(directory / "checkpoints", keep=kept, losses=losses) as manager:
+            hosts.check_same("state", {"checkpoints": manager.all_steps(), "evaluation.jsonl": losses})
+            transform = optimizer.make_optimizer(config.optimizer, steps)
+            if manager.latest_step():
+                state, shardings = _restored(given.model, mesh, transform, manager, directory, console)
+            else:
+                state, shardings = step_lib.initial_state(mesh, loaded or _load(given, mesh), transform)
+            del loaded  # donated to the state
+            if changes:  # what is there goes with them
+                hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
+            this = _prepared(config, mesh, given, plan, steps, dtype, transform, shardings, losses, listener)
+            _train(this, directory, state, manager, console)
         hosts.together(lambda: None)  # what the first process wrote is there for all
     lines = metrics.read_lines(directory / "evaluation.jsonl")
     return RunResult(steps, lines[0], lines[-1])
@@ -153,74 +167,80 @@ def _refuse(directory: pathlib.Path, what: str, differences: Sequence[str], allo
         )
 
 
-def _train(
+def _prepared(
     config: TrainConfig,
-    directory: pathlib.Path,
     mesh: Mesh,
     given: Inputs,
     plan: Plan,
     steps: int,
-    loaded: dict | None,
+    dtype: np.dtype,
+    transform: optax.GradientTransformation,
+    shardings: TrainState,
+    losses: dict[int, float],
     listener: Listener,
+) -> _Run:
+    return _Run(
+        config=config,
+        mesh=mesh,
+        model=given.model,
+        plan=plan,
+        train=given.train,
+        held_out=given.held_out,
+        own=sharding.own_rows(mesh, config.rows),
+        steps=steps,
+        schedule=optimizer.make_schedule(config.optimizer, steps),
+        train_step=step_lib.make_train_step(
+            given.model,
+            transform,
+            mesh,
+            shardings,
+            compute_dtype=dtype,
+            remat=config.remat,
+            loss_config=config.loss,
+        ),
+        evaluation_step=step_lib.make_evaluation_step(
+            given.model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
+        ),
+        losses=losses,
+        listener=listener,
+    )
+
+
+def _train(
+    this: _Run,
+    directory: pathlib.Path,
+    state: TrainState,
+    manager: CheckpointManager,
     console: rich.console.Console,
 ) -> None:
-    """Goes from the newest checkpoint, or from the first step, to the last."""
-    transform = optimizer.make_optimizer(config.optimizer, steps)
-    losses = {line["step"]: line["loss"] for line in metrics.read_lines(directory / "evaluation.jsonl")}
-    keep = config.keep_checkpoints
-    with checkpoints.open_manager(directory / "checkpoints", keep=keep, losses=losses) as manager:
-        start = manager.latest_step() or 0
-        hosts.check_same("state", {"checkpoints": manager.all_steps(), "evaluation.jsonl": losses})
-        if start >= steps and start in losses:
-            console.print(f"The run is finished: step {start:,}. Nothing to do.")
-            return
-        if start:
-            state, shardings = _restored(given.model, mesh, transform, manager, directory, console)
-            start = int(state.step)
-            console.print(f"going on from step {start:,}")
-        else:
-            state, shardings = step_lib.initial_state(mesh, loaded or _load(given, mesh), transform)
-        del loaded  # donated to the state
-        for later in [step for step in losses if not start or step > start]:
-            del losses[later]  # of steps to come again
-        for line in sharding.listed(mesh, state.parameters):
-            console.print(f"on the mesh: {line}")
-        dtype = _compute_dtype(config, mesh)
-        this = _Run(
-            config=config,
-            mesh=mesh,
-            model=given.model,
-            plan=plan,
-            train=given.train,
-            held_out=given.held_out,
-            own=sharding.own_rows(mesh, config.rows),
-            steps=steps,
-            schedule=optimizer.make_schedule(config.optimizer, steps),
-            train_step=step_lib.make_train_step(
-                given.model,
-                transform,
-                mesh,
-                shardings,
-                compute_dtype=dtype,
-                remat=config.remat,
-                loss_config=config.loss,
-            ),
-            evaluation_step=step_lib.make_evaluation_step(
-                given.model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
-            ),
-            losses=losses,
-            writer=metrics.Writer(directory, step=start) if hosts.is_first() else metrics.Silent(),
-            listener=listener,
-        )
-        with contextlib.closing(this.writer), Progress(console, steps, start) as progress:
-            _go_on(this, state, start, manager, progress)
+    """Goes from the state that there is to the last step."""
+    start = int(state.step)
+    if start >= this.steps and start in this.losses:
+        console.print(f"The run is finished: step {start:,}. Nothing to do.")
+        return
+    if start:
+        console.print(f"going on from step {start:,}")
+    for later in [step for step in this.losses if not start or step > start]:
+        del this.losses[later]  # of steps to come again
+    for line in sharding.listed(this.mesh, state.parameters):
+        console.print(f"on the mesh: {line}")
+    writer = metrics.Writer(directory, step=start) if hosts.is_first() else metrics.Silent()
+    with contextlib.closing(writer), Progress(console, this.steps, start) as progress:
+        _go_on(this, state, manager, writer, progress)
 
 
-def _go_on(this: _Run, state: TrainState, start: int, manager: CheckpointManager, progress: Progress) -> None:
-    """Trains from step `start` to the end, or until a signal arrives."""
+def _go_on(
+    this: _Run,
+    state: TrainState,
+    manager: CheckpointManager,
+    writer: metrics.Writer | metrics.Silent,
+    progress: Progress,
+) -> None:
+    """Trains from the step of `state` to the end, or until a signal arrives."""
+    start = int(state.step)
     this.listener.keep(start)
     if _is_evaluated(this, start) and start not in this.losses:
-        _evaluate(this, start, state, progress)
+        _evaluate(this, start, state, writer, progress)
     if this.listener.received:  # what was restored is still there
         raise StoppedError(this.listener.received, start or None)
     clock = Clock()
@@ -228,7 +248,7 @@ def _go_on(this: _Run, state: TrainState, start: int, manager: CheckpointManager
 
     def report(figures: dict[str, float]) -> None:
         assert previous is not None
-        this.writer.train(previous.step, figures)
+        writer.train(previous.step, figures)
         progress.show(previous.step, figures)
 
     for number, batch in enumerate(this.plan.batches(start, this.steps, this.own), start + 1):
@@ -245,10 +265,10 @@ def _go_on(this: _Run, state: TrainState, start: int, manager: CheckpointManager
         report(_checked(this, previous, clock, progress))
         previous = None
         if _is_evaluated(this, number):
-            _evaluate(this, number, state, progress)
+            _evaluate(this, number, state, writer, progress)
         stopped = stopped or this.listener.received
         if stopped or number % this.config.checkpoint_every == 0 or number == this.steps:
-            this.writer.sync()
+            writer.sync()
             checkpoints.save(manager, state)
         if stopped:
             checkpoints.wait(manager)
@@ -333,7 +353,7 @@ def _restored(
         return state, shardings
     raise ValueError(
         f"{directory.name}: none of the checkpoints {', '.join(map(str, damaged))} can be read. Put one back from a "
-        "copy, or choose another --output_dir to begin anew."
+        "copy, take back what --allow_changes let change of model or optimizer, or begin anew in another --output_dir."
     )
 
 
@@ -343,9 +363,9 @@ def _set_aside(directory: pathlib.Path, damaged: Sequence[int], console: rich.co
         console.print(f"checkpoint {step} was moved to {place}")
 
 
-def _compute_dtype(config: TrainConfig, mesh: Mesh):
+def _compute_dtype(config: TrainConfig, mesh: Mesh) -> np.dtype:
     if config.compute_dtype == "auto":
-        return jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+        return jnp.dtype(jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 
@@ -354,7 +374,9 @@ def _place(this: _Run, batch: Batch) -> Batch:
     return batch.map(lambda array: sharding.place_rows(this.mesh, array, this.own, this.config.rows))
 
 
-def _evaluate(this: _Run, number: int, state: TrainState, progress: Progress) -> None:
+def _evaluate(
+    this: _Run, number: int, state: TrainState, writer: metrics.Writer | metrics.Silent, progress: Progress
+) -> None:
     """Writes and shows held-out figures after step `number`; leaves off, with none, if a signal arrives."""
     data = this.config.data
     evaluation = metrics.Evaluation()
@@ -375,7 +397,7 @@ def _evaluate(this: _Run, number: int, state: TrainState, progress: Progress) ->
             f"step {number}: held-out loss {figures['loss']}. The run stops; the checkpoints before stay. "
             "Lower optimizer.learning_rate."
         )
-    this.writer.evaluation(number, figures)
+    writer.evaluation(number, figures)
     this.losses[number] = figures["loss"]
     progress.print(_held_out_line(number, figures))
 

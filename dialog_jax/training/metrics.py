@@ -1,15 +1,19 @@
 """Sums to figures, and figures to files: held-out loss by turn, throughput, MFU, JSONL and TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2
 
 from dialog_jax.data.batches import Batch
 from dialog_jax.model.decoder import DecoderConfig
@@ -90,6 +94,17 @@ class Evaluation:
         }
 
 
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"figures could not be written: {error.strerror}. Make room on the disk, or the directory writable; the "
+            "same command goes on from the last checkpoint."
+        ) from error
+
+
 class Writer:
     """Appends figures to `metrics.jsonl`, `evaluation.jsonl` and TensorBoard files in a run's directory.
 
@@ -98,38 +113,55 @@ class Writer:
     Args:
       directory: made if missing.
       step: the run goes on from here; lines of later steps, left by an interrupted run, are cut off.
+
+    Raises:
+      OSError: any method, where something cannot be written.
     """
 
+    @_writing()
     def __init__(self, directory: pathlib.Path, *, step: int):
         directory.mkdir(parents=True, exist_ok=True)
         self._train = _open_from(directory / "metrics.jsonl", step)
         self._evaluation = _open_from(directory / "evaluation.jsonl", step)
-        self._tensorboard = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step or None)
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        # Not a SummaryWriter: its thread ends at the first error, as of a full disk, and whoever writes waits for ever.
+        self._tensorboard = event_file_writer.EventsWriter(str(directory / "tensorboard" / "events"), f".{step}")
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what came after `step`
+        self._tensorboard.write_event(event_pb2.Event(step=step + 1 if step else 0, session_log=begin))
 
+    @_writing()
     def train(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the figures of update `step` (the first is 1)."""
         _write_line(self._train, {"step": step, **figures})
         for name, value in figures.items():
-            self._tensorboard.add_scalar(f"train/{name}", value, step)
+            self._scalar(f"train/{name}", value, step)
 
+    @_writing()
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Writes what `Evaluation.figures` gave after update `step`."""
         _write_line(self._evaluation, {"step": step, **figures})
         for name in ("loss", "accuracy"):
-            self._tensorboard.add_scalar(f"held_out/{name}", figures[name], step)
+            self._scalar(f"held_out/{name}", figures[name], step)
         for turn in figures["turns"]:
-            self._tensorboard.add_scalar(f"held_out_turns/{turn['turn']}", turn["loss"], step)
+            self._scalar(f"held_out_turns/{turn['turn']}", turn["loss"], step)
+        self._tensorboard.flush()
 
+    def _scalar(self, name: str, value: int | float, step: int) -> None:
+        summary = tensorboardX.summary.scalar(name, value)
+        self._tensorboard.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    @_writing()
     def sync(self) -> None:
         """Waits until all lines are on the disk, where a power failure leaves them."""
         for file in (self._train, self._evaluation):
             os.fsync(file.fileno())
 
+    @_writing()
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._train.close()
-        self._evaluation.close()
-        self._tensorboard.close()
+        with contextlib.ExitStack() as stack:  # all of them, whatever one says
+            for file in (self._train, self._evaluation, self._tensorboard):
+                stack.callback(file.close)
 
 
 class Silent:

@@ -28,13 +28,16 @@ from typing import Any
 
 import transformers
 
+from dialog_jax.data import storage
 from dialog_jax.model.attention import Llama3Scaling
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training.config import TrainConfig
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
+_UNFINISHED = ".unfinished"  # ends the name of what is not yet whole
 # Fields that may differ when a run goes on.
-_FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps")
+_FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
+_BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # what they name is in the hashes
 
 
 def _described(config: TrainConfig) -> dict[str, Any]:
@@ -64,7 +67,8 @@ def check(directory: pathlib.Path) -> None:
     if (directory / "config.json").exists() or not directory.exists():
         return
     # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
-    if any(file.name not in _BEFORE_A_CLAIM for file in directory.iterdir()):
+    names = {file.name.removesuffix(_UNFINISHED) for file in directory.iterdir()}
+    if names - _BEFORE_A_CLAIM - {"config.json"}:
         raise ValueError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."
         )
@@ -112,7 +116,7 @@ def differences(directory: pathlib.Path, config: TrainConfig) -> list[str]:
     return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+        if old.get(key) != new.get(key) and not key.startswith(_FREE) and key not in _BY_CONTENT
     ]
 
 
@@ -148,9 +152,9 @@ def claim(
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
         fields = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
-        write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
-        write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
+        storage.write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
+        storage.write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        storage.write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
 def set_aside(directory: pathlib.Path, step: int) -> str:
@@ -186,10 +190,3 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
     if fields["rope_scaling"] is not None:
         fields["rope_scaling"] = Llama3Scaling(**fields["rope_scaling"])
     return DecoderConfig(**fields), read["stop_tokens"]
-
-
-def write_whole(file: pathlib.Path, text: str) -> None:
-    """Writes a file that is either whole or not there."""
-    unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)

@@ -65,6 +65,13 @@ class ExportTest(absltest.TestCase):
         told, _ = self.export("--step=2")
         self.assertIn("already there", told)
 
+    def test_latest_can_be_had_before_any_was_evaluated(self):
+        (self.run_directory / "evaluation.jsonl").unlink()
+        _, error = self.export()
+        self.assertIn("has no evaluated checkpoint yet", error)
+        self.export("--step=latest")
+        self.assert_holds(2)
+
     def test_same_export_is_left_alone_and_another_is_refused(self):
         self.export()
         weights = self.out / "model.safetensors"

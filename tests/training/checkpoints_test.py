@@ -11,7 +11,7 @@ import optax
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
-from dialog_jax.training import checkpoints, sharding
+from dialog_jax.training import checkpoints, hosts, sharding
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.sharding import MeshConfig
 from dialog_jax.training.step import first_state
@@ -94,12 +94,26 @@ class DamageTest(parameterized.TestCase):
         self.assertGreaterEqual(noticed, 5)
 
     def test_errors_of_the_machine_are_no_damage(self):
+        for error in (MemoryError, PermissionError):
+            with (
+                mock.patch.object(checkpoints.ocp.CheckpointManager, "restore", side_effect=error),
+                self.assertRaises(error),
+            ):
+                self.restored()
+
+    def test_process_that_fails_to_read_a_whole_checkpoint_does_not_damage_it(self):
+        failed = ValueError("process 1: [Errno 5] Input/output error")
+        with mock.patch.object(hosts, "together", side_effect=failed), self.assertRaises(ValueError) as caught:
+            self.restored()
+        self.assertIs(caught.exception, failed)
+
+    def test_damage_that_one_process_finds_is_damage_for_all(self):
+        told = ["", "checkpoint 5 cannot be read: a file is missing"]
         with (
-            checkpoints.open_reader(self.directory) as manager,
-            mock.patch.object(manager, "restore", side_effect=MemoryError),
-            self.assertRaises(MemoryError),
+            mock.patch.object(hosts, "told_by_all", side_effect=[["", ""], told]),
+            self.assertRaisesRegex(DamagedError, "a file is missing"),
         ):
-            checkpoints.restore(manager, 5, self.state)
+            self.restored()
 
 
 class KeptTest(absltest.TestCase):

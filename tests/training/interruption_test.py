@@ -1,5 +1,6 @@
 """What a listener makes of signals, one by one."""
 
+import asyncio
 import signal
 
 from absl.testing import absltest
@@ -29,6 +30,19 @@ class ListenerTest(absltest.TestCase):
     def test_with_nothing_to_save_the_first_stops_at_once(self):
         with self.assertRaisesRegex(StoppedError, "stopped by SIGINT before its first step; the same command goes on"):
             self.listener.hear(signal.SIGINT, None)
+
+    def test_no_library_takes_it_for_an_error_of_its_own(self):
+        with self.assertRaises(StoppedError):
+            try:
+                self.listener.hear(signal.SIGTERM, None)
+            except Exception:
+                self.fail("a signal was taken for an error")
+        loop = asyncio.new_event_loop()
+        loop.call_soon(self.listener.hear, signal.SIGTERM, None)
+        loop.call_later(1.0, loop.stop)
+        with self.assertRaises(StoppedError):
+            loop.run_forever()
+        loop.close()
 
 
 if __name__ == "__main__":

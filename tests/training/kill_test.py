@@ -194,10 +194,15 @@ class KillTest(absltest.TestCase):
         print(f"killed {kills} in {tried} starts", file=sys.stderr)
 
     def stopped(self, name, *signals, exit_code):
-        """Starts a run and sends it signals once it has written its third line."""
+        """Starts a run and sends it signals once it has written three lines more than there were."""
         file = self.directory / name / "metrics.jsonl"
+
+        def lines():
+            return file.read_bytes().count(b"\n") if file.exists() else 0
+
+        wanted = lines() + 3
         process = self.start(name)
-        while process.is_alive() and (not file.exists() or file.read_bytes().count(b"\n") < 3):
+        while process.is_alive() and lines() < wanted:
             time.sleep(0.001)
         for number in signals:
             os.kill(process.pid, number)

@@ -16,12 +16,12 @@ import numpy as np
 import rich.console
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import teacher
+from dialog_jax.data import storage, teacher
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.tokenizers import fingerprint
 from dialog_jax.model import decoder, pretrained
-from dialog_jax.training import checkpoints, loop, metrics, run_directory, scoring
+from dialog_jax.training import checkpoints, inputs, loop, metrics, run_directory, scoring
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.interruption import StoppedError
 from dialog_jax.training.loss import LossConfig
@@ -271,6 +271,27 @@ class RunTest(parameterized.TestCase):
         )
         self.assertEqual(self.run_in("run", steps=4, seed=1).step, 4)
 
+    def test_claim_that_was_interrupted_is_made_again(self):
+        tokenizer, write = chat_templates.train_tokenizer("chatml"), pathlib.Path.write_text
+
+        def claim(directory):
+            run_directory.claim(directory, self.config, {}, tiny.config(64), tokenizer, stop_tokens={1})
+
+        for torn in ("model.json", "inputs.json", "config.json"):
+            directory = self.directory / f"torn {torn}"
+
+            def tear(path, text, torn=torn, **kwargs):
+                write(path, text[:9], **kwargs)
+                if path.name.startswith(torn):
+                    raise OSError("No space left on device")
+
+            with mock.patch.object(pathlib.Path, "write_text", tear), self.assertRaisesRegex(OSError, "No space"):
+                claim(directory)
+            self.assertFalse((directory / "config.json").exists())
+            run_directory.check(directory)
+            claim(directory)
+            self.assertEqual(run_directory.differences(directory, self.config), [])
+
     def test_directory_with_other_files_is_refused(self):
         (self.directory / "full").mkdir()
         (self.directory / "full" / "thesis.txt").write_text("precious")
@@ -291,6 +312,23 @@ class RunTest(parameterized.TestCase):
             if file.name not in ("trees", "tokenizer", "model.json", "inputs.json", "lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         self.assertEqual(self.run_in("run", steps=4).step, 4)
+
+    def test_data_that_changes_while_it_is_read_is_not_stored(self):
+        file = self.directory / "train.jsonl"
+        whole, build = file.read_text(), storage.load_or_build
+
+        def cut_first(*args, **kwargs):
+            file.write_text(whole.splitlines()[0] + "\n")  # after it was hashed, before it is read
+            return build(*args, **kwargs)
+
+        console = rich.console.Console(file=self.output)
+        with (
+            mock.patch.object(storage, "load_or_build", cut_first),
+            self.assertRaisesRegex(ValueError, "train.jsonl changed while it was read. Start again"),
+        ):
+            inputs.read(self.config, self.directory / "run", console)
+        file.write_text(whole)
+        self.assertLen(inputs.read(self.config, self.directory / "run", console).train, 24)
 
     def test_missing_weights_claim_nothing(self):
         broken = self.directory / "broken"

@@ -1,14 +1,26 @@
 """FLOPs by hand, held-out sums, and files that survive an interruption."""
 
 import pathlib
+import resource
+import struct
 
 import numpy as np
 from absl.testing import absltest
+from tensorboardX.proto import event_pb2
 
 from dialog_jax.training import metrics
 from dialog_jax.training.step import EvaluationSums
 from tests.data import chat_templates
 from tests.training import tiny
+
+
+def events(file):
+    """What a file of TensorBoard holds: records of a length, a checksum, an event and a checksum."""
+    data = file.read_bytes()
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
 
 
 class UsefulFlopsTest(absltest.TestCase):
@@ -84,6 +96,39 @@ class WriterTest(absltest.TestCase):
             file.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
             with self.assertRaisesRegex(ValueError, r"^metrics.jsonl:2: no record of a step"):
                 metrics.read_lines(file)
+
+    def test_tensorboard_shows_each_step_once(self):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        shown = {}
+        for start, steps in ((0, (1, 2, 3)), (0, (1, 2, 3, 4)), (2, (3, 4))):  # twice from the beginning, and from 2
+            before = set((directory / "tensorboard").glob("*"))
+            writer = metrics.Writer(directory, step=start)
+            for step in steps:
+                writer.train(step, {"loss": 10.0 * start + step})
+            writer.close()
+            (file,) = {*(directory / "tensorboard").iterdir()} - before
+            for event in events(file):
+                if event.session_log.status == event_pb2.SessionLog.START:
+                    shown = {step: value for step, value in shown.items() if step < event.step}
+                for value in event.summary.value:
+                    self.assertEqual(value.tag, "train/loss")
+                    self.assertNotIn(event.step, shown)
+                    shown[event.step] = value.simple_value
+            file.rename(file.with_name(f"{len(before)}"))  # two may begin in the same second
+        self.assertEqual(shown, {1: 1.0, 2: 2.0, 3: 23.0, 4: 24.0})
+
+    def test_full_disk_is_an_error_with_a_remedy_and_nobody_waits(self):
+        writer = metrics.Writer(pathlib.Path(self.create_tempdir().full_path), step=0)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            with self.assertRaisesRegex(OSError, "figures could not be written: File too large. Make room on the disk"):
+                for step in range(1, 1000):
+                    writer.train(step, {f"figure{number}": 1.0 for number in range(20)})
+            with self.assertRaisesRegex(OSError, "figures could not be written"):
+                writer.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 if __name__ == "__main__":
