@@ -231,13 +231,16 @@ class StorageTest(parameterized.TestCase):
 
         with together(6), mock.patch.object(workers._Worker, "chunk", killed):
             with self.assertRaisesRegex(
-                ValueError, r"dialogue 24 \(said.jsonl:25\) to dialogue 29 .* ended \(exit code -9\)"
-            ):
+                ValueError, r"dialogue \d+ \(said.jsonl:\d+\) to dialogue \d+ .* ended \(exit code -9\)"
+            ) as refused:
                 self.load(dialogues, workers=1, seconds=0.0)
             (unfinished,) = (self.directory / "trees").glob("*.unfinished")
-            self.assertEqual(json.loads((unfinished / "journal.json").read_text())["counts"]["dialogues"], 24)
+            kept = json.loads((unfinished / "journal.json").read_text())["counts"]["dialogues"]
+            self.assertIn(kept, (24, 30))  # the fifth chunk may have been sent before
+            self.assertStartsWith(str(refused.exception), f"dialogue {kept} (")
+            before = len(given)
             self.assert_same(self.load(dialogues, workers=1), in_memory(dialogues, preparation()))
-        self.assertLen(given, 5 + 6)
+        self.assertLen(given, before + 10 - kept // 6)
 
     def test_a_column_of_another_length_is_refused(self):
         self.load(awkward(10))
