@@ -91,7 +91,11 @@ class ManyProcessesTest(parameterized.TestCase):
         super().setUpClass()
         cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.config = tiny.run_config(
-            cls.directory, mesh=MeshConfig(), steps=4, optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2), remat="none"
+            cls.directory,
+            mesh=MeshConfig(),
+            steps=4,
+            optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2),
+            remat="none",
         )
         across = _MESHES["fsdp_across_processes"]
         long = {"mesh": across, "steps": _LONG, "evaluate_every": _LONG, "checkpoint_every": _LONG}

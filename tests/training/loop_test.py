@@ -249,6 +249,26 @@ class RunTest(parameterized.TestCase):
         gap = tiny.largest_difference(self.parameters_of("run", 6), self.parameters_of("whole", 6))
         self.assertLess(gap, 1e-5)
 
+    def test_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(self):
+        self.run_in("whole")
+        shutil.copytree(self.directory / "whole", self.directory / "run")
+        damage(self.directory / "run" / "checkpoints" / "6")
+        self.assertEqual(self.run_in("run").step, 6)
+        self.assert_same("whole", "run")
+
+    def test_numbers_of_another_type_are_refused_and_the_same_by_name_are_not(self):
+        self.run_in("run", steps=2)
+        with self.assertRaisesRegex(ValueError, "compute_dtype: float32 there, bfloat16 now"):
+            self.run_in("run", steps=2, compute_dtype="bfloat16")
+        self.assertEqual(self.run_in("run", steps=2, compute_dtype="float32").step, 2)
+
+    def test_same_files_in_another_place_are_the_same(self):
+        self.run_in("run", steps=2)
+        moved = self.directory / "moved.jsonl"
+        shutil.copy(self.directory / "train.jsonl", moved)
+        data = dataclasses.replace(self.config.data, train=str(moved))
+        self.assertEqual(self.run_in("run", steps=2, data=data).step, 2)
+
     def test_finished_run_is_left_alone(self):
         first = self.run_in("run", steps=2)
         again = self.run_in("run", steps=2)
@@ -272,21 +292,20 @@ class RunTest(parameterized.TestCase):
         self.assertEqual(self.run_in("run", steps=4, seed=1).step, 4)
 
     def test_claim_that_was_interrupted_is_made_again(self):
-        tokenizer, write = chat_templates.train_tokenizer("chatml"), pathlib.Path.write_text
+        tokenizer, synchronise = chat_templates.train_tokenizer("chatml"), os.fsync
 
         def claim(directory):
             run_directory.claim(directory, self.config, {}, tiny.config(64), tokenizer, stop_tokens={1})
 
-        for torn in ("model.json", "inputs.json", "config.json"):
+        for number, torn in enumerate(("model.json", "inputs.json", "config.json")):
             directory = self.directory / f"torn {torn}"
-
-            def tear(path, text, torn=torn, **kwargs):
-                write(path, text[:9], **kwargs)
-                if path.name.startswith(torn):
-                    raise OSError("No space left on device")
-
-            with mock.patch.object(pathlib.Path, "write_text", tear), self.assertRaisesRegex(OSError, "No space"):
+            answers = iter([synchronise] * number + [mock.Mock(side_effect=OSError("No space left on device"))])
+            with (
+                mock.patch.object(os, "fsync", lambda file, answers=answers: next(answers)(file)),
+                self.assertRaisesRegex(OSError, "No space"),
+            ):
                 claim(directory)
+            self.assertTrue((directory / f"{torn}.unfinished").exists())
             self.assertFalse((directory / "config.json").exists())
             run_directory.check(directory)
             claim(directory)
