@@ -48,7 +48,11 @@ def measured(config: TrainConfig, *, dialogues: int) -> Workload | None:
     every = -(-count // dialogues)
     trees = dataset.prepare(
         (dialogue for number, dialogue in enumerate(read_dialogues(file)) if number % every == 0),
-        Renderer(tokenizer, chat_template_kwargs=config.data.chat_template_kwargs),
+        Renderer(
+            tokenizer,
+            chat_template_kwargs=config.data.chat_template_kwargs,
+            allow_special_tokens=config.data.allow_special_tokens,
+        ),
         objective=config.objective,
         max_length=config.data.max_length,
         truncate=config.data.truncate,

@@ -1,13 +1,14 @@
 """A run: from a config to checkpoints and figures in one directory. Composes all other modules.
 
-`training.run_directory` says what lies in that directory.
+Here is what begins a run, or finds it again; `training.steps` goes from step to step, and `training.run_directory` says
+what lies in the directory.
 """
 
 import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,20 +18,20 @@ import rich.console
 from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 
-from dialog_jax.data import batches
-from dialog_jax.data.batches import Batch, Plan
+from dialog_jax.data.batches import Plan
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.mixing import Mixture
 from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, hosts, inputs, interruption, metrics, optimizer, run_directory, sharding
 from dialog_jax.training import step as step_lib
+from dialog_jax.training import steps as steps_lib
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.inputs import Inputs
-from dialog_jax.training.interruption import Listener, StoppedError
-from dialog_jax.training.progress import Clock, Progress
-from dialog_jax.training.step import EvaluationSums, StepMetrics, TrainState
+from dialog_jax.training.interruption import Listener
+from dialog_jax.training.step import TrainState
+from dialog_jax.training.steps import Run
 
 _TURNS_SHOWN = 32  # turns that held-out figures list one by one
 _STEPS_WEIGHED = 50  # of which the balance is told at the beginning
@@ -43,33 +44,6 @@ class RunResult(NamedTuple):
     first: dict[str, Any]
     """Held-out figures before training, as `metrics.Evaluation.figures` gives them."""
     last: dict[str, Any]
-
-
-class _Run(NamedTuple):
-    """What stays the same while a run goes on."""
-
-    config: TrainConfig
-    mesh: Mesh
-    model: DecoderConfig
-    plan: Plan
-    train: Trees | Mixture
-    held_out: Trees
-    own: list[int]
-    """The rows of a micro-batch that this process fills."""
-    steps: int
-    schedule: optax.Schedule
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    evaluation_step: Callable[[dict, Batch], EvaluationSums]
-    losses: dict[int, float]
-    """Held-out loss by step, as far as the run has come."""
-    listener: Listener
-
-
-class _Update(NamedTuple):
-    """An update that the device may still be working on."""
-
-    step: int
-    measured: StepMetrics
 
 
 def run(
@@ -125,7 +99,7 @@ def run(
             if changes:  # what is there goes with them
                 hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
             this = _prepared(config, mesh, given, plan, steps, dtype, transform, shardings, losses, listener)
-            _train(this, directory, state, manager, console)
+            steps_lib.train(this, directory, state, manager, console)
         hosts.together(lambda: None)  # what the first process wrote is there for all
     lines = metrics.read_lines(directory / "evaluation.jsonl")
     return RunResult(steps, lines[0], lines[-1])
@@ -178,8 +152,8 @@ def _prepared(
     shardings: TrainState,
     losses: dict[int, float],
     listener: Listener,
-) -> _Run:
-    return _Run(
+) -> Run:
+    return Run(
         config=config,
         mesh=mesh,
         model=given.model,
@@ -204,81 +178,6 @@ def _prepared(
         losses=losses,
         listener=listener,
     )
-
-
-def _train(
-    this: _Run,
-    directory: pathlib.Path,
-    state: TrainState,
-    manager: CheckpointManager,
-    console: rich.console.Console,
-) -> None:
-    """Goes from the state that there is to the last step."""
-    start = int(state.step)
-    if start >= this.steps and start in this.losses:
-        console.print(f"The run is finished: step {start:,}. Nothing to do.")
-        return
-    if start:
-        console.print(f"going on from step {start:,}")
-    for later in [step for step in this.losses if not start or step > start]:
-        del this.losses[later]  # of steps to come again
-    for line in sharding.listed(this.mesh, state.parameters):
-        console.print(f"on the mesh: {line}")
-    writer = metrics.Writer(directory, step=start) if hosts.is_first() else metrics.Silent()
-    with contextlib.closing(writer), Progress(console, this.steps, start) as progress:
-        _go_on(this, state, manager, writer, progress)
-
-
-def _go_on(
-    this: _Run,
-    state: TrainState,
-    manager: CheckpointManager,
-    writer: metrics.Writer | metrics.Silent,
-    progress: Progress,
-) -> None:
-    """Trains from the step of `state` to the end, or until a signal arrives."""
-    start = int(state.step)
-    this.listener.keep(start)
-    if _is_evaluated(this, start) and start not in this.losses:
-        _evaluate(this, start, state, writer, progress)
-    if this.listener.received:  # what was restored is still there
-        raise StoppedError(this.listener.received, start or None)
-    clock = Clock()
-    previous: _Update | None = None
-
-    def report(figures: dict[str, float]) -> None:
-        assert previous is not None
-        writer.train(previous.step, figures)
-        progress.show(previous.step, figures)
-
-    for number, batch in enumerate(this.plan.batches(start, this.steps, this.own), start + 1):
-        placed = _place(this, batch)
-        figures = _checked(this, previous, clock, progress) if previous else {}
-        state, measured = this.train_step(state, placed)
-        if previous:
-            report(figures)  # while the device works on
-        previous = _Update(number, measured)
-        checkpoints.check(manager)
-        stopped = this.listener.received_by_all(number)
-        if not _is_evaluated(this, number) and not stopped:
-            continue
-        report(_checked(this, previous, clock, progress))
-        previous = None
-        if _is_evaluated(this, number):
-            _evaluate(this, number, state, writer, progress)
-        stopped = stopped or this.listener.received
-        if stopped or number % this.config.checkpoint_every == 0 or number == this.steps:
-            writer.sync()
-            checkpoints.save(manager, state)
-        if stopped:
-            checkpoints.wait(manager)
-            raise StoppedError(stopped, number)
-        clock.restart()
-    checkpoints.wait(manager)
-
-
-def _is_evaluated(this: _Run, step: int) -> bool:
-    return step % this.config.evaluate_every == 0 or step == this.steps
 
 
 def _planned(
@@ -367,92 +266,3 @@ def _compute_dtype(config: TrainConfig, mesh: Mesh) -> np.dtype:
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
-
-
-def _place(this: _Run, batch: Batch) -> Batch:
-    """The global batch, of which `batch` holds the rows of this process."""
-    return batch.map(lambda array: sharding.place_rows(this.mesh, array, this.own, this.config.rows))
-
-
-def _evaluate(
-    this: _Run, number: int, state: TrainState, writer: metrics.Writer | metrics.Silent, progress: Progress
-) -> None:
-    """Writes and shows held-out figures after step `number`; leaves off, with none, if a signal arrives."""
-    data = this.config.data
-    evaluation = metrics.Evaluation()
-    for batch, _ in batches.evaluation_batches(
-        this.held_out,
-        max_length=data.max_length,
-        max_targets=data.max_targets or data.max_length,
-        rows=this.config.rows,
-        limit=this.config.evaluate_rows,
-        own=this.own,
-    ):
-        evaluation.add(this.evaluation_step(state.parameters, _place(this, batch)))
-        if this.listener.received:
-            return
-    figures = evaluation.figures()
-    if not math.isfinite(figures["loss"]):
-        raise FloatingPointError(
-            f"step {number}: held-out loss {figures['loss']}. The run stops; the checkpoints before stay. "
-            "Lower optimizer.learning_rate."
-        )
-    writer.evaluation(number, figures)
-    this.losses[number] = figures["loss"]
-    progress.print(_held_out_line(number, figures))
-
-
-def _checked(this: _Run, update: _Update, clock: Clock, progress: Progress) -> dict[str, float]:
-    """Waits for the update; its figures. Tells of one that was skipped, and stops after too many in a row."""
-    figures = _figures(this, update, clock)
-    in_a_row = int(np.asarray(update.measured.skipped_in_a_row))
-    if in_a_row:
-        rows = this.plan.rows(update.step - 1)
-        ids = sorted({this.train.dialogue(tree) for row in rows for tree in row})
-        told = (
-            f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}: no update. Its "
-            f"{len(rows)} rows are of {', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}"
-        )
-        if in_a_row >= this.config.max_bad_steps:
-            raise FloatingPointError(
-                f"{told}. That is max_bad_steps = {in_a_row} in a row, so the run stops; the checkpoints before stay. "
-                "Lower optimizer.learning_rate, or look at the dialogues."
-            )
-        progress.print(told)
-    return figures
-
-
-def _figures(this: _Run, update: _Update, clock: Clock) -> dict[str, float]:
-    """The figures of one update; waits for it."""
-    values = StepMetrics(*(np.asarray(value).item() for value in update.measured))
-    seconds = clock.lap()
-    updates_before = update.step - 1 - values.skipped + bool(values.skipped_in_a_row)
-    figures: dict[str, Any] = {
-        "loss": values.loss,
-        "nll": values.nll,
-        "gradient_norm": values.gradient_norm,
-        "learning_rate": float(this.schedule(updates_before)),
-        "skipped": values.skipped,
-        "seconds": seconds,
-        "tokens_per_second": values.tokens / seconds,
-        "response_tokens_per_second": values.response_tokens / seconds,
-        "tokens": values.tokens,
-        "targets": values.targets,
-        "imbalance": this.plan.imbalance(update.step - 1),
-        "row_tokens_used": values.tokens
-        / (this.config.rows * this.config.gradient_accumulation * this.config.data.max_length),
-    }
-    peak = metrics.peak_flops(this.mesh.devices.flat[0])
-    if peak is not None:
-        needed = metrics.flops(
-            this.model, tokens=float(values.tokens), pairs=float(values.pairs), targets=float(values.targets)
-        )
-        figures["mfu"] = needed / seconds / (peak * this.mesh.devices.size)
-    return figures
-
-
-def _held_out_line(step: int, figures: Mapping[str, Any]) -> str:
-    return (
-        f"step {step:,}: held-out loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.2%} "
-        f"on {figures['targets']:,} targets"
-    )

@@ -21,7 +21,7 @@ from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.tokenizers import fingerprint
 from dialog_jax.model import decoder, pretrained
-from dialog_jax.training import checkpoints, inputs, loop, metrics, run_directory, scoring
+from dialog_jax.training import checkpoints, inputs, loop, metrics, run_directory, scoring, steps
 from dialog_jax.training import step as step_lib
 from dialog_jax.training.interruption import StoppedError
 from dialog_jax.training.loss import LossConfig
@@ -175,8 +175,8 @@ class RunTest(parameterized.TestCase):
             self.assertEqual(*([(line["step"], line["loss"]) for line in written] for written in lines))
 
     def stopping_in(self, function, number):
-        """Sends this process a SIGTERM when a function of `loop` is called for the third time."""
-        original, calls = getattr(loop, function), 0
+        """Sends this process a signal when a function of `steps` is called for the third time."""
+        original, calls = getattr(steps, function), 0
 
         def called(*args, **kwargs):
             nonlocal calls
@@ -185,7 +185,7 @@ class RunTest(parameterized.TestCase):
                 os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
-        return mock.patch.object(loop, function, called)
+        return mock.patch.object(steps, function, called)
 
     @parameterized.parameters(
         ("_place", 4, signal.SIGTERM, 2),  # the first place is taken by the evaluation before training
