@@ -17,7 +17,8 @@ _FLOW = {
         "workers", "storage", "packing", "mixing", "streams", "dealing", "batches",
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
-    "model": ("attention", "decoder", "pretrained", "adapters"),
+    "attention": ("cached", "portable"),
+    "model": ("rotary", "decoder", "pretrained", "adapters"),
     "training": (
         "chips", "loss", "optimizer", "sharding", "step", "hosts", "interruption", "checkpoints", "metrics", "inputs",
         "run_directory", "loop",

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from dialog_jax.model import attention as attention_lib
+from dialog_jax.attention import cached, portable
+from dialog_jax.model import rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -50,7 +51,7 @@ class DecoderConfig:
     feed_forward: int
     max_length: int
     rope_theta: float
-    rope_scaling: attention_lib.Llama3Scaling | None = None
+    rope_scaling: rotary.Llama3Scaling | None = None
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -228,16 +229,18 @@ def hidden_states(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
     place: Callable[[Array], Array] = lambda x: x,
+    attend_trees: Callable[[Array, Array, Array, Array], Array] = portable.attend,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in `compute_dtype`.
 
     Args:
       position: of each token in its own context, for RoPE; siblings in a tree share it.
-      subtree_end: one more than the last token that sees this one (see `model.attention`).
+      subtree_end: one more than the last token that sees this one (see `attention.portable`).
       remat: what the backward pass computes again, from least to most. "none": only attention's probabilities, which
         are never kept; "attention": also queries, keys and values; "dots": all but the products with weights and what
         attention read; "full": all but each layer's input.
       place: applied to the stream before, between and after the layers; says on which devices it lives.
+      attend_trees: (q, k, v, subtree_end) to what each query reads; all ways give the same, to rounding.
 
     Raises:
       ValueError: for an unknown `remat`.
@@ -249,7 +252,7 @@ def hidden_states(
     turn = _turn(config, position)
 
     def attend(q, k, v):
-        return attention_lib.attention(q, k, v, subtree_end), None
+        return attend_trees(q, k, v, subtree_end), None
 
     attention_policy, layer_policy = REMAT[remat]
 
@@ -303,7 +306,7 @@ def extend(
                 keys=jax.lax.dynamic_update_slice(cache.keys, k[None], corner),
                 values=jax.lax.dynamic_update_slice(cache.values, v[None], corner),
             )
-            return attention_lib.read_visible(q, grown.keys[index], grown.values[index], visible), grown
+            return cached.attend(q, grown.keys[index], grown.values[index], visible), grown
 
         return nnx.merge(graph, layer)(x, turn, attend), None
 
@@ -313,6 +316,6 @@ def extend(
 
 
 def _turn(config: DecoderConfig, position: Int[Array, "B T"]) -> Callable[[Array], Array]:
-    frequency = attention_lib.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    cosine, sine = attention_lib.rotation(position, frequency)
-    return lambda x: attention_lib.rotate(x, cosine, sine)
+    frequency = rotary.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    cosine, sine = rotary.rotation(position, frequency)
+    return lambda x: rotary.rotate(x, cosine, sine)

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from dialog_jax.formats import gguf_file
-from dialog_jax.model import attention, decoder
+from dialog_jax.model import decoder, rotary
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -81,7 +81,7 @@ def _refuse_unsupported(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: {name} is {got!r}, which is not supported (only {needed!r} is)")
 
 
-def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, attention.Llama3Scaling | None]:
+def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, rotary.Llama3Scaling | None]:
     # Since transformers 5 all is in rope_parameters; before, rope_theta stood alone and rope_scaling held the rest.
     rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
@@ -91,7 +91,7 @@ def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, attenti
     if kind != "llama3":
         raise ValueError(f"{file}: rope_type is {kind!r}, which is not supported (only 'default' and 'llama3' are)")
     try:
-        return float(theta), attention.Llama3Scaling(
+        return float(theta), rotary.Llama3Scaling(
             factor=float(rope["factor"]),
             low_frequency_factor=float(rope["low_freq_factor"]),
             high_frequency_factor=float(rope["high_freq_factor"]),

@@ -29,8 +29,8 @@ from typing import Any
 import transformers
 
 from dialog_jax.data import storage
-from dialog_jax.model.attention import Llama3Scaling
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import attention, decoder
+from dialog_jax.model import decoder, rotary
 from tests.model import forests
 
 _LLAMA = decoder.DecoderConfig(
@@ -20,7 +20,7 @@ _LLAMA = decoder.DecoderConfig(
     feed_forward=40,
     max_length=64,
     rope_theta=1e4,
-    rope_scaling=attention.Llama3Scaling(
+    rope_scaling=rotary.Llama3Scaling(
         factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=16
     ),
 )

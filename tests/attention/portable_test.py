@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import attention
+from dialog_jax.attention import portable
 from tests.model import forests
 
 
@@ -42,7 +43,7 @@ class AttentionTest(parameterized.TestCase):
         subtree_end = np.stack([forests.arrays(parents)[1] for parents in rows])
         q = _random(rng, 2, length, heads, 8)
         k, v = _random(rng, 2, length, kv_heads, 8), _random(rng, 2, length, kv_heads, 8)
-        got = jax.jit(attention.attention)(q, k, v, subtree_end)
+        got = jax.jit(portable.attend)(q, k, v, subtree_end)
         np.testing.assert_allclose(got, _oracle(q, k, v, rows), atol=2e-6)
 
     def test_attention_reads_the_pictured_mask(self):
@@ -60,7 +61,7 @@ class AttentionTest(parameterized.TestCase):
         ]
         # fmt: on
         zeros = jnp.zeros((1, 8, 1, 8))  # equal scores: each query reads the mean of what it sees
-        got = attention.attention(zeros, zeros, jnp.eye(8)[None, :, None], jnp.asarray([subtree_end]))
+        got = portable.attend(zeros, zeros, jnp.eye(8)[None, :, None], jnp.asarray([subtree_end]))
         np.testing.assert_allclose(got[0, :, 0], np.array(seen) / np.sum(seen, axis=1, keepdims=True), atol=1e-6)
 
     def test_gradient_reaches_ancestors_and_no_other_token(self):
@@ -73,7 +74,7 @@ class AttentionTest(parameterized.TestCase):
         for query in (0, 100, 255, 256, 299):
 
             def read(k, v, query=query):
-                return jnp.sum(attention.attention(q, k, v, subtree_end)[0, query] * direction)
+                return jnp.sum(portable.attend(q, k, v, subtree_end)[0, query] * direction)
 
             to_key, to_value = jax.jit(jax.grad(read, argnums=(0, 1)))(k, v)
             seen = forests.lineage(parents, query)
@@ -85,15 +86,16 @@ class AttentionTest(parameterized.TestCase):
         rng = np.random.default_rng(1)
         rows = [forests.random_parents(rng, 20)]
         subtree_end = jnp.asarray(forests.arrays(rows[0])[1])[None]
-        q, k, v = _random(rng, 1, 20, 4, 6), _random(rng, 1, 20, 2, 6), _random(rng, 1, 20, 2, 6)
+        q, k, v = (_random(rng, 1, 20, heads, 6) for heads in (4, 2, 2))
         out = _random(rng, 1, 20, 4, 6)
         steps = [_random(rng, *x.shape).astype(np.float64) for x in (q, k, v)]
         ahead, behind = (
             np.sum(_oracle(*(x + sign * 1e-5 * step for x, step in zip((q, k, v), steps, strict=True)), rows) * out)
             for sign in (1, -1)
         )
-        gradient = jax.grad(lambda q, k, v: jnp.sum(attention.attention(q, k, v, subtree_end) * out), argnums=(0, 1, 2))
-        got = sum(np.sum(np.asarray(g) * step) for g, step in zip(gradient(q, k, v), steps, strict=True))
+        gradient = jax.grad(lambda q, k, v: jnp.sum(portable.attend(q, k, v, subtree_end) * out), argnums=(0, 1, 2))
+        found = gradient(*(jnp.asarray(x) for x in (q, k, v)))
+        got = sum(np.sum(np.asarray(g) * step) for g, step in zip(found, steps, strict=True))
         np.testing.assert_allclose(got, (ahead - behind) / 2e-5, rtol=1e-4)
 
     def test_padding_and_huge_scores_give_no_nan(self):
@@ -101,12 +103,12 @@ class AttentionTest(parameterized.TestCase):
         subtree_end = jnp.arange(1, length + 1)[None]  # all padding
         q = jnp.full((1, length, 2, 4), 1e4)
         v = jnp.asarray(_random(np.random.default_rng(2), 1, length, 2, 4))
-        got, gradient = jax.value_and_grad(lambda q: jnp.sum(attention.attention(q, q, v, subtree_end)))(q)
+        got, gradient = jax.value_and_grad(lambda q: jnp.sum(portable.attend(q, q, v, subtree_end)))(q)
         np.testing.assert_allclose(got, jnp.sum(v), rtol=1e-5)
         self.assertTrue(bool(jnp.all(jnp.isfinite(gradient))))
 
     def test_no_array_of_row_by_row_is_made(self):
-        length, heads = 4096, 2
+        length, heads = 8192, 2
         q = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
         subtree_end = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
@@ -116,61 +118,70 @@ class AttentionTest(parameterized.TestCase):
             return max(own + [largest(sub) for sub in inner if hasattr(sub, "eqns")], default=0)
 
         def loss(q, subtree_end):
-            return jnp.sum(attention.attention(q, q, q, subtree_end))
+            return jnp.sum(portable.attend(q, q, q, subtree_end, block=128))
 
         got = largest(jax.make_jaxpr(jax.grad(loss))(q, subtree_end).jaxpr)
-        self.assertEqual(got, heads * 256 * length)  # the last block's scores: the walk did see them
+        self.assertEqual(got, heads * length * 8)  # queries: the walk did see them
 
-
-class RotaryTest(parameterized.TestCase):
-    def test_rotation_is_complex_multiplication_of_halves(self):
-        rng = np.random.default_rng(0)
-        x, position = _random(rng, 2, 5, 3, 8), rng.integers(0, 500, (2, 5)).astype(np.int32)
-        frequency = attention.rotary_frequencies(8, 10000.0, None)
-        got = attention.rotate(jnp.asarray(x), *attention.rotation(jnp.asarray(position), frequency))
-        angle = position[..., None, None] * 10000.0 ** (-np.arange(4) / 4)
-        turned = (x[..., :4].astype(np.float64) + 1j * x[..., 4:]) * np.exp(1j * angle)
-        np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-4)
-
-    def test_rotation_depends_on_distance_only(self):
-        rng = np.random.default_rng(0)
-        q, k = jnp.asarray(_random(rng, 1, 1, 1, 16)), jnp.asarray(_random(rng, 1, 1, 1, 16))
-        frequency = attention.rotary_frequencies(16, 10000.0, None)
-
-        def score(i, j):
-            turned = [
-                attention.rotate(x, *attention.rotation(jnp.asarray([[at]]), frequency)) for x, at in ((q, i), (k, j))
-            ]
-            return float(jnp.sum(turned[0] * turned[1]))
-
-        self.assertAlmostEqual(score(7, 3), score(107, 103), places=4)
-        self.assertNotAlmostEqual(score(7, 3), score(7, 4), places=4)
-
-    def test_llama3_scaling_equals_its_three_cases(self):
-        scaling = attention.Llama3Scaling(
-            factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=8192
+    @parameterized.parameters(32, 100, 128, 256, 1000)
+    def test_any_block_gives_the_same_value_and_gradient(self, block):
+        rng = np.random.default_rng(3)
+        rows = [forests.random_parents(rng, 300, root=0.02) for _ in range(2)]
+        subtree_end = jnp.asarray(np.stack([forests.arrays(parents)[1] for parents in rows]))
+        q, k, v, out = (jnp.asarray(_random(rng, 2, 300, heads, 8)) for heads in (4, 2, 2, 4))
+        np.testing.assert_allclose(
+            portable.attend(q, k, v, subtree_end, block=block), _oracle(q, k, v, rows), atol=2e-6
         )
-        got = attention.rotary_frequencies(128, 500000.0, scaling)
-        needed = []
-        for i in range(64):
-            frequency = 500000.0 ** (-2 * i / 128)
-            wavelength = 2 * math.pi / frequency
-            if wavelength < 8192 / 4:
-                needed.append(frequency)
-            elif wavelength > 8192:
-                needed.append(frequency / 8)
-            else:
-                smooth = (8192 / wavelength - 1) / (4 - 1)
-                needed.append((1 - smooth) * frequency / 8 + smooth * frequency)
-        np.testing.assert_allclose(got, needed, rtol=1e-6)
 
-    @parameterized.parameters(
-        dict(factor=0.5), dict(low_frequency_factor=0.0), dict(high_frequency_factor=1.0), dict(original_max_length=0)
-    )
-    def test_llama3_scaling_out_of_range_is_an_error(self, **wrong):
-        right = dict(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=8192)
-        with self.assertRaisesRegex(ValueError, next(iter(wrong))):
-            attention.Llama3Scaling(**(right | wrong))
+        def of(attend):
+            return jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v) * out), argnums=(0, 1, 2))(q, k, v)
+
+        def dense(q, k, v):
+            place = jnp.arange(300)
+            seen = (place[None, None, :] <= place[None, :, None]) & (place[None, :, None] < subtree_end[:, None, :])
+            k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+            score = jnp.einsum("bqnh,bknh->bnqk", q, k) / math.sqrt(8)
+            return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(seen[:, None], score, -jnp.inf)), v)
+
+        got = of(lambda q, k, v: portable.attend(q, k, v, subtree_end, block=block))
+        for ours, needed in zip(got, of(dense), strict=True):
+            np.testing.assert_allclose(ours, needed, atol=2e-5)
+
+    def test_blocks_that_nobody_sees_are_not_read(self):
+        subtree_end = np.concatenate([np.full(64, 64), np.full(64, 128), np.full(64, 192), np.full(64, 192 + 64)])
+        subtree_end[64:192] = 192  # dialogues of 64, 128 and 64 tokens
+        rng = np.random.default_rng(4)
+        q, k, v = (_random(rng, 1, 256, 2, 4) for _ in range(3))
+        k[:, 64:192] = np.nan
+        attend = functools.partial(portable.attend, subtree_end=jnp.asarray(subtree_end)[None], block=32)
+        got = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+        finite = np.all(np.isfinite(got[0]), axis=(1, 2))
+        np.testing.assert_array_equal(finite, np.repeat([True, False, True], (64, 128, 64)))
+        gradients = jax.grad(lambda *x: jnp.sum(attend(*x)[:, :64]), argnums=(0, 1, 2))(
+            jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+        )
+        for gradient in gradients:
+            self.assertTrue(bool(jnp.all(jnp.isfinite(gradient[:, :64]))))
+            self.assertTrue(bool(jnp.all(jnp.isfinite(gradient[:, 192:]))))
+
+    def test_branches_do_not_see_each_other_s_blocks(self):
+        # A history of 32 tokens and two continuations of 64: the second does not read the first.
+        subtree_end = np.concatenate([np.full(32, 160), np.full(64, 96), np.full(64, 160)])
+        rng = np.random.default_rng(5)
+        q, k, v = (_random(rng, 1, 160, 2, 4) for _ in range(3))
+        k[:, 32:96] = np.nan
+        got = portable.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(subtree_end)[None], block=32)
+        finite = np.all(np.isfinite(got[0]), axis=(1, 2))
+        np.testing.assert_array_equal(finite, np.repeat([True, False, True], (32, 64, 64)))
+
+    def test_bfloat16_is_as_near_as_bfloat16_can_be(self):
+        rng = np.random.default_rng(6)
+        parents = forests.random_parents(rng, 200, root=0.02)
+        subtree_end = jnp.asarray(forests.arrays(parents)[1])[None]
+        q, k, v = (jnp.asarray(_random(rng, 1, 200, 2, 16), jnp.bfloat16) for _ in range(3))
+        got = portable.attend(q, k, v, subtree_end, block=64)
+        self.assertEqual(got.dtype, jnp.bfloat16)
+        np.testing.assert_allclose(got.astype(jnp.float32), _oracle(q, k, v, [parents]), atol=2e-2)
 
 
 if __name__ == "__main__":
