@@ -20,7 +20,7 @@ _FLOW = {
     "model": ("attention", "decoder", "pretrained", "adapters"),
     "training": (
         "chips", "loss", "optimizer", "sharding", "step", "hosts", "interruption", "checkpoints", "metrics", "inputs",
-        "run_directory", "loop",
+        "run_directory", "compilation_cache", "progress", "steps", "loop",
     ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
 }
