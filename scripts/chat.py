@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from dialog_jax import chat, generation
 from dialog_jax.data import templates
 from dialog_jax.data.dialogues import Message
+from dialog_jax.training import compilation_cache
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (gives input() its line editing)
@@ -107,6 +108,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
+    compilation_cache.turn_on(lambda line: print(f"chat.py: {line}", file=sys.stderr))
     try:
         model = chat.load(
             _MODEL.value,

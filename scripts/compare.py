@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from dialog_jax import chat
 from dialog_jax.data import templates
 from dialog_jax.data.dialogues import Dialogue, read_dialogues
+from dialog_jax.training import compilation_cache
 
 _MODELS = flags.DEFINE_list(
     "models", None, "Model directories, .gguf files or hub names, divided by commas.", required=True
@@ -88,6 +89,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
+    compilation_cache.turn_on(lambda line: print(f"compare.py: {line}", file=sys.stderr))
     try:
         found = next(
             (d for n, d in enumerate(read_dialogues(_DATA.value, split=_SPLIT.value)) if n == _INDEX.value), None

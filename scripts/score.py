@@ -39,7 +39,7 @@ from dialog_jax.data import teacher, templates
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.teacher import Signal
 from dialog_jax.data.tokenizers import fingerprint
-from dialog_jax.training import k_passes, scoring
+from dialog_jax.training import compilation_cache, k_passes, scoring
 from dialog_jax.training.scoring import Score
 
 _MODEL = flags.DEFINE_string(
@@ -123,6 +123,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
+    compilation_cache.turn_on(lambda line: print(f"score.py: {line}", file=sys.stderr))
     dtype = jnp.dtype(_DTYPE.value)
     try:
         for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):

@@ -96,7 +96,7 @@ def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], rende
       ValueError: the template changes more than a message's own place when the message changes.
     """
     found = [_TEMPLATE] * len(tree.tokens)
-    _, placed = tries.grow([one.sequence.tokens for one in trained])
+    _, placed = tries.grow([one.tokens for one in trained])
     before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the sequence before, and where its messages stand
     spans: dict[int, tuple[int, int]] = {}
     for one, nodes in zip(trained, placed, strict=True):

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dialog_jax.training import config, hosts, loop
+from dialog_jax.training import compilation_cache, config, hosts, loop, progress
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.interruption import StoppedError
 
@@ -94,9 +94,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
     except ValueError as error:
         sys.exit(f"train.py: {error}")
+    began = progress.process_began()
+    compilation_cache.turn_on(lambda line: print(f"train.py: {line}", file=sys.stderr))
     try:
         _join()
-        result = loop.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value)
+        result = loop.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value, began=began)
     except StoppedError as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         sys.exit(0 if stop.signal == signal.SIGTERM else 130)

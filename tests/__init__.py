@@ -1,4 +1,4 @@
-"""Settings of every test: eight CPU devices, checked shapes, no implicit rank promotion.
+"""Settings of every test: eight CPU devices, checked shapes, no implicit rank promotion, no program of another run.
 
 Set here, before any test imports JAX, so that `pytest` and `python -m tests.data.tries_test` see the same.
 """
@@ -8,6 +8,7 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 from absl import flags

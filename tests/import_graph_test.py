@@ -21,7 +21,7 @@ _FLOW = {
     "model": ("rotary", "decoder", "pretrained", "adapters"),
     "training": (
         "chips", "loss", "optimizer", "sharding", "step", "hosts", "interruption", "checkpoints", "metrics", "inputs",
-        "run_directory", "loop",
+        "run_directory", "compilation_cache", "progress", "steps", "loop",
     ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
 }

@@ -36,7 +36,7 @@ from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.teacher import TeacherFile
 from dialog_jax.data.workers import Preparation
 
-FORMAT = 4  # raise whenever the same input gives other trees, or other files
+FORMAT = 5  # raise whenever the same input gives other trees, or other files
 MOST_WORKERS = 16  # started unless more are asked for; so many are given work by one process that reads
 _TYPES: dict[str, type[np.generic]] = {
     **building.OF_TOKENS,

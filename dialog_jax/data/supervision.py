@@ -6,6 +6,9 @@ Knows no file, and nothing of lengths or rows.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int32
+
 from dialog_jax.data import objectives, tries, truncation
 from dialog_jax.data.dialogues import Dialogue
 from dialog_jax.data.objectives import ObjectiveConfig
@@ -26,6 +29,11 @@ class Trained(NamedTuple):
         """The response's number in the whole dialogue; -1 in a whole rendering."""
         return self.piece.messages[self.sequence.message] if self.sequence.message >= 0 else -1
 
+    @property
+    def tokens(self) -> Int32[np.ndarray, " n"]:
+        """Those of the sequence up to the last that is trained on; what follows costs, and teaches nothing."""
+        return self.sequence.tokens[: max(span.stop for span in self.spans)]
+
 
 def trained(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig) -> list[list[Trained]]:
     """Returns the sequences of each group of pieces of which something is trained on.
@@ -42,7 +50,7 @@ def trained(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: Ob
                 piece.sequences, piece.dialogue, objective, next(factors), trained=piece.trained
             )
             for sequence, own in zip(piece.sequences, spans, strict=True):
-                if own:
+                if max((span.stop for span in own), default=0) > 1:  # the first token is nobody's target
                     turned = [s if s.turn < 0 else s._replace(turn=s.turn + piece.first_turn) for s in own]
                     found[-1].append(Trained(piece, sequence, turned))
     return found
@@ -54,13 +62,16 @@ def responses(sequences: Sequence[Trained]) -> dict[int, Trained]:
 
 
 def build_trees(groups: Sequence[Sequence[Trained]], objective: ObjectiveConfig) -> list[Tree | None]:
-    """Returns the weighted tree of each group of a dialogue; None where there is nothing to train on."""
+    """Returns the weighted tree of each group of a dialogue; None where there is nothing to train on.
+
+    Every token is a target of weight above 0, or an ancestor of one.
+    """
     built: list[Tree | None] = []
     for sequences in groups:
         built.append(None)
         if sequences:
             paths = [one.piece.path if objective.merge_weights == "sum" else 0 for one in sequences]
-            tree = tries.build_tree([(one.sequence.tokens, one.spans) for one in sequences], paths)
+            tree = tries.build_tree([(one.tokens, one.spans) for one in sequences], paths)
             built[-1] = tree if tree.weight.any() else None
     normalised = iter(tries.normalise([tree for tree in built if tree is not None], objective.normalise))
     return [None if tree is None else next(normalised) for tree in built]

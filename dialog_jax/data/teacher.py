@@ -197,14 +197,15 @@ def rows_of_tree(
       ValueError: the file has nothing of a response, or other tokens. Names the dialogue, the message and the token.
     """
     rows = np.full(len(tree.tokens), -1, np.int64)
-    _, nodes = tries.grow([one.sequence.tokens for one in trained])
+    _, nodes = tries.grow([one.tokens for one in trained])
     for one, own in zip(trained, nodes, strict=True):
         sequence, message = one.sequence, one.message
         start = max(sequence.start, 1)
         if sequence.turn >= 0 and tree.weight[own[start:]].any():
             # Where a dialogue that is too long was divided, some messages that lead to a response are left out.
             whole = one.piece.messages[: sequence.message] == dialogue.before(message)
-            rows[own[start:]] = _find(file, dialogue, message, sequence.tokens, start, whole=whole)
+            found = _find(file, dialogue, message, sequence.tokens, start, whole=whole)
+            rows[own[start:]] = found[: len(own) - start]
     rows[tree.weight == 0] = -1
     return rows
 

@@ -30,6 +30,7 @@ from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.inputs import Inputs
 from dialog_jax.training.interruption import Listener
+from dialog_jax.training.progress import Startup
 from dialog_jax.training.step import TrainState
 from dialog_jax.training.steps import Run
 
@@ -52,11 +53,13 @@ def run(
     *,
     allow_changes: bool = False,
     console: rich.console.Console | None = None,
+    began: float | None = None,
 ) -> RunResult:
     """Trains as `config` says, or goes on from the newest checkpoint in `output_dir`; a finished run is left alone.
 
     Args:
       allow_changes: go on with the run in `output_dir` even if its config or data were others.
+      began: since when the seconds to the first step are counted, on the clock of `time.monotonic`; None for now.
 
     Raises:
       ValueError: the directory belongs to another config or is in use, or model, tokenizer and data do not go together.
@@ -64,6 +67,7 @@ def run(
       SaveError: a checkpoint could not be written; those before stay.
       StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
+    startup = Startup(began)
     console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not hosts.is_first())
     directory = pathlib.Path(output_dir)
     hosts.check_same("config", run_directory.fields(config))
@@ -99,7 +103,8 @@ def run(
             if changes:  # what is there goes with them
                 hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
             this = _prepared(config, mesh, given, plan, steps, dtype, transform, shardings, losses, listener)
-            steps_lib.train(this, directory, state, manager, console)
+            startup.done("preparing")
+            steps_lib.train(this, directory, state, manager, console, startup)
         hosts.together(lambda: None)  # what the first process wrote is there for all
     lines = metrics.read_lines(directory / "evaluation.jsonl")
     return RunResult(steps, lines[0], lines[-1])

@@ -1,5 +1,7 @@
 """What a person sees of a run while it goes on, and the clock behind the figures."""
 
+import os
+import pathlib
 import time
 from collections.abc import Mapping
 
@@ -21,6 +23,46 @@ class Clock:
         """Seconds since the last lap began; starts the next."""
         last, self._last = self._last, time.perf_counter()
         return self._last - last
+
+
+class Startup:
+    """Seconds until the first step, part by part: what comes one after the other, from `began` on.
+
+    Args:
+      began: when it all began, on the clock of `time.monotonic`; None for now. What passed before now is `loading`.
+    """
+
+    def __init__(self, began: float | None = None) -> None:
+        now = time.monotonic()
+        self.parts: dict[str, float] = {} if began is None else {"loading": now - began}
+        self._last = now
+
+    def done(self, part: str) -> None:
+        """Ends a part, which began where the one before ended."""
+        last, self._last = self._last, time.monotonic()
+        self.parts[part] = self.parts.get(part, 0.0) + self._last - last
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return sum(self.parts.values())
+
+    @property
+    def line(self) -> str:
+        """`first step after 4.2 s: 2.0 s loading, 1.9 s preparing, 0.3 s compiling`."""
+        parts = ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.parts.items())
+        return f"first step after {self.seconds:.1f} s: {parts}"
+
+
+def process_began() -> float:
+    """When this process began, on the clock of `time.monotonic`; now where the system does not tell, as Linux does."""
+    now = time.monotonic()
+    told = pathlib.Path("/proc/self/stat")
+    if not told.exists():
+        return now
+    ticks = int(told.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return now - max(0.0, age)
 
 
 class Progress:

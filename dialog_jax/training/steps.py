@@ -23,7 +23,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import checkpoints, hosts, metrics, sharding
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.interruption import Listener, StoppedError
-from dialog_jax.training.progress import Clock, Progress
+from dialog_jax.training.progress import Clock, Progress, Startup
 from dialog_jax.training.step import EvaluationSums, StepMetrics, TrainState
 
 
@@ -60,8 +60,9 @@ def train(
     state: TrainState,
     manager: CheckpointManager,
     console: rich.console.Console,
+    startup: Startup,
 ) -> None:
-    """Goes from the state that there is to the last step."""
+    """Goes from the state that there is to the last step; the first one ends `startup`."""
     start = int(state.step)
     if start >= this.steps and start in this.losses:
         console.print(f"The run is finished: step {start:,}. Nothing to do.")
@@ -74,7 +75,7 @@ def train(
         console.print(f"on the mesh: {line}")
     writer = metrics.Writer(directory, step=start) if hosts.is_first() else metrics.Silent()
     with contextlib.closing(writer), Progress(console, this.steps, start) as progress:
-        _go_on(this, state, manager, writer, progress)
+        _go_on(this, state, manager, writer, progress, startup)
 
 
 def _go_on(
@@ -83,6 +84,7 @@ def _go_on(
     manager: CheckpointManager,
     writer: metrics.Writer | metrics.Silent,
     progress: Progress,
+    startup: Startup,
 ) -> None:
     """Trains from the step of `state` to the end, or until a signal arrives."""
     start = int(state.step)
@@ -91,18 +93,24 @@ def _go_on(
         _evaluate(this, start, state, writer, progress)
     if this.listener.received:  # what was restored is still there
         raise StoppedError(this.listener.received, start or None)
+    startup.done("evaluating")
     clock = Clock()
     previous: _Update | None = None
 
     def report(figures: dict[str, float]) -> None:
         assert previous is not None
+        if previous.step == start + 1:
+            figures["startup_seconds"] = startup.seconds
         writer.train(previous.step, figures)
         progress.show(previous.step, figures)
 
     for number, batch in enumerate(this.plan.batches(start, this.steps, this.own), start + 1):
         placed = _place(this, batch)
         figures = _checked(this, previous, clock, progress) if previous else {}
-        state, measured = this.train_step(state, placed)
+        state, measured = this.train_step(state, placed)  # returns once it is compiled
+        if number == start + 1:
+            startup.done("compiling")
+            progress.print(startup.line)
         if previous:
             report(figures)  # while the device works on
         previous = _Update(number, measured)

@@ -147,6 +147,18 @@ objectives = st.fixed_dictionaries(
 )
 """Arguments of `ObjectiveConfig` that train on nothing but responses."""
 
+objectives_of_all = st.one_of(
+    st.just({"name": "joint"}),
+    st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=3, unique=True).map(
+        lambda roles: {"name": "roles", "roles": tuple(roles)}
+    ),
+).flatmap(
+    lambda fixed: st.sampled_from(
+        [{}, {"normalise": "dialogue"}, {"merge_weights": "sum"}, {"turn_weights": (0.0, 1.0)}]
+    ).map(lambda more: {**fixed, **more})
+)
+"""Arguments of `ObjectiveConfig` that train on other messages too."""
+
 
 @st.composite
 def strings(draw, *, min_length=2, max_length=8, tokens=3):

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax.data import batches, dataset, rendering
+from dialog_jax.data import batches, dataset, objectives, rendering, tries, truncation
 from dialog_jax.data.objectives import ObjectiveConfig
 from tests.data import chat_templates
 from tests.laws import budget, oracles, strategies
@@ -73,6 +73,50 @@ class DialoguesTest(parameterized.TestCase):
             found = [tuple(tree.tokens[oracles.context(tree, node)].tolist()) for node in range(len(tree.tokens))]
             self.assertLen(set(found), len(found))
             self.assertEqual(set(found), oracles.nodes(dialogues[0], family))
+
+
+class LeavesTest(parameterized.TestCase):
+    def untrimmed(self, dialogue, family, objective):
+        """{(context, token): (weight, turn)} of the tree of all that is rendered, wherever it ends."""
+        renderer = rendering.Renderer(chat_templates.train_tokenizer(family))
+        config = ObjectiveConfig(**objective)
+        pieces = truncation.unfold(dialogue, config)
+        rendered = renderer.render([p.dialogue for p in pieces], whole=config.whole, locate=config.locates)
+        pieces = [piece._replace(sequences=list(own)) for piece, own in zip(pieces, rendered, strict=True)]
+        factors = truncation.schedules(dialogue, pieces, config)
+        found = []
+        for piece, own in zip(pieces, factors, strict=True):
+            spans = objectives.supervise(piece.sequences, piece.dialogue, config, own, trained=piece.trained)
+            number = piece.path if config.merge_weights == "sum" else 0
+            turned = [[s._replace(turn=s.turn + piece.first_turn * (s.turn >= 0)) for s in some] for some in spans]
+            found += [(sequence.tokens, some, number) for sequence, some in zip(piece.sequences, turned, strict=True)]
+        if not found:
+            return {}
+        tree = tries.build_tree([(tokens, some) for tokens, some, _ in found], [number for *_, number in found])
+        (tree,) = tries.normalise([tree], config.normalise)
+        return {(context, token): (weight, turn) for context, token, weight, turn in oracles.tree_targets(tree)}
+
+    @parameterized.parameters("chatml", "qwen3", "mistral")
+    @budget.cases(40)
+    @hypothesis.given(data=st.data())
+    def test_trees_end_with_targets_and_have_all_of_them(self, family, data):
+        """Nothing behind the last target of a path: of messages of weight 0, or of no interest to the objective."""
+        dialogues = strategies.parsed([data.draw(strategies.records(family))])
+        objective = data.draw(st.one_of(strategies.objectives, strategies.objectives_of_all))
+        try:
+            trees = prepare(dialogues, family, **objective)
+        except ValueError as error:  # a template that cannot place a message
+            hypothesis.assume("changes more than" not in str(error))
+            raise
+        expected = self.untrimmed(dialogues[0], family, objective)
+        self.assertEqual(trees is None, not expected)
+        if trees is None:
+            return
+        tree = trees.tree(0)
+        leaves = set(range(len(tree.tokens))) - set(tree.parent.tolist())
+        self.assertTrue(all(tree.weight[leaf] > 0 for leaf in leaves), tree.weight)
+        got = {(context, token): (weight, turn) for context, token, weight, turn in oracles.tree_targets(tree)}
+        self.assertEqual(got, expected)
 
 
 class BuildTreeTest(absltest.TestCase):

@@ -84,6 +84,7 @@ class RunTest(parameterized.TestCase):
             )
             self.assertTrue(all(math.isfinite(value) for value in line.values()))
         self.assertEqual(lines[0]["learning_rate"], np.float32(3e-3))
+        self.assertEqual(["startup_seconds" in line for line in lines], [True] + [False] * 5)
         held_out = metrics.read_lines(self.directory / "run" / "evaluation.jsonl")
         self.assertEqual([line["step"] for line in held_out], [0, 2, 4, 6])
         self.assertEqual([turn["turn"] for turn in held_out[0]["turns"]], [0, 1, 2])
