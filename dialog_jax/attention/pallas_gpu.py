@@ -4,14 +4,14 @@ In: what `model.attention` takes. Out: the same. Three Pallas kernels in Triton'
 gradient to queries, one that to keys and values, each over blocks that stay in the fast memory of one multiprocessor.
 Which blocks are worth a visit is computed from `subtree_end` before the kernels start, and is exact: block J of keys is
 visited from block I of queries if and only if some query of I sees some key of J. For a key that stands at or before
-the first query f of I this is subtree_end > f, so a maximum over J decides; else J holds a token of I, which sees itself.
+the first query f of I this is subtree_end > f, so a maximum over J decides; else J holds a token of I, seen by itself.
 
     keys      0 0 0 0 | 1 1 1 1 | 2 2 2 2        three blocks, two dialogues of six tokens
     sees up to      6     6 / 12       12        (subtree_end, largest of each block)
     queries   block 0: 0    block 1: 0 1    block 2: 1 2     key block 0 is not read for queries 8 to 11
 
-Never run on hardware yet. What was seen: equal to float64 in Pallas' interpreter; and what JAX 0.10.2 and 0.11.2 make of
-it, compiled by Triton 3.9 for compute capability 9.0: in bfloat16 all products on the matrix units, loads ahead of
+Never run on hardware yet. What was seen: equal to float64 in Pallas' interpreter; and what JAX 0.10.2 and 0.11.2 make
+of it, compiled by Triton 3.9 for compute capability 9.0: in bfloat16 all products on the matrix units, loads ahead of
 their use, no spilled registers. Sizes of blocks were chosen by that, not by time. JAX 0.11 has deprecated Triton in
 Pallas, so a later one may lack it.
 
@@ -180,7 +180,7 @@ def _to_keys(q, k, v, subtree_end, d_read, log_total, moved, blocks: Blocks, int
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    # The queries that see a key follow it up to its subtree's end, so their blocks have no gaps: the last one is enough.
+    # The queries that see a key follow it up to its subtree's end: their blocks have no gaps, the last is enough.
     end = jnp.max(subtree_end.reshape(batch, -1, blocks.keys), axis=2)
     stop = (end + blocks.queries - 1) // blocks.queries  # [B, J]
     of_block = pl.BlockSpec((None, blocks.keys, None, head_dim), lambda j, n, b: (b, j, n, 0))
