@@ -55,8 +55,14 @@ def attend(
 def _kernel(length: int, heads: int, block: int, interpret: bool):
     """The causal kernels; `block` is the size of all their blocks."""
     sizes = splash_attention.BlockSizes(
-        **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"), block),
-        **dict.fromkeys(("block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), block),
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
     return splash_attention.make_splash_mha_single_device(
