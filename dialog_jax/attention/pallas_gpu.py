@@ -10,10 +10,10 @@ the first query f of I this is subtree_end > f, so a maximum over J decides; els
     sees up to      6     6 / 12       12        (subtree_end, largest of each block)
     queries   block 0: 0    block 1: 0 1    block 2: 1 2     key block 0 is not read for queries 8 to 11
 
-Never run on hardware yet. What was seen: equal to float64 in Pallas' interpreter; and what JAX 0.10.2 and 0.11.2 make
-of it, compiled by Triton 3.9 for compute capability 9.0: in bfloat16 all products on the matrix units, loads ahead of
-their use, no spilled registers. Sizes of blocks were chosen by that, not by time. JAX 0.11 has deprecated Triton in
-Pallas, so a later one may lack it.
+Never run on hardware yet. What was seen: equal to float64 in Pallas' interpreter; compiled by XLA of JAX 0.11.2 for an
+H200 that was not there, alone and within training steps; and by Triton 3.9, which shows, for bfloat16, all products on
+the matrix units, loads ahead of their use and no spilled registers. Sizes of blocks were chosen by that, not by time.
+JAX 0.11 has deprecated Triton in Pallas, so a later one may lack it.
 
 Source: Dao, "FlashAttention-2", sections 3.1 and 3.2; there, what is skipped is known from the causal mask alone.
 """
