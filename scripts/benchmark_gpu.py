@@ -72,7 +72,7 @@ def full_groups() -> list[list[Record]]:
 def tiny_groups() -> list[list[Record]]:
     """A line of each kind, for any device."""
     heads = dict(heads=4, kv_heads=2, head_dim=16)
-    paths = (("cudnn_causal", "causal"), ("pallas_gpu", "trees"), ("portable", "paths"), ("cudnn_packed", "paths"))
+    paths = (("cudnn_causal", "causal"), ("portable", "trees"), ("cudnn_packed", "paths"))
     return [
         [dict(part="numerics", path="pallas_gpu", rows="trees", dtype="float32", **heads, length=64)],
         [
@@ -85,7 +85,7 @@ def tiny_groups() -> list[list[Record]]:
                 model="tiny",
                 length=64,
                 rows=2,
-                remat="dots",
+                remat="none",
                 parameter_dtype="float32",
                 compute_dtype="float32",
                 steps=2,

@@ -1,7 +1,7 @@
 """Which way to attend on the devices at hand: the fastest that computes the right thing there.
 
-In: the mesh, the shape and type of queries and keys, and whether trees branch. Out: a function as `model.attention`'s,
-to be called under `jax.jit` on arrays laid out over the mesh, its name, and why it was chosen.
+In: the mesh, the shape and type of queries and keys, and whether trees branch. Out: a function of q, k, v and
+`subtree_end`, to be called under `jax.jit` on arrays laid out over the mesh; its name, and why it was chosen.
 
 A kernel is trusted on a device once it has been tried there: on a small random forest, with the heads and the type that
 it is to be used with, what it reads and its three gradients must equal those of NumPy in float64 to rounding. One that

@@ -1,7 +1,9 @@
 """Attention on NVIDIA GPUs that reads only blocks in which some query sees some key: our own kernels, for any tree.
 
-In: what `model.attention` takes. Out: the same. Three Pallas kernels in Triton's dialect: one reads, one gives the
-gradient to queries, one that to keys and values, each over blocks that stay in the fast memory of one multiprocessor.
+In: queries, keys and values of packed rows, and their `subtree_end`. Out: what each query reads. Three kernels in the
+Triton dialect of Pallas: one reads, one gives the gradient to queries, one that to keys and values, each over blocks
+that stay in the fast memory of one multiprocessor.
+
 Which blocks are worth a visit is computed from `subtree_end` before the kernels start, and is exact: block J of keys is
 visited from block I of queries if and only if some query of I sees some key of J. For a key that stands at or before
 the first query f of I this is subtree_end > f, so a maximum over J decides; else J holds a token of I, seen by itself.

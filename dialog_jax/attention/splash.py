@@ -1,8 +1,9 @@
 """Attention on TPUs for plain packed rows, by the splash attention kernels that come with JAX.
 
-In: what `model.attention` takes, of rows whose trees are all paths. Out: the same. On a path every token is seen up to
-the path's end, so two tokens are of one path if and only if their `subtree_end` is equal: it serves as the segment id.
-Of the blocks on and under the diagonal, those that no pair of one path meets are switched off row by row.
+In: queries, keys and values of packed rows whose trees are all paths, and their `subtree_end`. Out: what each query
+reads. On a path every token is seen up to the path's end, so two tokens are of one path if and only if their
+`subtree_end` is equal: it serves as the segment id. Of the blocks on and under the diagonal, those that no pair of one
+path meets are switched off row by row.
 
 Not for trees: the kernels know a mask as an array [T, T], or as a function of the two places and one number of the
 query; the ancestor mask needs one of the key.
