@@ -1,0 +1,143 @@
+"""scripts/benchmark_gpu.py and scripts/benchmark_gpu_case.py: what is measured, and what a line says if it is not."""
+
+import contextlib
+import io
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from tests.scripts import running
+
+# Stands in for the script that measures: prints a line a record; `do` is what it does before.
+_STAND_IN = """
+import json, os, sys, time
+for record in json.loads(sys.argv[1].removeprefix("--records=")):
+    if record["do"] == "crash":
+        print("InternalError: the device is gone", file=sys.stderr, flush=True)
+        os._exit(9)
+    if record["do"] == "hang":
+        time.sleep(60)
+    print("LINE " + json.dumps({"got": record["do"]}), flush=True)
+"""
+
+
+class CaseTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.case = self.enterContext(running.loaded("benchmark_gpu_case"))
+
+    def test_tree_is_the_one_of_the_picture(self):
+        position, subtree_end = self.case.tree(8, turns=2)
+        self.assertEqual(position.tolist(), [0, 1, 2, 3, 2, 3, 4, 5])
+        self.assertEqual(subtree_end.tolist(), [8, 8, 4, 4, 8, 8, 8, 8])
+
+    @parameterized.parameters("causal", "paths", "trees")
+    def test_tokens_of_a_row_see_as_many_as_their_position_says(self, kind):
+        position, subtree_end, segment = self.case.forest_row(np.random.default_rng(0), 1500, kind)
+        token = np.arange(1500)
+        seen = (token[None] <= token[:, None]) & (token[:, None] < subtree_end[None])
+        np.testing.assert_array_equal(seen.sum(axis=1), position + 1)
+        np.testing.assert_array_equal(np.unique(segment), np.arange(1, segment[-1] + 1))
+        self.assertTrue(np.all(segment[:, None][seen.nonzero()[0], 0] == segment[seen.nonzero()[1]]))
+        self.assertEqual(segment[-1] > 1, kind != "causal")
+        self.assertEqual(bool(np.all(np.diff(segment) == (position[1:] == 0))), True)
+
+    def test_targets_of_a_batch_are_the_tokens_after_their_sources(self):
+        batch = self.case.drawn_batch(np.random.default_rng(0), self.case.model_named("tiny"), rows=2, length=300)
+        for row in range(2):
+            valid = batch.weight[0, row] > 0
+            self.assertBetween(valid.mean(), 0.3, 0.5)
+            self.assertTrue(np.all(np.diff(valid.astype(int)) <= 0))  # before their padding
+            source = batch.source[0, row]
+            np.testing.assert_array_equal(batch.tokens[0, row, source[valid] + 1], batch.target[0, row, valid])
+            self.assertTrue(
+                np.all(batch.position[0, row, source[valid] + 1] == batch.position[0, row, source[valid]] + 1)
+            )
+            self.assertEqual(set(source[~valid]) | set(batch.turn[0, row, ~valid] + 1), {0})
+
+    def test_packed_segments_for_cudnn_are_those_of_the_row(self):
+        with mock.patch("jax._src.cudnn.fused_attention_stablehlo.dot_product_attention") as called:
+            ends = jnp.asarray([[3, 3, 3, 5, 5, *[64] * 59], [64] * 64], jnp.int32)
+            q = jnp.zeros((2, 64, 1, 16))
+            self.case.cudnn_packed(q, q, q, ends)
+        lengths, starts = called.call_args.args[5], called.call_args.args[7]
+        np.testing.assert_array_equal(lengths, [[3, 2, 59, -1, -1], [64, -1, -1, -1, -1]])
+        np.testing.assert_array_equal(starts, [[0, 3, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])
+
+    def test_models_are_the_published_ones(self):
+        for name, width in (("SmolLM2-135M", 576), ("Llama-3.2-1B-Instruct", 2048), ("Llama-3.1-8B-Instruct", 4096)):
+            self.assertEqual(self.case.model_named(name).width, width)
+
+    def test_what_a_device_cannot_do_is_a_line_and_a_mistake_is_none(self):
+        def raising(error):
+            def part():
+                raise error
+
+            return mock.patch.dict(self.case.PARTS, device=part)
+
+        with raising(NotImplementedError("no\nmore")):
+            self.assertEqual(self.case.measured({"part": "device"}), {"failed": "NotImplementedError: no"})
+        with raising(KeyError("no")), self.assertRaises(KeyError):
+            self.case.measured({"part": "device"})
+
+
+class SuiteTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.suite = self.enterContext(running.loaded("benchmark_gpu"))
+        self.enterContext(mock.patch.multiple(self.suite, _STARTING=2.0, _LIMITS={"fake": 0.5}))
+
+    def measure(self, *does, budget=30.0):
+        records = [{"part": "fake", "do": do} for do in does]
+        return self.suite.measure(records, budget, [sys.executable, "-c", _STAND_IN])
+
+    def test_a_crash_costs_the_line_that_it_befalls(self):
+        first, crashed, last = self.measure("a", "crash", "b")
+        self.assertEqual((first, last), ({"got": "a"}, {"got": "b"}))
+        self.assertEqual(crashed, {"failed": "its process ended with code 9: InternalError: the device is gone"})
+
+    def test_a_line_over_its_limit_is_stopped_and_the_next_one_measured(self):
+        hanging, after = self.measure("hang", "b")
+        self.assertRegex(hanging["failed"], r"^stopped after \d s$")
+        self.assertEqual(after, {"got": "b"})
+
+    def test_nothing_is_started_when_the_time_is_over(self):
+        self.assertEqual(self.measure("a", budget=1.0), [{"failed": "the time of the whole was over"}])
+
+    def test_without_a_gpu_every_line_says_that_it_was_not_measured(self):
+        here = {"platform": "cpu", "kind": "cpu", "count": 1, "versions": "jax 0"}
+        with (
+            mock.patch.object(self.suite, "measure", return_value=[here]) as measure,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            found, results = self.suite.suite(tiny=False, command=[])
+        self.assertEqual(measure.call_count, 1)  # of the device
+        page = self.suite.report(found, results, 1.0, "x")
+        self.assertEqual(page.count("| not measured: there is no GPU, only 1 x cpu |"), len(results))
+        self.assertGreater(len(results), 50)
+
+    def test_tiny_suite_runs_and_fills_its_tables(self):
+        directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        argv = ["benchmark_gpu.py", "--tiny", f"--results_dir={directory}"]
+        self.suite.flags.FLAGS(argv)
+        case = self.enterContext(running.loaded("benchmark_gpu_case"))
+        self.suite.measure = lambda records, budget, command: [case.measured(record) for record in records]
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.suite.main(argv[:1])
+        page = (directory / "gpu.md").read_text(encoding="utf-8")
+        self.assertRegex(page, r"\| pallas_gpu \| trees \| float32 \| 4/2 x 16 \| \d\.\de-0[78] \|")
+        self.assertRegex(
+            page, r"\| cudnn_causal \| causal \| 4/2 x 16 \| 64 \| [\d.]+ \| [\d.]+ \| .* \| 1.000 \| 1.000 \|"
+        )
+        self.assertRegex(page, r"\| portable \| trees \| 4/2 x 16 \| 64 \| .* \| 0\.\d+ \| [\d.]+ \|")
+        self.assertRegex(page, r"\| cudnn_packed .* not measured: \w+")
+        self.assertRegex(page, r"\| tiny \| 64 \| 2 \| none \| float32 \| [\d,]+ \|")
+
+
+if __name__ == "__main__":
+    absltest.main()
