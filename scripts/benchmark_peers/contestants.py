@@ -82,8 +82,12 @@ NOT_MEASURED = {
 }
 
 
-def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
-    """The command that measures one round of a contestant and writes its figures to `out`."""
+def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path, *, compare: bool) -> list[str]:
+    """The command that measures one round of a contestant and writes its figures to `out`.
+
+    Args:
+      compare: whether a peer also computes its loss on the dialogues to compare; once is enough.
+    """
     one = CONTESTANTS[name]
     if not one.environment:
         return [
@@ -107,11 +111,12 @@ def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Pa
         f"--warmup={settings.warmup}",
         f"--steps={settings.steps}",
         f"--out={out}",
+        *(["--compare"] if compare else []),
     ]
 
 
 def measure(
-    name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path, *, seconds: float
+    name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path, *, compare: bool, seconds: float
 ) -> dict[str, Any]:
     """Figures of one round, from a process of its own; `{"failed": why}` where it did not come to its end.
 
@@ -127,7 +132,7 @@ def measure(
     with out.with_suffix(".log").open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
-                command(name, settings, python, out),
+                command(name, settings, python, out, compare=compare),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=variables,

@@ -34,7 +34,7 @@ _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model dir
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues: lines of JSON with messages.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
-_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 4, "Micro-batches of one row a step.", lower_bound=1)
+_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 2, "Micro-batches of one row a step.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "How often each contestant runs.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 4, "Measured steps of a round, after one that is not.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1200, "After which a contestant's round is ended, and counts as failed.")
@@ -83,7 +83,7 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
         for name in order:
             python = pythons[CONTESTANTS[name].environment]
             file = out / f"{name}_{number}.json"
-            figures = contestants.measure(name, settings, python, file, seconds=_SECONDS.value)
+            figures = contestants.measure(name, settings, python, file, compare=number == 0, seconds=_SECONDS.value)
             rounds.append({"contestant": name, "round": number, **figures})
             told = figures.get("failed") or f"{figures['real_tokens_per_second']:.1f} real tokens/s"
             print(f"round {number}, {name}: {told}; {(time.time() - started) / 60:.1f} min", flush=True)

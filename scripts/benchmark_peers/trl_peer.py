@@ -106,14 +106,14 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
     return trainer
 
 
-def compared_loss(trainer: _Counted) -> tuple[float, int]:
-    """(nats a target, targets) of the dialogues to compare, batched and computed as in training."""
+def compared_loss(trainer: _Counted) -> dict[str, float]:
+    """The loss of the dialogues to compare, in nats a target, batched and computed as in training."""
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader()]
     targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     trainer.model.train()
     with torch.no_grad():
         losses = [float(trainer.compute_loss(trainer.model, b, num_items_in_batch=targets)) for b in batches]
-    return sum(losses), targets
+    return {"compared_loss": sum(losses), "compared_targets": targets}
 
 
 def main() -> None:
@@ -126,17 +126,18 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--batch", type=int, default=4, help="Dialogues of a padded micro-batch.")
+    parser.add_argument("--batch", type=int, default=2, help="Dialogues of a padded micro-batch.")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compare", action="store_true", help="Also the loss of the dialogues to compare.")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     started = time.perf_counter()
     trainer = make_trainer(options)
     prepared = time.perf_counter() - started
-    loss, targets = compared_loss(trainer)
+    compared = compared_loss(trainer) if options.compare else {}
     trainer.train()
     ends, counts = trainer.ends, trainer.counts
     seconds = [after - before for before, after in itertools.pairwise(ends[options.warmup - 1 :])]
@@ -149,8 +150,7 @@ def main() -> None:
                 "real_tokens": [real for real, _ in measured],
                 "response_tokens": [response for _, response in measured],
                 "first_loss": losses[0],
-                "compared_loss": loss,
-                "compared_targets": targets,
+                **compared,
                 "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
                 "prepare_seconds": prepared,
                 "threads": torch.get_num_threads(),

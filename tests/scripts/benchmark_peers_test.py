@@ -111,7 +111,9 @@ class FiguresTest(absltest.TestCase):
         settings = contestants.Settings(
             model=directory, inputs=directory, max_length=8, accumulation=1, warmup=1, steps=1
         )
-        found = contestants.measure("tunix", settings, pathlib.Path("/bin/false"), directory / "a.json", seconds=20)
+        found = contestants.measure(
+            "tunix", settings, pathlib.Path("/bin/false"), directory / "a.json", compare=True, seconds=20
+        )
         self.assertEqual(found, {"failed": "ended with 1; see a.log"})
 
 
