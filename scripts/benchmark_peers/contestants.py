@@ -78,6 +78,7 @@ CONTESTANTS = {
 
 NOT_MEASURED = {
     "TRL with Liger kernels": "they are Triton kernels, for GPUs",
+    "MaxText": "0.2.5 brings its dependencies in extras for CUDA and TPU only, none for a CPU; not tried further",
     "LoRA, any": "dialog_jax has none yet",
 }
 
