@@ -1,0 +1,129 @@
+"""Figures of all rounds -> medians, a table in Markdown, a plot."""
+
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, and none needed
+
+import matplotlib.pyplot as plt
+
+OURS, BLUE, GREY = "ours", "#1f5fa8", "#9aa3ab"
+_MEDIANS = ("real_tokens_per_second", "response_tokens_per_second", "seconds_a_step")
+
+
+def summarise(rounds: Sequence[Mapping[str, Any]], compared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{contestant: figures} in the order of their first round.
+
+    Speeds are medians over the rounds, each a median over its steps, with the lowest and the highest round as `spread`.
+    Memory is the largest of all rounds; compile time the longest, since later rounds may find a cache; the losses,
+    which have nothing to do with time, are those of the first round. A contestant of which a round failed has `failed`
+    only.
+
+    Args:
+      rounds: `{"contestant": name, ...figures}`, one for each contestant and round.
+      compared: `compared_loss` and `compared_targets` of ours.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(one["contestant"] for one in rounds):
+        own = [one for one in rounds if one["contestant"] == name]
+        if failures := [one["failed"] for one in own if "failed" in one]:
+            found[name] = {"failed": failures[0]}
+            continue
+        rates = [one["real_tokens_per_second"] for one in own]
+        found[name] = {key: statistics.median(one[key] for one in own) for key in _MEDIANS} | {
+            "rounds": len(own),
+            "spread": [min(rates), max(rates)],
+            "peak_memory_gb": max(one["peak_memory_gb"] for one in own),
+            "first_loss": own[0]["first_loss"],
+        }
+        if "compile_seconds" in own[0]:
+            found[name]["compile_seconds"] = max(one["compile_seconds"] for one in own)
+        source = compared if name == OURS else own[0]
+        found[name] |= {key: source[key] for key in ("compared_loss", "compared_targets")}
+    return found
+
+
+def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], unmeasured: Mapping[str, str]) -> str:
+    """In Markdown: the measured, the fastest first, then the others with the reason."""
+    header = [
+        "",
+        "real tokens/s",
+        "lowest to highest round",
+        "response tokens/s",
+        "s a step",
+        "peak memory, GB",
+        "compile, s",
+        "loss of step 1",
+        "loss on the same dialogues",
+    ]
+    rows = [
+        [
+            labels[name],
+            f"{one['real_tokens_per_second']:.1f}",
+            f"{one['spread'][0]:.1f} to {one['spread'][1]:.1f}",
+            f"{one['response_tokens_per_second']:.1f}",
+            f"{one['seconds_a_step']:.1f}",
+            f"{one['peak_memory_gb']:.2f}",
+            f"{one['compile_seconds']:.1f}" if "compile_seconds" in one else "",
+            f"{one['first_loss']:.4f}",
+            f"{one['compared_loss']:.4f}",
+        ]
+        for name, one in ranked(figures)
+    ]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    missing = [f"{labels[name]}: {one['failed']}" for name, one in figures.items() if "failed" in one]
+    missing += [f"{name}: {why}" for name, why in unmeasured.items()]
+    return text + "\n\nNot measured:\n\n" + "\n".join(f"* {line}" for line in missing) if missing else text
+
+
+def ranked(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The contestants that were measured, the fastest first."""
+    measured = [(name, one) for name, one in figures.items() if "failed" not in one]
+    return sorted(measured, key=lambda item: -item[1]["real_tokens_per_second"])
+
+
+def verdict(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
+    """How ours compares with the fastest peer, and whether all computed the same loss on the same dialogues."""
+    peers = [(name, one) for name, one in ranked(figures) if name != OURS]
+    ours = figures.get(OURS, {"failed": ""})
+    if not peers or "failed" in ours:
+        return "Ours or every peer is missing, so nothing is compared."
+    name, best = peers[0]
+    apart = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
+    counts = {one["compared_targets"] for _, one in ranked(figures)}
+    same = f"{counts.pop():,}" if len(counts) == 1 else "differing numbers of"
+    return (
+        f"dialog_jax trains on {ours['real_tokens_per_second'] / best['real_tokens_per_second']:.2f} times the real "
+        f"tokens a second of the fastest peer ({labels[name]}), with "
+        f"{ours['peak_memory_gb'] / best['peak_memory_gb']:.2f} times its memory. Before any update, the losses of all "
+        f"on {same} targets of the same dialogues are within {apart:.1e} nats of ours."
+    )
+
+
+def plot(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], path: pathlib.Path) -> None:
+    """Bars of speed and memory, ours in another colour."""
+    shown = ranked(figures)[::-1]
+    panels = {
+        "real_tokens_per_second": "real tokens/s",
+        "response_tokens_per_second": "response tokens/s",
+        "peak_memory_gb": "peak memory, GB",
+    }
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(1, 3, figsize=(11, 1.1 + 0.42 * len(shown)), sharey=True, layout="constrained")
+        for axis, (key, title) in zip(axes, panels.items(), strict=True):
+            values = [one[key] for _, one in shown]
+            colors = [BLUE if name == OURS else GREY for name, _ in shown]
+            bars = axis.barh([labels[name] for name, _ in shown], values, color=colors, height=0.62)
+            axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
+            axis.set_title(title, loc="left")
+            axis.margins(x=0.16)
+        spread = [one["spread"] for _, one in shown]
+        for number, (low, high) in enumerate(spread):
+            axes[0].plot([low, high], [number - 0.4] * 2, color="black", linewidth=1)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
