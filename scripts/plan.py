@@ -102,6 +102,7 @@ def _plan(asked: TrainConfig) -> None:
         mesh,
         compute_dtype=jnp.bfloat16 if narrow else jnp.float32,
         targets=-(-work.targets // (asked.rows * asked.gradient_accumulation)),
+        pairs=-(-work.pairs // (asked.rows * asked.gradient_accumulation)),
     )
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"{asked.model} on {mesh.size} x {_KIND.value}: {axes}; compiled in {step.seconds:.0f} s")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dialog_jax.model.attention import attention as portable
+from dialog_jax.attention import portable
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 
@@ -97,7 +97,7 @@ def choose(
             return Choice(candidate.name, sharded(attend, mesh), "; ".join([said, *passed]))
         passed.append(f"{candidate.name}: {wrong}")
     reason = "; ".join(passed) if passed else f"there is no kernel for {platform}"
-    return Choice("portable", sharded(portable, mesh), reason)
+    return Choice("portable", sharded(portable.attend, mesh), reason)
 
 
 def sharded(attend: Attend, mesh: Mesh) -> Attend:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+BLOCK = 256
+PAIRS = "block_pairs"  # the loop over pairs, as it is called in compiled programs
 _HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no difference of scores is NaN
 
 
@@ -30,7 +32,7 @@ def attend(
     v: Float[Array, "B T K H"],
     subtree_end: Int[Array, "B T"],
     *,
-    block: int = 256,
+    block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
     """What each query reads of its ancestors and itself; softmax and sums in float32.
 
@@ -79,7 +81,8 @@ def _forward(q, k, v, subtree_end, block):
 
     column = (*queries.shape[:-1], 1)
     empty = jnp.full(column, _HIDDEN), jnp.zeros(column), jnp.zeros(queries.shape)
-    peak, total, read = jax.lax.fori_loop(0, pairs.count, visit, empty)
+    with jax.named_scope(PAIRS):
+        peak, total, read = jax.lax.fori_loop(0, pairs.count, visit, empty)
     read = checkpoint_name(_row(read / total, group).astype(q.dtype), "read")
     normalizer = checkpoint_name(peak + jnp.log(total), "read")  # [n, B, K, G * block, 1]
     return read, (q, k, v, subtree_end, read, normalizer)
@@ -113,7 +116,8 @@ def _backward(block, kept, gradient):
         )
 
     zeros = tuple(jnp.zeros(x.shape) for x in (queries, keys, values))
-    to_query, to_key, to_value = jax.lax.fori_loop(0, pairs.count, visit, zeros)
+    with jax.named_scope(PAIRS):
+        to_query, to_key, to_value = jax.lax.fori_loop(0, pairs.count, visit, zeros)
     return (
         _scaled(_row(to_query, group)).astype(q.dtype),
         _row(to_key, 1).astype(k.dtype),

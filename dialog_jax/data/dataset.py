@@ -94,6 +94,11 @@ class Trees:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def branching(self) -> bool:
+        """Whether some tree is no path."""
+        return self.report.branching > 0
+
     def tree(self, number: int) -> Tree:
         """Tree `number`, as views."""
         part = slice(int(self.offsets[number]), int(self.offsets[number + 1]))

@@ -37,6 +37,11 @@ class Mixture:
         """The number of the first tree of each set."""
         return [0, *itertools.accumulate(len(trees) for trees in self.sets.values())][:-1]
 
+    @property
+    def branching(self) -> bool:
+        """Whether some tree of some set is no path."""
+        return any(trees.branching for trees in self.sets.values())
+
     def tree(self, number: int) -> Tree:
         """Tree `number`, as views."""
         _, trees, own = self._at(number)

@@ -229,7 +229,7 @@ def hidden_states(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
     place: Callable[[Array], Array] = lambda x: x,
-    attend_trees: Callable[[Array, Array, Array, Array], Array] = portable.attend,
+    attend_trees: Callable[..., Array] = portable.attend,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in `compute_dtype`.
 

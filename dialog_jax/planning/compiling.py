@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dialog_jax.attention import portable
 from dialog_jax.data.batches import Batch
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
@@ -79,12 +80,13 @@ class StepPlan(NamedTuple):
 
 
 def compile_step(
-    config: TrainConfig, model: DecoderConfig, mesh: Mesh, *, compute_dtype: jax.typing.DTypeLike, targets: int
+    config: TrainConfig, model: DecoderConfig, mesh: Mesh, *, compute_dtype: jax.typing.DTypeLike, targets: int, pairs: int
 ) -> StepPlan:
     """Returns what one update of the run is to a device of `mesh`.
 
     Args:
       targets: of a row; the loop over tiles of targets is as long as these need.
+      pairs: of a row, of a token and one that it sees; likewise for the loop over pairs of blocks.
 
     Raises:
       ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, or the optimizer does
@@ -116,7 +118,8 @@ def compile_step(
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
-    counts = hlo.runs(program, unknown=float(-(-targets // tile)))
+    turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), "": float(-(-targets // tile))}
+    counts = hlo.runs(program, unknown=lambda name: next(turns[part] for part in turns if part in name))
     parameters = _device_bytes(state.parameters)
     return StepPlan(
         memory=Memory(
@@ -133,6 +136,13 @@ def compile_step(
         listed=sharding.listed(mesh, state.parameters),
         seconds=time.monotonic() - began,
     )
+
+
+def _block_pairs(length: int, pairs: int) -> float:
+    """About how many pairs of blocks attention visits in a row: as in one dialogue with as many pairs of tokens."""
+    block = min(portable.BLOCK, length)
+    blocks = -(-length // block)
+    return min(max(pairs / block**2 + blocks / 2, blocks), blocks * (blocks + 1) / 2)
 
 
 def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

@@ -9,7 +9,7 @@ micro-batches and recomputation are loops and calls.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -121,11 +121,11 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def runs(program: Program, *, unknown: float) -> dict[str, float]:
-    """Returns how often each computation runs in a step; fractions where `unknown` is one.
+def runs(program: Program, *, unknown: Callable[[str], float]) -> dict[str, float]:
+    """Returns how often each computation runs in a step; fractions where `unknown` says so.
 
     Args:
-      unknown: turns of a loop whose number is not in the text.
+      unknown: operation name to turns, for a loop whose number is not in the text.
     """
     counts: dict[str, float] = dict.fromkeys(program.computations, 0.0)
 
@@ -229,7 +229,7 @@ def _closing(text: str) -> int:
     raise ValueError(f"a parenthesis stays open in {text[:80]!r}")
 
 
-def _turns(program: Program, loop: Instruction, unknown: float) -> float:
+def _turns(program: Program, loop: Instruction, unknown: Callable[[str], float]) -> float:
     """Turns of a loop: as XLA found, or the constant that JAX's counter, which begins at 0, is compared with."""
     if known := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
         return float(known.group(1))
@@ -241,7 +241,7 @@ def _turns(program: Program, loop: Instruction, unknown: float) -> float:
         limit = body[root.operands[1]]
         if limit.operation == "constant":
             return float(limit.operands[0])
-    return unknown
+    return unknown(loop.operation_name)
 
 
 def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ import rich.console
 from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 
+from dialog_jax.attention import choosing
+from dialog_jax.attention.choosing import Choice
 from dialog_jax.data.batches import Plan
 from dialog_jax.data.dataset import Trees
 from dialog_jax.data.mixing import Mixture
@@ -102,7 +104,9 @@ def run(
             del loaded  # donated to the state
             if changes:  # what is there goes with them
                 hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
-            this = _prepared(config, mesh, given, plan, steps, dtype, transform, shardings, losses, listener)
+            choice = _attention(config, mesh, given, dtype)
+            console.print(f"attention: {choice.name} ({choice.reason})")
+            this = _prepared(config, mesh, given, plan, steps, dtype, choice, transform, shardings, losses, listener)
             startup.done("preparing")
             steps_lib.train(this, directory, state, manager, console, startup)
         hosts.together(lambda: None)  # what the first process wrote is there for all
@@ -153,6 +157,7 @@ def _prepared(
     plan: Plan,
     steps: int,
     dtype: np.dtype,
+    choice: Choice,
     transform: optax.GradientTransformation,
     shardings: TrainState,
     losses: dict[int, float],
@@ -176,12 +181,30 @@ def _prepared(
             compute_dtype=dtype,
             remat=config.remat,
             loss_config=config.loss,
+            attend=choice.attend,
         ),
         evaluation_step=step_lib.make_evaluation_step(
-            given.model, mesh, shardings.parameters, compute_dtype=dtype, turns=_TURNS_SHOWN
+            given.model,
+            mesh,
+            shardings.parameters,
+            compute_dtype=dtype,
+            turns=_TURNS_SHOWN,
+            attend=choice.attend,
         ),
         losses=losses,
         listener=listener,
+    )
+
+
+def _attention(config: TrainConfig, mesh: Mesh, given: Inputs, dtype: np.dtype) -> Choice:
+    return choosing.choose(
+        mesh,
+        heads=given.model.heads,
+        kv_heads=given.model.kv_heads,
+        head_dim=given.model.head_dim,
+        length=config.data.max_length,
+        dtype=dtype,
+        branching=config.data.share_prefixes or given.train.branching or given.held_out.branching,
     )
 
 

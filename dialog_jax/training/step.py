@@ -17,6 +17,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dialog_jax.attention import choosing, portable
+from dialog_jax.attention.choosing import Attend
 from dialog_jax.data.batches import Batch
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
@@ -109,11 +111,15 @@ def make_train_step(
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
     loss_config: loss.LossConfig = loss.PLAIN,
+    attend: Attend | None = None,
 ) -> jax.stages.Wrapped:
     """Returns the jitted update: (state, batch) to (next state, `StepMetrics`).
 
     The state it is given is donated: go on with the one it returns. If loss or gradient are not finite, parameters and
     optimizer state stay as they are.
+
+    Args:
+      attend: how to attend over the mesh, as `attention.choosing` says; None for the portable way.
     """
 
     # Said outright: left to itself, XLA lays the stream out as the embedding's width is, keeps each row on all devices
@@ -130,6 +136,7 @@ def make_train_step(
             compute_dtype=compute_dtype,
             remat=remat,
             place=lambda x: jax.lax.with_sharding_constraint(x, stream),
+            attend_trees=attend or choosing.sharded(portable.attend, mesh),
         )
         matrix = decoder.output_matrix(model, parameters)
         teacher = None
@@ -194,13 +201,24 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    model: DecoderConfig, mesh: Mesh, parameter_shardings: dict, *, compute_dtype: jax.typing.DTypeLike, turns: int
+    model: DecoderConfig,
+    mesh: Mesh,
+    parameter_shardings: dict,
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+    turns: int,
+    attend: Attend | None = None,
 ) -> Callable[[dict, Batch], EvaluationSums]:
-    """Returns the compiled sums of one [1, B, ...] batch, turn by turn for the first `turns` turns."""
+    """Returns the compiled sums of one [1, B, ...] batch, turn by turn for the first `turns` turns.
+
+    Args:
+      attend: how to attend over the mesh, as `attention.choosing` says; None for the portable way.
+    """
+    attend = attend or choosing.sharded(portable.attend, mesh)
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
-        scores = _scores(model, parameters, batch, compute_dtype)
+        scores = _scores(model, parameters, batch, compute_dtype, attend)
         bins = jnp.clip(batch.turn, -1, turns) + 1
         valid = batch.weight > 0
 
@@ -230,12 +248,20 @@ def make_score_step(
     Args:
       top_k: how many of the likeliest tokens to return for each target; 0 for none.
     """
-    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, top_k))
+    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, portable.attend, top_k))
 
 
-def _scores(model: DecoderConfig, parameters: dict, batch: Batch, compute_dtype, top_k: int = 0) -> loss.TargetScores:
+def _scores(
+    model: DecoderConfig, parameters: dict, batch: Batch, compute_dtype, attend: Attend, top_k: int = 0
+) -> loss.TargetScores:
     hidden = decoder.hidden_states(
-        model, parameters, batch.tokens, batch.position, batch.subtree_end, compute_dtype=compute_dtype
+        model,
+        parameters,
+        batch.tokens,
+        batch.position,
+        batch.subtree_end,
+        compute_dtype=compute_dtype,
+        attend_trees=attend,
     )
     matrix = decoder.output_matrix(model, parameters)
     return loss.score_targets(hidden, matrix, batch.source, batch.target, batch.weight, top_k=top_k)

@@ -62,7 +62,7 @@ class TextTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.program = hlo.parse(_TEXT)
-        self.runs = hlo.runs(self.program, unknown=3.0)
+        self.runs = hlo.runs(self.program, unknown=lambda name: 3.0)
 
     def test_loops_in_loops_multiply(self):
         self.assertEqual(self.runs["middle"], 3)
@@ -111,7 +111,7 @@ class CompiledTest(absltest.TestCase):
         )
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 16), (5, 16, 16))]
         program = hlo.parse(jax.jit(mapped).lower(*shapes).compile().as_text())
-        counts = hlo.runs(program, unknown=0.0)
+        counts = hlo.runs(program, unknown=lambda name: 0.0)
         found = hlo.collectives(program, counts, 8)
         self.assertEqual(sum(collective.runs for collective in found), 5)
         self.assertEqual({collective.bytes for collective in found}, {4 * 16 * 4})
@@ -129,7 +129,7 @@ class CompiledTest(absltest.TestCase):
         matrices = jax.ShapeDtypeStruct((3, 16, 16), np.float32, sharding=place)
         text = jax.jit(layers, out_shardings=rows).lower(x, matrices).compile().as_text()
         program = hlo.parse(text)
-        found = hlo.collectives(program, hlo.runs(program, unknown=0.0), 8)
+        found = hlo.collectives(program, hlo.runs(program, unknown=lambda name: 0.0), 8)
         gathered = sum(one.runs * one.bytes for one in found if one.kind == "all-gather")
         self.assertEqual(gathered, 3 * 16 * 16 * 4)
 
