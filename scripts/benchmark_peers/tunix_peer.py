@@ -120,7 +120,7 @@ def main() -> None:
     compiling: list[float] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
+        if event == "/jax/core/compile/backend_compile_duration":
             compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
