@@ -59,8 +59,8 @@ class Sizes:
     data_sets: Sequence[int] = (1000, 2000, 4000, 8000, 16000)
     """Dialogues."""
     vocabularies: Sequence[int] = (8192, 16384, 32768, 65536, 131072, 262144)
-    rows: tuple[int, int] = (4, 1024)
-    """B and T of the step whose memory is looked at."""
+    rows: tuple[int, int] = (1, 4096)
+    """B and T of the step whose memory is looked at; the loss holds the logits of a tile of targets of each row."""
     width: int = 128
     """Of the model: two layers, so that attention and the loss are most of the work."""
     repeats: int = 5
@@ -228,12 +228,13 @@ def _draw(measured: dict[str, list[Point]], sizes: Sizes) -> Figure:
         _lines(third, measured["data"], {"seconds": (report.BLUE, "seconds")})
         third.set(xlabel="dialogues", title="Preparing a data set")
         third.set_xscale("linear")
+        third.get_legend().remove()  # the axes say it, in the lines' colours
         third.set_ylabel("seconds", color=report.BLUE)
         memory = third.twinx()
         x = [point.x for point in measured["data"]]
-        for name, style in (("GB", "-"), ("GB of a worker", "--")):
+        for name, style, words in (("GB", "-", "the process"), ("GB of a worker", "--", "the largest worker")):
             values = [point.costs[name] for point in measured["data"]]
-            memory.plot(x, values, style, color=report.ORANGE, marker="o", ms=3.5, label=name)
+            memory.plot(x, values, style, color=report.ORANGE, marker="o", ms=3.5, label=words)
         memory.set_ylabel("peak memory in GB", color=report.ORANGE)
         memory.set_ylim(bottom=0)
         memory.spines["right"].set_visible(True)
@@ -245,7 +246,7 @@ def _draw(measured: dict[str, list[Point]], sizes: Sizes) -> Figure:
         }
         _lines(fourth, measured["vocabularies"], held, unit=1e9)
         b, t = sizes.rows
-        fourth.set(xlabel="vocabulary", ylabel="GB", title=f"Memory of an update of {b} rows of {t:,} tokens")
+        fourth.set(xlabel="vocabulary", ylabel="GB", title=f"Memory of an update, {b} x {t:,} tokens, each a target")
         return figure
 
 
