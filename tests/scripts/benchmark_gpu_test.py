@@ -26,6 +26,14 @@ for record in json.loads(sys.argv[1].removeprefix("--records=")):
 """
 
 
+# fmt: off
+_TRAINED = {
+    "tokens_per_second": 71234.0, "tflops": 412.0, "mfu": 0.4166, "seconds_a_step": 0.25, "peak_memory_gb": 91.26,
+    "compile_seconds": 20.0, "last_loss": 4.9,
+}
+# fmt: on
+
+
 class CaseTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
@@ -68,6 +76,14 @@ class CaseTest(parameterized.TestCase):
         lengths, starts = called.call_args.args[5], called.call_args.args[7]
         np.testing.assert_array_equal(lengths, [[3, 2, 59, -1, -1], [64, -1, -1, -1, -1]])
         np.testing.assert_array_equal(starts, [[0, 3, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])
+
+    def test_updates_are_measured_and_counted(self):
+        with running.loaded("benchmark_gpu") as suite:
+            record = suite.tiny_groups()[-1][0]
+        figures = self.case.measured(record)
+        self.assertEqual(set(figures), set(_TRAINED))
+        self.assertGreater(figures["tokens_per_second"] * figures["seconds_a_step"], 127)  # 128 if steps take the same
+        self.assertBetween(figures["last_loss"], 4, 6)  # of 128 tokens by chance: 4.85 nats
 
     def test_models_are_the_published_ones(self):
         for name, width in (("SmolLM2-135M", 576), ("Llama-3.2-1B-Instruct", 2048), ("Llama-3.1-8B-Instruct", 4096)):
@@ -126,6 +142,7 @@ class SuiteTest(absltest.TestCase):
         argv = ["benchmark_gpu.py", "--tiny", f"--results_dir={directory}"]
         self.suite.flags.FLAGS(argv)
         case = self.enterContext(running.loaded("benchmark_gpu_case"))
+        self.enterContext(mock.patch.dict(case.PARTS, train=lambda **shape: _TRAINED))  # has a test of its own
         self.suite.measure = lambda records, budget, command: [case.measured(record) for record in records]
         with contextlib.redirect_stdout(io.StringIO()):
             self.suite.main(argv[:1])
@@ -136,7 +153,7 @@ class SuiteTest(absltest.TestCase):
         )
         self.assertRegex(page, r"\| portable \| trees \| 4/2 x 16 \| 64 \| .* \| 0\.\d+ \| [\d.]+ \|")
         self.assertRegex(page, r"\| cudnn_packed .* not measured: \w+")
-        self.assertRegex(page, r"\| tiny \| 64 \| 2 \| none \| float32 \| [\d,]+ \|")
+        self.assertRegex(page, r"\| tiny \| 64 \| 2 \| none \| float32 \| 71,234 \| 412 \| 41.7 \| 91.3 \| 20.0 \|")
 
 
 if __name__ == "__main__":
