@@ -1,15 +1,19 @@
 """Measures full fine-tuning: real tokens a second, response tokens a second, peak memory, compile time.
 
     python scripts/benchmark.py --max_length=1024 --remat=dots
+    python scripts/benchmark.py --suite=gpu         # numerics, attention and steps on a GPU: scripts/benchmark_gpu.py
 
 Real means: tokens of dialogues, padding not counted. The step is the one that scripts/train.py runs, on the first
 `--dialogues` dialogues of the file, one row a micro-batch; times are medians over the steps after the first.
 """
 
 import json
+import pathlib
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
@@ -26,6 +30,7 @@ from dialog_jax.training import metrics, optimizer, sharding, step
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 
+_SUITE = flags.DEFINE_enum("suite", "step", ["step", "gpu"], "One model's step, or all that only a GPU can tell.")
 _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model directory.")
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
@@ -39,6 +44,8 @@ _OUT = flags.DEFINE_string("out", "", "A JSON file for the figures.")
 def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
+    if _SUITE.value == "gpu":
+        sys.exit(subprocess.run([sys.executable, pathlib.Path(__file__).with_name("benchmark_gpu.py")]).returncode)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = pretrained.load_config(_MODEL.value)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dialog_jax.attention import choosing, pallas_gpu
+from dialog_jax.attention import choosing, pallas_gpu, portable
 from dialog_jax.data.batches import Batch
 from dialog_jax.model import decoder, published_config
 from dialog_jax.training import metrics, optimizer, sharding, step
@@ -114,8 +114,23 @@ def train(
     parameters = jax.jit(draw, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
     state, shardings = step.initial_state(mesh, parameters, transform)
     del parameters
+    choice = choosing.choose(
+        mesh,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        length=length,
+        dtype=compute_dtype,
+        branching=False,
+    )
     train_step = step.make_train_step(
-        config, transform, mesh, shardings, compute_dtype=jnp.dtype(compute_dtype), remat=remat
+        config,
+        transform,
+        mesh,
+        shardings,
+        compute_dtype=jnp.dtype(compute_dtype),
+        remat=remat,
+        attend=choice.attend,
     )
     rng = np.random.default_rng(0)
     batches = [drawn_batch(rng, config, rows, length) for _ in range(steps + 2)]
@@ -135,6 +150,7 @@ def train(
             tokens.append(float(values.tokens) / times[-1])
     peak, stats = metrics.peak_flops(jax.devices()[0]), jax.devices()[0].memory_stats() or {}
     return {
+        "attention": choice.name,
         "tokens_per_second": statistics.median(tokens),
         "tflops": statistics.median(useful) / 1e12,
         "mfu": None if peak is None else statistics.median(useful) / peak,
@@ -168,12 +184,13 @@ def path_named(name: str) -> choosing.Attend:
         blocks = pallas_gpu.Blocks(32, 32, 4, 1)
         tiling = pallas_gpu.Tiling(blocks, blocks, blocks)
         return functools.partial(pallas_gpu.attend, blocks=tiling, interpret=True)
-    return {
+    ways: dict[str, choosing.Attend] = {
         "pallas_gpu": pallas_gpu.attend,
-        "portable": choosing.portable,
+        "portable": portable.attend,
         "cudnn_causal": cudnn_causal,
         "cudnn_packed": cudnn_packed,
-    }[name]
+    }
+    return ways[name]
 
 
 def cudnn_causal(q, k, v, subtree_end):

@@ -1,8 +1,18 @@
-"""Attention over packed trees that reads only the blocks in which some key is visible, on any device.
+"""Attention of a row that is a forest of dialogues: only blocks in which some key is visible are read. Any device.
 
-Queries and keys go in blocks; a loop whose length is known when the row is there visits the pairs of blocks that the
-mask leaves, forward and backward. Of a row of short dialogues those are the blocks near the diagonal, so the cost of a
-token grows with its dialogue and not with the row. Nothing of size [T, T] is made. See `model.attention` for the mask.
+In: queries, keys and values of a row, and one int32 per token, `subtree_end`, that says which later tokens see it.
+Out: what each query reads. Knows nothing of roles, turns or where a dialogue starts: the ancestor mask says it all.
+
+    key j is visible to query i   iff   j <= i < subtree_end[j]
+
+A row of two dialogues, the first of which branches after its first two tokens (0 1 -> 2 3 and 0 1 -> 4):
+
+    token        0  1  2  3  4 | 5  6          query 3 sees 0 1 2 3
+    subtree_end  5  5  4  4  5 | 7  7          query 4 sees 0 1 4
+                                               query 6 sees 5 6
+
+Queries and keys go in blocks. A loop visits the pairs of blocks that the mask leaves, as many as this row has, forward
+and backward: the cost of a token grows with its dialogue and not with the row. Nothing of size [T, T] is made.
 """
 
 import functools
@@ -19,9 +29,9 @@ _HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no diffe
 
 
 class _Pairs(NamedTuple):
-    """The pairs of blocks to visit: the first `count` of each list; of a query's block, its own comes first."""
+    """The pairs of blocks to visit: the first `number` of each list; of a query's block, its own comes first."""
 
-    count: Array
+    number: Array
     query: Array
     key: Array
 
@@ -82,7 +92,7 @@ def _forward(q, k, v, subtree_end, block):
     column = (*queries.shape[:-1], 1)
     empty = jnp.full(column, _HIDDEN), jnp.zeros(column), jnp.zeros(queries.shape)
     with jax.named_scope(PAIRS):
-        peak, total, read = jax.lax.fori_loop(0, pairs.count, visit, empty)
+        peak, total, read = jax.lax.fori_loop(0, pairs.number, visit, empty)
     read = checkpoint_name(_row(read / total, group).astype(q.dtype), "read")
     normalizer = checkpoint_name(peak + jnp.log(total), "read")  # [n, B, K, G * block, 1]
     return read, (q, k, v, subtree_end, read, normalizer)
@@ -117,7 +127,7 @@ def _backward(block, kept, gradient):
 
     zeros = tuple(jnp.zeros(x.shape) for x in (queries, keys, values))
     with jax.named_scope(PAIRS):
-        to_query, to_key, to_value = jax.lax.fori_loop(0, pairs.count, visit, zeros)
+        to_query, to_key, to_value = jax.lax.fori_loop(0, pairs.number, visit, zeros)
     return (
         _scaled(_row(to_query, group)).astype(q.dtype),
         _row(to_key, 1).astype(k.dtype),

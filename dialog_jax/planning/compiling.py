@@ -80,7 +80,13 @@ class StepPlan(NamedTuple):
 
 
 def compile_step(
-    config: TrainConfig, model: DecoderConfig, mesh: Mesh, *, compute_dtype: jax.typing.DTypeLike, targets: int, pairs: int
+    config: TrainConfig,
+    model: DecoderConfig,
+    mesh: Mesh,
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+    targets: int,
+    pairs: int,
 ) -> StepPlan:
     """Returns what one update of the run is to a device of `mesh`.
 
@@ -142,7 +148,7 @@ def _block_pairs(length: int, pairs: int) -> float:
     """About how many pairs of blocks attention visits in a row: as in one dialogue with as many pairs of tokens."""
     block = min(portable.BLOCK, length)
     blocks = -(-length // block)
-    return min(max(pairs / block**2 + blocks / 2, blocks), blocks * (blocks + 1) / 2)
+    return min(max(pairs / block**2 + blocks / 2, 1.0 * blocks), blocks * (blocks + 1) / 2)
 
 
 def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

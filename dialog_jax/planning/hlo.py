@@ -152,6 +152,8 @@ def collectives(program: Program, counts: Mapping[str, float], devices: int) -> 
             if kind not in COLLECTIVES or not counts[name]:
                 continue
             group = _group(instruction, devices)
+            if len(group) == 1:  # nobody to exchange with: XLA removes these later
+                continue
             size = sum(array.bytes for array in instruction.arrays)
             if kind == "reduce-scatter":
                 size *= len(group)
@@ -183,7 +185,7 @@ def stored(program: Program) -> list[Stored]:
     found = []
     for body in program.computations.values():
         for instruction in body.values():
-            if instruction.operation == "while" and _turns(program, instruction, 0.0):
+            if instruction.operation == "while" and _turns(program, instruction, lambda name: 0.0):
                 for filled in called(program, instruction).values():
                     if filled.operation == "dynamic-update-slice":
                         found.append(Stored(filled.arrays[0], filled.operation_name))

@@ -197,7 +197,7 @@ def _prepared(
 
 
 def _attention(config: TrainConfig, mesh: Mesh, given: Inputs, dtype: np.dtype) -> Choice:
-    return choosing.choose(
+    choice = choosing.choose(
         mesh,
         heads=given.model.heads,
         kv_heads=given.model.kv_heads,
@@ -206,6 +206,8 @@ def _attention(config: TrainConfig, mesh: Mesh, given: Inputs, dtype: np.dtype) 
         dtype=dtype,
         branching=config.data.share_prefixes or given.train.branching or given.held_out.branching,
     )
+    hosts.check_same("attention", {"name": choice.name})
+    return choice
 
 
 def _planned(

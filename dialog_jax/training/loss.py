@@ -197,9 +197,9 @@ def _forward_with_gradient(config, hidden, matrix, targets):
 
 def _backward(config, gradients, cotangents):
     del config
-    hidden_gradient, matrix_gradient = gradients
     scale = cotangents[0].astype(jnp.float32)
-    return (hidden_gradient * scale).astype(hidden_gradient.dtype), matrix_gradient * scale, None
+    hidden_gradient, matrix_gradient = ((x * scale).astype(x.dtype) for x in gradients)
+    return hidden_gradient, matrix_gradient, None
 
 
 _weighted_loss.defvjp(_forward_with_gradient, _backward)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.attention import choosing, pallas_gpu
+from dialog_jax.attention import choosing, pallas_gpu, portable
 from dialog_jax.attention.pallas_gpu import Blocks, Tiling
 from dialog_jax.training import sharding
 from dialog_jax.training.sharding import MeshConfig
@@ -44,14 +44,14 @@ class ChooseTest(parameterized.TestCase):
 
     @parameterized.parameters(True, False)
     def test_first_candidate_that_is_right_is_taken(self, branching):
-        choice = _chosen(("right", _interpreted), ("second", choosing.portable), branching=branching)
+        choice = _chosen(("right", _interpreted), ("second", portable.attend), branching=branching)
         self.assertEqual(choice.name, "right")
         self.assertIs(choice.attend, _interpreted)
         self.assertRegex(choice.reason, r"^equal to float64 on cpu to \d\.\de-0[67]$")
 
     def test_causal_attention_over_the_whole_row_is_passed_over(self):
         def blind(q, k, v, subtree_end):
-            return choosing.portable(q, k, v, jnp.full_like(subtree_end, q.shape[1]))
+            return portable.attend(q, k, v, jnp.full_like(subtree_end, q.shape[1]))
 
         choice = _chosen(("blind", blind), ("right", _interpreted))
         self.assertEqual(choice.name, "right")
@@ -60,7 +60,7 @@ class ChooseTest(parameterized.TestCase):
     def test_attention_that_takes_trees_for_paths_is_passed_over_for_trees_only(self):
         def paths(q, k, v, subtree_end):  # all that stands in between belongs to the token's own path
             ends = jax.lax.cummax(subtree_end, axis=1)
-            return choosing.portable(q, k, v, ends)
+            return portable.attend(q, k, v, ends)
 
         self.assertEqual(_chosen(("paths", paths), branching=False).name, "paths")
         self.assertEqual(_chosen(("paths", paths), branching=True).name, "portable")
@@ -69,8 +69,8 @@ class ChooseTest(parameterized.TestCase):
     def test_right_value_with_wrong_gradient_or_nan_is_passed_over(self, kind):
         def wrong(q, k, v, subtree_end):
             if kind == "nan":
-                return choosing.portable(q, k, v, subtree_end).at[0, 3].set(jnp.nan)
-            return choosing.portable(q, jax.lax.stop_gradient(k), v, subtree_end)
+                return portable.attend(q, k, v, subtree_end).at[0, 3].set(jnp.nan)
+            return portable.attend(q, jax.lax.stop_gradient(k), v, subtree_end)
 
         choice = _chosen(("wrong", wrong))
         self.assertEqual(choice.name, "portable")
@@ -79,10 +79,10 @@ class ChooseTest(parameterized.TestCase):
     def test_products_in_bfloat16_are_passed_over_for_float32(self):
         def coarse(q, k, v, subtree_end):
             q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-            return choosing.portable(q, k, v, subtree_end).astype(jnp.float32)
+            return portable.attend(q, k, v, subtree_end).astype(jnp.float32)
 
         self.assertEqual(_chosen(("coarse", coarse)).name, "portable")
-        self.assertEqual(_chosen(("coarse", choosing.portable), dtype=jnp.bfloat16).name, "coarse")
+        self.assertEqual(_chosen(("coarse", portable.attend), dtype=jnp.bfloat16).name, "coarse")
 
     @parameterized.parameters(
         jax.errors.JaxRuntimeError("INTERNAL: no\nsecond line"), NotImplementedError("no"), ImportError("no")
@@ -132,7 +132,7 @@ class ShardedTest(parameterized.TestCase):
         name=("portable", "pallas"),
     )
     def test_value_and_gradients_equal_those_of_one_device(self, mesh, name):
-        attend = {"portable": choosing.portable, "pallas": _interpreted}[name]
+        attend = {"portable": portable.attend, "pallas": _interpreted}[name]
         rng = np.random.default_rng(0)
         rows = [row for _ in range(4) for row in oracle.rows_of(rng, 64, branching=True, padding=10)]
         given = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=16)

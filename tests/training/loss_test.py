@@ -301,6 +301,15 @@ class WeightedNllTest(parameterized.TestCase):
         self.assertEqual(value.dtype, jnp.float32)
         np.testing.assert_allclose(value, expected, rtol=1e-2)
 
+    def test_bfloat16_matrix_has_a_bfloat16_gradient(self):
+        hidden, matrix, *rest = (jnp.asarray(array) for array in problem(4))
+        gradient = jax.grad(loss.weighted_nll, argnums=1)
+        needed = gradient(hidden, matrix, *rest)
+        got = gradient(hidden, matrix.astype(jnp.bfloat16), *rest)
+        self.assertEqual(got.dtype, jnp.bfloat16)
+        apart = jnp.linalg.norm(got.astype(jnp.float32) - needed) / jnp.linalg.norm(needed)
+        self.assertLess(float(apart), 2e-2)
+
     def test_logits_of_all_positions_are_never_made(self):
         """The largest array holds a tile of logits, not [B, T, V]."""
         length, vocabulary = 2048, 4096
