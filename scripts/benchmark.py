@@ -4,7 +4,7 @@
     python scripts/benchmark.py --suite=gpu         # numerics, attention and steps on a GPU: scripts/benchmark_gpu.py
 
 Real means: tokens of dialogues, padding not counted. The step is the one that scripts/train.py runs, on the first
-`--dialogues` dialogues of the file, one row a micro-batch; times are medians over the steps after the first.
+`--dialogues` dialogues of the file; times are medians over the steps after the first.
 """
 
 import json
@@ -35,7 +35,8 @@ _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model dir
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
-_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 8, "Micro-batches of one row a step.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 1, "Rows of a micro-batch.", lower_bound=1)
+_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 8, "Micro-batches of a step.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 8, "Measured steps, after one that is not.", lower_bound=1)
 _REMAT = flags.DEFINE_string("remat", "dots", "none, attention, dots or full.")
 _OUT = flags.DEFINE_string("out", "", "A JSON file for the figures.")
@@ -58,7 +59,7 @@ def main(argv):
         trees,
         max_length=_MAX_LENGTH.value,
         max_targets=_MAX_LENGTH.value,
-        rows=1,
+        rows=_ROWS.value,
         micro_batches=_ACCUMULATION.value,
         seed=0,
     )
@@ -75,6 +76,7 @@ def main(argv):
         "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "jax": jax.__version__,
         "max_length": _MAX_LENGTH.value,
+        "rows": _ROWS.value,
         "gradient_accumulation": _ACCUMULATION.value,
         "remat": _REMAT.value,
         "dtype": jnp.dtype(dtype).name,

@@ -20,8 +20,8 @@ _FLOW = {
     "attention": ("cached", "portable", "pallas_gpu", "splash", "choosing"),
     "model": ("rotary", "decoder", "pretrained", "adapters"),
     "training": (
-        "chips", "loss", "optimizer", "sharding", "step", "hosts", "interruption", "checkpoints", "metrics", "inputs",
-        "run_directory", "compilation_cache", "progress", "steps", "loop",
+        "chips", "loss", "optimizer", "sharding", "sharded_loss", "step", "hosts", "interruption", "checkpoints",
+        "metrics", "inputs", "run_directory", "compilation_cache", "progress", "steps", "loop",
     ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
 }

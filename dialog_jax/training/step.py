@@ -22,7 +22,7 @@ from dialog_jax.attention.choosing import Attend
 from dialog_jax.data.batches import Batch
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import loss, sharding
+from dialog_jax.training import loss, sharded_loss, sharding
 
 
 class TrainState(NamedTuple):
@@ -142,8 +142,8 @@ def make_train_step(
         teacher = None
         if batch.teacher_token is not None and batch.teacher_log_probability is not None:
             teacher = loss.Teacher(batch.teacher_token, batch.teacher_log_probability)
-        value, nll = loss.weighted_loss(
-            hidden, matrix, batch.source, batch.target, batch.weight, teacher=teacher, config=loss_config
+        value, nll = sharded_loss.weighted_loss(
+            mesh, hidden, matrix, batch.source, batch.target, batch.weight, teacher, loss_config
         )
         return value / total_weight, nll / total_weight
 
@@ -215,10 +215,11 @@ def make_evaluation_step(
       attend: how to attend over the mesh, as `attention.choosing` says; None for the portable way.
     """
     attend = attend or choosing.sharded(portable.attend, mesh)
+    score = functools.partial(sharded_loss.score_targets, mesh)
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
-        scores = _scores(model, parameters, batch, compute_dtype, attend)
+        scores = _scores(model, parameters, batch, compute_dtype, attend, score)
         bins = jnp.clip(batch.turn, -1, turns) + 1
         valid = batch.weight > 0
 
@@ -248,11 +249,17 @@ def make_score_step(
     Args:
       top_k: how many of the likeliest tokens to return for each target; 0 for none.
     """
-    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, portable.attend, top_k))
+    score = functools.partial(loss.score_targets, top_k=top_k)
+    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, portable.attend, score))
 
 
 def _scores(
-    model: DecoderConfig, parameters: dict, batch: Batch, compute_dtype, attend: Attend, top_k: int = 0
+    model: DecoderConfig,
+    parameters: dict,
+    batch: Batch,
+    compute_dtype: jax.typing.DTypeLike,
+    attend: Attend,
+    score: Callable[..., loss.TargetScores],
 ) -> loss.TargetScores:
     hidden = decoder.hidden_states(
         model,
@@ -264,4 +271,4 @@ def _scores(
         attend_trees=attend,
     )
     matrix = decoder.output_matrix(model, parameters)
-    return loss.score_targets(hidden, matrix, batch.source, batch.target, batch.weight, top_k=top_k)
+    return score(hidden, matrix, batch.source, batch.target, batch.weight)
