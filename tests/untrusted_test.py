@@ -56,7 +56,10 @@ class SourceTest(parameterized.TestCase):
     def test_no_module_reads_a_file_as_code(self):
         self.assertGreater(len(_SOURCES), 50)
         for file in _SOURCES:
-            self.assertEqual(offences(file.read_text(encoding="utf-8")), [], file)
+            found = offences(file.read_text(encoding="utf-8"))
+            if file.parent.name == "benchmark_peers":  # others' programs, in environments of their own
+                found = [one for one in found if one[1] != "torch"]
+            self.assertEqual(found, [], file)
 
     @parameterized.parameters(
         "import pickle",

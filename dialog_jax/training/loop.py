@@ -88,6 +88,8 @@ def run(
         _refuse(directory, "another content", changed, allow_changes)
         for change in changes:
             console.print(f"changed: {change}")
+        choice = _attention(config, mesh, given, dtype)
+        console.print(f"attention: {choice.name} ({choice.reason})")
         # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
         loaded = hosts.together(lambda: None if (directory / "checkpoints").exists() else _load(given, mesh))
         if not changes:
@@ -104,8 +106,6 @@ def run(
             del loaded  # donated to the state
             if changes:  # what is there goes with them
                 hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
-            choice = _attention(config, mesh, given, dtype)
-            console.print(f"attention: {choice.name} ({choice.reason})")
             this = _prepared(config, mesh, given, plan, steps, dtype, choice, transform, shardings, losses, listener)
             startup.done("preparing")
             steps_lib.train(this, directory, state, manager, console, startup)

@@ -34,7 +34,7 @@ def write(out: pathlib.Path, *, model: str, data: str, dialogues: int, max_lengt
         lines = [line for _, line in zip(range(dialogues), file, strict=False)]
     if len(lines) < dialogues:
         raise ValueError(f"{data} has {len(lines)} dialogues, {dialogues} are needed; lower --dialogues.")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     tokens = [labelled(json.loads(line)["messages"], tokenizer) for line in lines]
     compared = [number for number, one in enumerate(tokens) if len(one["input_ids"]) <= max_length][:COMPARED]
     out.mkdir(parents=True, exist_ok=True)

@@ -91,14 +91,14 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         use_cpu=not torch.cuda.is_available(),
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.float32, attn_implementation=options.attention
+        options.model, dtype=torch.float32, attn_implementation=options.attention, trust_remote_code=False
     )
     trainer = _Counted(
         model=model,
         args=config,
         train_dataset=read_tokens(pathlib.Path(options.inputs) / "tokens.jsonl"),
         eval_dataset=read_tokens(pathlib.Path(options.inputs) / "compared_tokens.jsonl"),
-        processing_class=transformers.AutoTokenizer.from_pretrained(options.model),
+        processing_class=transformers.AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
     )
     trainer.head = options.head
     trainer.watch()

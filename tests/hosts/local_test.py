@@ -50,7 +50,7 @@ class LaunchTest(parameterized.TestCase):
     def test_signals_are_passed_on_to_all(self, number, wanted):
         code = (
             "import os, signal, sys, time\n"
-            f"signal.signal({int(number)}, lambda *_: (print('heard', flush=True), sys.exit({wanted})))\n"
+            f"signal.signal({int(number)}, lambda *_: (os.write(1, b'heard\\n'), sys.exit({wanted})))\n"
             "print('ready', flush=True)\n"
             "time.sleep(60)\n"
         )

@@ -147,7 +147,7 @@ class SummaryTest(absltest.TestCase):
     def test_table_has_the_fastest_first_and_names_what_is_missing(self):
         lines = summary.table(self.found, self.labels, {"Other": "no network"}).splitlines()
         self.assertEqual(
-            lines[2], "| dialog_jax | 170.0 | 150.0 to 250.0 | 42.5 | 2.4 | 3.20 | 30.0 | 3.0000 | 2.5000 |"
+            lines[2], f"| {self.labels['ours']} | 170.0 | 150.0 to 250.0 | 42.5 | 2.4 | 3.20 | 30.0 | 3.0000 | 2.5000 |"
         )
         self.assertTrue(lines[3].startswith("| TRL, packed (bfd), malloc tuned | 100.0 | 90.0 to 110.0 |"))
         self.assertEqual(lines[-2:], ["* google-tunix, padded: not done after 9 s", "* Other: no network"])
