@@ -17,7 +17,7 @@ _FLOW = {
         "workers", "storage", "packing", "mixing", "streams", "dealing", "batches",
     ),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
-    "attention": ("cached", "portable", "pallas_gpu", "splash", "choosing"),
+    "attention": ("cached", "padding", "portable", "pallas_gpu", "splash", "choosing"),
     "model": ("rotary", "decoder", "pretrained", "adapters"),
     "training": (
         "chips", "loss", "optimizer", "sharding", "sharded_loss", "step", "hosts", "interruption", "checkpoints",

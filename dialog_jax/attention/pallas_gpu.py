@@ -31,6 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from dialog_jax.attention import padding
+
 HEAD_DIMS = (64, 128)
 
 _LOWEST = -1e30  # below any score, and finite, so that a query that sees nothing of a block gives no NaN
@@ -90,12 +92,8 @@ def attend(
     """
     length = q.shape[1]
     blocks = tiling(q.shape[-1], q.dtype) if blocks is None else blocks
-    missing = -length % max(max(part.queries, part.keys) for part in blocks)
-    if missing:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
-        alone = jnp.arange(length + 1, length + missing + 1, dtype=jnp.int32)
-        alone = jnp.broadcast_to(alone, (q.shape[0], missing))
-        subtree_end = jnp.concatenate([subtree_end, alone], axis=1)
+    largest = max(max(part.queries, part.keys) for part in blocks)  # all are powers of 2
+    q, k, v, subtree_end = padding.to_multiple(largest, q, k, v, subtree_end)
     return _attend(q, k, v, subtree_end, blocks, interpret)[:, :length]
 
 

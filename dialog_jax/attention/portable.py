@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dialog_jax.attention import padding
+
 BLOCK = 256
 PAIRS = "block_pairs"  # the loop over pairs, as it is called in compiled programs
 _HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no difference of scores is NaN
@@ -58,11 +60,7 @@ def attend(
     """
     length = q.shape[1]
     block = min(block, length)
-    missing = -length % block
-    if missing:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
-        alone = jnp.broadcast_to(jnp.arange(length, length + missing) + 1, (q.shape[0], missing))
-        subtree_end = jnp.concatenate([subtree_end, alone.astype(subtree_end.dtype)], axis=1)
+    q, k, v, subtree_end = padding.to_multiple(block, q, k, v, subtree_end)
     return _attend(q, k, v, subtree_end, block)[:, :length]
 
 

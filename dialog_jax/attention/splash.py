@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
+from dialog_jax.attention import padding
+
 LARGEST_BLOCK = 512
 _SMALLEST_BLOCK = 128
 
@@ -38,13 +40,8 @@ def attend(
     """
     length, heads, head_dim = q.shape[1:]
     block = largest_block if length >= largest_block else _SMALLEST_BLOCK
-    missing = -length % block
-    if missing:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
-        alone = jnp.arange(length + 1, length + missing + 1, dtype=jnp.int32)
-        alone = jnp.broadcast_to(alone, (q.shape[0], missing))
-        subtree_end = jnp.concatenate([subtree_end, alone], axis=1)
-    kernel = _kernel(length + missing, heads, block, interpret)
+    q, k, v, subtree_end = padding.to_multiple(block, q, k, v, subtree_end)
+    kernel = _kernel(q.shape[1], heads, block, interpret)
 
     def of_row(q, k, v, subtree_end):  # [N, T, H], [K, T, H], [K, T, H], [T]
         segments = splash_attention.SegmentIds(q=subtree_end, kv=subtree_end)
