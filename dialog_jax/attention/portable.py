@@ -115,19 +115,20 @@ def _backward(block, kept, gradient):
         weight = jnp.exp(score - normalizer[i].swapaxes(-1, -2))
         to_weight = _product(value, wanted.swapaxes(-1, -2))
         to_score = (weight * (to_weight - mean[i].swapaxes(-1, -2))).astype(q.dtype)
-        # Said to be one array: XLA:CPU would form it a second time, column by column, as it transposes it.
+        # Said to be one array: XLA:CPU would otherwise form it once for each product.
         to_score = jax.lax.optimization_barrier(to_score)
         return (
-            to_query.at[i].add(_product(to_score.swapaxes(-1, -2), key)),
+            to_query.at[i].add(_product(key.swapaxes(-1, -2), to_score)),
             to_key.at[j].add(_product(to_score, query)),
             to_value.at[j].add(_product(weight.astype(v.dtype), wanted)),
         )
 
-    zeros = tuple(jnp.zeros(x.shape) for x in (queries, keys, values))
+    # Queries' gradients are added up transposed: the product then reads the scores as they lie.
+    zeros = tuple(jnp.zeros(x.shape) for x in (queries.swapaxes(-1, -2), keys, values))
     with jax.named_scope(PAIRS):
         to_query, to_key, to_value = jax.lax.fori_loop(0, pairs.number, visit, zeros)
     return (
-        _scaled(_row(to_query, group)).astype(q.dtype),
+        _scaled(_row(to_query.swapaxes(-1, -2), group)).astype(q.dtype),
         _row(to_key, 1).astype(k.dtype),
         _row(to_value, 1).astype(v.dtype),
         None,

@@ -181,7 +181,9 @@ def _forward_with_gradient(config, hidden, matrix, targets):
         value, error = _loss_and_error(config, logits, log_normalizer, nll, part)
         error = (error * part.weight[..., None]).astype(hidden.dtype)  # [B, C, V]
         h_gradient = jnp.einsum("bcv,vd->bcd", error, matrix.astype(hidden.dtype))
-        matrix_gradient += jnp.einsum("bcv,bcd->vd", error, h, preferred_element_type=jnp.float32)
+        # As one matrix of all targets: of a batch of them XLA:CPU writes a transposed copy.
+        flat_error, flat_h = (array.reshape(-1, array.shape[-1]) for array in (error, h))
+        matrix_gradient += jnp.einsum("cv,cd->vd", flat_error, flat_h, preferred_element_type=jnp.float32)
         gathered_gradient = jax.lax.dynamic_update_slice(gathered_gradient, h_gradient, (0, start, 0))
         return _add(sums, part.weight, value, nll), gathered_gradient, matrix_gradient
 

@@ -31,8 +31,8 @@ class Settings:
     inputs: pathlib.Path
     """What `shared_inputs.write` wrote."""
     max_length: int
-    accumulation: int
-    """Micro-batches of a step, of one row of `max_length` each."""
+    rows: int
+    """Rows of `max_length` a step. We take them at once; a peer in micro-batches, as its arguments say."""
     warmup: int
     """Steps of a round that are not measured."""
     steps: int
@@ -76,7 +76,7 @@ CONTESTANTS = {
         label="TRL, padded, grouped by length, malloc tuned",
         environment="trl",
         script="trl_peer.py",
-        arguments=("--batching=padded",),
+        arguments=("--batching=padded", "--batch=2"),
         variables=MALLOC,
     ),
     "tunix": Contestant(label="google-tunix, padded", environment="tunix", script="tunix_peer.py"),
@@ -103,7 +103,8 @@ def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Pa
             f"--model={settings.model}",
             f"--data={settings.inputs / 'dialogues.jsonl'}",
             f"--max_length={settings.max_length}",
-            f"--gradient_accumulation={settings.accumulation}",
+            f"--rows={settings.rows}",
+            "--gradient_accumulation=1",
             f"--steps={settings.steps}",
             f"--out={out}",
         ]
@@ -114,7 +115,7 @@ def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Pa
         f"--model={settings.model}",
         f"--inputs={settings.inputs}",
         f"--max_length={settings.max_length}",
-        f"--accumulation={settings.accumulation}",
+        f"--rows={settings.rows}",
         f"--warmup={settings.warmup}",
         f"--steps={settings.steps}",
         f"--out={out}",

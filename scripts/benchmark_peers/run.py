@@ -34,7 +34,7 @@ _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model dir
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues: lines of JSON with messages.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
-_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 2, "Micro-batches of one row a step.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 2, "Rows of a step.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "How often each contestant runs.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 4, "Measured steps of a round, after one that is not.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1200, "After which a contestant's round is ended, and counts as failed.")
@@ -60,7 +60,7 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
         model=pathlib.Path(_MODEL.value).absolute(),
         inputs=out.absolute() / "inputs",
         max_length=_MAX_LENGTH.value,
-        accumulation=_ACCUMULATION.value,
+        rows=_ROWS.value,
         warmup=1,
         steps=_STEPS.value,
     )
@@ -101,7 +101,7 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
 
 
 def _shown_flags() -> list[str]:
-    chosen = (_MAX_LENGTH, _DIALOGUES, _ACCUMULATION, _ROUNDS, _STEPS)
+    chosen = (_MAX_LENGTH, _DIALOGUES, _ROWS, _ROUNDS, _STEPS)
     return [f"--{flag.name}={flag.value}" for flag in chosen]
 
 

@@ -68,9 +68,9 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         max_length=options.max_length,
         packing=packed,
         packing_strategy="bfd",
-        per_device_train_batch_size=1 if packed else options.batch,
-        per_device_eval_batch_size=1 if packed else options.batch,
-        gradient_accumulation_steps=options.accumulation if packed else max(1, options.accumulation // options.batch),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=max(1, options.rows // options.batch),
         train_sampling_strategy="random" if packed else "group_by_length",
         max_steps=steps,
         learning_rate=2e-5,
@@ -126,9 +126,9 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--batch", type=int, default=2, help="Dialogues of a padded micro-batch.")
+    parser.add_argument("--batch", type=int, default=1, help="Rows, or dialogues, of a micro-batch.")
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2, help="Of a step.")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compare", action="store_true", help="Also the loss of the dialogues to compare.")

@@ -102,8 +102,8 @@ def compared_loss(trainer: peft_trainer.PeftTrainer, rows: list[peft_trainer.Tra
     return {"compared_loss": total / sum(counts), "compared_targets": sum(counts)}
 
 
-def in_steps(numbers: list[int], accumulation: int) -> list[int]:
-    return [sum(numbers[start : start + accumulation]) for start in range(0, len(numbers), accumulation)]
+def in_steps(numbers: list[int], rows: int) -> list[int]:
+    return [sum(numbers[start : start + rows]) for start in range(0, len(numbers), rows)]
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2, help="Of a step, one a micro-batch.")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compare", action="store_true", help="Also the loss of the dialogues to compare.")
@@ -133,7 +133,7 @@ def main() -> None:
         peft_trainer.TrainingConfig(
             eval_every_n_steps=1_000_000,
             max_steps=steps,
-            gradient_accumulation_steps=options.accumulation,
+            gradient_accumulation_steps=options.rows,
         ),
     ).with_gen_model_input_fn(model_input)
     compared = {}
@@ -142,13 +142,13 @@ def main() -> None:
     rows = read_rows(inputs / "tokens.jsonl", options.max_length)
     order = np.random.default_rng(0).permutation(len(rows))
     read: Iterator[peft_trainer.TrainingInput] = (rows[number] for number in itertools.cycle(order))
-    used = list(itertools.islice(read, steps * options.accumulation))
+    used = list(itertools.islice(read, steps * options.rows))
     clock = _Clock()
     trainer.with_training_hooks(clock)
     compiling.clear()
     trainer.train(used)
-    real = in_steps([int((row.input_tokens != 0).sum()) for row in used], options.accumulation)
-    response = in_steps([int(row.input_mask[:, 1:].sum()) for row in used], options.accumulation)
+    real = in_steps([int((row.input_tokens != 0).sum()) for row in used], options.rows)
+    response = in_steps([int(row.input_mask[:, 1:].sum()) for row in used], options.rows)
     ends = clock.ends
     pathlib.Path(options.out).write_text(
         json.dumps(

@@ -108,9 +108,7 @@ class FiguresTest(absltest.TestCase):
 
     def test_a_contestant_that_ends_badly_has_failed(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        settings = contestants.Settings(
-            model=directory, inputs=directory, max_length=8, accumulation=1, warmup=1, steps=1
-        )
+        settings = contestants.Settings(model=directory, inputs=directory, max_length=8, rows=1, warmup=1, steps=1)
         found = contestants.measure(
             "tunix", settings, pathlib.Path("/bin/false"), directory / "a.json", compare=True, seconds=20
         )
