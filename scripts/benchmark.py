@@ -4,7 +4,8 @@
     python scripts/benchmark.py --suite=gpu         # numerics, attention and steps on a GPU: scripts/benchmark_gpu.py
 
 Real means: tokens of dialogues, padding not counted. The step is the one that scripts/train.py runs, on the first
-`--dialogues` dialogues of the file; times are medians over the steps after the first.
+`--dialogues` dialogues of the file; times are medians over the steps after the first. With --profile=FILE.md also
+where the time goes, see scripts/benchmark_profile.py.
 """
 
 import json
@@ -14,8 +15,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from typing import Any
 
+import benchmark_profile
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
@@ -26,6 +30,7 @@ from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.tokenizers import load_tokenizer
 from dialog_jax.model import pretrained
+from dialog_jax.planning import hlo
 from dialog_jax.training import metrics, optimizer, sharding, step
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
@@ -40,6 +45,7 @@ _ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 8, "Micro-batches 
 _STEPS = flags.DEFINE_integer("steps", 8, "Measured steps, after one that is not.", lower_bound=1)
 _REMAT = flags.DEFINE_string("remat", "dots", "none, attention, dots or full.")
 _OUT = flags.DEFINE_string("out", "", "A JSON file for the figures.")
+_PROFILE = flags.DEFINE_string("profile", "", "A Markdown file for where the time of one more step goes.")
 
 
 def main(argv):
@@ -47,9 +53,50 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     if _SUITE.value == "gpu":
         sys.exit(subprocess.run([sys.executable, pathlib.Path(__file__).with_name("benchmark_gpu.py")]).returncode)
+    model = pretrained.load_config(_MODEL.value)
+    plan, figures = _prepared()
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = pretrained.load_config(_MODEL.value)
+    compiled, state = _compiled(model, mesh, plan.batch(0), dtype, figures)
+    seconds, counts, useful = [], [], []
+    for number, batch in enumerate(plan.batches(0, _STEPS.value + 1)):
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        started = time.perf_counter()
+        state, measured = compiled(state, placed)
+        values = jax.device_get(measured)
+        elapsed = time.perf_counter() - started
+        print(f"step {number}: loss {values.loss:.4f}, {elapsed:.2f} s, {values.tokens / elapsed:.1f} real tokens/s")
+        if number == 0:
+            figures["first_loss"] = round(float(values.loss), 5)
+            continue
+        seconds.append(elapsed)
+        counts.append((int(values.tokens), int(values.response_tokens)))
+        useful.append(metrics.useful_flops(model, batch) / elapsed)
+    figures |= _speeds(seconds, counts, useful)
+    for name, value in figures.items():
+        print(f"{name:28} {value}")
+    if _OUT.value:
+        pathlib.Path(_OUT.value).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if _PROFILE.value:
+        batch = plan.batch(_STEPS.value + 1)
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        with tempfile.TemporaryDirectory() as directory:
+            with jax.profiler.trace(directory):
+                jax.block_until_ready(compiled(state, placed))
+            events = benchmark_profile.read(pathlib.Path(directory))
+        told = benchmark_profile.text(
+            program=hlo.parse(compiled.as_text()),
+            events=events,
+            seconds=statistics.median(seconds),
+            speed=benchmark_profile.product_speed(model, _ROWS.value * _MAX_LENGTH.value),
+            tokens=statistics.median(real for real, _ in counts),
+            figures={"command": " ".join(["python", "scripts/benchmark.py", *_shown_flags()]), **figures},
+        )
+        pathlib.Path(_PROFILE.value).write_text(told, encoding="utf-8")
+
+
+def _prepared() -> tuple[batches.Plan, dict[str, Any]]:
+    """(the rows of all steps, figures so far)."""
     renderer = Renderer(load_tokenizer(_MODEL.value))
     dialogues = [dialogue for _, dialogue in zip(range(_DIALOGUES.value), read_dialogues(_DATA.value), strict=False)]
     started = time.perf_counter()
@@ -63,15 +110,6 @@ def main(argv):
         micro_batches=_ACCUMULATION.value,
         seed=0,
     )
-    transform = optimizer.make_optimizer(OptimizerConfig(), _STEPS.value + 1)
-    parameters = pretrained.load_parameters(
-        _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
-    )
-    state, shardings = step.initial_state(mesh, parameters, transform)
-    del parameters
-    train_step = step.make_train_step(model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value)
-    started = time.perf_counter()
-    compiled = train_step.lower(state, plan.batch(0)).compile()
     figures = {
         "machine": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "jax": jax.__version__,
@@ -79,46 +117,50 @@ def main(argv):
         "rows": _ROWS.value,
         "gradient_accumulation": _ACCUMULATION.value,
         "remat": _REMAT.value,
-        "dtype": jnp.dtype(dtype).name,
         "prepare_seconds": round(prepared, 2),
-        "compile_seconds": round(time.perf_counter() - started, 2),
     }
+    return plan, figures
+
+
+def _compiled(model, mesh, batch, dtype, figures):
+    """(the compiled update, the first state); tells `figures` what that took."""
+    transform = optimizer.make_optimizer(OptimizerConfig(), _STEPS.value + 1)
+    parameters = pretrained.load_parameters(
+        _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
+    )
+    state, shardings = step.initial_state(mesh, parameters, transform)
+    train_step = step.make_train_step(model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value)
+    started = time.perf_counter()
+    compiled = train_step.lower(state, batch).compile()
+    figures["dtype"] = jnp.dtype(dtype).name
+    figures["compile_seconds"] = round(time.perf_counter() - started, 2)
     memory = compiled.memory_analysis()
     if memory is not None:
         figures["temporaries_gb"] = round(memory.temp_size_in_bytes / 1e9, 2)
-    seconds, rates, response_rates, useful = [], [], [], []
-    for number, batch in enumerate(plan.batches(0, _STEPS.value + 1)):
-        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-        started = time.perf_counter()
-        state, measured = compiled(state, placed)
-        values = jax.device_get(measured)
-        elapsed = time.perf_counter() - started
-        print(f"step {number}: loss {values.loss:.4f}, {elapsed:.2f} s, {values.tokens / elapsed:.1f} real tokens/s")
-        if number == 0:
-            figures["first_loss"] = round(float(values.loss), 5)
-            continue
-        seconds.append(elapsed)
-        rates.append(float(values.tokens) / elapsed)
-        response_rates.append(float(values.response_tokens) / elapsed)
-        useful.append(metrics.useful_flops(model, batch) / elapsed)
-    figures |= {
+    return compiled, state
+
+
+def _speeds(seconds: list[float], counts: list[tuple[int, int]], useful: list[float]) -> dict[str, Any]:
+    """Medians over the measured steps. `counts`: real and response tokens of each; `useful`: its FLOP/s."""
+    figures: dict[str, Any] = {
         "seconds_a_step": round(statistics.median(seconds), 3),
         "seconds_spread": [round(min(seconds), 3), round(max(seconds), 3)],
-        "real_tokens_per_second": round(statistics.median(rates), 1),
-        "response_tokens_per_second": round(statistics.median(response_rates), 1),
-        "useful_gflops_per_second": round(statistics.median(useful) / 1e9, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
+    for column, name in enumerate(("real_tokens_per_second", "response_tokens_per_second")):
+        rates = [tokens[column] / elapsed for tokens, elapsed in zip(counts, seconds, strict=True)]
+        figures[name] = round(statistics.median(rates), 1)
+    figures["useful_gflops_per_second"] = round(statistics.median(useful) / 1e9, 1)
+    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     peak = metrics.peak_flops(jax.devices()[0])
     if peak is not None:
         figures["mfu"] = round(statistics.median(useful) / peak, 4)
         stats = jax.devices()[0].memory_stats() or {}
         figures["peak_device_memory_gb"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
-    for name, value in figures.items():
-        print(f"{name:28} {value}")
-    if _OUT.value:
-        with open(_OUT.value, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+    return figures
+
+
+def _shown_flags() -> list[str]:
+    return [f"--{flag.name}={flag.value}" for flag in (_MAX_LENGTH, _ROWS, _ACCUMULATION, _REMAT, _STEPS)]
 
 
 if __name__ == "__main__":

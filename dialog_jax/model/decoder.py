@@ -21,6 +21,8 @@ from dialog_jax.model import rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
+LAYERS = "layers"  # the loop over them, as it is called in compiled programs and profiles
+
 _READ = jax.checkpoint_policies.save_only_these_names("read")
 
 # What is kept for the backward pass: of attention with its projections, of the whole layer. None is everything.
@@ -263,7 +265,8 @@ def hidden_states(
         # A scan keeps the forward and backward pass apart by itself; the barrier that prevents CSE only costs.
         body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
     x = model.embedding[...][tokens].astype(compute_dtype)  # [B, T, D]
-    x, _ = jax.lax.scan(lambda x, layer: body(place(x), layer), place(x), layers)
+    with jax.named_scope(LAYERS):
+        x, _ = jax.lax.scan(lambda x, layer: body(place(x), layer), place(x), layers)
     x = place(x)
     return rms_norm(x, model.final_norm[...], config.norm_epsilon)
 

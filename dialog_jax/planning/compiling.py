@@ -124,7 +124,7 @@ def compile_step(
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
-    turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), "": float(-(-targets // tile))}
+    turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
     counts = hlo.runs(program, unknown=lambda name: next(turns[part] for part in turns if part in name))
     parameters = _device_bytes(state.parameters)
     return StepPlan(

@@ -133,10 +133,7 @@ def runs(program: Program, *, unknown: Callable[[str], float]) -> dict[str, floa
         counts[computation] += times
         for instruction in program.computations[computation].values():
             turns = _turns(program, instruction, unknown) if instruction.operation == "while" else 1.0
-            names = _CALLED.findall(instruction.attributes)
-            for branches in _BRANCHES.findall(instruction.attributes):
-                names += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            for name in names:
+            for name in callees(instruction):
                 visit(name, times * turns)
 
     visit(program.entry, 1.0)
@@ -194,8 +191,16 @@ def stored(program: Program) -> list[Stored]:
 
 def called(program: Program, instruction: Instruction) -> Mapping[str, Instruction]:
     """Returns the computation that a fusion or a loop runs; of what runs none, nothing."""
-    names = _CALLED.findall(instruction.attributes)
+    names = callees(instruction)
     return program.computations[names[0]] if names else {}
+
+
+def callees(instruction: Instruction) -> list[str]:
+    """Returns the names of the computations that an instruction runs, but a loop's condition."""
+    names = _CALLED.findall(instruction.attributes)
+    for branches in _BRANCHES.findall(instruction.attributes):
+        names += [branch.strip().lstrip("%") for branch in branches.split(",")]
+    return names
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dialog_jax.training import hosts
 from dialog_jax.training.step import TrainState
@@ -31,45 +30,20 @@ class SaveError(OSError):
     """A checkpoint that could not be written."""
 
 
-class _NewestAndBest(preservation_policy.PreservationPolicy):
-    """Which checkpoints stay.
-
-    Args:
-      keep: how many of the newest.
-      losses: held-out loss by step, looked at whenever something is saved.
-    """
-
-    def __init__(self, keep: int, losses: Mapping[int, float]):
-        self._keep, self._losses = keep, losses
-
-    def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
-        """Of each checkpoint, oldest first."""
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self._keep :], best_step(self._losses, steps)}
-        return [step in kept for step in steps]
-
-
 def best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
     """Returns the first of `steps` with the lowest held-out loss; None if none of them has one."""
     evaluated = [step for step in sorted(steps) if step in losses]
     return min(evaluated, key=lambda step: losses[step], default=None)
 
 
-def open_manager(directory: pathlib.Path, *, keep: int, losses: Mapping[int, float]) -> ocp.CheckpointManager:
+def open_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
     """Returns orbax's manager of the checkpoints in `directory`, less what a killed process left half-written.
 
     Close it, or use it in a `with` statement, so that the last save is finished.
-
-    Args:
-      keep: how many of the newest checkpoints stay; the best one does besides.
-      losses: held-out loss by step; may be added to while the manager is in use.
     """
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=_NewestAndBest(keep, losses),
-        enable_async_checkpointing=True,
-        cleanup_tmp_directories=True,
-    )
+    # Which of them stay is not left to orbax 0.11: where `check` is told first that a save has failed, orbax's own
+    # thread takes the save for done and removes an older checkpoint for it.
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
@@ -84,12 +58,13 @@ def open_reader(directory: pathlib.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Starts saving the state under its step, after the save before it is finished.
+def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses: Mapping[int, float]) -> None:
+    """Starts saving the state under its step, after the save before it is finished; see `finish`.
 
     Raises:
       SaveError: this save, or the one before, failed.
     """
+    finish(manager, keep=keep, losses=losses)
     counts = {name: int(getattr(state, name)) for name in ("step", "skipped", "skipped_in_a_row")}
     record = {
         **counts,
@@ -114,14 +89,22 @@ def check(manager: ocp.CheckpointManager) -> None:
         manager.check_for_errors()
 
 
-def wait(manager: ocp.CheckpointManager) -> None:
-    """Waits for the save in the background.
+def finish(manager: ocp.CheckpointManager, *, keep: int, losses: Mapping[int, float]) -> None:
+    """Waits for the save in the background, and then removes what need not stay. All processes call it together.
+
+    Args:
+      keep: how many of the newest checkpoints stay; the best one does besides.
+      losses: held-out loss by step.
 
     Raises:
-      SaveError: it failed.
+      SaveError: the save failed; nothing is removed.
     """
     with _saving():
         manager.wait_until_finished()
+        steps = sorted(manager.all_steps())
+        for step in steps[:-keep]:
+            if step != best_step(losses, steps):
+                manager.delete(step)
 
 
 @contextlib.contextmanager

@@ -95,8 +95,7 @@ def run(
         if not changes:
             hosts.in_turn(lambda: _claim(directory, config, hashes, given, changes))
         losses = {line["step"]: line["loss"] for line in metrics.read_lines(directory / "evaluation.jsonl")}
-        kept = config.keep_checkpoints
-        with checkpoints.open_manager(directory / "checkpoints", keep=kept, losses=losses) as manager:
+        with checkpoints.open_manager(directory / "checkpoints") as manager:
             hosts.check_same("state", {"checkpoints": manager.all_steps(), "evaluation.jsonl": losses})
             transform = optimizer.make_optimizer(config.optimizer, steps)
             if manager.latest_step():

@@ -17,6 +17,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
 TILE = 256  # targets whose logits are in memory at once, in each row of a micro-batch
+TILES = "tiles"  # the loop over them, as it is called in compiled programs and profiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,8 @@ def _over_tiles(hidden, targets, body, initial):
     gathered = jnp.take_along_axis(hidden, targets.source[..., None], axis=1)  # [B, S, D]
     filled = jnp.max(jnp.sum(targets.weight > 0, axis=1))
     step = functools.partial(_step, body=body, gathered=gathered, size=size)
-    return jax.lax.fori_loop(0, (filled + size - 1) // size, step, initial)
+    with jax.named_scope(TILES):
+        return jax.lax.fori_loop(0, (filled + size - 1) // size, step, initial)
 
 
 def _step(tile, carry, *, body, gathered, size):

@@ -24,6 +24,8 @@ from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss, sharded_loss, sharding
 
+OPTIMIZER = "optimizer"  # what follows the gradient, as it is called in compiled programs and profiles
+
 
 class TrainState(NamedTuple):
     """All that a step changes. The optimizer has made `step - skipped` updates."""
@@ -163,15 +165,16 @@ def make_train_step(
             zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.parameters)
             ((value, nll), gradient), _ = jax.lax.scan(accumulate, zeros, batch)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        norm = optax.tree.norm(gradient)
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
-            (parameters, optimizer_state),
-            (state.parameters, state.optimizer_state),
-        )
+        with jax.named_scope(OPTIMIZER):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
+            parameters = optax.apply_updates(state.parameters, updates)
+            norm = optax.tree.norm(gradient)
+            good = jnp.isfinite(value) & jnp.isfinite(norm)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old),
+                (parameters, optimizer_state),
+                (state.parameters, state.optimizer_state),
+            )
         after = TrainState(
             state.step + 1,
             state.skipped + ~good,

@@ -87,7 +87,7 @@ def _go_on(
     startup: Startup,
 ) -> None:
     """Trains from the step of `state` to the end, or until a signal arrives."""
-    start = int(state.step)
+    start, keep = int(state.step), this.config.keep_checkpoints
     this.listener.keep(start)
     if _is_evaluated(this, start) and start not in this.losses:
         _evaluate(this, start, state, writer, progress)
@@ -125,12 +125,12 @@ def _go_on(
         stopped = stopped or this.listener.received
         if stopped or number % this.config.checkpoint_every == 0 or number == this.steps:
             writer.sync()
-            checkpoints.save(manager, state)
+            checkpoints.save(manager, state, keep=keep, losses=this.losses)
         if stopped:
-            checkpoints.wait(manager)
+            checkpoints.finish(manager, keep=keep, losses=this.losses)
             raise StoppedError(stopped, number)
         clock.restart()
-    checkpoints.wait(manager)
+    checkpoints.finish(manager, keep=keep, losses=this.losses)
 
 
 def _is_evaluated(this: Run, step: int) -> bool:

@@ -32,10 +32,10 @@ class ExportTest(absltest.TestCase):
         # Step 1 is the best by held-out loss, step 2 the latest.
         self.parameters = {step: tiny.parameters(self.model, seed=step) for step in (1, 2)}
         losses = {0: 1.0, 1: 2.0, 2: 3.0}
-        with checkpoints.open_manager(self.run_directory / "checkpoints", keep=1, losses=losses) as manager:
+        with checkpoints.open_manager(self.run_directory / "checkpoints") as manager:
             for step in (1, 2):
                 state = first_state(self.parameters[step], optax.adam(1e-3))._replace(step=jnp.int32(step))
-                checkpoints.save(manager, state)
+                checkpoints.save(manager, state, keep=1, losses=losses)
         lines = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
         (self.run_directory / "evaluation.jsonl").write_text("".join(lines))
 

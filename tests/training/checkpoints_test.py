@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import time
 from unittest import mock
 
 import jax
@@ -58,8 +59,8 @@ class DamageTest(parameterized.TestCase):
         self.state = first_state(tiny.parameters(tiny.config(64)), optax.adam(1e-3))._replace(
             step=jnp.int32(5), skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1)
         )
-        with checkpoints.open_manager(self.directory, keep=1, losses={}) as manager:
-            checkpoints.save(manager, self.state)
+        with checkpoints.open_manager(self.directory) as manager:
+            checkpoints.save(manager, self.state, keep=1, losses={})
 
     def restored(self):
         with checkpoints.open_reader(self.directory) as manager:
@@ -121,14 +122,26 @@ class KeptTest(absltest.TestCase):
         directory = pathlib.Path(self.create_tempdir().full_path)
         state = first_state({"a": jnp.ones(3)}, optax.sgd(1.0))
         losses, kept = {0: 0.1}, []
-        with checkpoints.open_manager(directory, keep=2, losses=losses) as manager:
+        with checkpoints.open_manager(directory) as manager:
             for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, 6.0), (6, 2.0), (7, 9.0), (8, 9.0)):
                 if loss is not None:
                     losses[step] = loss
-                checkpoints.save(manager, state._replace(step=jnp.int32(step)))
-                checkpoints.wait(manager)
+                checkpoints.save(manager, state._replace(step=jnp.int32(step)), keep=2, losses=losses)
+                checkpoints.finish(manager, keep=2, losses=losses)
                 kept.append(sorted(int(path.name) for path in directory.iterdir()))
         self.assertEqual(kept, [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]])
+
+    def test_older_one_stays_until_somebody_knows_that_the_newer_one_is_whole(self):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        state = first_state({"a": jnp.ones(3)}, optax.sgd(1.0))
+        with checkpoints.open_manager(directory) as manager:
+            for step in (1, 2):
+                checkpoints.save(manager, state._replace(step=jnp.int32(step)), keep=1, losses={})
+            while manager.is_saving_in_progress():
+                time.sleep(0.01)
+            self.assertEqual(sorted(path.name for path in directory.iterdir()), ["1", "2"])
+            checkpoints.finish(manager, keep=1, losses={})
+            self.assertEqual([path.name for path in directory.iterdir()], ["2"])
 
     def test_best_is_the_first_of_the_lowest(self):
         self.assertEqual(checkpoints.best_step({0: 1.0, 2: 3.0, 4: 3.0, 6: 5.0}, [6, 4, 2, 8]), 2)
