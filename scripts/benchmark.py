@@ -4,8 +4,9 @@
     python scripts/benchmark.py --suite=gpu         # numerics, attention and steps on a GPU: scripts/benchmark_gpu.py
 
 Real means: tokens of dialogues, padding not counted. The step is the one that scripts/train.py runs, on the first
-`--dialogues` dialogues of the file; times are medians over the steps after the first. With --profile=FILE.md also
-where the time goes, see scripts/benchmark_profile.py.
+`--dialogues` dialogues of the file. A step lasts from the end of the one before to its own, with what making and
+placing its batch adds; times are medians over the steps after the first. With --profile=FILE.md also where the time
+goes, on a CPU: scripts/benchmark_profile.py.
 """
 
 import json
@@ -24,12 +25,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from dialog_jax.attention import choosing
 from dialog_jax.data import batches, dataset
 from dialog_jax.data.dialogues import read_dialogues
 from dialog_jax.data.objectives import ObjectiveConfig
 from dialog_jax.data.rendering import Renderer
 from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.model import pretrained
+from dialog_jax.model import decoder, pretrained
 from dialog_jax.planning import hlo
 from dialog_jax.training import metrics, optimizer, sharding, step
 from dialog_jax.training.optimizer import OptimizerConfig
@@ -40,31 +42,51 @@ _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model dir
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
-_ROWS = flags.DEFINE_integer("rows", 1, "Rows of a micro-batch.", lower_bound=1)
-_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 8, "Micro-batches of a step.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 2, "Rows of a micro-batch.", lower_bound=1)
+_ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 4, "Micro-batches of a step.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 8, "Measured steps, after one that is not.", lower_bound=1)
-_REMAT = flags.DEFINE_string("remat", "dots", "none, attention, dots or full.")
-_OUT = flags.DEFINE_string("out", "", "A JSON file for the figures.")
+_REMAT = flags.DEFINE_enum("remat", "dots", list(decoder.REMAT), "What the backward pass computes again.")
+_OUT = flags.DEFINE_string("out", "", "A JSON file for the figures, and those of each step.")
 _PROFILE = flags.DEFINE_string("profile", "", "A Markdown file for where the time of one more step goes.")
 
+_FLAGS = _SUITE, _MODEL, _DATA, _DIALOGUES, _MAX_LENGTH, _ROWS, _ACCUMULATION, _STEPS, _REMAT, _OUT, _PROFILE
 
-def main(argv):
-    del argv
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
+    shown = [flag for flag in _FLAGS if flag.present]
     if _SUITE.value == "gpu":
+        if len(shown) > 1:
+            raise app.UsageError(f"--suite=gpu takes no other flags, got {', '.join('--' + f.name for f in shown)}")
         sys.exit(subprocess.run([sys.executable, pathlib.Path(__file__).with_name("benchmark_gpu.py")]).returncode)
+    try:
+        for path in filter(None, (_OUT.value, _PROFILE.value)):
+            pathlib.Path(path).touch()
+        if _PROFILE.value and jax.default_backend() != "cpu":
+            raise ValueError(
+                f"--profile is for CPUs, this is a {jax.default_backend()}; jax.profiler.trace serves there."
+            )
+        _measure(" ".join(["python", "scripts/benchmark.py", *(f"--{flag.name}={flag.value}" for flag in shown)]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmark.py: {error}")
+
+
+def _measure(command: str) -> None:
+    """Prints the figures, and writes what is asked for."""
     model = pretrained.load_config(_MODEL.value)
-    plan, figures = _prepared()
+    trees, plan, figures = _prepared()
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    compiled, state = _compiled(model, mesh, plan.batch(0), dtype, figures)
+    compiled, state = _compiled(model, mesh, plan.batch(0), trees.branching, figures)
     seconds, counts, useful = [], [], []
+    ended = time.perf_counter()
     for number, batch in enumerate(plan.batches(0, _STEPS.value + 1)):
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-        started = time.perf_counter()
         state, measured = compiled(state, placed)
         values = jax.device_get(measured)
-        elapsed = time.perf_counter() - started
+        began, ended = ended, time.perf_counter()
+        elapsed = ended - began
         print(f"step {number}: loss {values.loss:.4f}, {elapsed:.2f} s, {values.tokens / elapsed:.1f} real tokens/s")
         if number == 0:
             figures["first_loss"] = round(float(values.loss), 5)
@@ -76,10 +98,11 @@ def main(argv):
     for name, value in figures.items():
         print(f"{name:28} {value}")
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        real, response = zip(*counts, strict=True)
+        steps = {"seconds": seconds, "real_tokens": real, "response_tokens": response}
+        pathlib.Path(_OUT.value).write_text(json.dumps(figures | steps, indent=1), encoding="utf-8")
     if _PROFILE.value:
-        batch = plan.batch(_STEPS.value + 1)
-        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        placed = jax.device_put(plan.batch(_STEPS.value + 1), sharding.batch_sharding(mesh))
         with tempfile.TemporaryDirectory() as directory:
             with jax.profiler.trace(directory):
                 jax.block_until_ready(compiled(state, placed))
@@ -90,13 +113,13 @@ def main(argv):
             seconds=statistics.median(seconds),
             speed=benchmark_profile.product_speed(model, _ROWS.value * _MAX_LENGTH.value),
             tokens=statistics.median(real for real, _ in counts),
-            figures={"command": " ".join(["python", "scripts/benchmark.py", *_shown_flags()]), **figures},
+            figures={"command": f"`{command}`", **figures},
         )
         pathlib.Path(_PROFILE.value).write_text(told, encoding="utf-8")
 
 
-def _prepared() -> tuple[batches.Plan, dict[str, Any]]:
-    """(the rows of all steps, figures so far)."""
+def _prepared() -> tuple[dataset.Trees, batches.Plan, dict[str, Any]]:
+    """(trees, the rows of all steps, figures so far)."""
     renderer = Renderer(load_tokenizer(_MODEL.value))
     dialogues = [dialogue for _, dialogue in zip(range(_DIALOGUES.value), read_dialogues(_DATA.value), strict=False)]
     started = time.perf_counter()
@@ -119,20 +142,32 @@ def _prepared() -> tuple[batches.Plan, dict[str, Any]]:
         "remat": _REMAT.value,
         "prepare_seconds": round(prepared, 2),
     }
-    return plan, figures
+    return trees, plan, figures
 
 
-def _compiled(model, mesh, batch, dtype, figures):
-    """(the compiled update, the first state); tells `figures` what that took."""
+def _compiled(model, mesh, batch, branching, figures):
+    """(the compiled update, the first state); tells `figures` what they are and what that took."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    choice = choosing.choose(
+        mesh,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        length=_MAX_LENGTH.value,
+        dtype=dtype,
+        branching=branching,
+    )
     transform = optimizer.make_optimizer(OptimizerConfig(), _STEPS.value + 1)
     parameters = pretrained.load_parameters(
         _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
     )
     state, shardings = step.initial_state(mesh, parameters, transform)
-    train_step = step.make_train_step(model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value)
+    train_step = step.make_train_step(
+        model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value, attend=choice.attend
+    )
     started = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()
-    figures["dtype"] = jnp.dtype(dtype).name
+    figures |= {"dtype": jnp.dtype(dtype).name, "attention": choice.name}
     figures["compile_seconds"] = round(time.perf_counter() - started, 2)
     memory = compiled.memory_analysis()
     if memory is not None:
@@ -150,17 +185,14 @@ def _speeds(seconds: list[float], counts: list[tuple[int, int]], useful: list[fl
         rates = [tokens[column] / elapsed for tokens, elapsed in zip(counts, seconds, strict=True)]
         figures[name] = round(statistics.median(rates), 1)
     figures["useful_gflops_per_second"] = round(statistics.median(useful) / 1e9, 1)
-    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    unit = 1 if sys.platform == "darwin" else 1024
+    figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
     peak = metrics.peak_flops(jax.devices()[0])
     if peak is not None:
         figures["mfu"] = round(statistics.median(useful) / peak, 4)
         stats = jax.devices()[0].memory_stats() or {}
         figures["peak_device_memory_gb"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
     return figures
-
-
-def _shown_flags() -> list[str]:
-    return [f"--{flag.name}={flag.value}" for flag in (_MAX_LENGTH, _ROWS, _ACCUMULATION, _REMAT, _STEPS)]
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ this is mostly waiting for them. The bound is what an update would take if it we
 fast as products of the model's largest matrices are by themselves.
 """
 
+import collections
 import gzip
 import itertools
 import json
 import pathlib
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def kinds(program: Program) -> dict[str, Kind]:
 
 def runs(program: Program, events: Iterable[Event]) -> dict[str, float]:
     """How often each computation ran: as often as that of its instructions that was seen most, or what calls it."""
-    seen = Counter(event.name for event in events)
+    seen = collections.Counter(event.name for event in events)
     counts = {name: float(max((seen[one] for one in body), default=0)) for name, body in program.computations.items()}
     for body in program.computations.values():
         for one in body.values():
@@ -92,7 +92,7 @@ def timeline(events: Iterable[Event], kind: Mapping[str, Kind]) -> dict[Kind, fl
         if event.name in kind
         for mark in ((event.start, number, event.name), (event.end, number, event.name))
     )
-    seconds: Counter[Kind] = Counter()
+    seconds: dict[Kind, float] = collections.defaultdict(float)
     running: dict[int, Kind] = {}
     for (now, number, name), (after, *_) in itertools.pairwise(marks):
         if running.pop(number, None) is None:
@@ -154,7 +154,7 @@ def text(
     events: list[Event],
     seconds: float,
     speed: float,
-    tokens: int,
+    tokens: float,
     figures: Mapping[str, Any],
 ) -> str:
     """The profile in Markdown.
@@ -168,26 +168,26 @@ def text(
     spent = timeline(events, kinds(program))
     work = flops(program, runs(program, events))
     scale = seconds / sum(spent.values())
-    lines = []
+    rows: list[tuple[str, list[float]]] = []
     for words in PARTS.values():
         product, other = (spent.get(Kind(words, one), 0.0) * scale for one in (True, False))
         if product or other or work[words]:
-            bound = work[words] / speed
-            lines.append([words, f"{work[words] / 1e9:,.0f}", f"{bound:.2f}", f"{product:.2f}", f"{other:.2f}"])
-    waiting = spent.get(Kind(UNRECORDED, False), 0.0) * scale
-    bound = sum(work.values()) / speed
-    lines.append([UNRECORDED, "", "", "", f"{waiting:.2f}"])
-    totals = [sum(float(line[column] or 0) for line in lines) for column in (3, 4)]
-    lines.append(["all", f"{sum(work.values()) / 1e9:,.0f}", f"{bound:.2f}", *(f"{total:.2f}" for total in totals)])
-    header = ["part", "GFLOP of products", "s they would take alone", "s in products", "s in nothing but others"]
-    rows = [header, ["---"] + ["---:"] * 4, *lines]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+            rows.append((words, [work[words], product, other, 0.0]))
+    rows.append((UNRECORDED, [0.0, 0.0, 0.0, spent.get(Kind(UNRECORDED, False), 0.0) * scale]))
+    totals = [sum(column) for column in zip(*(numbers for _, numbers in rows), strict=True)]
+    header = ["part", "GFLOP of products", "s they would take alone", "s in products", "s in others only", UNRECORDED]
+    cells = [
+        [words, *(f"{value:.3g}" for value in (done / 1e9, done / speed, product, other, waiting))]
+        for words, (done, product, other, waiting) in [*rows, ("all", totals)]
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] + ["---:"] * 5, *cells])
     told = "  \n".join(f"{name.replace('_', ' ')}: {value}" for name, value in figures.items())
+    bound = totals[0] / speed
     return (
         f"{told}\n\n"
-        f"An update takes {seconds:.2f} s: {tokens / seconds:.1f} real tokens a second. Products of the model's "
-        f"feed-forward matrices run at {speed / 1e9:.0f} GFLOP/s by themselves; were the update its products and "
-        f"nothing else, at that speed, it would take {bound:.2f} s, {tokens / bound:.1f} real tokens a second. It is "
+        f"An update takes {seconds:.3g} s: {tokens / seconds:.1f} real tokens a second. Products of the model's "
+        f"feed-forward matrices run at {speed / 1e9:.3g} GFLOP/s by themselves; were the update its products and "
+        f"nothing else, at that speed, it would take {bound:.3g} s, {tokens / bound:.1f} real tokens a second. It is "
         f"at {100 * bound / seconds:.0f} % of that.\n\n{table}\n"
     )
 

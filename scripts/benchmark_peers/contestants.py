@@ -55,6 +55,7 @@ class Contestant:
 
 CONTESTANTS = {
     "ours": Contestant(label="dialog_jax, malloc tuned", variables=MALLOC),
+    "ours_untuned": Contestant(label="dialog_jax"),
     "trl_packed": Contestant(
         label="TRL, packed (bfd), malloc tuned",
         environment="trl",
@@ -79,35 +80,43 @@ CONTESTANTS = {
         arguments=("--batching=padded", "--batch=2"),
         variables=MALLOC,
     ),
-    "tunix": Contestant(label="google-tunix, padded", environment="tunix", script="tunix_peer.py"),
+    "tunix": Contestant(
+        label="google-tunix, padded, malloc tuned", environment="tunix", script="tunix_peer.py", variables=MALLOC
+    ),
 }
 
 NOT_MEASURED = {
+    "TRL with two rows a micro-batch, or with torch.compile": "tried once each, not faster; see [speed](speed.md)",
     "TRL with Liger kernels": "they are Triton kernels, for GPUs",
     "MaxText": "0.2.5 brings its dependencies in extras for CUDA and TPU only, none for a CPU; not tried further",
     "LoRA, any": "dialog_jax has none yet",
 }
 
 
-def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path, *, compare: bool) -> list[str]:
-    """The command that measures one round of a contestant and writes its figures to `out`.
+def measuring(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
+    """The command that measures one round of a contestant and writes its figures to `out`."""
+    if CONTESTANTS[name].environment:
+        return [*_peer(name, settings, python, out), f"--warmup={settings.warmup}", f"--steps={settings.steps}"]
+    return [
+        sys.executable,
+        str(REPOSITORY / "scripts" / "benchmark.py"),
+        f"--model={settings.model}",
+        f"--data={settings.inputs / 'dialogues.jsonl'}",
+        f"--max_length={settings.max_length}",
+        f"--rows={settings.rows}",
+        "--gradient_accumulation=1",
+        f"--steps={settings.steps}",
+        f"--out={out}",
+    ]
 
-    Args:
-      compare: whether a peer also computes its loss on the dialogues to compare; once is enough.
-    """
+
+def comparing(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
+    """The command that writes a peer's `compared_loss` and `compared_targets` to `out`; trains nothing."""
+    return [*_peer(name, settings, python, out), "--compare"]
+
+
+def _peer(name, settings, python, out):
     one = CONTESTANTS[name]
-    if not one.environment:
-        return [
-            sys.executable,
-            str(REPOSITORY / "scripts" / "benchmark.py"),
-            f"--model={settings.model}",
-            f"--data={settings.inputs / 'dialogues.jsonl'}",
-            f"--max_length={settings.max_length}",
-            f"--rows={settings.rows}",
-            "--gradient_accumulation=1",
-            f"--steps={settings.steps}",
-            f"--out={out}",
-        ]
     return [
         str(python),
         str(HERE / one.script),
@@ -116,61 +125,59 @@ def command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Pa
         f"--inputs={settings.inputs}",
         f"--max_length={settings.max_length}",
         f"--rows={settings.rows}",
-        f"--warmup={settings.warmup}",
-        f"--steps={settings.steps}",
         f"--out={out}",
-        *(["--compare"] if compare else []),
     ]
 
 
-def measure(
-    name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path, *, compare: bool, seconds: float
-) -> dict[str, Any]:
-    """Figures of one round, from a process of its own; `{"failed": why}` where it did not come to its end.
+def run(name: str, command: list[str], out: pathlib.Path, *, seconds: float) -> dict[str, Any]:
+    """What the command wrote to `out`, with speeds; `{"failed": why}` where it did not come to its end.
+
+    It sees CPUs only, since that is what is compared here.
 
     Args:
       out: a JSON file; what the process says goes beside it, as `.log`.
       seconds: after which it is ended.
     """
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", *MALLOC)}
     if not CONTESTANTS[name].environment:
         variables["PYTHONPATH"] = str(REPOSITORY)
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | CONTESTANTS[name].variables
+    variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     out.unlink(missing_ok=True)
     with out.with_suffix(".log").open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
-                command(name, settings, python, out, compare=compare),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=variables,
-                timeout=seconds,
-                check=False,
+                command, stdout=log, stderr=subprocess.STDOUT, env=variables, timeout=seconds, check=False
             )
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {seconds:.0f} s"}
     if done.returncode or not out.exists():
         return {"failed": f"ended with {done.returncode}; see {out.with_suffix('.log').name}"}
-    return figures(json.loads(out.read_text(encoding="utf-8")))
+    try:
+        return figures(json.loads(out.read_text(encoding="utf-8")))
+    except ValueError as error:
+        return {"failed": str(error)}
 
 
 def figures(written: dict[str, Any]) -> dict[str, Any]:
-    """What a contestant wrote, with medians over the steps added where it gave the steps themselves."""
+    """What a contestant wrote, and where it measured steps their speeds: tokens of all of them over their seconds.
+
+    Raises:
+      ValueError: it did not write one number of each kind for each step.
+    """
     if "seconds" not in written:
         return written
     steps = {key: written[key] for key in ("seconds", "real_tokens", "response_tokens")}
     if not steps["seconds"] or len({len(values) for values in steps.values()}) > 1:
         raise ValueError(
-            f"a peer wrote {', '.join(f'{len(v)} {k}' for k, v in steps.items())}; each step needs one of each."
+            f"it wrote {', '.join(f'{len(v)} {k}' for k, v in steps.items())}; each step needs one of each."
         )
-
-    def rate(tokens: list[int]) -> float:
-        return statistics.median(count / seconds for count, seconds in zip(tokens, steps["seconds"], strict=True))
-
+    elapsed = sum(steps["seconds"])
     return written | {
         "seconds_a_step": statistics.median(steps["seconds"]),
-        "real_tokens_per_second": rate(steps["real_tokens"]),
-        "response_tokens_per_second": rate(steps["response_tokens"]),
+        "tokens_a_step": statistics.mean(steps["real_tokens"]),
+        "real_tokens_per_second": sum(steps["real_tokens"]) / elapsed,
+        "response_tokens_per_second": sum(steps["response_tokens"]) / elapsed,
     }
 
 

@@ -6,10 +6,12 @@ Full fine-tuning in float32 with AdamW (2e-5, gradients clipped at 1), loss on r
 peer gets an environment of its own, made once from `requirements/` under --environments. Every round starts every
 contestant as a process of its own, in an order that is rotated from round to round, so that a machine that slows down
 slows all.
-Writes peers.json (everything), peers.md (a table) and peers.png into --out, which also holds the inputs and the logs.
+Writes peers.json (everything), peers.md (a table) and peers.png into --out, which also holds the inputs, the logs and,
+as soon as it is measured, every round. A peer whose loss is another than ours before any update is not compared.
 
 Real means: tokens of dialogues, padding not counted. Response means: tokens with loss, which is what all have in
-common, however they cut or pack dialogues. Where less than all is wanted: --contestants=ours,trl_packed.
+common, however they cut or pack dialogues. Who packs reads the same dialogues in an order of its own; who pads reads
+some of all lengths, grouped by length. Where less than all is wanted: --contestants=ours,trl_packed.
 """
 
 import datetime
@@ -20,6 +22,7 @@ import platform
 import subprocess
 import sys
 import time
+from typing import Any
 
 import contestants
 import environments
@@ -35,8 +38,8 @@ _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues: l
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
 _ROWS = flags.DEFINE_integer("rows", 2, "Rows of a step.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "How often each contestant runs.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 4, "Measured steps of a round, after one that is not.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant runs.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 3, "Measured steps of a round, after one that is not.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1200, "After which a contestant's round is ended, and counts as failed.")
 _CONTESTANTS = flags.DEFINE_list("contestants", list(CONTESTANTS), f"Some of {', '.join(CONTESTANTS)}.")
 
@@ -75,17 +78,31 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
         data=_DATA.value,
         dialogues=_DIALOGUES.value,
         max_length=_MAX_LENGTH.value,
+        first=settings.warmup * settings.rows,
+        spread=settings.steps * settings.rows,
     )
     print(f"inputs {written}", flush=True)
     loss, targets = contestants.our_compared_loss(settings, out / "compared_scores.jsonl")
-    started, rounds = time.time(), []
+    ours = {"compared_loss": loss, "compared_targets": targets}
+    compared: dict[str, dict[str, Any]] = dict.fromkeys(summary.OURS, ours)
+    rounds: list[dict[str, Any]] = []
+    for name in names:
+        if CONTESTANTS[name].environment:
+            file = out / f"{name}_compared.json"
+            command = contestants.comparing(name, settings, pythons[CONTESTANTS[name].environment], file)
+            compared[name] = contestants.run(name, command, file, seconds=_SECONDS.value)
+        print(f"{name}: {compared[name]}", flush=True)
+    started = time.time()
     for number, order in enumerate(orders(names, _ROUNDS.value)):
         for name in order:
-            python = pythons[CONTESTANTS[name].environment]
             file = out / f"{name}_{number}.json"
-            figures = contestants.measure(name, settings, python, file, compare=number == 0, seconds=_SECONDS.value)
-            rounds.append({"contestant": name, "round": number, **figures})
-            told = figures.get("failed") or f"{figures['real_tokens_per_second']:.1f} real tokens/s"
+            command = contestants.measuring(name, settings, pythons[CONTESTANTS[name].environment], file)
+            rounds.append(
+                {"contestant": name, "round": number, **contestants.run(name, command, file, seconds=_SECONDS.value)}
+            )
+            with (out / "rounds.jsonl").open("a" if len(rounds) > 1 else "w", encoding="utf-8") as lines:
+                lines.write(json.dumps(rounds[-1]) + "\n")
+            told = rounds[-1].get("failed") or f"{rounds[-1]['real_tokens_per_second']:.1f} real tokens/s"
             print(f"round {number}, {name}: {told}; {(time.time() - started) / 60:.1f} min", flush=True)
     return {
         "date": datetime.date.today().isoformat(),
@@ -94,22 +111,32 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
         "command": " ".join(["python", "scripts/benchmark_peers/run.py", *_shown_flags()]),
         "minutes": round((time.time() - started) / 60, 1),
         "inputs": written,
-        "compared": {"compared_loss": loss, "compared_targets": targets},
+        "compared": compared,
         "versions": {name or "ours": environments.versions(pythons[name]) for name in needed},
         "rounds": rounds,
     }
 
 
 def _shown_flags() -> list[str]:
-    chosen = (_MAX_LENGTH, _DIALOGUES, _ROWS, _ROUNDS, _STEPS)
-    return [f"--{flag.name}={flag.value}" for flag in chosen]
+    """Those that are given, but where environments are; an absolute path by its last part, since the file is shared."""
+    shown = [f"--out={pathlib.Path(_OUT.value).name if os.path.isabs(_OUT.value) else _OUT.value}"]
+    for flag in (_MODEL, _DATA, _DIALOGUES, _MAX_LENGTH, _ROWS, _ROUNDS, _STEPS, _CONTESTANTS):
+        if flag.present:
+            value = ",".join(flag.value) if isinstance(flag.value, list) else str(flag.value)
+            shown.append(f"--{flag.name}={os.path.basename(value) if os.path.isabs(value) else value}")
+    return shown
 
 
 def write(seen: dict, out: pathlib.Path) -> str:
-    """Writes peers.json, peers.md and peers.png; returns the text of the table."""
+    """Writes peers.json, peers.md and peers.png; returns the text of the table.
+
+    Raises:
+      ValueError: ours, or every peer, is missing; peers.json is written nevertheless.
+    """
     labels = {name: one.label for name, one in CONTESTANTS.items()}
     seen = seen | {"summary": summary.summarise(seen["rounds"], seen["compared"])}
     (out / "peers.json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+    told = summary.verdict(seen["summary"], labels)
     summary.plot(seen["summary"], labels, out / "peers.png")
     main_packages = ("jax", "flax", "torch", "transformers", "trl", "google-tunix")
     versions = [
@@ -129,7 +156,7 @@ def write(seen: dict, out: pathlib.Path) -> str:
     ]
     parts = [
         "  \n".join(head),
-        summary.verdict(seen["summary"], labels),
+        told,
         summary.table(seen["summary"], labels, NOT_MEASURED),
         "![peers](peers.png)",
     ]

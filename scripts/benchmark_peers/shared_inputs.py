@@ -15,17 +15,23 @@ IGNORED = -100  # PyTorch's label of a token without loss
 COMPARED = 16
 
 
-def write(out: pathlib.Path, *, model: str, data: str, dialogues: int, max_length: int) -> dict[str, Any]:
+def write(
+    out: pathlib.Path, *, model: str, data: str, dialogues: int, max_length: int, first: int, spread: int
+) -> dict[str, Any]:
     """Writes the inputs into the directory `out` and returns figures of them.
 
     * `dialogues.jsonl`: the first records of `data`, as they are.
     * `tokens.jsonl`: `{"input_ids": [...], "labels": [...]}` of each, uncut.
+    * `spread_tokens.jsonl`: for who pads, the longest dialogue `first` times, and then `spread` of all lengths, from
+      the longest to the shortest: few steps on them cost what an epoch grouped by length costs.
     * `compared.jsonl`, `compared_tokens.jsonl`: the same of the first 16 that fit `max_length`, on which every
       contestant computes its loss before any update.
 
     Args:
       model: a model directory, for its tokenizer and chat template.
       max_length: in tokens.
+      first: how many dialogues the steps read that are not measured.
+      spread: how many those read that are.
 
     Raises:
       ValueError: fewer dialogues than asked for, or a template for which this way of finding responses is wrong.
@@ -41,6 +47,8 @@ def write(out: pathlib.Path, *, model: str, data: str, dialogues: int, max_lengt
     (out / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
     (out / "compared.jsonl").write_text("".join(lines[number] for number in compared), encoding="utf-8")
     _write_tokens(out / "tokens.jsonl", tokens)
+    chosen = [tokens[number] for number in of_all_lengths([len(one["input_ids"]) for one in tokens], spread)]
+    _write_tokens(out / "spread_tokens.jsonl", [chosen[0]] * first + chosen)
     _write_tokens(out / "compared_tokens.jsonl", [tokens[number] for number in compared])
     return {
         "dialogues": dialogues,
@@ -50,6 +58,12 @@ def write(out: pathlib.Path, *, model: str, data: str, dialogues: int, max_lengt
         "compared_dialogues": len(compared),
         "compared_targets": sum(targets(tokens[number]["labels"]) for number in compared),
     }
+
+
+def of_all_lengths(lengths: list[int], count: int) -> list[int]:
+    """The places of `count` lengths, the longest first: the middle one of each of as many equal parts of all."""
+    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [longest_first[(2 * part + 1) * len(lengths) // (2 * count)] for part in range(count)]
 
 
 def targets(labels: list[int]) -> int:

@@ -11,27 +11,32 @@ matplotlib.use("Agg")  # no window, and none needed
 
 import matplotlib.pyplot as plt
 
-OURS, BLUE, GREY = "ours", "#1f5fa8", "#9aa3ab"
-_MEDIANS = ("real_tokens_per_second", "response_tokens_per_second", "seconds_a_step")
+OURS, BLUE, GREY = ("ours", "ours_untuned"), "#1f5fa8", "#9aa3ab"
+APART = 1e-3  # nats a target: who is farther from our loss before any update computes another one
+_MEDIANS = ("real_tokens_per_second", "response_tokens_per_second", "seconds_a_step", "tokens_a_step")
 
 
-def summarise(rounds: Sequence[Mapping[str, Any]], compared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def summarise(
+    rounds: Sequence[Mapping[str, Any]], compared: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """{contestant: figures} in the order of their first round.
 
-    Speeds are medians over the rounds, each a median over its steps, with the lowest and the highest round as `spread`.
-    Memory is the largest of all rounds; compile time the longest, since later rounds may find a cache; the losses,
-    which have nothing to do with time, are those of the first round. A contestant of which a round failed has `failed`
-    only.
+    Speeds are medians over the rounds, with the lowest and the highest round as `spread`. Memory is the largest of all
+    rounds; compile time the longest, since later rounds may find a cache; the loss of the first step is that of the
+    first round. A contestant of which a round failed, or that computes another loss than ours, has `failed` only.
 
     Args:
       rounds: `{"contestant": name, ...figures}`, one for each contestant and round.
-      compared: `compared_loss` and `compared_targets` of ours.
+      compared: `compared_loss` and `compared_targets` of each, or `failed`.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(one["contestant"] for one in rounds):
         own = [one for one in rounds if one["contestant"] == name]
-        if failures := [one["failed"] for one in own if "failed" in one]:
+        if failures := [one["failed"] for one in [compared[name], *own] if "failed" in one]:
             found[name] = {"failed": failures[0]}
+            continue
+        if name not in OURS and (other := _another_loss(compared[name], compared[OURS[0]])):
+            found[name] = {"failed": other}
             continue
         rates = [one["real_tokens_per_second"] for one in own]
         found[name] = {key: statistics.median(one[key] for one in own) for key in _MEDIANS} | {
@@ -42,9 +47,17 @@ def summarise(rounds: Sequence[Mapping[str, Any]], compared: Mapping[str, Any]) 
         }
         if "compile_seconds" in own[0]:
             found[name]["compile_seconds"] = max(one["compile_seconds"] for one in own)
-        source = compared if name == OURS else own[0]
-        found[name] |= {key: source[key] for key in ("compared_loss", "compared_targets")}
+        found[name] |= compared[name]
     return found
+
+
+def _another_loss(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Why what a peer computes is not to be compared with us; nothing if it is."""
+    same = peer["compared_targets"] == ours["compared_targets"]
+    if same and abs(peer["compared_loss"] - ours["compared_loss"]) <= APART:
+        return ""
+    told = [f"{one['compared_loss']:.5f} on {one['compared_targets']:,} targets" for one in (peer, ours)]
+    return f"it computes another loss on the same dialogues: {told[0]}, we {told[1]}"
 
 
 def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], unmeasured: Mapping[str, str]) -> str:
@@ -55,6 +68,7 @@ def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], u
         "lowest to highest round",
         "response tokens/s",
         "s a step",
+        "real tokens a step",
         "peak memory, GB",
         "compile, s",
         "loss of step 1",
@@ -67,6 +81,7 @@ def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], u
             f"{one['spread'][0]:.1f} to {one['spread'][1]:.1f}",
             f"{one['response_tokens_per_second']:.1f}",
             f"{one['seconds_a_step']:.1f}",
+            f"{one['tokens_a_step']:,.0f}",
             f"{one['peak_memory_gb']:.2f}",
             f"{one['compile_seconds']:.1f}" if "compile_seconds" in one else "",
             f"{one['first_loss']:.4f}",
@@ -88,20 +103,23 @@ def ranked(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[
 
 
 def verdict(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
-    """How ours compares with the fastest peer, and whether all computed the same loss on the same dialogues."""
-    peers = [(name, one) for name, one in ranked(figures) if name != OURS]
-    ours = figures.get(OURS, {"failed": ""})
-    if not peers or "failed" in ours:
-        return "Ours or every peer is missing, so nothing is compared."
+    """How ours compares with the fastest peer, tuned like it, and how far apart the losses are.
+
+    Raises:
+      ValueError: ours, or every peer, is missing.
+    """
+    measured = ranked(figures)
+    ours = next((one for name, one in measured if name == OURS[0]), None)
+    peers = [(name, one) for name, one in measured if name not in OURS]
+    if ours is None or not peers:
+        raise ValueError("ours, or every peer, could not be measured, so nothing is compared.")
     name, best = peers[0]
     apart = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
-    counts = {one["compared_targets"] for _, one in ranked(figures)}
-    same = f"{counts.pop():,}" if len(counts) == 1 else "differing numbers of"
     return (
         f"dialog_jax trains on {ours['real_tokens_per_second'] / best['real_tokens_per_second']:.2f} times the real "
         f"tokens a second of the fastest peer ({labels[name]}), with "
         f"{ours['peak_memory_gb'] / best['peak_memory_gb']:.2f} times its memory. Before any update, the losses of all "
-        f"on {same} targets of the same dialogues are within {apart:.1e} nats of ours."
+        f"on {ours['compared_targets']:,} targets of the same dialogues are within {apart:.1e} nats of ours."
     )
 
 
@@ -117,7 +135,7 @@ def plot(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], pa
         figure, axes = plt.subplots(1, 3, figsize=(11, 1.1 + 0.42 * len(shown)), sharey=True, layout="constrained")
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
             values = [one[key] for _, one in shown]
-            colors = [BLUE if name == OURS else GREY for name, _ in shown]
+            colors = [BLUE if name in OURS else GREY for name, _ in shown]
             bars = axis.barh([labels[name] for name, _ in shown], values, color=colors, height=0.62)
             axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
             axis.set_title(title, loc="left")

@@ -70,8 +70,8 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         packing_strategy="bfd",
         per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=options.batch,
-        gradient_accumulation_steps=max(1, options.rows // options.batch),
-        train_sampling_strategy="random" if packed else "group_by_length",
+        gradient_accumulation_steps=options.rows // options.batch,
+        train_sampling_strategy="random" if packed else "sequential",  # the file is grouped by length
         max_steps=steps,
         learning_rate=2e-5,
         lr_scheduler_type="cosine_with_min_lr",
@@ -81,7 +81,7 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
         bf16=False,
-        gradient_checkpointing=options.checkpointing,
+        gradient_checkpointing=False,
         torch_compile=options.compile,
         logging_steps=1,
         report_to="none",
@@ -91,12 +91,12 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         use_cpu=not torch.cuda.is_available(),
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.float32, attn_implementation=options.attention, trust_remote_code=False
+        options.model, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
     )
     trainer = _Counted(
         model=model,
         args=config,
-        train_dataset=read_tokens(pathlib.Path(options.inputs) / "tokens.jsonl"),
+        train_dataset=read_tokens(pathlib.Path(options.inputs) / f"{'' if packed else 'spread_'}tokens.jsonl"),
         eval_dataset=read_tokens(pathlib.Path(options.inputs) / "compared_tokens.jsonl"),
         processing_class=transformers.AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
     )
@@ -123,35 +123,37 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--batching", choices=BATCHING, required=True)
     parser.add_argument("--head", choices=HEADS, default="trl", help="TRL's loss in tiles, or the model's own logits.")
-    parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch", type=int, default=1, help="Rows, or dialogues, of a micro-batch.")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=2, help="Of a step.")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--compare", action="store_true", help="Also the loss of the dialogues to compare.")
+    parser.add_argument("--compare", action="store_true", help="Only the loss of the dialogues to compare.")
     options = parser.parse_args()
+    if options.rows % options.batch:
+        parser.error(f"--rows={options.rows} is no multiple of --batch={options.batch}")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     started = time.perf_counter()
     trainer = make_trainer(options)
     prepared = time.perf_counter() - started
-    compared = compared_loss(trainer) if options.compare else {}
+    out = pathlib.Path(options.out)
+    if options.compare:
+        out.write_text(json.dumps(compared_loss(trainer)), encoding="utf-8")
+        return
     trainer.train()
     ends, counts = trainer.ends, trainer.counts
     seconds = [after - before for before, after in itertools.pairwise(ends[options.warmup - 1 :])]
     measured = counts[options.warmup : options.warmup + options.steps]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    pathlib.Path(options.out).write_text(
+    out.write_text(
         json.dumps(
             {
                 "seconds": seconds,
                 "real_tokens": [real for real, _ in measured],
                 "response_tokens": [response for _, response in measured],
                 "first_loss": losses[0],
-                **compared,
-                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
                 "prepare_seconds": prepared,
                 "threads": torch.get_num_threads(),
                 "versions": {p.__name__: p.__version__ for p in (torch, transformers, trl)},

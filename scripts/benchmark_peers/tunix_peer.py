@@ -15,7 +15,6 @@ import json
 import pathlib
 import resource
 import time
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="Of a step, one a micro-batch.")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--compare", action="store_true", help="Also the loss of the dialogues to compare.")
+    parser.add_argument("--compare", action="store_true", help="Only the loss of the dialogues to compare.")
     options = parser.parse_args()
     compiling: list[float] = []
 
@@ -136,13 +135,12 @@ def main() -> None:
             gradient_accumulation_steps=options.rows,
         ),
     ).with_gen_model_input_fn(model_input)
-    compared = {}
+    out = pathlib.Path(options.out)
     if options.compare:
-        compared = compared_loss(trainer, read_rows(inputs / "compared_tokens.jsonl", options.max_length))
-    rows = read_rows(inputs / "tokens.jsonl", options.max_length)
-    order = np.random.default_rng(0).permutation(len(rows))
-    read: Iterator[peft_trainer.TrainingInput] = (rows[number] for number in itertools.cycle(order))
-    used = list(itertools.islice(read, steps * options.rows))
+        rows = read_rows(inputs / "compared_tokens.jsonl", options.max_length)
+        out.write_text(json.dumps(compared_loss(trainer, rows)), encoding="utf-8")
+        return
+    used = read_rows(inputs / "spread_tokens.jsonl", options.max_length)[: steps * options.rows]
     clock = _Clock()
     trainer.with_training_hooks(clock)
     compiling.clear()
@@ -150,16 +148,15 @@ def main() -> None:
     real = in_steps([int((row.input_tokens != 0).sum()) for row in used], options.rows)
     response = in_steps([int(row.input_mask[:, 1:].sum()) for row in used], options.rows)
     ends = clock.ends
-    pathlib.Path(options.out).write_text(
+    out.write_text(
         json.dumps(
             {
                 "seconds": [after - before for before, after in itertools.pairwise(ends[options.warmup - 1 :])],
                 "real_tokens": real[options.warmup :],
                 "response_tokens": response[options.warmup :],
                 "first_loss": clock.losses[0],
-                **compared,
                 "compile_seconds": sum(compiling),
-                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+                "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
                 "versions": {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax")},
             },
             indent=1,

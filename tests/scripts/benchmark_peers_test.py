@@ -5,6 +5,7 @@ import pathlib
 import sys
 import tempfile
 
+import numpy as np
 from absl.testing import absltest
 
 from dialog_jax.data import dataset
@@ -27,7 +28,10 @@ _TALKS = [
     ["And you?", "yes\nyes", "What is this?"],  # ends with words that nobody is trained on
     ["Hi " * 60, "no"],
 ]
-_COMPARED = {"compared_loss": 2.5, "compared_targets": 40}
+_OURS = {"compared_loss": 2.5, "compared_targets": 40}
+_PEER = {"compared_loss": 2.5001, "compared_targets": 40}
+_COMPARED = {"ours": _OURS, "trl_packed": _PEER, "trl_padded": {"compared_loss": 2.502, "compared_targets": 40}}
+_COMPARED |= {"tunix": {"compared_loss": 2.5, "compared_targets": 41}, "trl_packed_logits": {"failed": "no memory"}}
 
 
 def records():
@@ -36,9 +40,9 @@ def records():
 
 
 def a_round(contestant, real, **more):
-    figures = {"real_tokens_per_second": real, "response_tokens_per_second": real / 4, "seconds_a_step": 400 / real}
-    losses = {"first_loss": 3.0, "compared_loss": 2.5001, "compared_targets": 40}
-    return {"contestant": contestant, "peak_memory_gb": 4.0, **figures, **losses, **more}
+    speeds = {"real_tokens_per_second": real, "response_tokens_per_second": real / 4}
+    steps = {"seconds_a_step": 400 / real, "tokens_a_step": 2046.5, "first_loss": 3.0}
+    return {"contestant": contestant, "peak_memory_gb": 4.0, **speeds, **steps, **more}
 
 
 class SharedInputsTest(absltest.TestCase):
@@ -51,6 +55,7 @@ class SharedInputsTest(absltest.TestCase):
 
     def write(self, **changes):
         options = {"model": str(self.directory / "model"), "data": str(self.data), "dialogues": 4, "max_length": 100}
+        options |= {"first": 2, "spread": 2}
         return shared_inputs.write(self.directory / "inputs", **(options | changes))
 
     def read(self, name):
@@ -77,6 +82,18 @@ class SharedInputsTest(absltest.TestCase):
         self.assertEqual((written["compared_dialogues"], written["longer_than_max_length"]), (3, 1))
         self.assertEqual(written["tokens"], sum(sizes))
 
+    def test_who_pads_reads_some_of_all_lengths_the_longest_first(self):
+        self.write()
+        whole, spread = self.read("tokens.jsonl"), self.read("spread_tokens.jsonl")
+        order = sorted(range(4), key=lambda number: -len(whole[number]["input_ids"]))
+        self.assertEqual(spread, [whole[order[number]] for number in (1, 1, 1, 3)])
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(10, 2000, 256).tolist()
+        chosen = [lengths[place] for place in shared_inputs.of_all_lengths(lengths, 8)]
+        self.assertEqual(chosen, sorted(chosen, reverse=True))
+        self.assertLen(set(chosen), 8)
+        self.assertAlmostEqual(np.mean(chosen) / np.mean(lengths), 1, delta=0.03)
+
     def test_too_few_dialogues_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "has 4 dialogues, 5 are needed"):
             self.write(dialogues=5)
@@ -91,28 +108,40 @@ class SharedInputsTest(absltest.TestCase):
 
 
 class FiguresTest(absltest.TestCase):
-    def test_medians_are_over_the_rates_of_steps(self):
-        written = {"seconds": [10.0, 20.0, 40.0], "real_tokens": [100, 400, 600], "response_tokens": [10, 80, 60]}
-        found = contestants.figures(written | {"peak_memory_gb": 1.0})
-        self.assertEqual(found["seconds_a_step"], 20.0)
-        self.assertEqual(found["real_tokens_per_second"], 15.0)  # of 10, 20, 15
-        self.assertEqual(found["response_tokens_per_second"], 1.5)  # of 1, 4, 1.5
+    def test_speeds_are_of_all_steps(self):
+        written = {"seconds": [10.0, 20.0, 70.0], "real_tokens": [100, 400, 700], "response_tokens": [10, 80, 60]}
+        found = contestants.figures(written | {"peak_memory_gb": 1.0, "real_tokens_per_second": 99.0})
+        self.assertEqual((found["seconds_a_step"], found["tokens_a_step"]), (20.0, 400))
+        self.assertEqual((found["real_tokens_per_second"], found["response_tokens_per_second"]), (12.0, 1.5))
         self.assertEqual(found["peak_memory_gb"], 1.0)
 
     def test_a_step_without_its_tokens_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "2 seconds, 1 real_tokens"):
             contestants.figures({"seconds": [1.0, 2.0], "real_tokens": [5], "response_tokens": [1, 2]})
 
-    def test_what_ours_wrote_is_kept(self):
-        self.assertEqual(contestants.figures({"real_tokens_per_second": 9.0}), {"real_tokens_per_second": 9.0})
+    def test_a_loss_is_kept(self):
+        self.assertEqual(contestants.figures(_PEER), _PEER)
 
     def test_a_contestant_that_ends_badly_has_failed(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        settings = contestants.Settings(model=directory, inputs=directory, max_length=8, rows=1, warmup=1, steps=1)
-        found = contestants.measure(
-            "tunix", settings, pathlib.Path("/bin/false"), directory / "a.json", compare=True, seconds=20
-        )
-        self.assertEqual(found, {"failed": "ended with 1; see a.log"})
+        out = directory / "a.json"
+        writes = [sys.executable, "-c", f"open({str(out)!r}, 'w').write('{{\"seconds\": [1], \"real_tokens\": []')"]
+        for command, why in (
+            (["/bin/false"], "ended with 1; see a.log"),
+            (["/bin/sleep", "20"], "not done after 2 s"),
+            (["/bin/true"], "ended with 0; see a.log"),
+            (writes, "Expecting"),
+        ):
+            found = contestants.run("tunix", command, out, seconds=2)
+            self.assertEqual(list(found), ["failed"])
+            self.assertStartsWith(found["failed"], why)
+
+    def test_each_contestant_is_started_with_the_same_settings(self):
+        here = pathlib.Path("inputs")
+        settings = contestants.Settings(model=pathlib.Path("m"), inputs=here, max_length=77, rows=3, warmup=1, steps=5)
+        for name in contestants.CONTESTANTS:
+            command = contestants.measuring(name, settings, pathlib.Path("python"), pathlib.Path("out.json"))
+            self.assertContainsSubset(["--max_length=77", "--rows=3", "--steps=5", "--out=out.json"], command, name)
 
 
 class SummaryTest(absltest.TestCase):
@@ -126,10 +155,9 @@ class SummaryTest(absltest.TestCase):
             a_round("ours", 170.0, compile_seconds=2.0, peak_memory_gb=3.2),
             a_round("ours", 250.0, compile_seconds=2.0, peak_memory_gb=3.1),
             a_round("trl_packed", 110.0, first_loss=9.0),
+            a_round("trl_padded", 300.0),
+            a_round("trl_packed_logits", 400.0),
         ]
-        for one in rounds:
-            if one["contestant"] == "ours":
-                del one["compared_loss"], one["compared_targets"]
         self.found = summary.summarise(rounds, _COMPARED)
 
     def test_medians_and_spread_are_over_rounds(self):
@@ -142,20 +170,33 @@ class SummaryTest(absltest.TestCase):
         self.assertEqual((ours["compared_loss"], peer["compared_loss"], peer["first_loss"]), (2.5, 2.5001, 3.0))
         self.assertEqual(self.found["tunix"], {"failed": "not done after 9 s"})
 
+    def test_who_computes_another_loss_is_not_compared(self):
+        told = "it computes another loss on the same dialogues: 2.50200 on 40 targets, we 2.50000 on 40 targets"
+        self.assertEqual(self.found["trl_padded"], {"failed": told})
+        self.assertEqual(self.found["trl_packed_logits"], {"failed": "no memory"})
+        found = summary.summarise([a_round("tunix", 500.0)], _COMPARED)
+        self.assertIn("on 41 targets, we 2.50000 on 40 targets", found["tunix"]["failed"])
+
     def test_table_has_the_fastest_first_and_names_what_is_missing(self):
         lines = summary.table(self.found, self.labels, {"Other": "no network"}).splitlines()
         self.assertEqual(
-            lines[2], f"| {self.labels['ours']} | 170.0 | 150.0 to 250.0 | 42.5 | 2.4 | 3.20 | 30.0 | 3.0000 | 2.5000 |"
+            lines[2],
+            f"| {self.labels['ours']} | 170.0 | 150.0 to 250.0 | 42.5 | 2.4 | 2,046 | 3.20 | 30.0 | 3.0000 | 2.5000 |",
         )
         self.assertTrue(lines[3].startswith("| TRL, packed (bfd), malloc tuned | 100.0 | 90.0 to 110.0 |"))
-        self.assertEqual(lines[-2:], ["* google-tunix, padded: not done after 9 s", "* Other: no network"])
+        self.assertContainsSubset(
+            [f"* {self.labels['tunix']}: not done after 9 s", "* Other: no network"],
+            lines[lines.index("Not measured:") :],
+        )
 
     def test_verdict_compares_with_the_fastest_peer(self):
         text = summary.verdict(self.found, self.labels)
         self.assertIn("1.70 times the real tokens a second of the fastest peer (TRL, packed (bfd), malloc tuned)", text)
         self.assertIn("0.80 times its memory", text)
         self.assertIn("40 targets of the same dialogues are within 1.0e-04 nats", text)
-        self.assertIn("nothing is compared", summary.verdict({"ours": self.found["ours"]}, self.labels))
+        for alone in ("ours", "trl_packed"):
+            with self.assertRaisesRegex(ValueError, "nothing is compared"):
+                summary.verdict({alone: self.found[alone]}, self.labels)
 
     def test_run_writes_table_plot_and_everything(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))

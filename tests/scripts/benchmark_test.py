@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import re
+import statistics
 import sys
 import tempfile
 
@@ -93,6 +94,28 @@ class ProfileTest(absltest.TestCase):
         self.assertEqual(kinds["square"], Kind(_LOSS, True))
         self.assertNotIn("loop", kinds)
 
+    def test_text_has_each_part_its_products_and_the_bound(self):
+        # fmt: off
+        events = [                      # 0 1 2 3 4 5 6 7 8 9
+            Event("product", 0, 2),     # p p
+            Event("product", 2, 4),     #     p p
+            Event("add.1", 4, 5),       #         o
+            Event("square", 6, 8),      #           - l l
+            Event("sum", 8, 10),        #                 u u
+        ]
+        # fmt: on
+        told = benchmark_profile.text(
+            program=hlo.parse(_TEXT), events=events, seconds=20.0, speed=64.0, tokens=60, figures={"a_name": 3}
+        )
+        self.assertStartsWith(told, "a name: 3\n\nAn update takes 20 s: 3.0 real tokens a second.")
+        self.assertIn("it would take 8 s, 7.5 real tokens a second. It is at 40 % of that.", told)
+        rows = _rows(told)
+        self.assertEqual(rows[_LAYERS][1:], ["4", "8", "2", "0"])  # 2 x 128 FLOPs at 64 a second
+        self.assertEqual(rows[_LOSS][1:], ["4", "4", "0", "0"])
+        self.assertEqual(rows[_OPTIMIZER][1:], ["0", "0", "4", "0"])
+        self.assertEqual(rows[benchmark_profile.UNRECORDED][1:], ["0", "0", "0", "2"])
+        self.assertEqual(rows["all"][1:], ["8", "12", "6", "2"])
+
     def test_a_trace_without_instructions_is_an_error(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         with self.assertRaisesRegex(ValueError, "0 traces"):
@@ -127,6 +150,12 @@ class ProfileTest(absltest.TestCase):
         self.assertEqual(flops[_LOSS], 3 * 2 * tiles * rows * loss.TILE * model.vocab_size * model.width)
 
 
+def _rows(told):
+    """The cells of a table in Markdown by the first of each row."""
+    lines = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")]
+    return {first: rest for first, *rest in lines}
+
+
 def _traced(model, mesh: Mesh, batch):
     """(events of an update, the compiled update)."""
     transform = optimizer.make_optimizer(OptimizerConfig(), 2)
@@ -157,12 +186,23 @@ class BenchmarkTest(absltest.TestCase):
         self.assertGreater(figures["real_tokens_per_second"], figures["response_tokens_per_second"])
         self.assertEqual((figures["rows"], figures["gradient_accumulation"]), (2, 1))
         told = (directory / "profile.md").read_text()
-        self.assertIn("scripts/benchmark.py --max_length=128 --rows=2 --gradient_accumulation=1 --remat=dots", told)
-        columns = [line.split("|")[4:6] for line in told.splitlines() if line.startswith(("| att", "| lay", "| all"))]
-        self.assertLen(columns, 3)
-        self.assertGreater(min(float(cell) for cell in columns[-1]), 0)
-        seconds = sum(float(cell) for cell in columns[-1])
-        self.assertAlmostEqual(seconds, figures["seconds_a_step"], delta=0.05)
+        self.assertIn("--max_length=128 --rows=2 --gradient_accumulation=1 --steps=2", told)
+        rows = _rows(told)
+        self.assertContainsSubset(["attention", _LAYERS, _LOSS, _OPTIMIZER, "all"], rows)
+        for part in ("attention", _LAYERS, _LOSS, "all"):
+            self.assertGreater(float(rows[part][0]), 0, part)
+        spent = sum(map(float, rows["all"][2:]))
+        self.assertAlmostEqual(spent / statistics.median(figures["seconds"]), 1, delta=0.02)
+
+    def test_errors_come_before_the_work(self):
+        for flag, why in (
+            ("--model=nowhere", "nowhere"),
+            ("--profile=/nowhere/profile.md", "No such file or directory"),
+        ):
+            out, error = running.run("benchmark", flag)
+            self.assertStartsWith(error, "benchmark.py: ")
+            self.assertIn(why, error)
+            self.assertEqual(out, "")
 
 
 if __name__ == "__main__":
