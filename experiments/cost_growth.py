@@ -106,15 +106,16 @@ def step_seconds(model: DecoderConfig, batch: Batch, *, repeats: int) -> float:
 
 
 def of_lengths(sizes: Sizes, trees: Trees) -> Iterator[Point]:
-    """Yields the cost of a step of always as many tokens, of the same dialogues, in rows of each length."""
+    """Yields the cost of a step of about as many tokens, of the same dialogues, in rows of each length."""
     model = sizes.model()
     for length in sizes.lengths:
-        rows = sizes.lengths[-1] // length
-        plan = batches.Plan(trees, max_length=length, max_targets=length, rows=rows, micro_batches=1, seed=0)
+        count = sizes.lengths[-1] // length
+        plan = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=count, seed=0)
         batch = plan.batch(0)  # the vocabulary is not what is asked about, so a small one will do
         batch = batch._replace(tokens=batch.tokens % model.vocab_size, target=batch.target % model.vocab_size)
         seconds = step_seconds(model, batch, repeats=sizes.repeats)
-        yield Point(length, {"seconds": seconds, "tokens": int((batch.segment > 0).sum())})
+        tokens = int((batch.segment > 0).sum())
+        yield Point(length, {"seconds": seconds, "tokens": tokens, "microseconds a token": 1e6 * seconds / tokens})
 
 
 def of_turns(sizes: Sizes) -> Iterator[Point]:
@@ -219,9 +220,9 @@ def _lines(axes: Axes, points: Sequence[Point], lines: dict[str, tuple[str, str]
 def _draw(measured: dict[str, list[Point]], sizes: Sizes) -> Figure:
     with report.style():
         figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
-        _lines(first, measured["lengths"], {"seconds": (report.BLUE, "a step")})
+        _lines(first, measured["lengths"], {"microseconds a token": (report.BLUE, "an update")})
         title = f"Short dialogues, {sizes.lengths[-1]:,} tokens a step, in rows of T"
-        first.set(xlabel="T", ylabel="seconds", title=title)
+        first.set(xlabel="T", ylabel="microseconds a token", title=title)
         ways = {"one pass": (report.BLUE, "one pass"), "K passes": (report.ORANGE, "K passes, packed")}
         _lines(second, measured["turns"], ways)
         second.set(xlabel="turns K", ylabel="seconds", title=f"A dialogue of {sizes.dialogue:,} tokens")
@@ -278,7 +279,11 @@ def main(options: Options, sizes: Sizes | None = None) -> None:
             f"is not what is varied; seconds are the median of {sizes.repeats} updates in float32. The last line of "
             "each table has the exponent p of cost ~ x^p: 0 is flat, 1 is linear.",
             "## The row: the same dialogues, as many tokens a step, in longer rows",
-            _table("T", measured["lengths"], {"seconds": (".3f", 1), "tokens": (",.0f", 1)}),
+            _table(
+                "T",
+                measured["lengths"],
+                {"seconds": (".3f", 1), "tokens": (",.0f", 1), "microseconds a token": (".1f", 1)},
+            ),
             "## Turns: a dialogue of the same length, half of it responses",
             _table("turns K", measured["turns"], {"one pass": (".3f", 1), "K passes": (".3f", 1)}),
             f"## The data set: prepared in as many processes as there are processors, to {sizes.lengths[0]:,} tokens",
