@@ -3,7 +3,8 @@
     python scripts/benchmark_data.py --workers=2 --step_seconds=0.3
 
 Prepares the dialogues of --data anew, in a directory that is removed afterwards, and then makes batches as a run does.
-The figures are printed as JSON. Needs no accelerator, and loads no weights.
+The figures are printed as JSON. Needs no accelerator, and loads no weights: a step is --step_seconds of sleep, during
+which the processors are free, as while an accelerator computes.
 """
 
 import itertools

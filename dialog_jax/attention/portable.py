@@ -11,8 +11,9 @@ A row of two dialogues, the first of which branches after its first two tokens (
     subtree_end  5  5  4  4  5 | 7  7          query 4 sees 0 1 4
                                                query 6 sees 5 6
 
-Queries and keys go in blocks. A loop visits the pairs of blocks that the mask leaves, as many as this row has, forward
-and backward: the cost of a token grows with its dialogue and not with the row. Nothing of size [T, T] is made.
+Queries and keys go in blocks. A loop visits the pairs of blocks that the mask leaves, as many as there are, forward and
+backward: the cost of a token grows with its dialogue and not with the row. Rows of one call go together: a pair that one
+of them needs is visited in all. Nothing of size [T, T] is made.
 """
 
 import functools
@@ -48,8 +49,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """What each query reads of its ancestors and itself; softmax and sums in float32.
 
-    A pair of blocks is visited if it is needed in any row. Computed again in the backward pass: the probabilities of a
-    pair. Kept for it, under the name "read": what is returned and, for each query, the logarithm of its sum.
+    Computed again in the backward pass: the probabilities of a pair. Kept for it, under the name "read": what is
+    returned and, for each query, the logarithm of its sum.
 
     Args:
       subtree_end: one more than the last token that sees this one; of padding, its own index + 1.
