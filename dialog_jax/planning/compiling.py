@@ -4,6 +4,7 @@ In: a config and a mesh of simulated devices. Out: bytes and counts of one devic
 are read: every array is a shape with a sharding. Knows no chips and no seconds; see `planning.estimating`.
 """
 
+import functools
 import pathlib
 import re
 import tempfile
@@ -95,8 +96,8 @@ def compile_step(
       pairs: of a row, of a token and one that it sees; likewise for the loop over pairs of blocks.
 
     Raises:
-      ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, or the optimizer does
-        not suit the steps.
+      ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
+        suit the steps, or the program has a loop of unknown length.
     """
     if config.data.max_length > model.max_length:
         raise ValueError(
@@ -125,7 +126,7 @@ def compile_step(
         assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
     turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
-    counts = hlo.runs(program, unknown=lambda name: next(turns[part] for part in turns if part in name))
+    counts = hlo.runs(program, unknown=functools.partial(_turns, turns))
     parameters = _device_bytes(state.parameters)
     return StepPlan(
         memory=Memory(
@@ -141,6 +142,17 @@ def compile_step(
         collectives=hlo.collectives(program, counts, mesh.size),
         listed=sharding.listed(mesh, state.parameters),
         seconds=time.monotonic() - began,
+    )
+
+
+def _turns(known: dict[str, float], name: str) -> float:
+    """How often the loop that compiled programs call `name` runs."""
+    for part, times in known.items():
+        if part in name:
+            return times
+    raise ValueError(
+        f"the program's loop {name!r} runs as often as its data say; a plan knows how often for {' and '.join(known)} "
+        "only. Give the loop a name with jax.named_scope, and its number of turns where planning.compiling lists them."
     )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from dialog_jax.attention import portable
 from dialog_jax.data.batches import Batch
 from dialog_jax.planning import compiling, workload
 from dialog_jax.training import metrics, optimizer, sharding, step
@@ -141,6 +142,16 @@ class ErrorsTest(absltest.TestCase):
     def test_warm_up_longer_than_the_run_is_refused(self):
         with self.assertRaisesRegex(ValueError, "warmup_steps is 20"):
             compiled(MeshConfig(), run_config(optimizer=OptimizerConfig(warmup_steps=20)))
+
+    def test_loop_of_unknown_length_is_named(self):
+        def attend(q, k, v, subtree_end):
+            with jax.named_scope("until_sure"):
+                added = jax.lax.fori_loop(0, jnp.max(subtree_end), lambda _, x: jnp.sin(x), q)
+            return q + jax.lax.stop_gradient(added)
+
+        self.enter_context(absltest.mock.patch.object(portable, "attend", attend))
+        with self.assertRaisesRegex(ValueError, "loop 'jit.*/until_sure/while' .* for block_pairs and tiles only"):
+            compiled(MeshConfig(), run_config(), devices=1)
 
 
 if __name__ == "__main__":
