@@ -43,6 +43,7 @@ class Memory(NamedTuple):
     moments: int
     batch: int
     gradients: int
+    """With several micro-batches their sum, and beside it what of a micro-batch's own is there at once."""
     kept: int
     """Activations that the forward pass leaves for the backward pass, in the types that the program asks for."""
     temporaries: int
@@ -127,13 +128,12 @@ def compile_step(
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
     turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
     counts = hlo.runs(program, unknown=functools.partial(_turns, turns))
-    parameters = _device_bytes(state.parameters)
     return StepPlan(
         memory=Memory(
-            parameters=parameters,
+            parameters=_device_bytes(state.parameters),
             moments=_device_bytes(state.optimizer_state),
             batch=_device_bytes(batch),
-            gradients=parameters,  # of the same types and shardings
+            gradients=_gradient_bytes(config, model, state.parameters),
             kept=sum(one.array.bytes for one in hlo.stored(program) if "transpose(" not in one.operation_name),
             temporaries=analysis.temp_size_in_bytes,
         ),
@@ -143,6 +143,16 @@ def compile_step(
         listed=sharding.listed(mesh, state.parameters),
         seconds=time.monotonic() - began,
     )
+
+
+def _gradient_bytes(config: TrainConfig, model: DecoderConfig, parameters: dict) -> int:
+    """Gradients have the types and shardings of parameters."""
+    whole = _device_bytes(parameters)
+    if config.gradient_accumulation == 1:
+        return whole
+    # The loop over layers leaves all of theirs at once. Where the two are tied, it begins with the output matrix's and
+    # the embedding's is added to that; an output matrix of its own may be added to the sum before, the embedding after.
+    return whole + (whole if model.tie_embeddings else _device_bytes(parameters["layers"]))
 
 
 def _turns(known: dict[str, float], name: str) -> float:
