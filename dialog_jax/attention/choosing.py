@@ -3,10 +3,10 @@
 In: the mesh, the shape and type of queries and keys, and whether trees branch. Out: a function of q, k, v and
 `subtree_end`, to be called under `jax.jit` on arrays laid out over the mesh; its name, and why it was chosen.
 
-A kernel is trusted on a device once it has been tried there: on a small random forest, with the heads and the type that
-it is to be used with, what it reads and its three gradients must equal those of NumPy in float64 to rounding. One that
-does not, or does not compile, is passed over, and the reason says so. The portable path is the last, and always there.
-On CPUs it is the only one, and nothing is tried.
+A kernel is trusted on a device once it has been tried there: on a small random forest, with the heads, the type and the
+blocks that it is to be used with, what it reads and its three gradients must equal those of NumPy in float64 to
+rounding. One that does not, or does not compile, is passed over, and the reason says so. The portable path is the last,
+and always there. On CPUs it is the only one, and nothing is tried.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,9 @@ from dialog_jax.attention import portable
 Attend = Callable[[Array, Array, Array, Array], Array]
 
 _TENSOR = "tensor"
-_PROBE_LENGTH = 500  # several blocks of each kernel, the last of them not full
+# Three of splash's largest blocks, the last of them not full: longer rows have no larger ones, and with three there is
+# one that nobody two blocks later sees, to be skipped.
+_PROBE_LENGTH = 1100
 
 # Of the norm of what is right. Rounding gives a third of these; a wrong mask, scale or type of product far more.
 _TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}

@@ -39,7 +39,7 @@ def attend(
       interpret: run in Pallas' interpreter, on any device, slowly.
     """
     length, heads, head_dim = q.shape[1:]
-    block = largest_block if length >= largest_block else _SMALLEST_BLOCK
+    block = block_of(length, largest_block)
     q, k, v, subtree_end = padding.to_multiple(block, q, k, v, subtree_end)
     kernel = _kernel(q.shape[1], heads, block, interpret)
 
@@ -49,6 +49,11 @@ def attend(
 
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * head_dim**-0.5, k, v))
     return jax.vmap(of_row)(q, k, v, subtree_end).transpose(0, 2, 1, 3)[:, :length]
+
+
+def block_of(length: int, largest_block: int = LARGEST_BLOCK) -> int:
+    """Tokens of a block of rows of `length` tokens."""
+    return largest_block if length >= largest_block else _SMALLEST_BLOCK
 
 
 def _kernel(length: int, heads: int, block: int, interpret: bool):

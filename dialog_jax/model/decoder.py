@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from dialog_jax.attention import cached, portable
@@ -23,6 +22,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 LAYERS = "layers"  # the loop over them, as it is called in compiled programs and profiles
 
+# So named by each way to attend, together with what else its gradient needs: named here as well, it is kept twice.
 _READ = jax.checkpoint_policies.save_only_these_names("read")
 
 # What is kept for the backward pass: of attention with its projections, of the whole layer. None is everything.
@@ -139,7 +139,6 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.query_norm[...], config.norm_epsilon)
             k = rms_norm(k, self.key_norm[...], config.norm_epsilon)
         read, kept = attend(turn(q), turn(k), v)
-        read = checkpoint_name(read, "read")
         read = read.reshape(*x.shape[:2], config.heads * config.head_dim)
         return _project(read, self.w_output, self.b_output if config.output_bias else None), kept
 

@@ -4,6 +4,7 @@ In: a config and a mesh of simulated devices. Out: bytes and counts of one devic
 are read: every array is a shape with a sharding. Knows no chips and no seconds; see `planning.estimating`.
 """
 
+import functools
 import pathlib
 import re
 import tempfile
@@ -42,6 +43,7 @@ class Memory(NamedTuple):
     moments: int
     batch: int
     gradients: int
+    """With several micro-batches their sum, and beside it what of a micro-batch's own is there at once."""
     kept: int
     """Activations that the forward pass leaves for the backward pass, in the types that the program asks for."""
     temporaries: int
@@ -95,8 +97,8 @@ def compile_step(
       pairs: of a row, of a token and one that it sees; likewise for the loop over pairs of blocks.
 
     Raises:
-      ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, or the optimizer does
-        not suit the steps.
+      ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
+        suit the steps, or the program has a loop of unknown length.
     """
     if config.data.max_length > model.max_length:
         raise ValueError(
@@ -125,14 +127,13 @@ def compile_step(
         assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
     turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
-    counts = hlo.runs(program, unknown=lambda name: next(turns[part] for part in turns if part in name))
-    parameters = _device_bytes(state.parameters)
+    counts = hlo.runs(program, unknown=functools.partial(_turns, turns))
     return StepPlan(
         memory=Memory(
-            parameters=parameters,
+            parameters=_device_bytes(state.parameters),
             moments=_device_bytes(state.optimizer_state),
             batch=_device_bytes(batch),
-            gradients=parameters,  # of the same types and shardings
+            gradients=_gradient_bytes(config, model, state.parameters),
             kept=sum(one.array.bytes for one in hlo.stored(program) if "transpose(" not in one.operation_name),
             temporaries=analysis.temp_size_in_bytes,
         ),
@@ -141,6 +142,27 @@ def compile_step(
         collectives=hlo.collectives(program, counts, mesh.size),
         listed=sharding.listed(mesh, state.parameters),
         seconds=time.monotonic() - began,
+    )
+
+
+def _gradient_bytes(config: TrainConfig, model: DecoderConfig, parameters: dict) -> int:
+    """Gradients have the types and shardings of parameters."""
+    whole = _device_bytes(parameters)
+    if config.gradient_accumulation == 1:
+        return whole
+    # The loop over layers leaves all of theirs at once. Where the two are tied, it begins with the output matrix's and
+    # the embedding's is added to that; an output matrix of its own may be added to the sum before, the embedding after.
+    return whole + (whole if model.tie_embeddings else _device_bytes(parameters["layers"]))
+
+
+def _turns(known: dict[str, float], name: str) -> float:
+    """How often the loop that compiled programs call `name` runs."""
+    for part, times in known.items():
+        if part in name:
+            return times
+    raise ValueError(
+        f"the program's loop {name!r} runs as often as its data say; a plan knows how often for {' and '.join(known)} "
+        "only. Give the loop a name with jax.named_scope, and its number of turns where planning.compiling lists them."
     )
 
 

@@ -192,10 +192,11 @@ def _forward_with_gradient(config, hidden, matrix, targets):
     sums = (jnp.zeros((), jnp.float32),) * 2
     zeros = sums, jnp.zeros(shape, hidden.dtype), jnp.zeros(matrix.shape, jnp.float32)
     sums, gathered_gradient, matrix_gradient = _over_tiles(hidden, targets, tile_gradient, zeros)
+    # A source has as many targets as its tree has branches there: their sum is rounded once.
     hidden_gradient = jax.vmap(lambda zero, at, gradient: zero.at[at].add(gradient))(
-        jnp.zeros_like(hidden), targets.source, gathered_gradient
+        jnp.zeros(hidden.shape, jnp.float32), targets.source, gathered_gradient.astype(jnp.float32)
     )
-    return sums, (hidden_gradient, matrix_gradient.astype(matrix.dtype))
+    return sums, (hidden_gradient.astype(hidden.dtype), matrix_gradient.astype(matrix.dtype))
 
 
 def _backward(config, gradients, cotangents):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.attention import choosing, pallas_gpu, portable
+from dialog_jax.attention import choosing, pallas_gpu, portable, splash
 from dialog_jax.attention.pallas_gpu import Blocks, Tiling
 from dialog_jax.training import sharding
 from dialog_jax.training.sharding import MeshConfig
@@ -101,6 +101,14 @@ class ChooseTest(parameterized.TestCase):
 
         with self.assertRaises(ZeroDivisionError):
             _chosen(("broken", broken))
+
+    @parameterized.parameters(100, 511, 512, 700, 1024, 2048, 100_000)
+    def test_kernel_is_tried_with_the_blocks_of_the_run(self, length):
+        with mock.patch.object(choosing, "probe", return_value={"read": 0.0}) as probe:
+            self.assertEqual(_chosen(("splash", splash.attend), length=length, branching=False).name, "splash")
+        _, _, tried, *_ = probe.call_args.args
+        self.assertEqual(splash.block_of(tried), splash.block_of(length))
+        self.assertGreaterEqual(tried, min(length, 2 * splash.LARGEST_BLOCK + 1))  # three blocks: one can be skipped
 
     def test_candidate_for_paths_is_not_tried_on_trees(self):
         choice = _chosen(("paths", _interpreted), for_trees=False)

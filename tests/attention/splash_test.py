@@ -20,6 +20,7 @@ def _attend(q, k, v, subtree_end, d_read, largest_block):
 class SplashTest(parameterized.TestCase):
     @parameterized.named_parameters(
         dict(testcase_name="three_blocks", length=384, heads=4, kv_heads=2, largest_block=512),
+        dict(testcase_name="of_512_tokens", length=1100, heads=2, kv_heads=1, largest_block=splash.LARGEST_BLOCK),
         dict(testcase_name="padded", length=300, heads=2, kv_heads=2, largest_block=256),
     )
     def test_read_and_gradients_equal_those_over_lineages(self, length, heads, kv_heads, largest_block):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from dialog_jax.attention import portable
 from dialog_jax.model import decoder, rotary
 from tests.model import forests
 
@@ -108,6 +109,22 @@ class DecoderTest(parameterized.TestCase):
         self.assertEqual(sizes, sorted(sizes, reverse=True))
         self.assertLess(sizes[3], sizes[2])
         self.assertLess(sizes[2], sizes[0])
+
+    @parameterized.parameters("attention", "dots")
+    def test_what_attention_read_is_kept_once_and_not_computed_again(self, remat):
+        parameters, tokens = decoder.abstract_parameters(_LLAMA), jax.ShapeDtypeStruct((1, 300), jnp.int32)
+
+        def loss(parameters, tokens):
+            return jnp.sum(decoder.hidden_states(_LLAMA, parameters, tokens, *_path(300), remat=remat))
+
+        traced = jax.jit(jax.grad(loss)).trace(parameters, tokens)
+        # Forward comes first; its loop's results are what the backward pass is left.
+        forward = next(equation for equation in traced.jaxpr.eqns if equation.primitive.name == "scan")
+        heads = (_LLAMA.heads, _LLAMA.head_dim)
+        self.assertLen([kept for kept in forward.outvars if kept.aval.shape[-2:] == heads], 1)
+        text = traced.lower().compile().as_text()
+        loops = [line for line in text.splitlines() if " while(" in line and f'{portable.PAIRS}/while"' in line]
+        self.assertLen(loops, 2)  # forward and backward
 
     def test_remat_unknown_is_an_error_that_lists_the_known(self):
         with self.assertRaisesRegex(ValueError, "'some'.*none, attention, dots, full"):

@@ -1,10 +1,14 @@
 """Plans against what is really allocated, and against counts by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl.testing import absltest, parameterized
 
+from dialog_jax.attention import portable
 from dialog_jax.data.batches import Batch
 from dialog_jax.planning import compiling, workload
 from dialog_jax.training import metrics, optimizer, sharding, step
@@ -34,7 +38,7 @@ def count(model):
     return model.width * (2 * query + 2 * key + 3 * model.feed_forward)
 
 
-class MemoryTest(absltest.TestCase):
+class MemoryTest(parameterized.TestCase):
     def test_bytes_are_those_of_a_real_state(self):
         config, sizes = run_config(), MeshConfig(data=1, fsdp=4, tensor=2)
         memory = compiled(sizes, config).memory
@@ -59,6 +63,27 @@ class MemoryTest(absltest.TestCase):
         self.assertEqual(memory.batch, held(batch))
         self.assertGreater(memory.temporaries, memory.gradients)
         self.assertEqual(memory.compiled, memory.parameters + memory.moments + memory.batch + memory.temporaries)
+
+    @parameterized.parameters((True, 1), (True, 2), (False, 1))
+    def test_sum_of_micro_batches_is_held_beside_the_gradient_of_one(self, tied, divided):
+        wide = dict(width=256, layers=4, head_dim=32, feed_forward=1024, tie_embeddings=tied)
+        model = dataclasses.replace(_MODEL, vocab_size=1024, **wide)
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=divided), jax.devices()[:divided])
+        # Plain descent needs nothing beside the gradient, so that the peak is where gradients are added up.
+        self.enter_context(absltest.mock.patch.object(optimizer, "make_optimizer", lambda *_: optax.sgd(0.1)))
+
+        def memory(micro_batches):
+            config = run_config(length=16, rows=divided, gradient_accumulation=micro_batches, remat="full")
+            return compiling.compile_step(config, model, mesh, compute_dtype=jnp.float32, targets=16, pairs=136).memory
+
+        once, twice, often = map(memory, (1, 2, 5))
+        self.assertEqual(once.gradients, once.parameters)
+        layers = 4 * count(model) * 4 // divided
+        needed = twice.parameters + (twice.parameters if tied else layers)
+        self.assertAlmostEqual(twice.gradients / needed, 1, delta=0.001)  # of a layer's norms too
+        self.assertEqual(often.gradients, twice.gradients)
+        more = twice.temporaries - once.temporaries
+        self.assertAlmostEqual(more / (twice.gradients - once.gradients), 1, delta=0.1)
 
     def test_full_recomputation_keeps_the_input_of_each_layer(self):
         full = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16)
@@ -114,7 +139,7 @@ class CollectivesTest(absltest.TestCase):
     def test_data_parallel_gradients_are_reduced_once_a_micro_batch(self):
         step_plan = compiled(MeshConfig(data=8), run_config(gradient_accumulation=2))
         reduced = sum(one.runs * one.bytes for one in step_plan.collectives if one.kind == "all-reduce")
-        self.assertAlmostEqual(reduced / (2 * step_plan.memory.gradients), 1, delta=0.01)
+        self.assertAlmostEqual(reduced / (2 * step_plan.memory.parameters), 1, delta=0.01)
         self.assertEqual({len(one.group) for one in step_plan.collectives}, {8})
 
     def test_divided_parameters_are_gathered_for_forward_and_backward_pass_and_rows_stay_where_they_are(self):
@@ -141,6 +166,16 @@ class ErrorsTest(absltest.TestCase):
     def test_warm_up_longer_than_the_run_is_refused(self):
         with self.assertRaisesRegex(ValueError, "warmup_steps is 20"):
             compiled(MeshConfig(), run_config(optimizer=OptimizerConfig(warmup_steps=20)))
+
+    def test_loop_of_unknown_length_is_named(self):
+        def attend(q, k, v, subtree_end):
+            with jax.named_scope("until_sure"):
+                added = jax.lax.fori_loop(0, jnp.max(subtree_end), lambda _, x: jnp.sin(x), q)
+            return q + jax.lax.stop_gradient(added)
+
+        self.enter_context(absltest.mock.patch.object(portable, "attend", attend))
+        with self.assertRaisesRegex(ValueError, "loop 'jit.*/until_sure/while' .* for block_pairs and tiles only"):
+            compiled(MeshConfig(), run_config(), devices=1)
 
 
 if __name__ == "__main__":
