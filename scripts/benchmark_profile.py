@@ -177,7 +177,7 @@ def text(
     totals = [sum(column) for column in zip(*(numbers for _, numbers in rows), strict=True)]
     header = ["part", "GFLOP of products", "s they would take alone", "s in products", "s in others only", UNRECORDED]
     cells = [
-        [words, *(f"{value:.3g}" for value in (done / 1e9, done / speed, product, other, waiting))]
+        [words, *map(_number, (done / 1e9, done / speed, product, other, waiting))]
         for words, (done, product, other, waiting) in [*rows, ("all", totals)]
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] + ["---:"] * 5, *cells])
@@ -190,6 +190,10 @@ def text(
         f"nothing else, at that speed, it would take {bound:.3g} s, {tokens / bound:.1f} real tokens a second. It is "
         f"at {100 * bound / seconds:.0f} % of that.\n\n{table}\n"
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _only(program: Program, words: str) -> Program:

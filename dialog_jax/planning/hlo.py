@@ -49,6 +49,8 @@ class Instruction(NamedTuple):
     """Of the result; several if it is a tuple."""
     operation: str
     operands: tuple[str, ...]
+    parts: tuple[int, ...]
+    """Which array of each operand is meant; 0 where it is not a tuple. XLA of JAX 0.11 writes `x#2`."""
     attributes: str
     root: bool
 
@@ -167,7 +169,8 @@ def products(program: Program, counts: Mapping[str, float]) -> Products:
         for instruction in body.values():
             if instruction.operation != "dot":
                 continue
-            left, right = (body[operand].arrays[0] for operand in instruction.operands)
+            named = zip(instruction.operands, instruction.parts, strict=True)
+            left, right = (body[operand].arrays[number] for operand, number in named)
             (result,) = instruction.arrays
             contracted = _numbers(instruction.attributes, "lhs_contracting_dims")
             depth = math.prod(left.shape[axis] for axis in contracted)
@@ -212,7 +215,7 @@ def _instruction(line: str) -> Instruction | None:
     kind, rest = rest[:end], rest[end:].lstrip()
     operation, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
-    operands = re.sub(r"/\*.*?\*/", "", rest[: end - 1])
+    operands = [operand.strip().lstrip("%") for operand in re.sub(r"/\*.*?\*/", "", rest[: end - 1]).split(",")]
     return Instruction(
         name=named.group(2),
         arrays=tuple(
@@ -220,7 +223,8 @@ def _instruction(line: str) -> Instruction | None:
             for name, bits, shape in _ARRAY.findall(kind)
         ),
         operation=operation,
-        operands=tuple(operand.strip().lstrip("%") for operand in operands.split(",")),
+        operands=tuple(operand.partition("#")[0] for operand in operands),
+        parts=tuple(int(operand.partition("#")[2] or 0) for operand in operands),
         attributes=rest[end:],
         root=bool(named.group(1)),
     )

@@ -38,8 +38,8 @@ _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues: l
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "How many of them, from the first on.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row.", lower_bound=2)
 _ROWS = flags.DEFINE_integer("rows", 2, "Rows of a step.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant runs.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 3, "Measured steps of a round, after one that is not.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "How often each contestant runs.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 4, "Measured steps of a round, after one that is not.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1200, "After which a contestant's round is ended, and counts as failed.")
 _CONTESTANTS = flags.DEFINE_list("contestants", list(CONTESTANTS), f"Some of {', '.join(CONTESTANTS)}.")
 

@@ -33,12 +33,12 @@ _TEXT = """HloModule made_by_hand, entry_computation_layout={(f32[8,4]{1,0})->f3
 
 %asked (p: (s32[], bf16[8,4])) -> pred[] {
   %p = (s32[], bf16[8,4]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  ROOT %less = pred[] compare(%i, %i), direction=LT
+  ROOT %less = pred[] compare(%p#0, %p#0), direction=LT
 }
 
 %middle (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %p = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %within = f32[4,4]{1,0} dot(%p#1, %p#1), lhs_contracting_dims={0}, rhs_contracting_dims={0}
   ROOT %w = (s32[], bf16[8,4]{1,0}) while(%p), condition=%until, body=%inner
 }
 
@@ -82,8 +82,10 @@ class TextTest(parameterized.TestCase):
             ],
         )
 
-    def test_product_is_counted(self):
-        self.assertEqual(hlo.products(self.program, self.runs), (2 * 8 * 8 * 4, 4 * (32 + 32 + 64)))
+    def test_products_are_counted_as_often_as_they_run(self):
+        flops, size = hlo.products(self.program, self.runs)
+        self.assertEqual(flops, 2 * 8 * 8 * 4 + 3 * 2 * 4 * 4 * 8)
+        self.assertEqual(size, 4 * (32 + 32 + 64) + 3 * (2 * (32 + 32) + 4 * 16))
 
     def test_text_without_program_is_refused(self):
         with self.assertRaisesRegex(ValueError, "no program"):
