@@ -5,8 +5,10 @@ Question:  Packed short dialogues should cost the same in long rows as in short 
            memory, and no array of rows x tokens x vocabulary should ever exist. Do they?
 Command:   python experiments/cost_growth.py
 Hardware:  two cores of an AMD EPYC with AVX-512.
-Time:      to be measured.
-Result:    to be measured.
+Time:      3.7 min.
+Result:    a token's time grows as T^0.09 from rows of 512 to 8,192; an update's as K^0.03 in one pass and K^0.74 in K;
+           1,000 to 16,000 dialogues take 4.1 to 25.7 s and 0.29 GB; with a vocabulary of 262,144, temporaries are
+           0.87 GB where the logits alone would be 4.3.
 """
 
 import dataclasses
@@ -111,7 +113,8 @@ def of_lengths(sizes: Sizes, trees: Trees) -> Iterator[Point]:
     for length in sizes.lengths:
         count = sizes.lengths[-1] // length
         plan = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=count, seed=0)
-        batch = plan.batch(0)  # the vocabulary is not what is asked about, so a small one will do
+        # An epoch's last row may be half empty. The vocabulary is not what is asked about, so a small one will do.
+        batch = max(map(plan.batch, range(3)), key=lambda batch: int((batch.segment > 0).sum()))
         batch = batch._replace(tokens=batch.tokens % model.vocab_size, target=batch.target % model.vocab_size)
         seconds = step_seconds(model, batch, repeats=sizes.repeats)
         tokens = int((batch.segment > 0).sum())
