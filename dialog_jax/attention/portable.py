@@ -12,8 +12,8 @@ A row of two dialogues, the first of which branches after its first two tokens (
                                                query 6 sees 5 6
 
 Queries and keys go in blocks. A loop visits the pairs of blocks that the mask leaves, as many as there are, forward and
-backward: the cost of a token grows with its dialogue and not with the row. Rows of one call go together: a pair that one
-of them needs is visited in all. Nothing of size [T, T] is made.
+backward: the cost of a token grows with its dialogue and not with the row. Rows of one call go together: a pair that
+one of them needs is visited in all. Nothing of size [T, T] is made.
 """
 
 import functools
