@@ -16,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -103,10 +102,7 @@ def _measure(command: str) -> None:
         pathlib.Path(_OUT.value).write_text(json.dumps(figures | steps, indent=1), encoding="utf-8")
     if _PROFILE.value:
         placed = jax.device_put(plan.batch(_STEPS.value + 1), sharding.batch_sharding(mesh))
-        with tempfile.TemporaryDirectory() as directory:
-            with jax.profiler.trace(directory):
-                jax.block_until_ready(compiled(state, placed))
-            events = benchmark_profile.read(pathlib.Path(directory))
+        events = benchmark_profile.record(lambda: compiled(state, placed))
         told = benchmark_profile.text(
             program=hlo.parse(compiled.as_text()),
             events=events,

@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -102,6 +103,16 @@ def timeline(events: Iterable[Event], kind: Mapping[str, Kind]) -> dict[Kind, fl
         here = (products or others or [Kind(UNRECORDED, False)])[0]
         seconds[here] += after - now
     return dict(seconds)
+
+
+def record(update: Callable[[], Any]) -> list[Event]:
+    """The instructions that run in the call, until what it returns is there."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, profiler_options=options):
+            jax.block_until_ready(update())
+        return read(pathlib.Path(directory))
 
 
 def read(directory: pathlib.Path) -> list[Event]:

@@ -4,6 +4,7 @@ A thread looks at the calls in progress and raises an exception in theirs. It en
 interpreter, not within one, such as a single huge allocation.
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -103,7 +104,12 @@ def _end(watch: _Watch, call: _Call) -> None:
     with watch.lock:
         watch.calls.discard(call)
     if call.over:
-        _raise_in(call.thread, None)
+        # What may be on its way is not taken back but replaced, and waited for: Python 3.11 would go on looking for it,
+        # and never get into the first function that it calls under a profiler or debugger.
+        with contextlib.suppress(_Stopped):
+            _raise_in(call.thread, _Stopped)
+            while True:
+                pass
 
 
 def _over(call: _Call, resident: int) -> str:
@@ -115,9 +121,8 @@ def _over(call: _Call, resident: int) -> str:
     return ""
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    exception = ctypes.py_object(kind) if kind else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exception)
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 def _resident() -> int:

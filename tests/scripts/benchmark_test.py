@@ -163,10 +163,7 @@ def _traced(model, mesh: Mesh, batch):
     update = step.make_train_step(model, transform, mesh, shardings, compute_dtype="float32", remat="dots")
     compiled = update.lower(state, batch).compile()
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            jax.block_until_ready(compiled(state, placed))
-        return benchmark_profile.read(pathlib.Path(directory)), compiled
+    return benchmark_profile.record(lambda: compiled(state, placed)), compiled
 
 
 class BenchmarkTest(absltest.TestCase):
