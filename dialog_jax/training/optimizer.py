@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -90,4 +91,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    return optax.chain(_clip(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scales a gradient whose global norm, given as `norm`, is above the limit down to it.
+
+    By one factor for all of it, where optax divides each number: XLA:CPU makes a copy of the gradient for that.
+    """
+
+    def update(gradient, state, parameters=None, *, norm, **_):
+        return optax.tree.scale(jnp.minimum(1.0, limit / norm), gradient), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -150,6 +150,7 @@ def make_train_step(
         return value / total_weight, nll / total_weight
 
     gradient_of = jax.value_and_grad(micro_batch_loss, has_aux=True)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = jnp.sum(batch.weight)
@@ -166,15 +167,15 @@ def make_train_step(
             ((value, nll), gradient), _ = jax.lax.scan(accumulate, zeros, batch)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
         with jax.named_scope(OPTIMIZER):
-            updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
-            parameters = optax.apply_updates(state.parameters, updates)
             norm = optax.tree.norm(gradient)
             good = jnp.isfinite(value) & jnp.isfinite(norm)
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(good, new, old),
-                (parameters, optimizer_state),
-                (state.parameters, state.optimizer_state),
-            )
+
+            def updated(parameters, optimizer_state):
+                updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters, norm=norm)
+                return optax.apply_updates(parameters, updates), optimizer_state
+
+            # A choice of whole states, not of each number: XLA:CPU then changes them in place, without copies.
+            kept = jax.lax.cond(good, updated, lambda *same: same, state.parameters, state.optimizer_state)
         after = TrainState(
             state.step + 1,
             state.skipped + ~good,

@@ -1,5 +1,6 @@
 """The update: the same however a batch is cut up, one compilation, one division, and against optax by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -198,6 +199,19 @@ class UpdateTest(absltest.TestCase):
         solid = jax.tree.map(lambda leaf: np.abs(leaf) > 1e-5, gradient)  # where rounding does not decide the sign
         for got, want, where in zip(*map(jax.tree.leaves, (after, wanted, solid)), strict=True):
             np.testing.assert_allclose(got[where], want[where], atol=2e-5)
+
+    def test_an_update_has_room_for_the_gradient_and_no_other_copy_of_the_parameters(self):
+        small, _ = prepared()
+        model = dataclasses.replace(small, width=2048, feed_forward=2048, layers=8)  # beside these, a row is little
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        transform = optimizer.make_optimizer(_OPTIMIZER, 10)
+        state, shardings = step.abstract_state(model, mesh, transform)
+        run = step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="full")
+        size = sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) * 4
+        one_row = jax.tree.map(lambda array: array[:1], batch_of(8, 1))
+        needed = run.lower(state, one_row).compile().memory_analysis()
+        self.assertEqual(needed.alias_size_in_bytes // size, 3)
+        self.assertBetween(needed.temp_size_in_bytes / size, 1, 1.5)
 
     def test_one_compilation_for_all_steps(self):
         _, _, run, state = updated(MeshConfig(data=2, fsdp=2, tensor=2), batch_of(2, 4), updates=3)
