@@ -108,7 +108,7 @@ def timeline(events: Iterable[Event], kind: Mapping[str, Kind]) -> dict[Kind, fl
 def record(update: Callable[[], Any]) -> list[Event]:
     """The instructions that run in the call, until what it returns is there."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
+    options.python_tracer_level = 0  # Python's functions are not read here
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             jax.block_until_ready(update())

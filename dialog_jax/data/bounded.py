@@ -105,11 +105,11 @@ def _end(watch: _Watch, call: _Call) -> None:
         watch.calls.discard(call)
     if call.over:
         # What may be on its way is not taken back but replaced, and waited for: Python 3.11 would go on looking for it,
-        # and never get into the first function that it calls under a profiler or debugger.
+        # and never get into the first function that it calls under a profiler or debugger. Again and again, since from
+        # Python 3.12 on it may strike in what the garbage collector calls, and is lost there.
         with contextlib.suppress(_Stopped):
-            _raise_in(call.thread, _Stopped)
             while True:
-                pass
+                _raise_in(call.thread, _Stopped)
 
 
 def _over(call: _Call, resident: int) -> str:

@@ -81,8 +81,11 @@ def decay_mask(parameters: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, parameters)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping and AdamW under the schedule of a run of `steps` steps."""
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Returns clipping and AdamW under the schedule of a run of `steps` steps.
+
+    Its `update` takes `norm` besides, the gradient's global norm.
+    """
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
@@ -91,13 +94,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(_clip(config.clip_norm), adamw) if config.clip_norm else adamw
+    return optax.chain(_clip(config.clip_norm), adamw) if config.clip_norm else optax.with_extra_args_support(adamw)
 
 
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
     """Scales a gradient whose global norm, given as `norm`, is above the limit down to it.
 
-    By one factor for all of it, where optax divides each number: XLA:CPU makes a copy of the gradient for that.
+    By one factor for all of it: dividing each number, as optax does, makes XLA:CPU keep a second copy of the gradient.
     """
 
     def update(gradient, state, parameters=None, *, norm, **_):

@@ -174,7 +174,8 @@ def make_train_step(
                 updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters, norm=norm)
                 return optax.apply_updates(parameters, updates), optimizer_state
 
-            # A choice of whole states, not of each number: XLA:CPU then changes them in place, without copies.
+            # A choice of whole states, not of each number: XLA:CPU then changes them in place, without copies. On GPUs
+            # and TPUs it has not been measured.
             kept = jax.lax.cond(good, updated, lambda *same: same, state.parameters, state.optimizer_state)
         after = TrainState(
             state.step + 1,

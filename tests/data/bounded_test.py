@@ -130,6 +130,24 @@ class RunTest(absltest.TestCase):
         """
         subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
 
+    def test_an_exception_that_is_lost_in_the_garbage_collector_is_raised_again(self):
+        program = """if True:
+            import gc, time
+            from dialog_jax.data import bounded
+            bounded.SECONDS, bounded._LOOK_EVERY = 0.0, 0.001
+            gc.callbacks.append(lambda *_: None)
+            ended = 0
+            for threshold in range(1, 11):
+                gc.set_threshold(threshold)
+                for _ in range(30):
+                    try:
+                        bounded.run(time.sleep, 0.003)  # it ends by itself: what is on its way arrives in `_end`
+                    except ValueError:
+                        ended += 1
+            assert ended, "none was over its limits"
+        """
+        subprocess.run([sys.executable, "-c", program], timeout=60, check=True, stderr=subprocess.DEVNULL)
+
     def test_a_forked_process_has_a_watch_of_its_own(self):
         program = """if True:
             import itertools, os

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 from absl.testing import absltest, parameterized
 
 from dialog_jax.model import decoder
@@ -46,6 +47,29 @@ class ScheduleTest(parameterized.TestCase):
     def test_bad_value_is_refused(self, **fields):
         with self.assertRaisesRegex(ValueError, f"optimizer.{next(iter(fields))} is"):
             OptimizerConfig(**fields)
+
+
+class ClippingTest(parameterized.TestCase):
+    @parameterized.parameters(0.0, 0.5, 1e3)
+    def test_updates_equal_optax_clipping_each_number(self, limit):
+        fields = {"weight_decay": 0.1, "b1": 0.9, "b2": 0.99}
+        config = OptimizerConfig(learning_rate=1.0, schedule="constant", clip_norm=limit, epsilon=1e-2, **fields)
+        adamw = optax.adamw(1.0, eps=1e-2, mask=optimizer.decay_mask, **fields)
+        theirs = optax.chain(optax.clip_by_global_norm(limit), adamw) if limit else adamw
+        ours = optimizer.make_optimizer(config, 10)
+        parameters = tiny.parameters(tiny.config(64))
+        our_update = jax.jit(lambda gradient, state, norm: ours.update(gradient, state, parameters, norm=norm))
+        their_update = jax.jit(lambda gradient, state: theirs.update(gradient, state, parameters))
+        our_state, their_state = ours.init(parameters), theirs.init(parameters)
+        rng = np.random.default_rng(0)
+        for wanted in (0.1, 0.0, 3.0, 1e-6, 2000.0, 0.4):
+            drawn = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), parameters)
+            norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(drawn)))
+            gradient = jax.tree.map(lambda leaf, scale=wanted / norm: (leaf * scale).astype(np.float32), drawn)
+            updates, our_state = our_update(gradient, our_state, np.float32(wanted))
+            expected, their_state = their_update(gradient, their_state)
+            for got, want in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 class DecayMaskTest(absltest.TestCase):

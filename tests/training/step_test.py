@@ -18,7 +18,7 @@ from tests.data import chat_templates
 from tests.training import tiny
 
 _LENGTH = 256
-_OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5)
+_OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
 
 
 @functools.cache
