@@ -28,7 +28,7 @@ from dialog_jax.training.optimizer import OptimizerConfig
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_KILLS = 14
+_KILLS = 24
 _STEPS = 30
 
 

@@ -18,7 +18,7 @@ from tests.data import chat_templates
 from tests.training import tiny
 
 _LENGTH = 256
-_OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
+_OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5)
 
 
 @functools.cache
@@ -54,11 +54,13 @@ def taught(batch, slots=5):
     return batch._replace(teacher_token=token, teacher_log_probability=log_probability)
 
 
-def updated(mesh_config, batch, *, updates=2, devices=None, remat="none", loss_config=loss.PLAIN):
+def updated(
+    mesh_config, batch, *, updates=2, devices=None, remat="none", loss_config=loss.PLAIN, optimizer_config=_OPTIMIZER
+):
     """(parameters, metrics, the jitted step) after `updates` updates with the same batch."""
     model, _ = prepared()
     mesh = sharding.make_mesh(mesh_config, devices)
-    transform = optimizer.make_optimizer(_OPTIMIZER, 10)
+    transform = optimizer.make_optimizer(optimizer_config, 10)
     place = functools.partial(
         jax.tree_util.tree_map_with_path,
         lambda keys, leaf: jax.device_put(
@@ -186,13 +188,15 @@ class UpdateTest(absltest.TestCase):
         gradient = jax.device_get(jax.jit(jax.grad(mean_loss))(parameters))
         norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(gradient)))
         self.assertGreater(norm, _OPTIMIZER.clip_norm)
-        after, metrics, _, _ = updated(MeshConfig(), batch, updates=1, devices=jax.devices()[:1])
+        config = dataclasses.replace(_OPTIMIZER, epsilon=1e-3)  # so large that a wrong factor of clipping shows
+        one = jax.devices()[:1]
+        after, metrics, _, _ = updated(MeshConfig(), batch, updates=1, devices=one, optimizer_config=config)
         np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-4)
         decayed = optimizer.decay_mask(parameters)
 
         def expected(before, gradient, decays):
             g = gradient * (_OPTIMIZER.clip_norm / norm)
-            step_of = g / (np.abs(g) + _OPTIMIZER.epsilon)  # after bias correction, the first step of Adam
+            step_of = g / (np.abs(g) + config.epsilon)  # after bias correction, the first step of Adam
             return before - _OPTIMIZER.learning_rate * (step_of + decays * _OPTIMIZER.weight_decay * before)
 
         wanted = jax.tree.map(expected, jax.device_get(parameters), gradient, decayed)
