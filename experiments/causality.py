@@ -34,19 +34,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from report import Options
 
-from dialog_jax import chat
-from dialog_jax.chat import ChatModel
-from dialog_jax.data import batches, dataset, tries
-from dialog_jax.data.batches import Batch
-from dialog_jax.data.dataset import Trees
-from dialog_jax.data.dialogues import Dialogue, Message, read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.data.tries import Tree
+from dialog_jax.batching import batches
+from dialog_jax.batching.batches import Batch
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
+from dialog_jax.inference import chat
+from dialog_jax.inference.chat import ChatModel
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import loss, step
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training import loss, train_step
+from dialog_jax.trees import dataset, prefix_tree
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.prefix_tree import Tree
 
 _RESPONSES = 6  # of the dialogue that is looked at: the first held-out one that has so many
 _OTHER_MESSAGE = "Let us speak of something else. Which mountain is the highest one in Europe?"
@@ -106,17 +109,17 @@ def response_losses(model: ChatModel, dialogues: Sequence[Dialogue]) -> list[lis
     """For each dialogue, the loss of each token of each of its responses; all dialogues in rows of one length.
 
     Raises:
-      ValueError: a dialogue does not fit a row.
+      UserError: a dialogue does not fit a row.
     """
     trees = dataset.prepare(
         dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
     )
-    score_step = step.make_score_step(model.config, compute_dtype=jnp.float32)
+    score_step = train_step.make_score_step(model.config, compute_dtype=jnp.float32)
     found = []
     for number in range(len(trees)):
         tree = trees.tree(number)
         row = batches.fill_rows(trees, [[number]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
-        _, nodes = tries.targets(tree)
+        _, nodes = prefix_tree.targets(tree)
         nll = np.asarray(score_step(model.parameters, row).nll[0, : len(nodes)])
         found.append([nll[tree.turn[nodes] == turn] for turn in range(int(tree.turn.max()) + 1)])
     return found
@@ -257,7 +260,7 @@ def _chosen(source: str) -> Dialogue:
     for dialogue in read_dialogues(source):
         if sum(message.role == "assistant" for message in dialogue.messages) == _RESPONSES:
             return dialogue
-    raise ValueError(f"{source} has no dialogue of {_RESPONSES} responses. Name another file of dialogues.")
+    raise UserError(f"{source} has no dialogue of {_RESPONSES} responses. Name another file of dialogues.")
 
 
 def _changes_table(changes: Float[np.ndarray, "M K"]) -> str:

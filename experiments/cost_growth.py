@@ -32,19 +32,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import Options
 
-from dialog_jax.data import batches, dataset, tries
-from dialog_jax.data.batches import Batch
-from dialog_jax.data.dataset import Trees
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.data.tries import Span
+from dialog_jax.batching import batches
+from dialog_jax.batching.batches import Batch
+from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import optimizer, sharding, step
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training import optimizer, sharding, train_step
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.trees import dataset, prefix_tree
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.prefix_tree import Span
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_data.py"
 
@@ -96,8 +97,8 @@ def step_seconds(model: DecoderConfig, batch: Batch, *, repeats: int) -> float:
     """Returns the median seconds of an update on `batch`, [M, B, ...], compilation and the first one left out."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     transform = optimizer.make_optimizer(OptimizerConfig(), repeats + 1)
-    state, shardings = step.initial_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
-    update = step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
+    state, shardings = train_step.initial_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
+    update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     seconds = []
     for _ in range(repeats + 1):
@@ -133,8 +134,8 @@ def of_turns(sizes: Sizes) -> Iterator[Point]:
             for turn, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
         ways = {
-            "one pass": dataset.of_trees([tries.build_tree(sequences)]),
-            "K passes": dataset.of_trees([tries.build_tree([sequence]) for sequence in sequences]),
+            "one pass": dataset.of_trees([prefix_tree.build_tree(sequences)]),
+            "K passes": dataset.of_trees([prefix_tree.build_tree([sequence]) for sequence in sequences]),
         }
         costs = {}
         for way, trees in ways.items():
@@ -179,8 +180,8 @@ def of_vocabularies(sizes: Sizes) -> Iterator[Point]:
     batch = Batch(*(integer,) * 6, weight=real, turn=integer)
     for vocabulary in sizes.vocabularies:
         model = sizes.model(vocabulary)
-        state, shardings = step.abstract_state(model, mesh, transform)
-        update = step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
+        state, shardings = train_step.abstract_state(model, mesh, transform)
+        update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
         memory = update.lower(state, batch).compile().memory_analysis()
         assert memory is not None
         costs = {

@@ -30,18 +30,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import Options
 
-from dialog_jax import chat
-from dialog_jax.chat import ChatModel
-from dialog_jax.data import dataset, teacher
-from dialog_jax.data.dataset import Trees
-from dialog_jax.data.dialogues import Dialogue, read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.teacher import TeacherFile
-from dialog_jax.data.tokenizers import fingerprint
-from dialog_jax.training import optimizer, scoring, sharding, step
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.evaluation import scoring
+from dialog_jax.inference import chat
+from dialog_jax.inference.chat import ChatModel
+from dialog_jax.rendering.tokenizers import fingerprint
+from dialog_jax.training import optimizer, sharding
+from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.loss import LossConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.trees import dataset, teacher
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.teacher import TeacherFile
 
 CHOICES = {
     "tokens alone": LossConfig(),
@@ -99,8 +102,8 @@ def train(
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     adam = OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=min(_WARMUP_STEPS, options.steps - 1))
     transform = optimizer.make_optimizer(adam, options.steps)
-    state, shardings = step.initial_state(mesh, jax.tree.map(jnp.copy, student.parameters), transform)
-    train_step = step.make_train_step(
+    state, shardings = train_step_lib.initial_state(mesh, jax.tree.map(jnp.copy, student.parameters), transform)
+    train_step = train_step_lib.make_train_step(
         student.config,
         transform,
         mesh,
@@ -109,7 +112,7 @@ def train(
         remat="dots",
         loss_config=CHOICES[name],
     )
-    score_step = step.make_score_step(student.config, compute_dtype=jnp.float32)
+    score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
     plan = harness.plan_of(trees, options.seed)
     evaluated = np.linspace(0, options.steps, _EVALUATIONS + 1).astype(int)
     losses = {0: before}
@@ -197,11 +200,11 @@ def main(options: Options) -> None:
         file = taught_by(model, dialogues, pathlib.Path(directory) / "teacher.safetensors")
         print(f"the teacher has read {len(dialogues)} dialogues: {time.perf_counter() - started:.0f} s", flush=True)
         trees = _prepare(dialogues, model, teacher=file)
-        score_step = step.make_score_step(model.config, compute_dtype=jnp.float32)
+        score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
         of_teacher = harness.held_out_losses(score_step, model.parameters, held_out)
         student = student_of(model)
         del model
-        score_step = step.make_score_step(student.config, compute_dtype=jnp.float32)
+        score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
         before = harness.held_out_losses(score_step, student.parameters, held_out)
         losses = {name: train(student, name, trees, held_out, before, options) for name in CHOICES}
         left = 1 - np.exp(file.top_log_probability.astype(np.float64)).sum(axis=-1).mean()

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from dialog_jax.chat import ChatModel
-from dialog_jax.data import batches, tries
-from dialog_jax.data.batches import Batch
-from dialog_jax.data.dataset import Trees
-from dialog_jax.training import optimizer, sharding, step
+from dialog_jax.batching import batches
+from dialog_jax.batching.batches import Batch
+from dialog_jax.errors import UserError
+from dialog_jax.inference.chat import ChatModel
+from dialog_jax.training import optimizer, sharding
+from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.trees import prefix_tree
+from dialog_jax.trees.dataset import Trees
 
 MAX_LENGTH = 512  # tokens of a row
 ROWS = 2  # of an update, one a micro-batch
@@ -88,7 +91,7 @@ def compare(
       tell: given a line at every evaluation.
 
     Raises:
-      ValueError: the trainings are of different dialogues.
+      UserError: the trainings are of different dialogues.
       FloatingPointError: a held-out loss is not finite.
     """
     first = next(iter(trainings.values()))
@@ -97,7 +100,7 @@ def compare(
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     adam = OptimizerConfig(learning_rate=LEARNING_RATE, warmup_steps=min(WARMUP_STEPS, steps - 1))
     transform = optimizer.make_optimizer(adam, steps)
-    score_step = step.make_score_step(model.config, compute_dtype=jnp.float32)
+    score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
     train_step = None
 
     def evaluate(name: str, number: int, parameters: dict) -> Losses:
@@ -111,9 +114,9 @@ def compare(
     before = evaluate("before training", 0, model.parameters)
     done = {}
     for name, trees in trainings.items():
-        state, shardings = step.initial_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
+        state, shardings = train_step_lib.initial_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
         if train_step is None:
-            train_step = step.make_train_step(
+            train_step = train_step_lib.make_train_step(
                 model.config, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots"
             )
         targets, losses = 0, {0: before}
@@ -132,7 +135,7 @@ def _check_same_dialogues(trainings: Mapping[str, Trees]) -> None:
     first_name, first = next(iter(trainings.items()))
     for name, trees in trainings.items():
         if trees.ids != first.ids or (trees.sizes()[0] > first.sizes()[0]).any():
-            raise ValueError(
+            raise UserError(
                 f"the trees of {name!r} are not of the same dialogues as those of {first_name!r}, or larger. Prepare "
                 "both from one list, and name the objective with the largest trees first."
             )
@@ -164,7 +167,7 @@ def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, row
         filled = 0
         for number in numbers:
             tree = trees.tree(number)
-            _, nodes = tries.targets(tree)
+            _, nodes = prefix_tree.targets(tree)
             own = nll[filled : filled + len(nodes)]
             parts.append(Losses(np.full(len(nodes), number), nodes, tree.turn[nodes], own))
             filled += len(nodes)

@@ -34,15 +34,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import Options
 
-from dialog_jax import chat
-from dialog_jax.data import batches, dataset
-from dialog_jax.data.batches import Batch
-from dialog_jax.data.dataset import Trees
-from dialog_jax.data.dialogues import Dialogue, read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.batching import batches
+from dialog_jax.batching.batches import Batch
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
+from dialog_jax.inference import chat
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss
+from dialog_jax.trees import dataset
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 _EVALUATIONS = 4  # of each training, besides the one before
 _COLORS = {"conditional": report.BLUE, "joint": report.ORANGE}
@@ -129,14 +132,14 @@ def parts_of(losses: Losses, held_out: Trees, of_messages: Trees) -> dict[str, B
       of_messages: the same dialogues, with weight on the messages of users and assistants only.
 
     Raises:
-      ValueError: the chat template renders history anew, so that the trees differ.
+      UserError: the chat template renders history anew, so that the trees differ.
     """
     of_users = np.zeros(len(held_out.tokens), bool)
     for number in range(len(held_out)):
         own, whole = of_messages.tree(number), held_out.tree(number)
         size = len(own.tokens)
         if own.parent.tolist() != list(range(-1, size - 1)) or (own.tokens != whole.tokens[:size]).any():
-            raise ValueError("the chat template renders history otherwise than it was generated; use another --model")
+            raise UserError("the chat template renders history otherwise than it was generated; use another --model")
         start = held_out.offsets[number]
         of_users[start : start + size] = (own.weight > 0) & (own.turn < 0)
     by_user = of_users[held_out.offsets[losses.tree] + losses.node]

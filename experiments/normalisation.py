@@ -29,10 +29,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import Options
 
-from dialog_jax import chat
-from dialog_jax.data import dataset
-from dialog_jax.data.dialogues import Dialogue, read_dialogues
-from dialog_jax.data.objectives import UNITS, ObjectiveConfig
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.inference import chat
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import UNITS, ObjectiveConfig
 
 _COLORS = {"token": report.BLUE, "turn": report.ORANGE, "dialogue": report.GREEN}
 # Tokens of a response, its end of turn included: the first and the last of each bucket.

@@ -34,15 +34,19 @@ from absl import flags
 from matplotlib.figure import Figure
 from report import Options
 
-from dialog_jax import chat
-from dialog_jax.data import batches, dataset
-from dialog_jax.data.batches import Batch
-from dialog_jax.data.dialogues import Dialogue, Message, read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.batching import batches
+from dialog_jax.batching.batches import Batch
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
+from dialog_jax.evaluation import k_passes
+from dialog_jax.inference import chat
 from dialog_jax.model import decoder
-from dialog_jax.training import k_passes, loss, metrics
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training import loss, metrics
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 TURNS = (1, 2, 4, 8, 16, 32)
 _REASONING = pathlib.Path(__file__).parent / "templates" / "reasoning.jinja"
@@ -240,7 +244,7 @@ def main(options: Options, turns: Sequence[int] = TURNS) -> None:
     stripping = model._replace(tokenizer=tokenizer, renderer=Renderer(tokenizer))
     long = [dialogue for dialogue in read_dialogues(options.train) if len(_responses(dialogue)) >= turns[-1]]
     if not long:
-        raise ValueError(f"{options.train} has no dialogue of {turns[-1]} responses; give --train another file.")
+        raise UserError(f"{options.train} has no dialogue of {turns[-1]} responses; give --train another file.")
     long = [cut(dialogue, turns[-1]) for dialogue in long]
     dialogue = typical(long, model.renderer)
     with jax.default_matmul_precision("highest"):

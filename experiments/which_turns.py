@@ -25,10 +25,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import Options
 
-from dialog_jax import chat
-from dialog_jax.data import dataset
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.inference import chat
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 CHOICES = {
     "all responses": ObjectiveConfig(),

@@ -31,9 +31,9 @@ from dialog_jax.audit import figures as audit_lib
 from dialog_jax.audit import inspection
 from dialog_jax.audit.figures import Audit
 from dialog_jax.audit.row_lengths import Spread
-from dialog_jax.data import objectives
-from dialog_jax.data.dialogues import Dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.trees import objectives
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True

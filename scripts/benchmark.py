@@ -24,17 +24,20 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from dialog_jax.attention import choosing
-from dialog_jax.data import batches, dataset
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.attention import dispatch
+from dialog_jax.batching import batches
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.planning import hlo
-from dialog_jax.training import metrics, optimizer, sharding, step
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training import metrics, optimizer, sharding
+from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 _SUITE = flags.DEFINE_enum("suite", "step", ["step", "gpu"], "One model's step, or all that only a GPU can tell.")
 _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model directory.")
@@ -64,7 +67,7 @@ def main(arguments: list[str]) -> None:
         for path in filter(None, (_OUT.value, _PROFILE.value)):
             pathlib.Path(path).touch()
         if _PROFILE.value and jax.default_backend() != "cpu":
-            raise ValueError(
+            raise UserError(
                 f"--profile is for CPUs, this is a {jax.default_backend()}; jax.profiler.trace serves there."
             )
         _measure(" ".join(["python", "scripts/benchmark.py", *(f"--{flag.name}={flag.value}" for flag in shown)]))
@@ -144,7 +147,7 @@ def _prepared() -> tuple[dataset.Trees, batches.Plan, dict[str, Any]]:
 def _compiled(model, mesh, batch, branching, figures):
     """(the compiled update, the first state); tells `figures` what they are and what that took."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    choice = choosing.choose(
+    choice = dispatch.choose(
         mesh,
         heads=model.heads,
         kv_heads=model.kv_heads,
@@ -157,8 +160,8 @@ def _compiled(model, mesh, batch, branching, figures):
     parameters = pretrained.load_parameters(
         _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
     )
-    state, shardings = step.initial_state(mesh, parameters, transform)
-    train_step = step.make_train_step(
+    state, shardings = train_step_lib.initial_state(mesh, parameters, transform)
+    train_step = train_step_lib.make_train_step(
         model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value, attend=choice.attend
     )
     started = time.perf_counter()

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from dialog_jax.data import storage
-from dialog_jax.data.batches import Plan
-from dialog_jax.data.building import Recipe
-from dialog_jax.data.dataset import Trees
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.data.workers import Preparation
+from dialog_jax.batching.batches import Plan
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.trees import disk_cache
+from dialog_jax.trees.chunks import Recipe
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.worker_pool import Preparation
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "assets/smollm2-135m-instruct", "A model directory, GGUF file or name.")
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "Dialogues.")
@@ -45,7 +45,7 @@ def prepared(directory: str) -> tuple[Trees, dict[str, float | int]]:
         Recipe(objective=ObjectiveConfig(), max_length=_MAX_LENGTH.value), load_tokenizer(_TOKENIZER.value)
     )
     dialogues = itertools.islice(read_dialogues(_DATA.value), _DIALOGUES.value or None)
-    trees = storage.load_or_build(directory, {}, dialogues, preparation, workers=_WORKERS.value)
+    trees = disk_cache.load_or_build(directory, {}, dialogues, preparation, workers=_WORKERS.value)
     seconds, after = time.perf_counter() - began, os.times()
     spent = sum(after[:4]) - sum(before[:4])
     return trees, {

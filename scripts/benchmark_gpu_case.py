@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dialog_jax.attention import choosing, pallas_gpu, portable
-from dialog_jax.data.batches import Batch
-from dialog_jax.model import decoder, published_config
-from dialog_jax.training import metrics, optimizer, sharding, step
+from dialog_jax.attention import blockwise, dispatch, pallas_gpu
+from dialog_jax.batching.batches import Batch
+from dialog_jax.model import decoder, hf_config
+from dialog_jax.training import metrics, optimizer, sharding
+from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 
@@ -64,7 +65,7 @@ def numerics(
     path: str, rows: str, dtype: str, heads: int, kv_heads: int, head_dim: int, length: int
 ) -> dict[str, float]:
     """How far a path is off from float64 in a row of trees or paths, relative to the norm of what is right."""
-    return choosing.probe(
+    return dispatch.probe(
         path_named(path), jax.devices()[0], length, heads, kv_heads, head_dim, jnp.dtype(dtype), rows == "trees"
     )
 
@@ -112,9 +113,9 @@ def train(
         return jax.tree.map(lambda leaf: leaf.astype(parameter_dtype), decoder.init_parameters(config, key))
 
     parameters = jax.jit(draw, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
-    state, shardings = step.initial_state(mesh, parameters, transform)
+    state, shardings = train_step_lib.initial_state(mesh, parameters, transform)
     del parameters
-    choice = choosing.choose(
+    choice = dispatch.choose(
         mesh,
         heads=config.heads,
         kv_heads=config.kv_heads,
@@ -123,7 +124,7 @@ def train(
         dtype=compute_dtype,
         branching=False,
     )
-    train_step = step.make_train_step(
+    train_step = train_step_lib.make_train_step(
         config,
         transform,
         mesh,
@@ -178,15 +179,15 @@ def seconds(function: Callable, *arguments) -> float:
     return statistics.median(times)
 
 
-def path_named(name: str) -> choosing.Attend:
+def path_named(name: str) -> dispatch.Attend:
     """A way to attend. Those of cuDNN are for comparison: the first sees no mask but the causal one."""
     if name == "pallas_gpu" and jax.default_backend() == "cpu":
         blocks = pallas_gpu.Blocks(32, 32, 4, 1)
         tiling = pallas_gpu.Tiling(blocks, blocks, blocks)
         return functools.partial(pallas_gpu.attend, blocks=tiling, interpret=True)
-    ways: dict[str, choosing.Attend] = {
+    ways: dict[str, dispatch.Attend] = {
         "pallas_gpu": pallas_gpu.attend,
-        "portable": portable.attend,
+        "portable": blockwise.attend,
         "cudnn_causal": cudnn_causal,
         "cudnn_packed": cudnn_packed,
     }
@@ -224,7 +225,7 @@ def model_named(name: str) -> decoder.DecoderConfig:
     if name in _OTHER_MODELS:
         return decoder.DecoderConfig(**_OTHER_MODELS[name])
     file = _SHAPES / f"{name}.json"
-    return published_config.from_json(file, json.loads(file.read_text(encoding="utf-8")))
+    return hf_config.from_json(file, json.loads(file.read_text(encoding="utf-8")))
 
 
 def forest_row(rng: np.random.Generator, length: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,19 +21,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dialog_jax.attention import portable
+from dialog_jax.attention import blockwise
+from dialog_jax.errors import UserError
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Instruction, Program
-from dialog_jax.training import loss, step
+from dialog_jax.training import loss, train_step
 
 # The first whose scope is in an instruction's name has it.
 PARTS = {
-    portable.PAIRS: "attention",
+    blockwise.PAIRS: "attention",
     decoder.LAYERS: "layers without attention",
     loss.TILES: "loss",
-    step.OPTIMIZER: "optimizer",
+    train_step.OPTIMIZER: "optimizer",
     "": "the rest",
 }
 UNRECORDED = "not recorded"
@@ -119,11 +120,11 @@ def read(directory: pathlib.Path) -> list[Event]:
     """The instructions of a trace that `jax.profiler.trace` wrote.
 
     Raises:
-      ValueError: there is not one trace there, or it has no instruction, as where the profiler cannot see a device.
+      UserError: there is not one trace there, or it has no instruction, as where the profiler cannot see a device.
     """
     files = sorted(directory.rglob("*.trace.json.gz"))
     if len(files) != 1:
-        raise ValueError(f"{directory} has {len(files)} traces; one is needed.")
+        raise UserError(f"{directory} has {len(files)} traces; one is needed.")
     with gzip.open(files[0], "rt", encoding="utf-8") as stream:
         written = json.load(stream)["traceEvents"]
     events = [
@@ -132,7 +133,7 @@ def read(directory: pathlib.Path) -> list[Event]:
         if one.get("ph") == "X" and "hlo_op" in one.get("args", {})
     ]
     if not events:
-        raise ValueError(f"{files[0]} names no instruction of a program.")
+        raise UserError(f"{files[0]} names no instruction of a program.")
     return events
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from dialog_jax import chat, generation
-from dialog_jax.data import templates
-from dialog_jax.data.dialogues import Message
+from dialog_jax.dialogues.dialogue import Message
+from dialog_jax.inference import chat, generation
+from dialog_jax.rendering import chat_template as chat_template_lib
 from dialog_jax.training import compilation_cache
 
 with contextlib.suppress(ImportError):
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
         model = chat.load(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=chat_template_lib.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []

@@ -22,11 +22,12 @@ import rich.console
 import rich.table
 from absl import app, flags, logging
 
-from dialog_jax import chat
-from dialog_jax.data import templates
-from dialog_jax.data.dialogues import Dialogue, read_dialogues
-from dialog_jax.training import agreement
-from dialog_jax.training.differences import Agreement, Finding
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.evaluation import agreement
+from dialog_jax.evaluation.differences import Agreement, Finding
+from dialog_jax.inference import chat
+from dialog_jax.rendering import chat_template as chat_template_lib
 
 _MODEL = flags.DEFINE_string(
     "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
@@ -119,7 +120,7 @@ def main(arguments: list[str]) -> None:
     console = rich.console.Console(stderr=True, highlight=False)
     try:
         dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
-        kwargs = templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+        kwargs = chat_template_lib.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
         model = chat.load(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,

@@ -10,9 +10,11 @@ import textwrap
 
 from absl import app, flags, logging
 
-from dialog_jax import chat
-from dialog_jax.data import templates
-from dialog_jax.data.dialogues import Dialogue, read_dialogues
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
+from dialog_jax.inference import chat
+from dialog_jax.rendering import chat_template
 from dialog_jax.training import compilation_cache
 
 _MODELS = flags.DEFINE_list(
@@ -42,7 +44,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     """Prints the history, the human's response and a reply of each model."""
     responses = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
     if turn >= len(responses):
-        raise ValueError(f"{dialogue.name} has {len(responses)} assistant messages; --turn={turn} counts them from 0.")
+        raise UserError(f"{dialogue.name} has {len(responses)} assistant messages; --turn={turn} counts them from 0.")
     history = [dialogue.messages[index] for index in dialogue.before(responses[turn])]
     human = dialogue.messages[responses[turn]]
     print(f"{dialogue.name}, response {turn}\n")
@@ -55,7 +57,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     for name, label in zip(models, labels[1:], strict=True):
         model = chat.load(
             name,
-            chat_template_kwargs=templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=chat_template.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         pieces = chat.reply(
@@ -95,7 +97,7 @@ def main(arguments: list[str]) -> None:
             (d for n, d in enumerate(read_dialogues(_DATA.value, split=_SPLIT.value)) if n == _INDEX.value), None
         )
         if found is None:
-            raise ValueError(f"{_DATA.value} has no dialogue {_INDEX.value}; --index counts them from 0.")
+            raise UserError(f"{_DATA.value} has no dialogue {_INDEX.value}; --index counts them from 0.")
         compare(_MODELS.value, found, _TURN.value)
     except (ValueError, OSError) as error:
         sys.exit(f"compare.py: {error}")

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
+from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, metrics, run_directory
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -35,18 +36,18 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
     """Writes the directory and returns what to tell of it.
 
     Raises:
-      ValueError: there is no run, or no such step, or something else is in `out`.
+      UserError: there is no run, or no such step, or something else is in `out`.
     """
     model, stop_tokens = run_directory.read_model(run)
     with checkpoints.open_reader(run / "checkpoints") as manager:
         number = _choose(run, step, list(manager.all_steps()))
         source = _identity(run, number)
         if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file; give a directory.")
+            raise UserError(f"{out} is a file; give a directory.")
         if out.exists() and any(out.iterdir()):
             if _is_made_of(out, source):
                 return f"{out}: already there, made of step {number:,}"
-            raise ValueError(
+            raise UserError(
                 f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out."
             )
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -69,10 +70,10 @@ def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
     losses = {line["step"]: line["loss"] for line in metrics.read_lines(run / "evaluation.jsonl")}
     best = checkpoints.best_step(losses, steps)
     if not steps or (step == "best" and best is None):
-        raise ValueError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
+        raise UserError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
     named = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}
     if step not in named and not (step.isdecimal() and int(step) in steps):
-        raise ValueError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
+        raise UserError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
     return named[step] if step in named else int(step)
 
 
@@ -81,7 +82,7 @@ def _identity(run: pathlib.Path, step: int) -> dict[str, Any]:
     digest = hashlib.sha256((run / "config.json").read_bytes())
     file = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
     if not file.exists():
-        raise ValueError(f"the checkpoint of step {step} is not whole: {file.name} is missing. Choose another --step.")
+        raise UserError(f"the checkpoint of step {step} is not whole: {file.name} is missing. Choose another --step.")
     digest.update(file.read_bytes())
     return {"step": step, "checkpoint": digest.hexdigest()}
 

@@ -19,7 +19,8 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from dialog_jax.model import pretrained, published_config, tensor_files
+from dialog_jax.errors import UserError
+from dialog_jax.model import hf_config, pretrained, tensor_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import compiling, estimating, hlo, workload
 from dialog_jax.planning.compiling import StepPlan
@@ -131,11 +132,11 @@ def _shape(name: str) -> DecoderConfig:
         try:
             file = pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
         except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-            raise ValueError(
+            raise UserError(
                 f"model {name!r} is no directory or file here, {file.name} is not in experiments/shapes, and its "
                 f"config.json could not be had from the Hugging Face Hub ({type(error).__name__})."
             ) from error
-    return published_config.from_json(file, tensor_files.read_json(file))
+    return hf_config.from_json(file, tensor_files.read_json(file))
 
 
 def _gigabytes(size: float) -> str:

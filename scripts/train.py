@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dialog_jax.training import compilation_cache, config, hosts, loop, progress
+from dialog_jax.errors import UserError
+from dialog_jax.training import compilation_cache, config, console, distributed, run
 from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.interruption import StoppedError
+from dialog_jax.training.signals import StoppedError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/quickstart.py.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory of the run; made if missing.", required=True)
@@ -77,9 +78,9 @@ def _no_field(path: str, fields: Mapping[str, Any]) -> NoReturn:
 def _join() -> None:
     address = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _DISTRIBUTED.value:
-        hosts.start(*address)
+        distributed.start(*address)
     elif address != (None, None, None):
-        raise ValueError(
+        raise UserError(
             "--coordinator_address, --num_processes and --process_id are for runs on many hosts. Add --distributed."
         )
 
@@ -94,11 +95,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    began = progress.process_began()
+    began = console.process_began()
     compilation_cache.turn_on(lambda line: print(f"train.py: {line}", file=sys.stderr))
     try:
         _join()
-        result = loop.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value, began=began)
+        result = run.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value, began=began)
     except StoppedError as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         sys.exit(0 if stop.signal == signal.SIGTERM else 130)
@@ -107,7 +108,7 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    if hosts.is_first():
+    if distributed.is_first():
         print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
 
 

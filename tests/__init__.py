@@ -1,6 +1,6 @@
 """Settings of every test: eight CPU devices, checked shapes, no implicit rank promotion, no program of another run.
 
-Set here, before any test imports JAX, so that `pytest` and `python -m tests.data.tries_test` see the same.
+Set here, before any test imports JAX, so that `pytest` and `python -m tests.trees.prefix_tree_test` see the same.
 """
 
 import os

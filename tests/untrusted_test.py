@@ -8,9 +8,9 @@ import tempfile
 
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import tokenizers
 from dialog_jax.model import pretrained
-from tests.data import chat_templates
+from dialog_jax.rendering import tokenizers
+from tests.rendering import chat_templates
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SOURCES = [file for room in ("dialog_jax", "scripts", "experiments") for file in sorted((_ROOT / room).rglob("*.py"))]

@@ -32,6 +32,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.attention import padding
+from dialog_jax.errors import UserError
 
 HEAD_DIMS = (64, 128)
 
@@ -59,14 +60,14 @@ def tiling(head_dim: int, dtype: jax.typing.DTypeLike) -> Tiling:
     """Blocks that fit the registers and the shared memory of a Hopper multiprocessor.
 
     Raises:
-      ValueError: there are none for this size of heads or type.
+      UserError: there are none for this size of heads or type.
     """
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim}; the kernels have blocks for {HEAD_DIMS}. Take another path.")
+        raise UserError(f"head_dim is {head_dim}; the kernels have blocks for {HEAD_DIMS}. Take another path.")
     if dtype == jnp.float32:  # products in full float32 run outside the matrix units, from registers
         return Tiling(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1))
     if dtype != jnp.bfloat16:
-        raise ValueError(f"the type is {jnp.dtype(dtype).name}; the kernels take bfloat16 and float32.")
+        raise UserError(f"the type is {jnp.dtype(dtype).name}; the kernels take bfloat16 and float32.")
     if head_dim == 64:
         return Tiling(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 3))
     return Tiling(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2))
@@ -88,7 +89,7 @@ def attend(
       interpret: run in Pallas' interpreter, on any device, slowly.
 
     Raises:
-      ValueError: see `tiling`.
+      UserError: see `tiling`.
     """
     length = q.shape[1]
     blocks = tiling(q.shape[-1], q.dtype) if blocks is None else blocks

@@ -19,14 +19,16 @@ from jaxtyping import Bool
 from dialog_jax.audit import findings, inspection, row_lengths
 from dialog_jax.audit.findings import Finding
 from dialog_jax.audit.row_lengths import Fill, Fit, Spread
-from dialog_jax.data import special_text, supervision
-from dialog_jax.data.dialogues import Dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.records import ROLES
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.supervision import Trained
-from dialog_jax.data.tries import Tree
-from dialog_jax.data.truncation import Piece
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.schemas import ROLES
+from dialog_jax.errors import UserError
+from dialog_jax.rendering import special_tokens
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.trees import weighting
+from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.prefix_tree import Tree
+from dialog_jax.trees.weighting import Trained
 
 _TOGETHER = 256  # dialogues
 
@@ -79,7 +81,7 @@ class _Setting(NamedTuple):
     lengths: list[int]
     special: Bool[np.ndarray, " vocabulary"]
     """Whether a token is special."""
-    guard: special_text.Guard
+    guard: special_tokens.Guard
     markers: re.Pattern[str]
     """The texts of special tokens."""
 
@@ -120,7 +122,7 @@ def audit(
       max_length: tokens of a row, which decides what `findings` says of cut turns; `fills` has further lengths.
 
     Raises:
-      ValueError: there are no records.
+      UserError: there are no records.
     """
     setting = _setting(tokenizer, renderer, objective, max_length)
     tally = _Tally()
@@ -140,7 +142,7 @@ def audit(
         for (role, _), encoding in zip(contents, encodings, strict=True):
             tally.roles[role] += len(encoding)
     if not tally.counts["records"]:
-        raise ValueError("there is no record; needed at least one dialogue. Check that the file was written in full.")
+        raise UserError("there is no record; needed at least one dialogue. Check that the file was written in full.")
     return _audit(tally, setting, max_length)
 
 
@@ -158,7 +160,7 @@ def _setting(
         objective=objective,
         lengths=sorted({*row_lengths.LENGTHS, max_length}),
         special=special,
-        guard=special_text.Guard(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
+        guard=special_tokens.Guard(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
         markers=re.compile(markers or "(?!)"),
     )
 
@@ -171,8 +173,8 @@ def _batched(records: Iterable[Dialogue | ValueError], count: int) -> Iterator[l
 
 def _look_at(tally: _Tally, setting: _Setting, dialogue: Dialogue, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Gathers what one dialogue adds; returns (role, content) of what stands around responses."""
-    trained = supervision.trained(dialogue, [pieces], setting.objective)[0]
-    tree = supervision.build_trees([trained], setting.objective)[0]
+    trained = weighting.trained(dialogue, [pieces], setting.objective)[0]
+    tree = weighting.build_trees([trained], setting.objective)[0]
     _look_at_messages(tally, setting, dialogue, trained)
     if tree is None:
         tally.found.add("no_target", dialogue.name)
@@ -195,10 +197,10 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
     """Contents that are not what they look like."""
     tally.counts["dialogues"] += 1
     tally.counts["messages"] += len(dialogue.messages)
-    responses = supervision.responses(trained)
+    responses = weighting.responses(trained)
     for index, message in enumerate(dialogue.messages):
         where = f"{dialogue.name}: message {index} ({message.role})"
-        spelled = map(setting.markers.search, special_text.texts((message.content, message.fields)))
+        spelled = map(setting.markers.search, special_tokens.texts((message.content, message.fields)))
         if found := next(filter(None, spelled), None):
             kind = "special_parsed" if setting.renderer.allow_special_tokens else "special"
             tally.found.add(kind, f"{where} has {found[0]!r}")
@@ -213,7 +215,7 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
 
 def _look_at_seams(tally: _Tally, setting: _Setting, pieces: Sequence[Piece], trained: Sequence[Trained]) -> None:
     """Where messages do not meet end to end. History that is written otherwise counts once a dialogue."""
-    responses = supervision.responses(trained)
+    responses = weighting.responses(trained)
     seams = inspection.seams(pieces, setting.backend, setting.special)
     changed = [seam for seam in seams if seam.kind == "history"]
     tally.counts["changed"] += bool(changed)
@@ -224,7 +226,7 @@ def _look_at_seams(tally: _Tally, setting: _Setting, pieces: Sequence[Piece], tr
 
 def _look_at_responses(tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[Trained]) -> None:
     """How long responses are, and with what they end."""
-    responses = supervision.responses(trained)
+    responses = weighting.responses(trained)
     for message, one in responses.items():
         last = int(one.sequence.tokens[max(span.stop for span in one.spans if span.turn >= 0) - 1])
         tally.last_targets[last] += 1

@@ -13,14 +13,16 @@ import tokenizers
 import transformers
 from jaxtyping import Bool
 
-from dialog_jax.data import sources, supervision, tries, truncation
-from dialog_jax.data.dialogues import Dialogue, Message, parse_dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import RenderedSequence, Renderer
-from dialog_jax.data.supervision import Trained
-from dialog_jax.data.templates import template_kwargs
-from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.data.truncation import Piece
+from dialog_jax.dialogues import sources
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.parsing import parse_dialogue
+from dialog_jax.rendering.chat_template import template_kwargs
+from dialog_jax.rendering.sequences import RenderedSequence, Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.trees import fitting, prefix_tree, weighting
+from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.weighting import Trained
 
 
 class Seam(NamedTuple):
@@ -47,7 +49,7 @@ def load_renderer(
       allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
 
     Raises:
-      ValueError: one of them is not what it should be.
+      UserError: one of them is not what it should be.
     """
     kwargs = template_kwargs(chat_template_kwargs)
     loaded = load_tokenizer(tokenizer, chat_template=chat_template)
@@ -64,7 +66,7 @@ def each_dialogue(source: str | pathlib.Path, *, split: str = "train") -> Iterat
     """Each record of what `read_dialogues` reads: as a dialogue, or as what is wrong with it.
 
     Raises:
-      ValueError: the source is not there, or is not what its name says.
+      UserError: the source is not there, or is not what its name says.
     """
     for index, (where, record) in enumerate(sources.read_records(source, split=split, keep_errors=True)):
         found: Dialogue | ValueError
@@ -79,7 +81,7 @@ def render(
     dialogues: Sequence[Dialogue], renderer: Renderer, objective: ObjectiveConfig
 ) -> Iterator[list[Piece] | ValueError]:
     """For each dialogue its paths with all their sequences, however long, or why there are none."""
-    unfolded = [truncation.unfold(dialogue, objective) for dialogue in dialogues]
+    unfolded = [fitting.unfold(dialogue, objective) for dialogue in dialogues]
     parts = [piece.dialogue for pieces in unfolded for piece in pieces]
     try:
         rendered = iter(renderer.render(parts, whole=objective.whole, locate=objective.locates))
@@ -121,7 +123,7 @@ def seams(
             previous = next((place for place in reversed(range(len(history))) if history[place] in shown), -1)
             if previous >= 0:
                 before = shown[history[previous]][1].tokens
-                at = tries.common_prefix(before, sequence.tokens)
+                at = prefix_tree.common_prefix(before, sequence.tokens)
                 if at == len(before):
                     continued.add(history[previous])
                 else:
@@ -145,7 +147,7 @@ def contents(
 
     A content counts as written where the rendering has it somewhere, white space at its ends aside.
     """
-    shown = set(supervision.responses(sequences))
+    shown = set(weighting.responses(sequences))
     written, missing = [], []
     for piece in pieces:
         ends = [one.sequence.message for one in sequences if one.piece is piece]

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dialog_jax.data import packing, supervision, truncation
-from dialog_jax.data.dialogues import Dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.tries import Tree
-from dialog_jax.data.truncation import Piece
+from dialog_jax.batching import packing
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.trees import fitting as fitting_lib
+from dialog_jax.trees import weighting
+from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.prefix_tree import Tree
 
 LENGTHS = tuple(2**power for power in range(9, 18))  # tokens of a row
 
@@ -79,12 +81,12 @@ def fits(
         if made and made[-1].whole:
             made.append(full)
             continue
-        fitting = truncation.that_fit([piece.sequences for piece in pieces], objective, max_length)
+        fitting = fitting_lib.that_fit([piece.sequences for piece in pieces], objective, max_length)
         left = [piece._replace(sequences=own) for piece, own in zip(pieces, fitting, strict=True)]
         kept = sum(len(piece.responses) for piece in left)
-        if all(truncation.is_whole(piece, objective) for piece in left):
+        if all(fitting_lib.is_whole(piece, objective) for piece in left):
             made.append(full)
-        elif kept and (some := supervision.build_trees(supervision.trained(dialogue, [left], objective), objective)[0]):
+        elif kept and (some := weighting.build_trees(weighting.trained(dialogue, [left], objective), objective)[0]):
             made.append(Fit(len(some.tokens), int((some.weight > 0).sum()), kept, False))
         else:
             made.append(Fit(0, 0, kept, False))

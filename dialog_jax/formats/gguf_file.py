@@ -12,6 +12,8 @@ from typing import Any
 
 import gguf
 
+from dialog_jax.errors import UserError
+
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each type of value
 _STRING, _ARRAY = 8, 9
 _MOST_ENTRIES = 1 << 22  # of all arrays; the reader keeps an object for each. Tokens, scores, types and merges count.
@@ -23,7 +25,7 @@ def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
     """The published reader of the file; its tensors are read when asked for.
 
     Raises:
-      ValueError: there is no such file, or it is not what its header says.
+      UserError: there is no such file, or it is not what its header says.
     """
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -31,9 +33,9 @@ def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
         reader = gguf.GGUFReader(path)
         _check_places(reader)
     except FileNotFoundError:
-        raise ValueError(f"{path.name}: no such file. Check the path.") from None
+        raise UserError(f"{path.name}: no such file. Check the path.") from None
     except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ValueError(f"{path.name} is not a whole GGUF file: {error}. Download it again.") from error
+        raise UserError(f"{path.name} is not a whole GGUF file: {error}. Download it again.") from error
     return reader
 
 
@@ -44,7 +46,7 @@ def contents(path: pathlib.Path, reader: gguf.GGUFReader, name: str, kind: type,
       kind: str, int or float; of each entry, with `many`, where the value is a list.
 
     Raises:
-      ValueError: it is of another kind, or no text; names the file and the field.
+      UserError: it is of another kind, or no text; names the file and the field.
     """
     field = reader.fields.get(name)
     if field is None:
@@ -52,19 +54,19 @@ def contents(path: pathlib.Path, reader: gguf.GGUFReader, name: str, kind: type,
     try:
         value = field.contents()
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path.name}: field {name} cannot be read: {error}. Download the file again.") from None
+        raise UserError(f"{path.name}: field {name} cannot be read: {error}. Download the file again.") from None
     if isinstance(value, list) != many or not all(isinstance(entry, kind) for entry in (value if many else [value])):
         needed = f"{'a list of ' if many else ''}{kind.__name__}"
-        raise ValueError(f"{path.name}: field {name} is {str(value)[:40]}; needed {needed}. Download the file again.")
+        raise UserError(f"{path.name}: field {name} is {str(value)[:40]}; needed {needed}. Download the file again.")
     return value
 
 
 def _check_places(reader: gguf.GGUFReader) -> None:
-    """Raises ValueError where two tensors share bytes."""
+    """Raises UserError where two tensors share bytes."""
     end = 0
     for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
         if tensor.data_offset < end:
-            raise ValueError(f"tensor {tensor.name} overlaps another")
+            raise UserError(f"tensor {tensor.name} overlaps another")
         end = tensor.data_offset + tensor.n_bytes
 
 
@@ -78,9 +80,9 @@ class _Header:
         self._entries = 0
 
     def check(self) -> None:
-        """Raises ValueError if a length in the header goes beyond the file."""
+        """Raises UserError if a length in the header goes beyond the file."""
         if self._content[:4] != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise UserError("it does not begin with GGUF")
         if self._number("I") & 0xFFFF == 0:  # written where the larger byte comes first
             self._order = ">"
         tensors, fields = self._number("Q"), self._number("Q")
@@ -92,9 +94,7 @@ class _Header:
 
     def _skip(self, count: int) -> None:
         if count > len(self._content) - self._at:
-            raise ValueError(
-                f"at byte {self._at:,} it announces {count:,} bytes, and ends after {len(self._content):,}"
-            )
+            raise UserError(f"at byte {self._at:,} it announces {count:,} bytes, and ends after {len(self._content):,}")
         self._at += count
 
     def _number(self, kind: str) -> int:
@@ -114,22 +114,22 @@ class _Header:
             inner, count = self._number("I"), self._number("Q")
             self._entries += count
             if self._entries > _MOST_ENTRIES:
-                raise ValueError(f"its fields have {self._entries:,} entries and more, the limit is {_MOST_ENTRIES:,}")
+                raise UserError(f"its fields have {self._entries:,} entries and more, the limit is {_MOST_ENTRIES:,}")
             if inner == _ARRAY:
-                raise ValueError("it has an array of arrays, which is not read")
+                raise UserError("it has an array of arrays, which is not read")
             for _ in range(count):
                 self._value(inner)
         else:
-            raise ValueError(f"at byte {self._at:,} is a value of the unknown type {kind}")
+            raise UserError(f"at byte {self._at:,} is a value of the unknown type {kind}")
 
     def _tensor(self) -> None:
         self._text()
         dimensions = self._number("I")
         if dimensions > _MOST_DIMENSIONS:
-            raise ValueError(f"at byte {self._at:,} is a tensor of {dimensions:,} dimensions")
+            raise UserError(f"at byte {self._at:,} is a tensor of {dimensions:,} dimensions")
         elements = math.prod(self._number("Q") for _ in range(dimensions))
         if elements > len(self._content) * _MOST_PER_BYTE:
-            raise ValueError(f"at byte {self._at:,} is a tensor of {elements:,} elements, more than the file can hold")
+            raise UserError(f"at byte {self._at:,} is a tensor of {elements:,} elements, more than the file can hold")
         self._number("I")
         if self._number("Q") > len(self._content):
-            raise ValueError(f"before byte {self._at:,} is a tensor that lies beyond the end")
+            raise UserError(f"before byte {self._at:,} is a tensor that lies beyond the end")

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from dialog_jax.attention import cached, portable
+from dialog_jax.attention import blockwise, cached
+from dialog_jax.errors import UserError
 from dialog_jax.model import rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -62,23 +63,23 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.family not in FAMILIES:
-            raise ValueError(f"model family is {self.family!r}; known families are {', '.join(FAMILIES)}")
+            raise UserError(f"model family is {self.family!r}; known families are {', '.join(FAMILIES)}")
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "max_length"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+                raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1")
         for name in ("rope_theta", "norm_epsilon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+            raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
+            raise UserError(f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
         if self.qk_norm != (self.family == "qwen3"):
-            raise ValueError(f"qk_norm is {self.qk_norm}, but qwen3 has q/k norms and no other family has")
+            raise UserError(f"qk_norm is {self.qk_norm}, but qwen3 has q/k norms and no other family has")
         if self.family == "qwen2" and not (self.qkv_bias and not self.output_bias):
-            raise ValueError("qwen2 has biases on q, k and v and none on the output: qkv_bias=True, output_bias=False")
+            raise UserError("qwen2 has biases on q, k and v and none on the output: qkv_bias=True, output_bias=False")
         if self.family != "qwen2" and self.qkv_bias != self.output_bias:
-            raise ValueError(
+            raise UserError(
                 f"{self.family} has biases on all attention projections or on none, got qkv_bias={self.qkv_bias}, "
                 f"output_bias={self.output_bias}"
             )
@@ -230,7 +231,7 @@ def hidden_states(
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
     place: Callable[[Array], Array] = lambda x: x,
-    attend_trees: Callable[..., Array] = portable.attend,
+    attend_trees: Callable[..., Array] = blockwise.attend,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, in `compute_dtype`.
 
@@ -244,10 +245,10 @@ def hidden_states(
       attend_trees: (q, k, v, subtree_end) to what each query reads; all ways give the same, to rounding.
 
     Raises:
-      ValueError: for an unknown `remat`.
+      UserError: for an unknown `remat`.
     """
     if remat not in REMAT:
-        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
+        raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
     model = nnx.merge(_declare(config)[0], parameters)
     graph, layers = nnx.split(model.layers)
     turn = _turn(config, position)

@@ -20,8 +20,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
-from dialog_jax.model import decoder, published_config, tensor_files
+from dialog_jax.model import decoder, hf_config, tensor_files
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -61,7 +62,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     """A local directory or .gguf file as it is; otherwise the local copy of a Hugging Face Hub model, fetched at need.
 
     Raises:
-      ValueError: if it is neither.
+      UserError: if it is neither.
     """
     path = pathlib.Path(name_or_path).expanduser()
     if path.exists():
@@ -70,7 +71,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=wanted))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ValueError(
+        raise UserError(
             f"model {str(name_or_path)!r} is no local directory or .gguf file, and could not be had from the Hugging "
             f"Face Hub ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Check the spelling; without "
             "network access, give the path of a downloaded model."
@@ -81,16 +82,16 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
     """The shape of the model in a Hugging Face directory or a .gguf file.
 
     Raises:
-      ValueError: for a missing or broken config.json, an unknown model type, or a setting that we do not support.
+      UserError: for a missing or broken config.json, an unknown model type, or a setting that we do not support.
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
-        return published_config.from_gguf(path, gguf_file.open_gguf(path))
+        return hf_config.from_gguf(path, gguf_file.open_gguf(path))
     if (path / "model.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{path} is a run, not a model. Export it first: scripts/export.py --checkpoint={path} --out={path}/model"
         )
-    return published_config.from_json(path / "config.json", tensor_files.read_json(path / "config.json"))
+    return hf_config.from_json(path / "config.json", tensor_files.read_json(path / "config.json"))
 
 
 def load_parameters(
@@ -106,13 +107,13 @@ def load_parameters(
       sharding: (path of the parameter, its shape) to where it goes; None is JAX's default device.
 
     Raises:
-      ValueError: for a missing, unexpected or misshapen tensor, or a truncated file.
+      UserError: for a missing, unexpected or misshapen tensor, or a truncated file.
     """
     path = pathlib.Path(path)
     from_gguf = path.suffix == ".gguf"
     with tensor_files.gguf_tensors(path, config) if from_gguf else tensor_files.open_safetensors(path) as tensors:
         if config.layers > len(tensors.shapes):
-            raise ValueError(
+            raise UserError(
                 f"{tensors.where}: tensors are missing: it has {len(tensors.shapes):,}, and its config says "
                 f"{config.layers:,} layers; they belong to different models"
             )
@@ -156,18 +157,18 @@ def _check(
     unexpected = sorted(name for name in tensors.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq"))
     missing = sorted(expected.keys() - tensors.shapes.keys())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{tensors.where}: tensor {missing[0]} is missing ({len(missing)} missing in all). The file is incomplete, "
             "or its config.json belongs to another model; download or save it again."
         )
     if unexpected:
-        raise ValueError(
+        raise UserError(
             f"{tensors.files[unexpected[0]]}: tensor {unexpected[0]} is not part of a {config.family} model of this "
             f"config ({len(unexpected)} unexpected in all); check config.json (layers, biases, tie_word_embeddings)"
         )
     for name, needed in expected.items():
         if (got := tensors.shapes[name]) != needed:
-            raise ValueError(
+            raise UserError(
                 f"{tensors.files[name]}: tensor {name} has shape {list(got)}, but its config needs {list(needed)}; "
                 "config.json and weights belong to different models"
             )
@@ -181,7 +182,7 @@ def _load(
     for slot, name in zip(slots, names, strict=True):
         array = tensors.read(name)
         if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
-            raise ValueError(
+            raise UserError(
                 f"{tensors.files[name]}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is needed. "
                 "Quantised safetensors are not supported."
             )
@@ -231,16 +232,16 @@ def save_pretrained(
     All of it appears at once, by a rename: what is left of an interrupted save is a directory named `.NAME.partial`.
 
     Raises:
-      ValueError: if `directory` is there and not empty, or parameters and config do not fit.
+      UserError: if `directory` is there and not empty, or parameters and config do not fit.
     """
     directory = pathlib.Path(os.path.abspath(directory))
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists already; give a new directory, or remove this one")
+        raise UserError(f"{directory} exists already; give a new directory, or remove this one")
     flat, needed = _flatten(parameters), _flatten(decoder.abstract_parameters(config))
     for key in sorted(flat.keys() | needed.keys()):
         got = tuple(flat[key].shape) if key in flat else None
         if key not in needed or got != needed[key].shape:
-            raise ValueError(
+            raise UserError(
                 f"parameter {key} has shape {got}, but its config needs {needed[key].shape if key in needed else None}"
             )
     partial = directory.with_name(f".{directory.name}.partial")
@@ -248,7 +249,7 @@ def save_pretrained(
     partial.mkdir(parents=True)
     _save_weights(partial, config, flat, shard_bytes)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
-    _write_json(partial / "config.json", published_config.to_json(config) | ids)
+    _write_json(partial / "config.json", hf_config.to_json(config) | ids)
     ends = {"eos_token_id": sorted(stop_tokens)} if stop_tokens else {}
     generation = {name: value for name, value in (ids | ends).items() if value is not None}
     _write_json(partial / "generation_config.json", generation)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dialog_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -22,11 +24,11 @@ class Llama3Scaling:
 
     def __post_init__(self):
         if not (self.factor >= 1 and 0 < self.low_frequency_factor < self.high_frequency_factor):
-            raise ValueError(
+            raise UserError(
                 f"rope scaling needs factor >= 1 and 0 < low_frequency_factor < high_frequency_factor, got {self}"
             )
         if self.original_max_length < 1:
-            raise ValueError(f"rope scaling needs original_max_length >= 1, got {self.original_max_length}")
+            raise UserError(f"rope scaling needs original_max_length >= 1, got {self.original_max_length}")
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> np.ndarray:

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import safetensors
 
+from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
 from dialog_jax.model import decoder
 
@@ -33,31 +34,31 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
     if index.exists():
         listed = read_json(index).get("weight_map") or {}
         if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-            raise ValueError(f"{index}: weight_map is no object of file names; download or save the model again")
+            raise UserError(f"{index}: weight_map is no object of file names; download or save the model again")
         shards = sorted(set(listed.values()))
         for shard in shards:
             # By name: in the cache of the Hub, files beside the index are links to files elsewhere.
             if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-                raise ValueError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
+                raise UserError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
     else:
         shards = ["model.safetensors"]
     if not shards:
-        raise ValueError(f"{index} lists no tensors; download or save the model again")
+        raise UserError(f"{index} lists no tensors; download or save the model again")
     with contextlib.ExitStack() as stack:
         handles, files, shapes = {}, {}, {}
         for shard in shards:
             file = directory / shard
             if not file.exists():
-                raise ValueError(f"{file} does not exist; weights are read from safetensors (or a .gguf file) only")
+                raise UserError(f"{file} does not exist; weights are read from safetensors (or a .gguf file) only")
             try:
                 handle = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
                 for name in handle.keys():  # noqa: SIM118  (not a dict)
                     handles[name], files[name] = handle, file
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
             except (OSError, safetensors.SafetensorError) as error:
-                raise ValueError(f"{file} is not a whole safetensors file: {error}. Download it again.") from error
+                raise UserError(f"{file} is not a whole safetensors file: {error}. Download it again.") from error
         for name in listed.keys() - shapes.keys():
-            raise ValueError(f"{directory / listed[name]}: tensor {name} of {index.name} is missing; download it again")
+            raise UserError(f"{directory / listed[name]}: tensor {name} of {index.name} is missing; download it again")
         yield Tensors(directory, shapes, files, lambda name: handles[name].get_tensor(name))
 
 
@@ -83,9 +84,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file} does not exist; a model is a directory with config.json, or a .gguf file") from None
+        raise UserError(f"{file} does not exist; a model is a directory with config.json, or a .gguf file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}. Download or save the model again.") from error
+        raise UserError(f"{file} cannot be read as JSON: {error}. Download or save the model again.") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}, not an object; download or save the model again")
+        raise UserError(f"{file} holds a {type(fields).__name__}, not an object; download or save the model again")
     return fields

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dialog_jax.attention import portable
-from dialog_jax.data.batches import Batch
+from dialog_jax.attention import blockwise
+from dialog_jax.batching.batches import Batch
+from dialog_jax.errors import UserError
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
 from dialog_jax.training import loss, optimizer, sharding
-from dialog_jax.training import step as step_lib
+from dialog_jax.training import train_step as step_lib
 from dialog_jax.training.config import TrainConfig
 
 TEACHER_TOKENS = 16  # of each target, where a teacher is named: how many its file has is not looked at
@@ -97,11 +98,11 @@ def compile_step(
       pairs: of a row, of a token and one that it sees; likewise for the loop over pairs of blocks.
 
     Raises:
-      ValueError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
+      UserError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
         suit the steps, or the program has a loop of unknown length.
     """
     if config.data.max_length > model.max_length:
-        raise ValueError(
+        raise UserError(
             f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
         )
     # The schedule's numbers change no shape: any number of steps after the warm-up does.
@@ -126,7 +127,7 @@ def compile_step(
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
-    turns = {portable.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
+    turns = {blockwise.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
     counts = hlo.runs(program, unknown=functools.partial(_turns, turns))
     return StepPlan(
         memory=Memory(
@@ -160,7 +161,7 @@ def _turns(known: dict[str, float], name: str) -> float:
     for part, times in known.items():
         if part in name:
             return times
-    raise ValueError(
+    raise UserError(
         f"the program's loop {name!r} runs as often as its data say; a plan knows how often for {' and '.join(known)} "
         "only. Give the loop a name with jax.named_scope, and its number of turns where planning.compiling lists them."
     )
@@ -168,7 +169,7 @@ def _turns(known: dict[str, float], name: str) -> float:
 
 def _block_pairs(length: int, pairs: int) -> float:
     """About how many pairs of blocks attention visits in a row: as in one dialogue with as many pairs of tokens."""
-    block = min(portable.BLOCK, length)
+    block = min(blockwise.BLOCK, length)
     blocks = -(-length // block)
     return min(max(pairs / block**2 + blocks / 2, 1.0 * blocks), blocks * (blocks + 1) / 2)
 
@@ -179,7 +180,7 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     try:
         place.shard_shape(lead)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"rows is {config.rows}, but rows are divided as {place.spec[1]} over the mesh {dict(mesh.shape)}. Choose "
             "a multiple of the product of these axes, so that every device has rows."
         ) from error
@@ -213,7 +214,7 @@ def _dumped(directory: str, *names: str) -> str:
         for file in sorted(pathlib.Path(directory).glob(f"*{name}*.txt")):
             if "buffer-assignment-values" not in file.name:
                 return file.read_text(encoding="utf-8")
-    raise ValueError(
+    raise UserError(
         f"XLA left no text of {' or '.join(names)}, as that of JAX 0.10 does; this is JAX {jax.__version__}."
     )
 

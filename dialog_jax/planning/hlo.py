@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dialog_jax.errors import UserError
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*{$")
@@ -102,7 +104,7 @@ def parse(text: str) -> Program:
     """Reads the text of a module.
 
     Raises:
-      ValueError: it has no entry.
+      UserError: it has no entry.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, here = "", ""
@@ -117,7 +119,7 @@ def parse(text: str) -> Program:
             computations[here] = {}
             entry = here if header.group(1) else entry
     if not entry:
-        raise ValueError(
+        raise UserError(
             f"no program in a text of {len(text):,} characters; does this version of XLA print another form?"
         )
     return Program(computations, entry)
@@ -237,7 +239,7 @@ def _closing(text: str) -> int:
         depth += (character == "(") - (character == ")")
         if not depth:
             return place + 1
-    raise ValueError(f"a parenthesis stays open in {text[:80]!r}")
+    raise UserError(f"a parenthesis stays open in {text[:80]!r}")
 
 
 def _turns(program: Program, loop: Instruction, unknown: Callable[[str], float]) -> float:
@@ -277,7 +279,7 @@ def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
             return tuple(places[tuple(slice(None) if name in named else 0 for name in mesh)].ravel().tolist())
     if "replica_groups={}" in attributes:
         return tuple(range(devices))
-    raise ValueError(f"the devices of {instruction.name} cannot be read from {attributes[:200]!r}")
+    raise UserError(f"the devices of {instruction.name} cannot be read from {attributes[:200]!r}")
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

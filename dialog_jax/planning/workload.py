@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dialog_jax.data import batches, dataset
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.batching import batches
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training.config import TrainConfig
+from dialog_jax.trees import dataset
 
 _LARGEST = 1 << 30  # bytes of a file that is read whole to see how many dialogues it has
 
@@ -36,7 +37,7 @@ def measured(config: TrainConfig, *, dialogues: int) -> Workload | None:
       dialogues: how many, evenly spaced, to prepare at most.
 
     Raises:
-      ValueError: what `read_dialogues`, `load_tokenizer` and `prepare` raise.
+      UserError: what `read_dialogues`, `load_tokenizer` and `prepare` raise.
     """
     file = pathlib.Path(config.data.train).expanduser()
     tokens_of = pathlib.Path(config.tokenizer or config.model).expanduser()

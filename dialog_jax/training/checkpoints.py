@@ -15,14 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from dialog_jax.training import hosts
-from dialog_jax.training.step import TrainState
+from dialog_jax.errors import UserError
+from dialog_jax.training import distributed
+from dialog_jax.training.train_step import TrainState
 
 # What orbax raises for a file that is missing, cut off or changed; a plain Exception besides.
 _BROKEN = (ValueError, LookupError, AttributeError, TypeError, FileNotFoundError)
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A checkpoint that cannot be read, or not as it was written."""
 
 
@@ -155,9 +156,11 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Ma
             whose = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
             return DamagedError(f"{whose}checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}")
 
-    found = hosts.together(read)  # where reading fails for another reason, the checkpoint may be whole
+    found = distributed.together(read)  # where reading fails for another reason, the checkpoint may be whole
     # A file that one process needs may be there for the others.
-    if damage := [text for text in hosts.told_by_all(str(found) if isinstance(found, DamagedError) else "") if text]:
+    if damage := [
+        text for text in distributed.told_by_all(str(found) if isinstance(found, DamagedError) else "") if text
+    ]:
         raise DamagedError(damage[0])
     record = found["record"]
     for name in like:

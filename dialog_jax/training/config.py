@@ -8,12 +8,14 @@ from typing import Any
 
 import ml_collections
 
-from dialog_jax.data import building, mixing
-from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.batching import mixture
+from dialog_jax.errors import UserError
 from dialog_jax.model import decoder
 from dialog_jax.training.loss import LossConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.trees import chunks
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,15 +93,15 @@ class TrainConfig:
         needed = {"model": self.model, "data.train": self.data.train or self.data.mix}
         for field, value in {**needed, "data.validation": self.data.validation}.items():
             if not value:
-                raise ValueError(f"{field} is empty; a run needs it (--config.{field}=...).")
+                raise UserError(f"{field} is empty; a run needs it (--config.{field}=...).")
         if self.data.mix and (self.data.train or self.data.teacher):
-            raise ValueError(
+            raise UserError(
                 f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r} and data.teacher "
                 f"{self.data.teacher!r}; leave data.train empty, and a teacher to a single set."
             )
-        mixing.check(self.data.mix)
+        mixture.check(self.data.mix)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
-            raise ValueError(
+            raise UserError(
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "
                 "teacher's file, and its share of the loss) or neither."
             )
@@ -112,32 +114,30 @@ class TrainConfig:
             "max_bad_steps",
         ):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+                raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if self.data.max_length < 2:
-            raise ValueError(f"data.max_length is {self.data.max_length}; it must be at least 2.")
+            raise UserError(f"data.max_length is {self.data.max_length}; it must be at least 2.")
         if not 0 <= self.data.max_targets <= self.data.max_length:
-            raise ValueError(f"data.max_targets is {self.data.max_targets}; it must be 0 to data.max_length.")
+            raise UserError(f"data.max_targets is {self.data.max_targets}; it must be 0 to data.max_length.")
         if self.steps < 0 or (not self.steps and not 0 < self.epochs < math.inf):
-            raise ValueError(
-                f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0, and finite."
-            )
+            raise UserError(f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0, and finite.")
         if self.checkpoint_every % self.evaluate_every:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint_every is {self.checkpoint_every}; it must be a multiple of evaluate_every = "
                 f"{self.evaluate_every}, because the best checkpoint is chosen by held-out loss."
             )
         if self.evaluate_rows < 0:
-            raise ValueError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
+            raise UserError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
         if self.remat not in decoder.REMAT:
-            raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
+            raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
         if self.data.workers < -1:
-            raise ValueError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
-        if self.data.truncate not in building.TRUNCATIONS:
-            raise ValueError(
-                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(building.TRUNCATIONS)}."
+            raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
+        if self.data.truncate not in chunks.TRUNCATIONS:
+            raise UserError(
+                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(chunks.TRUNCATIONS)}."
             )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
+            raise UserError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
 
 
 def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
@@ -149,7 +149,7 @@ def from_config_dict(overridden: ml_collections.ConfigDict) -> TrainConfig:
     """Returns the checked config.
 
     Raises:
-      ValueError: a value does not go with the others, or a field is unknown; lists the fields there are.
+      UserError: a value does not go with the others, or a field is unknown; lists the fields there are.
     """
     return _build(TrainConfig, overridden, "config")
 
@@ -165,7 +165,7 @@ def _build(kind: type, values: ml_collections.ConfigDict, where: str) -> Any:
     types_of = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(types_of))
     if unknown:
-        raise ValueError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(types_of)}.")
+        raise UserError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(types_of)}.")
     made = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types_of[name]):

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
+from dialog_jax.errors import UserError
+
 TILE = 256  # targets whose logits are in memory at once, in each row of a micro-batch
 TILES = "tiles"  # the loop over them, as it is called in compiled programs and profiles
 
@@ -36,11 +38,11 @@ class LossConfig:
 
     def __post_init__(self):
         if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"loss.z_loss is {self.z_loss}; it must be at least 0.")
+            raise UserError(f"loss.z_loss is {self.z_loss}; it must be at least 0.")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1.")
+            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1.")
         if not 0 <= self.distillation <= 1:
-            raise ValueError(f"loss.distillation is {self.distillation}; it must be between 0 and 1.")
+            raise UserError(f"loss.distillation is {self.distillation}; it must be between 0 and 1.")
 
 
 PLAIN = LossConfig()

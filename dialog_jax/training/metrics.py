@@ -15,10 +15,11 @@ import tensorboardX
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
-from dialog_jax.data.batches import Batch
+from dialog_jax.batching.batches import Batch
+from dialog_jax.errors import UserError
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import chips
-from dialog_jax.training.step import EvaluationSums
+from dialog_jax.training.train_step import EvaluationSums
 
 
 def useful_flops(config: DecoderConfig, batch: Batch) -> float:
@@ -184,7 +185,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a JSONL file written here; a last line that was cut off is left out.
 
     Raises:
-      ValueError: another line is no record of a step.
+      UserError: another line is no record of a step.
     """
     return [record for record, _ in _records(path)]
 
@@ -199,7 +200,7 @@ def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
             record = json.loads(line)
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path.name}:{number}: no record of a step ({error}). Nothing here writes such a line: put the file "
                 "back, or take out the line."
             ) from None

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dialog_jax.errors import UserError
+
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
@@ -31,16 +33,16 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
+            raise UserError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
         for field in ("learning_rate", "epsilon"):
             if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
+                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
         for field in ("warmup_steps", "weight_decay", "clip_norm"):
             if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
+                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
         for field in ("final_fraction", "decay_fraction", "b1", "b2"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
+                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -50,7 +52,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     warmup = config.warmup_steps
     if warmup >= steps:
-        raise ValueError(f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps only.")
+        raise UserError(f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps only.")
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     rest = steps - warmup
     if config.schedule == "cosine":

@@ -28,10 +28,11 @@ from typing import Any
 
 import transformers
 
-from dialog_jax.data import storage
+from dialog_jax.errors import UserError
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
+from dialog_jax.trees import disk_cache
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
 _UNFINISHED = ".unfinished"  # ends the name of what is not yet whole
@@ -61,15 +62,15 @@ def fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def check(directory: pathlib.Path) -> None:
-    """Raises ValueError if the directory holds files that are no run's."""
+    """Raises UserError if the directory holds files that are no run's."""
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory.name} is a file. Choose another --output_dir.")
+        raise UserError(f"{directory.name} is a file. Choose another --output_dir.")
     if (directory / "config.json").exists() or not directory.exists():
         return
     # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
     names = {file.name.removesuffix(_UNFINISHED) for file in directory.iterdir()}
     if names - _BEFORE_A_CLAIM - {"config.json"}:
-        raise ValueError(
+        raise UserError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."
         )
 
@@ -79,13 +80,13 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     """Makes the directory and keeps other processes from training in it; however this one ends, the lock ends with it.
 
     Raises:
-      ValueError: another process trains there, or the directory cannot be written.
+      UserError: another process trains there, or the directory cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / "lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{directory.name} cannot be written ({error.strerror}). Choose another --output_dir, or ask for the right "
             "to write there."
         ) from error
@@ -94,7 +95,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"{directory.name} is in use: {file.read().strip() or 'another process'} trains there. Wait for it, or "
                 "choose another --output_dir."
             ) from None
@@ -152,9 +153,9 @@ def claim(
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
         fields = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
-        storage.write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
-        storage.write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        storage.write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
+        disk_cache.write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
+        disk_cache.write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        disk_cache.write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
 def set_aside(directory: pathlib.Path, step: int) -> str:
@@ -180,11 +181,11 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
     """(shape of the model that a run trains, ids of the tokens at which a reply ends).
 
     Raises:
-      ValueError: there is no run in the directory.
+      UserError: there is no run in the directory.
     """
     file = directory / "model.json"
     if not file.exists():
-        raise ValueError(f"{directory} holds no run: model.json is missing. Name the --output_dir of scripts/train.py.")
+        raise UserError(f"{directory} holds no run: model.json is missing. Name the --output_dir of scripts/train.py.")
     read = json.loads(file.read_text(encoding="utf-8"))
     fields = read["decoder"]
     if fields["rope_scaling"] is not None:

@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dialog_jax.errors import UserError
+
 AXES = ("dcn_data", "data", "fsdp", "tensor")
 ROW_AXES = AXES[:3]
 
@@ -58,7 +60,7 @@ class MeshConfig:
         sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             asked = dict(zip(AXES, sizes, strict=True))
-            raise ValueError(f"mesh sizes are {asked}; each must be at least 1, and one may be -1.")
+            raise UserError(f"mesh sizes are {asked}; each must be at least 1, and one may be -1.")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -68,7 +70,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices of a single process are divided in their order.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or dcn_data is not the number of slices.
+      UserError: the sizes do not multiply to the number of devices, or dcn_data is not the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -76,7 +78,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
         asked = {axis: getattr(config, axis) for axis in AXES}
-        raise ValueError(f"mesh sizes {asked} do not multiply to the {len(devices)} devices that there are.")
+        raise UserError(f"mesh sizes {asked} do not multiply to the {len(devices)} devices that there are.")
     return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -88,7 +90,7 @@ def arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
         return mesh_utils.create_device_mesh(sizes, devices)
     joined, kind = (len(slices), "slices") if len(slices) > 1 else (len(processes), "processes")
     if sizes[0] != joined:
-        raise ValueError(
+        raise UserError(
             f"mesh.dcn_data is {sizes[0]}, but the devices are in {joined} {kind}. Set it to {joined}, or to 1."
         )
     return mesh_utils.create_hybrid_device_mesh(

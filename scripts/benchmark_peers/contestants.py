@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+from dialog_jax.errors import UserError
+
 HERE = pathlib.Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 
@@ -165,13 +167,13 @@ def figures(written: dict[str, Any]) -> dict[str, Any]:
     """What a contestant wrote, and where it measured steps their speeds: tokens of all of them over their seconds.
 
     Raises:
-      ValueError: it did not write one number of each kind for each step.
+      UserError: it did not write one number of each kind for each step.
     """
     if "seconds" not in written:
         return written
     steps = {key: written[key] for key in ("seconds", "real_tokens", "response_tokens")}
     if not steps["seconds"] or len({len(values) for values in steps.values()}) > 1:
-        raise ValueError(
+        raise UserError(
             f"it wrote {', '.join(f'{len(v)} {k}' for k, v in steps.items())}; each step needs one of each."
         )
     elapsed = sum(steps["seconds"])

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+from dialog_jax.errors import UserError
+
 REQUIREMENTS = pathlib.Path(__file__).parent / "requirements"
 
 
@@ -11,7 +13,7 @@ def make(name: str, directory: pathlib.Path) -> pathlib.Path:
     """The interpreter of the environment `name`, made in `directory / name` if it is not there or not of these pins.
 
     Raises:
-      ValueError: pip could not install; its last line is told.
+      UserError: pip could not install; its last line is told.
     """
     pins = (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8")
     home = directory.absolute() / name
@@ -24,7 +26,7 @@ def make(name: str, directory: pathlib.Path) -> pathlib.Path:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
-        raise ValueError(f"{name}.txt could not be installed in {home}: {last}")
+        raise UserError(f"{name}.txt could not be installed in {home}: {last}")
     installed.write_text(pins, encoding="utf-8")
     return python
 

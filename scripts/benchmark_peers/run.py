@@ -31,6 +31,8 @@ import summary
 from absl import app, flags
 from contestants import CONTESTANTS, NOT_MEASURED, Settings
 
+from dialog_jax.errors import UserError
+
 _OUT = flags.DEFINE_string("out", None, "A directory for results, inputs and logs.", required=True)
 _ENVIRONMENTS = flags.DEFINE_string("environments", "runs/peers", "Where the peers' environments are, or are made.")
 _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model directory.")
@@ -131,7 +133,7 @@ def write(seen: dict, out: pathlib.Path) -> str:
     """Writes peers.json, peers.md and peers.png; returns the text of the table.
 
     Raises:
-      ValueError: ours, or every peer, is missing; peers.json is written nevertheless.
+      UserError: ours, or every peer, is missing; peers.json is written nevertheless.
     """
     labels = {name: one.label for name, one in CONTESTANTS.items()}
     seen = seen | {"summary": summary.summarise(seen["rounds"], seen["compared"])}
@@ -170,7 +172,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     try:
         if unknown := set(_CONTESTANTS.value) - set(CONTESTANTS):
-            raise ValueError(f"--contestants has {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}.")
+            raise UserError(f"--contestants has {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}.")
         out = pathlib.Path(_OUT.value)
         out.mkdir(parents=True, exist_ok=True)
         print(write(run(out, _CONTESTANTS.value), out))

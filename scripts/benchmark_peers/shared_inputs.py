@@ -11,6 +11,8 @@ from typing import Any
 
 import transformers
 
+from dialog_jax.errors import UserError
+
 IGNORED = -100  # PyTorch's label of a token without loss
 COMPARED = 16
 
@@ -34,12 +36,12 @@ def write(
       spread: how many those read that are.
 
     Raises:
-      ValueError: fewer dialogues than asked for, or a template for which this way of finding responses is wrong.
+      UserError: fewer dialogues than asked for, or a template for which this way of finding responses is wrong.
     """
     with open(data, encoding="utf-8") as file:
         lines = [line for _, line in zip(range(dialogues), file, strict=False)]
     if len(lines) < dialogues:
-        raise ValueError(f"{data} has {len(lines)} dialogues, {dialogues} are needed; lower --dialogues.")
+        raise UserError(f"{data} has {len(lines)} dialogues, {dialogues} are needed; lower --dialogues.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     tokens = [labelled(json.loads(line)["messages"], tokenizer) for line in lines]
     compared = [number for number, one in enumerate(tokens) if len(one["input_ids"]) <= max_length][:COMPARED]
@@ -75,7 +77,7 @@ def labelled(messages: list[dict[str, str]], tokenizer: transformers.PreTrainedT
     """The tokens of a dialogue and their labels: token ids on responses with their end of turn, -100 elsewhere.
 
     Raises:
-      ValueError: a prompt is no prefix of the whole dialogue, in characters or in tokens.
+      UserError: a prompt is no prefix of the whole dialogue, in characters or in tokens.
     """
 
     def render(part: list[dict[str, str]], prompt: bool) -> str:
@@ -92,7 +94,7 @@ def labelled(messages: list[dict[str, str]], tokenizer: transformers.PreTrainedT
         end = len(prompt) + len(message["content"]) + len(tokenizer.eos_token)
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if whole[len(prompt) : end] != message["content"] + tokenizer.eos_token or ids[: len(before)] != before:
-            raise ValueError(
+            raise UserError(
                 f"message {number} ({message['content'][:40]!r}): what precedes it in the whole dialogue is not its "
                 "prompt; peers that read a dialogue once cannot train on it faithfully. Choose another template."
             )

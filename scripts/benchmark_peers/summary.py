@@ -11,6 +11,8 @@ matplotlib.use("Agg")  # no window, and none needed
 
 import matplotlib.pyplot as plt
 
+from dialog_jax.errors import UserError
+
 OURS, BLUE, GREY = ("ours", "ours_untuned"), "#1f5fa8", "#9aa3ab"
 APART = 1e-3  # nats a target: who is farther from our loss before any update computes another one
 _MEDIANS = ("real_tokens_per_second", "response_tokens_per_second", "seconds_a_step", "tokens_a_step")
@@ -106,13 +108,13 @@ def verdict(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str])
     """How ours compares with the fastest peer, tuned like it, and how far apart the losses are.
 
     Raises:
-      ValueError: ours, or every peer, is missing.
+      UserError: ours, or every peer, is missing.
     """
     measured = ranked(figures)
     ours = next((one for name, one in measured if name == OURS[0]), None)
     peers = [(name, one) for name, one in measured if name not in OURS]
     if ours is None or not peers:
-        raise ValueError("ours, or every peer, could not be measured, so nothing is compared.")
+        raise UserError("ours, or every peer, could not be measured, so nothing is compared.")
     name, best = peers[0]
     apart = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
     return (

@@ -9,11 +9,13 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from dialog_jax.audit import figures as audit
-from dialog_jax.data import dataset, rendering
-from dialog_jax.data.dialogues import Dialogue, Message, parse_dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
-from tests.data import chat_templates
-from tests.data.chat_templates import FAMILIES
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.parsing import parse_dialogue
+from dialog_jax.rendering import sequences as sequences_lib
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.rendering import chat_templates
+from tests.rendering.chat_templates import FAMILIES
 
 
 def said(*messages, id=0):
@@ -35,7 +37,7 @@ def look(records, tokenizer, *, max_length=100_000, **objective):
     return audit.audit(
         records,
         tokenizer,
-        rendering.Renderer(tokenizer),
+        sequences_lib.Renderer(tokenizer),
         objective=ObjectiveConfig(**objective),
         max_length=max_length,
     )
@@ -138,7 +140,7 @@ class FiguresTest(parameterized.TestCase):
         rng = np.random.default_rng(1)
         dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 4, reasoning=True, id=i) for i in range(12)]
         dialogues.append(parse_dialogue({"prompt": "Hi", "continuations": ["a", "b c", "d"]}, index=12, where=""))
-        renderer = rendering.Renderer(chat_templates.train_tokenizer("qwen3"))
+        renderer = sequences_lib.Renderer(chat_templates.train_tokenizer("qwen3"))
         trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(**objective), max_length=100_000)
         result = look(dialogues, "qwen3", **objective)
         self.assertEqual(
@@ -377,10 +379,10 @@ class FindingsTest(parameterized.TestCase):
     def test_special_tokens_are_a_warning_where_they_are_parsed(self):
         dialogue = said(("user", "What is <|im_end|>?"), ("assistant", "<|im_end|>"))
         tokenizer = chat_templates.train_tokenizer("chatml")
-        renderer = rendering.Renderer(tokenizer, allow_special_tokens=True)
+        renderer = sequences_lib.Renderer(tokenizer, allow_special_tokens=True)
         settings = {"objective": ObjectiveConfig(), "max_length": 1024}
         parsed = audit.audit([dialogue], tokenizer, renderer, **settings)
-        text = audit.audit([dialogue], tokenizer, rendering.Renderer(tokenizer), **settings)
+        text = audit.audit([dialogue], tokenizer, sequences_lib.Renderer(tokenizer), **settings)
         self.assertEqual(found(parsed), {"special_parsed": ("warning", 2, 2)})
         self.assertEqual(found(text), {"special": ("note", 2, 2)})
         pieces = len(tokenizer.tokenize("<|im_")) + len(tokenizer.tokenize("end|>"))

@@ -7,10 +7,11 @@ import tempfile
 from absl.testing import absltest
 
 from dialog_jax.audit import inspection
-from dialog_jax.data import rendering
-from dialog_jax.data.dialogues import Dialogue, read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from tests.data import chat_templates
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.rendering import sequences
+from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.rendering import chat_templates
 
 _GOOD = {"prompt": "Hi", "completion": "Hello!"}
 
@@ -57,7 +58,7 @@ class EachDialogueTest(absltest.TestCase):
 
 class RenderTest(absltest.TestCase):
     def test_refused_dialogues_do_not_take_others_with_them(self):
-        renderer = rendering.Renderer(chat_templates.train_tokenizer("gemma"))
+        renderer = sequences.Renderer(chat_templates.train_tokenizer("gemma"))
         path = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory())) / "data.jsonl"
         unanswered = {"messages": [{"role": "assistant", "content": "Hi"}]}
         path.write_text("\n".join(map(json.dumps, [_GOOD, unanswered, _GOOD])))
@@ -66,7 +67,7 @@ class RenderTest(absltest.TestCase):
         self.assertEqual(good[0].sequences[0].tokens.tolist(), again[0].sequences[0].tokens.tolist())
 
     def test_dialogue_refused_while_its_sequences_are_read_is_named(self):
-        renderer = rendering.Renderer(chat_templates.train_tokenizer("qwen3"))
+        renderer = sequences.Renderer(chat_templates.train_tokenizer("qwen3"))
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]
         path = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory())) / "data.jsonl"
         parts = [{"type": "text", "text": "a\n\n", "weight": 0.5}, {"type": "text", "text": "b"}]

@@ -4,17 +4,18 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.audit import inspection, row_lengths
-from dialog_jax.data import dataset, rendering, supervision
-from dialog_jax.data.dialogues import parse_dialogue
-from dialog_jax.data.objectives import ObjectiveConfig
-from tests.data import chat_templates
+from dialog_jax.dialogues.parsing import parse_dialogue
+from dialog_jax.rendering import sequences
+from dialog_jax.trees import dataset, weighting
+from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.rendering import chat_templates
 
 
 def looked_at(dialogues, renderer, objective, lengths):
     """The `fits` of each dialogue with a tree."""
     made = []
     for dialogue, pieces in zip(dialogues, inspection.render(dialogues, renderer, objective), strict=True):
-        tree = supervision.build_trees(supervision.trained(dialogue, [pieces], objective), objective)[0]
+        tree = weighting.build_trees(weighting.trained(dialogue, [pieces], objective), objective)[0]
         if tree is not None:
             made.append(row_lengths.fits(dialogue, pieces, tree, objective, lengths))
     return made
@@ -32,7 +33,7 @@ class FillsTest(parameterized.TestCase):
         objective, rng = ObjectiveConfig(**options), np.random.default_rng(2)
         dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 7, reasoning=True, id=i) for i in range(25)]
         dialogues.append(parse_dialogue({"prompt": "Hi", "continuations": ["a" * 90, "b", "c"]}, index=25, where=""))
-        renderer = rendering.Renderer(chat_templates.train_tokenizer(family))
+        renderer = sequences.Renderer(chat_templates.train_tokenizer(family))
         lengths = [64, 100, 200, 400, 100_000]
         made = row_lengths.fills(looked_at(dialogues, renderer, objective, lengths), lengths, 100)
         whole = dataset.prepare(dialogues, renderer, objective=objective, max_length=100_000).report
@@ -49,7 +50,7 @@ class FillsTest(parameterized.TestCase):
 
     def test_lengths_end_with_the_first_that_cuts_nothing_and_have_the_one_asked_for(self):
         dialogue = parse_dialogue({"prompt": "Hi", "completion": "yes " * 150}, index=0, where="")
-        renderer = rendering.Renderer(chat_templates.train_tokenizer("chatml"))
+        renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
         lengths = [64, 128, 512, 1024, 2048, 4096]
         all_fits = looked_at([dialogue], renderer, ObjectiveConfig(), lengths)
         self.assertEqual([fill.max_length for fill in row_lengths.fills(all_fits, lengths, 64)], [64, 128, 512])
@@ -58,7 +59,7 @@ class FillsTest(parameterized.TestCase):
 
     def test_dialogue_longer_than_every_length_counts_as_cut(self):
         dialogue = parse_dialogue({"prompt": "Hi", "completion": "yes " * 150}, index=0, where="")
-        renderer = rendering.Renderer(chat_templates.train_tokenizer("chatml"))
+        renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
         (fill,) = row_lengths.fills(looked_at([dialogue], renderer, ObjectiveConfig(), [64]), [64], 64)
         self.assertEqual((fill.dropped, fill.responses_cut, fill.targets_lost, fill.used), (1, 1, 1.0, 0.0))
 

@@ -7,9 +7,9 @@ import causality
 import numpy as np
 from absl.testing import absltest
 
-from dialog_jax.data.dialogues import Dialogue, Message
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
 from tests.experiments import tiny_run
 from tests.training.exactness_test import turns_of
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest
 from report import Options
 
-from dialog_jax.data.dialogues import read_dialogues
+from dialog_jax.dialogues.parsing import read_dialogues
 from tests.experiments import tiny_run
 
 

@@ -10,9 +10,9 @@ import optax
 from absl.testing import absltest
 from harness import Losses
 
-from dialog_jax.data import dataset
-from dialog_jax.data.dialogues import dialogues_from_records
-from dialog_jax.data.objectives import ObjectiveConfig
+from dialog_jax.dialogues.parsing import dialogues_from_records
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.experiments import tiny_run
 
 _LOSSES = Losses(

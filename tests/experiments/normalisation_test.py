@@ -5,7 +5,7 @@ import numpy as np
 from absl.testing import absltest
 from harness import Losses
 
-from dialog_jax.data.dialogues import Dialogue, Message
+from dialog_jax.dialogues.dialogue import Dialogue, Message
 
 
 def dialogue(name, *words):

@@ -12,10 +12,10 @@ import one_pass_vs_k_passes as experiment
 from absl.testing import absltest
 from report import Options
 
-from dialog_jax.data.dialogues import dialogues_from_records, read_dialogues
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
-from dialog_jax.training import k_passes
+from dialog_jax.dialogues.parsing import dialogues_from_records, read_dialogues
+from dialog_jax.evaluation import k_passes
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
 from tests.experiments import tiny_run
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dialog_jax import chat
+from dialog_jax.inference import chat
 from dialog_jax.model import decoder, pretrained
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.training import tiny
 from tests.training.exactness_test import turns_of
 

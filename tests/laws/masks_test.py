@@ -5,7 +5,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax.data import batches
+from dialog_jax.batching import batches
 from tests.laws import budget, oracles, strategies
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax import generation
-from dialog_jax.data import batches
+from dialog_jax.batching import batches
+from dialog_jax.inference import generation
 from dialog_jax.model import decoder
-from dialog_jax.training import loss, optimizer, sharding, step
+from dialog_jax.training import loss, optimizer, sharding, train_step
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
 from tests.laws import budget, oracles, strategies
@@ -159,8 +159,10 @@ def update():
     # The large epsilon keeps Adam from turning the rounding of gradients near 0 into steps.
     config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
     transform = optimizer.make_optimizer(config, 10)
-    state, shardings = step.initial_state(mesh, jax.tree.map(jnp.copy, parameters()), transform)
-    return step.make_train_step(_MODEL, transform, mesh, shardings, compute_dtype=jnp.float32, remat="none"), state
+    state, shardings = train_step.initial_state(mesh, jax.tree.map(jnp.copy, parameters()), transform)
+    return train_step.make_train_step(
+        _MODEL, transform, mesh, shardings, compute_dtype=jnp.float32, remat="none"
+    ), state
 
 
 def updated(batch):

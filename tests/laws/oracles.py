@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.data import chat_templates
-from tests.data.chat_templates import FAMILIES
+from tests.rendering import chat_templates
+from tests.rendering.chat_templates import FAMILIES
 
 
 class Response(NamedTuple):

@@ -4,7 +4,7 @@ import hypothesis
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax.data import dialogues
+from dialog_jax.dialogues import parsing
 from tests.laws import budget, oracles
 from tests.laws.readers_test import mutants
 from tests.laws.targets_test import plan_of, prepare
@@ -16,7 +16,7 @@ class PipelineTest(parameterized.TestCase):
     @hypothesis.given(data=st.data())
     def test_a_mutated_record_is_trained_on_or_refused_by_name(self, family, data):
         try:
-            (dialogue,) = dialogues.dialogues_from_records([data.draw(mutants())])
+            (dialogue,) = parsing.dialogues_from_records([data.draw(mutants())])
         except ValueError:
             return  # what readers refuse is the affair of their own test
         options = data.draw(

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax.data import dialogues, sources
+from dialog_jax.dialogues import parsing, sources
 from tests.laws import budget, strategies
 
 # fmt: off
@@ -102,7 +102,7 @@ class RecordsTest(parameterized.TestCase):
 
     def check(self, record):
         try:
-            (dialogue,) = dialogues.dialogues_from_records([record])
+            (dialogue,) = parsing.dialogues_from_records([record])
         except ValueError as error:
             self.assertIs(type(error), ValueError)
             self.assertIn("records[0]", str(error))
@@ -186,7 +186,7 @@ class FilesTest(parameterized.TestCase):
             path = pathlib.Path(made) / name
             path.write_bytes(data)
             try:
-                found = list(dialogues.read_dialogues(path))
+                found = list(parsing.read_dialogues(path))
             except ValueError as error:
                 self.assertIs(type(error), ValueError)
                 self.assertIn(name, str(error))

@@ -3,9 +3,10 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from dialog_jax.data import dataset, tries
-from dialog_jax.data.dialogues import Dialogue, dialogues_from_records
-from tests.data.chat_templates import FAMILIES
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import dialogues_from_records
+from dialog_jax.trees import dataset, prefix_tree
+from tests.rendering.chat_templates import FAMILIES
 
 # Text and bytes are one there, token by token, which the oracle of parts relies on.
 BYTE_LEVEL = ("chatml", "llama3", "qwen3", "phi3", "plain")
@@ -192,8 +193,8 @@ def forests(draw, *, max_trees=12, preambles=False):
 
 def built(sequences, paths=None):
     """The tree of sequences."""
-    made = [(np.array(string, np.int32), [tries.Span(*span) for span in spans]) for string, spans in sequences]
-    return tries.build_tree(made, paths)
+    made = [(np.array(string, np.int32), [prefix_tree.Span(*span) for span in spans]) for string, spans in sequences]
+    return prefix_tree.build_tree(made, paths)
 
 
 def stored(forest) -> dataset.Trees:

@@ -8,10 +8,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax.data import batches, dataset, objectives, rendering, tries, truncation
-from dialog_jax.data.objectives import ObjectiveConfig
-from tests.data import chat_templates
+from dialog_jax.batching import batches
+from dialog_jax.rendering import sequences as sequences_lib
+from dialog_jax.trees import dataset, fitting, objectives, prefix_tree
+from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import budget, oracles, strategies
+from tests.rendering import chat_templates
 
 
 def prepare(dialogues, family, *, max_length=100_000, truncate="turns", share_prefixes=False, **objective):
@@ -19,7 +21,7 @@ def prepare(dialogues, family, *, max_length=100_000, truncate="turns", share_pr
     try:
         return dataset.prepare(
             dialogues,
-            rendering.Renderer(chat_templates.train_tokenizer(family)),
+            sequences_lib.Renderer(chat_templates.train_tokenizer(family)),
             objective=ObjectiveConfig(**objective),
             max_length=max_length,
             truncate=truncate,
@@ -78,12 +80,12 @@ class DialoguesTest(parameterized.TestCase):
 class LeavesTest(parameterized.TestCase):
     def untrimmed(self, dialogue, family, objective):
         """{(context, token): (weight, turn)} of the tree of all that is rendered, wherever it ends."""
-        renderer = rendering.Renderer(chat_templates.train_tokenizer(family))
+        renderer = sequences_lib.Renderer(chat_templates.train_tokenizer(family))
         config = ObjectiveConfig(**objective)
-        pieces = truncation.unfold(dialogue, config)
+        pieces = fitting.unfold(dialogue, config)
         rendered = renderer.render([p.dialogue for p in pieces], whole=config.whole, locate=config.locates)
         pieces = [piece._replace(sequences=list(own)) for piece, own in zip(pieces, rendered, strict=True)]
-        factors = truncation.schedules(dialogue, pieces, config)
+        factors = fitting.schedules(dialogue, pieces, config)
         found = []
         for piece, own in zip(pieces, factors, strict=True):
             spans = objectives.supervise(piece.sequences, piece.dialogue, config, own, trained=piece.trained)
@@ -92,8 +94,8 @@ class LeavesTest(parameterized.TestCase):
             found += [(sequence.tokens, some, number) for sequence, some in zip(piece.sequences, turned, strict=True)]
         if not found:
             return {}
-        tree = tries.build_tree([(tokens, some) for tokens, some, _ in found], [number for *_, number in found])
-        (tree,) = tries.normalise([tree], config.normalise)
+        tree = prefix_tree.build_tree([(tokens, some) for tokens, some, _ in found], [number for *_, number in found])
+        (tree,) = prefix_tree.normalise([tree], config.normalise)
         return {(context, token): (weight, turn) for context, token, weight, turn in oracles.tree_targets(tree)}
 
     @parameterized.parameters("chatml", "qwen3", "mistral")

@@ -9,11 +9,12 @@ import safetensors.numpy
 from absl.testing import absltest
 from hypothesis import strategies as st
 
-from dialog_jax.data import dataset, rendering, teacher
-from dialog_jax.data.objectives import ObjectiveConfig
-from tests.data import chat_templates
+from dialog_jax.rendering import sequences
+from dialog_jax.trees import dataset, teacher
+from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import budget, oracles, strategies
 from tests.laws.readers_test import damaged, values
+from tests.rendering import chat_templates
 
 _TOP = 2
 _RECORD = {
@@ -43,7 +44,7 @@ def train_on(path):
     """Reads the file and the teacher's word on every target; True if it all went well."""
     (dialogue,) = strategies.parsed([_RECORD])
     file = teacher.read_file(path, tokenizer="t")
-    renderer = rendering.Renderer(chat_templates.train_tokenizer("chatml"))
+    renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
     trees = dataset.prepare([dialogue], renderer, objective=ObjectiveConfig(), max_length=256, teacher=file)
     token, log_probability = trees.signal(0, np.flatnonzero(trees.tree(0).weight > 0))
     assert token.min() >= 0 and token.max() <= file.largest, (token.min(), token.max())

@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from dialog_jax.data.dialogues import Dialogue
+from dialog_jax.dialogues.dialogue import Dialogue
 from tests.laws import budget, oracles, strategies
 from tests.laws.targets_test import prepare
 

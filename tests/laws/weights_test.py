@@ -5,9 +5,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from tests.data import chat_templates
 from tests.laws import budget, oracles, strategies
 from tests.laws.targets_test import prepare
+from tests.rendering import chat_templates
 
 _NAMES = ("conditional", "joint", "last", "roles")
 _FAMILIES = ("chatml", "llama3", "qwen3", "gemma")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.attention import portable
+from dialog_jax.attention import blockwise
 from dialog_jax.model import decoder, rotary
 from tests.model import forests
 
@@ -123,7 +123,7 @@ class DecoderTest(parameterized.TestCase):
         heads = (_LLAMA.heads, _LLAMA.head_dim)
         self.assertLen([kept for kept in forward.outvars if kept.aval.shape[-2:] == heads], 1)
         text = traced.lower().compile().as_text()
-        loops = [line for line in text.splitlines() if " while(" in line and f'{portable.PAIRS}/while"' in line]
+        loops = [line for line in text.splitlines() if " while(" in line and f'{blockwise.PAIRS}/while"' in line]
         self.assertLen(loops, 2)  # forward and backward
 
     def test_remat_unknown_is_an_error_that_lists_the_known(self):

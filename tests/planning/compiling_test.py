@@ -8,10 +8,10 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
-from dialog_jax.attention import portable
-from dialog_jax.data.batches import Batch
+from dialog_jax.attention import blockwise
+from dialog_jax.batching.batches import Batch
 from dialog_jax.planning import compiling, workload
-from dialog_jax.training import metrics, optimizer, sharding, step
+from dialog_jax.training import metrics, optimizer, sharding, train_step
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
@@ -49,7 +49,7 @@ class MemoryTest(parameterized.TestCase):
             ),
             tiny.parameters(_MODEL),
         )
-        state, _ = step.initial_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
+        state, _ = train_step.initial_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
 
         def held(arrays):
             shards = [shard for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
@@ -173,7 +173,7 @@ class ErrorsTest(absltest.TestCase):
                 added = jax.lax.fori_loop(0, jnp.max(subtree_end), lambda _, x: jnp.sin(x), q)
             return q + jax.lax.stop_gradient(added)
 
-        self.enter_context(absltest.mock.patch.object(portable, "attend", attend))
+        self.enter_context(absltest.mock.patch.object(blockwise, "attend", attend))
         with self.assertRaisesRegex(ValueError, "loop 'jit.*/until_sure/while' .* for block_pairs and tiles only"):
             compiled(MeshConfig(), run_config(), devices=1)
 

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.model import pretrained
 from dialog_jax.planning import workload
 from dialog_jax.training.config import DataConfig, TrainConfig
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.training import tiny
 
 

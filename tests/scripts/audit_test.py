@@ -7,7 +7,7 @@ from unittest import mock
 
 from absl.testing import absltest
 
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.scripts import running
 
 _GOOD = [{"id": f"d{i}", "prompt": f"{i}?", "completion": "Hello!"} for i in range(3)]

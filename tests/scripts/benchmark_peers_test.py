@@ -8,12 +8,12 @@ import tempfile
 import numpy as np
 from absl.testing import absltest
 
-from dialog_jax.data import dataset
-from dialog_jax.data.dialogues import read_dialogues
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
-from dialog_jax.data.tokenizers import load_tokenizer
-from tests.data import chat_templates
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.rendering import chat_templates
 from tests.scripts import running
 
 sys.path.insert(0, str(running.SCRIPTS / "benchmark_peers"))

@@ -13,14 +13,14 @@ import numpy as np
 from absl.testing import absltest
 from jax.sharding import Mesh
 
-from dialog_jax.data import batches
+from dialog_jax.batching import batches
 from dialog_jax.model import decoder
 from dialog_jax.planning import hlo
-from dialog_jax.training import loss, optimizer, sharding, step
+from dialog_jax.training import loss, optimizer, sharding, train_step
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
-from tests.data import chat_templates
 from tests.experiments import tiny_run
+from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 
@@ -159,8 +159,8 @@ def _rows(told):
 def _traced(model, mesh: Mesh, batch):
     """(events of an update, the compiled update)."""
     transform = optimizer.make_optimizer(OptimizerConfig(), 2)
-    state, shardings = step.initial_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
-    update = step.make_train_step(model, transform, mesh, shardings, compute_dtype="float32", remat="dots")
+    state, shardings = train_step.initial_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
+    update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype="float32", remat="dots")
     compiled = update.lower(state, batch).compile()
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     return benchmark_profile.record(lambda: compiled(state, placed)), compiled

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from dialog_jax import chat, generation
-from dialog_jax.data.dialogues import Message
+from dialog_jax.dialogues.dialogue import Message
+from dialog_jax.inference import chat, generation
 from dialog_jax.model import decoder, pretrained
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 

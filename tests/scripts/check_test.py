@@ -11,9 +11,9 @@ from unittest import mock
 from absl import flags
 from absl.testing import absltest
 
-from dialog_jax.data import batches
+from dialog_jax.batching import batches
 from dialog_jax.model import pretrained
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 

@@ -7,7 +7,7 @@ import tempfile
 from absl.testing import absltest
 
 from dialog_jax.model import pretrained
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from absl.testing import absltest
 
-from dialog_jax.data.tokenizers import load_tokenizer
 from dialog_jax.model import pretrained
+from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, run_directory
 from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.step import first_state
-from tests.data import chat_templates
+from dialog_jax.training.train_step import first_state
+from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 

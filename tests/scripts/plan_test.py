@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import decoder, pretrained, published_config
+from dialog_jax.model import decoder, hf_config, pretrained
 from dialog_jax.training import sharding
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 
@@ -118,7 +118,7 @@ class ShapesTest(parameterized.TestCase):
             model = script._shape(config.model)
         abstract = decoder.abstract_parameters(model)
         self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(abstract)), parameters)
-        self.assertEqual(published_config.to_json(model)["rope_parameters"]["rope_type"], "llama3")
+        self.assertEqual(hf_config.to_json(model)["rope_parameters"]["rope_type"], "llama3")
         sizes = sharding.MeshConfig(**config.mesh).__dict__
         named = [size for size in sizes.values() if size > 0]
         self.assertEqual(devices % int(np.prod(named)), 0)

@@ -16,11 +16,11 @@ import safetensors
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import dataset, tries
+from dialog_jax.evaluation import scoring
 from dialog_jax.model import decoder, pretrained
-from dialog_jax.training import scoring
-from tests.data import chat_templates
-from tests.data.chat_templates import FAMILIES
+from dialog_jax.trees import dataset, prefix_tree
+from tests.rendering import chat_templates
+from tests.rendering.chat_templates import FAMILIES
 from tests.scripts import running
 from tests.training import tiny
 
@@ -342,9 +342,9 @@ class BatchesTest(parameterized.TestCase):
     def test_every_tree_is_in_one_row_and_few_shapes_occur(self, context):
         rng = np.random.default_rng(0)
         sizes = np.minimum(rng.lognormal(6, 1.2, 400).astype(int) + 2, context)
-        spans = [tries.Span(size // 2, size, 1.0, 0) for size in sizes]
+        spans = [prefix_tree.Span(size // 2, size, 1.0, 0) for size in sizes]
         trees = [
-            tries.build_tree([(np.arange(size, dtype=np.int32), [span])])
+            prefix_tree.build_tree([(np.arange(size, dtype=np.int32), [span])])
             for size, span in zip(sizes, spans, strict=True)
         ]
         seen, shapes, room = [], set(), 0

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from tests.data import chat_templates
+from tests.rendering import chat_templates
 from tests.scripts import running
 
 _GUTTER = 9

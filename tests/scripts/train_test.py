@@ -10,7 +10,7 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 
 import tests.experiments  # noqa: F401 - lets experiments find each other
-from dialog_jax.training import loop
+from dialog_jax.training import run as run_lib
 from tests.scripts import running
 
 _EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -23,8 +23,8 @@ class TrainFlagsTest(parameterized.TestCase):
 
     def configured(self, *flags, experiment="quickstart"):
         """The TrainConfig that a run is started with."""
-        result = loop.RunResult(3, {"loss": 2.0}, {"loss": 1.5})
-        with mock.patch.object(loop, "run", return_value=result) as run:
+        result = run_lib.RunResult(3, {"loss": 2.0}, {"loss": 1.5})
+        with mock.patch.object(run_lib, "run", return_value=result) as run:
             told, error = self.run_script(f"--config={_EXPERIMENTS / experiment}.py", *flags)
         self.assertEmpty(error)
         self.assertIn("2.0000 before, 1.5000 after 3 steps", told)
@@ -86,7 +86,7 @@ class TrainFlagsTest(parameterized.TestCase):
     def model(self):
         """A model directory whose weights are never read here."""
         from dialog_jax.model import pretrained
-        from tests.data import chat_templates
+        from tests.rendering import chat_templates
         from tests.training import tiny
 
         path = self.output_dir.with_name("model")

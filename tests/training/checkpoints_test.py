@@ -12,10 +12,10 @@ import optax
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
-from dialog_jax.training import checkpoints, hosts, sharding
+from dialog_jax.training import checkpoints, distributed, sharding
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.sharding import MeshConfig
-from dialog_jax.training.step import first_state
+from dialog_jax.training.train_step import first_state
 from tests.training import tiny
 
 
@@ -104,14 +104,14 @@ class DamageTest(parameterized.TestCase):
 
     def test_process_that_fails_to_read_a_whole_checkpoint_does_not_damage_it(self):
         failed = ValueError("process 1: [Errno 5] Input/output error")
-        with mock.patch.object(hosts, "together", side_effect=failed), self.assertRaises(ValueError) as caught:
+        with mock.patch.object(distributed, "together", side_effect=failed), self.assertRaises(ValueError) as caught:
             self.restored()
         self.assertIs(caught.exception, failed)
 
     def test_damage_that_one_process_finds_is_damage_for_all(self):
         told = ["", "checkpoint 5 cannot be read: a file is missing"]
         with (
-            mock.patch.object(hosts, "told_by_all", side_effect=[["", ""], told]),
+            mock.patch.object(distributed, "told_by_all", side_effect=[["", ""], told]),
             self.assertRaisesRegex(DamagedError, "a file is missing"),
         ):
             self.restored()

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.data import batches, dataset
-from dialog_jax.data.dialogues import Dialogue, Message, dialogues_from_records
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
+from dialog_jax.batching import batches
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.parsing import dialogues_from_records
 from dialog_jax.model import decoder
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
-from tests.data import chat_templates
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.rendering import chat_templates
 from tests.training import tiny
 
 _LENGTH = 256

@@ -23,7 +23,7 @@ from absl.testing import absltest
 
 from dialog_jax.model import decoder
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory
-from dialog_jax.training import step as step_lib
+from dialog_jax.training import train_step as step_lib
 from dialog_jax.training.optimizer import OptimizerConfig
 from tests.training import tiny
 
@@ -71,7 +71,7 @@ class KillTest(absltest.TestCase):
         }
         cls.enterClassContext(mock.patch.dict(os.environ, environment))
         cls.context = multiprocessing.get_context("forkserver")
-        cls.context.set_forkserver_preload(["dialog_jax.training.loop", __name__])
+        cls.context.set_forkserver_preload(["dialog_jax.training.run", __name__])
         cls.run_whole("whole")
 
     @classmethod

@@ -9,8 +9,8 @@ from absl.testing import absltest
 from tensorboardX.proto import event_pb2
 
 from dialog_jax.training import metrics
-from dialog_jax.training.step import EvaluationSums
-from tests.data import chat_templates
+from dialog_jax.training.train_step import EvaluationSums
+from tests.rendering import chat_templates
 from tests.training import tiny
 
 

@@ -5,14 +5,15 @@ import json
 import jax
 import numpy as np
 
-from dialog_jax.data import batches, dataset
-from dialog_jax.data.objectives import ObjectiveConfig
-from dialog_jax.data.rendering import Renderer
+from dialog_jax.batching import batches
 from dialog_jax.model import decoder, pretrained
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.optimizer import OptimizerConfig
 from dialog_jax.training.sharding import MeshConfig
-from tests.data import chat_templates
+from dialog_jax.trees import dataset
+from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.rendering import chat_templates
 
 
 def config(vocab_size, **changes):

@@ -1,0 +1,180 @@
+"""Files, hub data sets and Python records in; checked `Dialogue`s out, one at a time.
+
+Knows the forms people give dialogues, and nothing of templates, tokens or loss.
+"""
+
+import math
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from dialog_jax.dialogues import schemas, sources
+from dialog_jax.dialogues.dialogue import Dialogue, Message, Part, name_dialogue
+from dialog_jax.errors import UserError
+
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-30, 1e30
+
+
+def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue]:
+    """The dialogues of a file or data set, read as they are asked for.
+
+    Args:
+      source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
+        hub name that the optional package `datasets` reads.
+      split: which split of a data set; files have none.
+
+    Raises:
+      UserError: the source does not exist, cannot be read as what its name says, is empty, or holds a record that is
+        no dialogue. Names the file, the line and what to do.
+    """
+    return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
+
+
+def dialogues_from_records(given: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
+    """The dialogues of Python records in any of the formats of `parse_dialogue`; `source` names them in errors."""
+    return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(given)), source)
+
+
+def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
+    """One record as a Dialogue.
+
+    The formats, tried in this order; every other key of the record is kept as metadata:
+
+        {"messages": [{"role": "user", "content": "Hi", "weight": 0.5, "name": "Ann"}, ...], "tools": [...]}
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind."}
+        {"prompt": "Hi", "completion": "Hello"}                     or lists of messages for either
+
+    Any of them may have `continuations` (in the last form instead of `completion`): a list of several responses to the
+    history, each a string, a message or a list of messages. Or its messages are a tree, listed parents first:
+
+        {"messages": [{"id": "q", "role": "user", "content": "Hi"},
+                      {"id": "a", "parent": "q", "role": "assistant", "content": "Hello"},
+                      {"id": "b", "parent": "q", "role": "assistant", "content": "Good day"}]}
+
+    `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with a weight of its own.
+    A message's `weight` is 1 unless given, and `"train": false` makes it 0. An assistant message inside `prompt` is
+    history, not what the record teaches: its weight is 0 unless given. A message's field that is null is absent, and
+    null `content` is the empty string where there are `tool_calls`. JSON text in `tool_calls` and in the fields of a
+    tool stays text; `tools` itself may be JSON text, and an empty list of tools is none.
+
+    Args:
+      index: the record's place in its source, from 0; the dialogue's id if it has none.
+      where: "train.jsonl:413", for errors.
+
+    Raises:
+      UserError: got something else. Says what, what was needed, where, and the remedy.
+    """
+    schemas.check_depth(record, name_dialogue(index, where))
+    if not isinstance(record, Mapping):
+        raise UserError(
+            f"{name_dialogue(index, where)}: got {schemas.shown(record)}; needed an object with the keys of one of "
+            f"{schemas.FORMATS}. Write one object a dialogue."
+        )
+    identifier = index if record.get("id") is None else record["id"]
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+        raise UserError(
+            f"{name_dialogue(index, where)}: id is {schemas.shown(identifier)}; needed a string or an integer. "
+            "Change it."
+        )
+    schemas.check_text(identifier, f"{name_dialogue(index, where)}: id")
+    name = name_dialogue(identifier, where)
+    raw = schemas.unpack(record, name)
+    return Dialogue(
+        id=identifier,
+        messages=tuple(_message(item, f"{name}: message {i}") for i, item in enumerate(raw.messages)),
+        parents=() if raw.parents == list(range(-1, len(raw.messages) - 1)) else tuple(raw.parents),
+        tools=raw.tools,
+        metadata={key: value for key, value in record.items() if key not in raw.used},
+        where=where,
+    )
+
+
+def _parse_all(placed: Iterable[tuple[str, Any]], source: str) -> Iterator[Dialogue]:
+    index = -1
+    for index, (where, record) in enumerate(placed):
+        yield parse_dialogue(record, index=index, where=where)
+    if index < 0:
+        raise UserError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise UserError(
+            f'{where} is {schemas.shown(item)}; needed an object with "role" and "content". Write it as one.'
+        )
+    sharegpt = "from" in item and "role" not in item
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    given = item.get(role_key)
+    role = schemas.SHAREGPT_ROLES.get(given) if sharegpt and isinstance(given, str) else given
+    if role not in schemas.ROLES:
+        allowed = ", ".join(schemas.SHAREGPT_ROLES if sharegpt else schemas.ROLES)
+        has = f"has no {role_key!r}" if given is None else f"has {'role' if role_key == 'role' else 'from'} {given!r}"
+        raise UserError(f"{where} {has}; needed one of {allowed}. Rename it in the data.")
+    fields = {
+        key: value
+        for key, value in item.items()
+        if key not in (role_key, content_key, "weight", "train", "parent") and value is not None
+    }
+    content = item.get(content_key)
+    parts: tuple[Part, ...] = ()
+    if isinstance(content, list):
+        parts = _parts(content, f"{where} ({role})")
+        content = "".join(part.text for part in parts)
+    if content is None and fields.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise UserError(
+            f"{where} ({role}) has {content_key} {schemas.shown(content)}; needed a string or a list of text parts. "
+            "Write it as text; only a message with tool_calls may leave it out."
+        )
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} ({role}) has half a surrogate pair at character {error.start} of its {content_key}; "
+            "needed Unicode text. Write the whole pair, or remove it."
+        ) from None
+    schemas.check_text(fields, f"{where} ({role})")
+    weight = _weight(item, where)
+    weighted = weight > 0 and any(part.weight != 1 for part in parts if part.text)
+    return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
+
+
+def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
+    parts = []
+    for number, item in enumerate(items):
+        is_text = isinstance(item, Mapping) and item.get("type", "text") == "text" and isinstance(item.get("text"), str)
+        if not is_text:
+            raise UserError(
+                f"{where}: part {number} of its content is {schemas.shown(item)}; needed text, as "
+                '{"type": "text", "text": "...", "weight": 0.5}. Images and other parts are not supported: remove them.'
+            )
+        unknown = sorted(set(item) - {"type", "text", "weight", "train"})
+        if unknown:
+            raise UserError(
+                f"{where}: part {number} of its content has {', '.join(map(repr, unknown))}; a part has type, text, "
+                "weight and train. Rename or remove it."
+            )
+        parts.append(Part(text=item["text"], weight=_weight(item, f"{where}: part {number} of its content")))
+    return tuple(parts)
+
+
+def _weight(item: Mapping[str, Any], where: str) -> float:
+    weight, train = item.get("weight"), item.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise UserError(f"{where} has train {schemas.shown(train)}; needed true or false. For a number, use weight.")
+    if weight is None:
+        weight = 1.0
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or (isinstance(weight, float) and not math.isfinite(weight)) or weight < 0:
+        raise UserError(
+            f"{where} has weight {schemas.shown(weight)}; needed a finite number >= 0. "
+            'Write 1 for a message that is trained on, 0 (or "train": false) for one that is not.'
+        )
+    # It will be a float32: neither infinite there, nor 0 though it is not.
+    if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+        raise UserError(
+            f"{where} has weight {schemas.shown(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
+            f"{_LARGEST_WEIGHT:g}. Scale the weights."
+        )
+    return 0.0 if train is False else float(weight)

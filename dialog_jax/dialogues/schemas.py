@@ -1,0 +1,218 @@
+"""Records, as people write dialogues, to the messages in them, not yet checked one by one, and what follows what.
+
+Knows the forms of records, and nothing of weights, templates or tokens.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dialog_jax.errors import UserError
+
+_DEEPEST = 100  # messages, calls and their arguments need few
+_CONTAINERS = (Mapping, list, tuple)
+
+ROLES = ("system", "user", "assistant", "tool")
+
+# ShareGPT's names for the speaker. A function call is something the assistant writes.
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+FORMATS = (
+    '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion" '
+    'or "continuations"'
+)
+
+
+class Unpacked(NamedTuple):
+    """What a record holds."""
+
+    messages: list[Any]
+    """As they stand there."""
+    parents: list[int]
+    """The index of each one's parent, -1 for the first."""
+    tools: tuple[Mapping[str, Any], ...] | None
+    used: set[str]
+    """The record's keys that are no metadata."""
+
+
+def unpack(record: Mapping[str, Any], name: str) -> Unpacked:
+    """Returns what `dialogues.parse_dialogue` needs of a record; `name` is the dialogue's, for errors.
+
+    Raises:
+      UserError: the record has none of the forms, or what it has is no list of messages, or their parents are wrong.
+    """
+    used = {"id", "tools"}
+    if record.get("messages") is not None:
+        used |= {"messages"}
+        items = _items(record["messages"], "messages", name)
+    elif record.get("conversations") is not None:
+        used |= {"conversations", "system"}
+        items = _items(record["conversations"], "conversations", name)
+        items = _system_items(record.get("system"), items, name) + items
+    elif record.get("prompt") is not None and record.get("completion") is not None:
+        used |= {"prompt", "completion"}
+        items = _prompt_items(record["prompt"], name) + _chain(record["completion"], "completion", name)
+    elif record.get("prompt") is not None and record.get("continuations") is not None:
+        used |= {"prompt"}
+        items = _prompt_items(record["prompt"], name)
+    else:
+        keys = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
+        raise UserError(f"{name}: has the keys {keys}; needed {FORMATS}. Rename or convert its fields.")
+    items, parents = _tree(items, name)
+    if record.get("continuations") is not None:
+        if "completion" in used or parents != list(range(-1, len(items) - 1)):
+            other = "a completion" if "completion" in used else "messages with a parent"
+            raise UserError(f"{name}: has continuations and {other}; needed one of them. Remove the other.")
+        used |= {"continuations"}
+        items, parents = _continued(items, record["continuations"], name)
+    return Unpacked(items, parents, _tools(record.get("tools"), name), used)
+
+
+def _tree(items: list[Any], name: str) -> tuple[list[Any], list[int]]:
+    """(the items, the index of each one's parent): the item before it, unless they name parents."""
+    if not any(isinstance(item, Mapping) and item.get("parent") is not None for item in items):
+        return items, list(range(-1, len(items) - 1))
+    places: dict[str | int, int] = {}
+    parents = []
+    for index, item in enumerate(items):
+        identifier, parent = (item.get("id"), item.get("parent")) if isinstance(item, Mapping) else (None, None)
+        if not isinstance(item, Mapping) or (parent is None and index):
+            raise UserError(
+                f"{name}: message {index} has no parent, but others have; only the first message of a tree has none. "
+                'Give it "parent", the id of the message it follows.'
+            )
+        if parent is not None and (not isinstance(parent, str | int) or parent not in places):
+            raise UserError(
+                f"{name}: message {index} has parent {shown(parent)}, which is the id of no message before it. List "
+                "parents before what follows them."
+            )
+        if identifier is not None and (not isinstance(identifier, str | int) or identifier in places):
+            raise UserError(
+                f"{name}: message {index} has id {shown(identifier)}; needed a string or an integer that no message "
+                "before it has. Change it."
+            )
+        parents.append(-1 if parent is None else places[parent])
+        if identifier is not None:
+            places[identifier] = index
+    return [{key: value for key, value in dict(item).items() if key != "id"} for item in items], parents
+
+
+def _continued(history: list[Any], continuations: Any, name: str) -> tuple[list[Any], list[int]]:
+    """(the history and all continuations, the index of each message's parent)."""
+    items, parents = list(history), list(range(-1, len(history) - 1))
+    for continuation in _items(continuations, "continuations", name):
+        chain = _chain(continuation, "continuations", name)
+        if any(isinstance(item, Mapping) and item.get("parent") is not None for item in chain):
+            raise UserError(
+                f"{name}: a message of its continuations has a parent; they follow the last message. Remove it, or "
+                "give all messages parents and no continuations."
+            )
+        parents += [len(history) - 1, *range(len(items), len(items) + len(chain) - 1)]
+        items += chain
+    return items, parents
+
+
+def _items(value: Any, key: str, name: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{name}: {key} is {shown(value)}; needed a list of messages. Write it as a list.")
+    if not value:
+        raise UserError(f"{name}: has no messages; needed at least one in {key}. Remove the record, or fill it.")
+    return list(value)
+
+
+def _system_items(system: Any, items: list[Any], name: str) -> list[Any]:
+    """The system message that some ShareGPT data sets keep beside the conversation."""
+    if system is None or system == "":
+        return []
+    if any(isinstance(item, Mapping) and "system" in (item.get("from"), item.get("role")) for item in items):
+        raise UserError(f"{name}: has both a system field and a system message; needed one. Remove one of them.")
+    return [{"role": "system", "content": system}]
+
+
+def _prompt_items(prompt: Any, name: str) -> list[Any]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    history = []
+    for item in _items(prompt, "prompt", name):
+        speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
+        is_response = isinstance(speaker, str) and SHAREGPT_ROLES.get(speaker) == "assistant"
+        unweighted = is_response and item.get("weight") is None and item.get("train") is None
+        history.append({**item, "weight": 0.0} if unweighted else item)
+    return history
+
+
+def _chain(value: Any, key: str, name: str) -> list[Any]:
+    """One message or several of a completion: text and a message without a role are the assistant's."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, Mapping):
+        return [value if "role" in value or "from" in value else {"role": "assistant", **value}]
+    return _items(value, key, name)
+
+
+def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
+    remedy = 'Write them as [{"type": "function", "function": {"name": ..., "parameters": ...}}].'
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{name}: tools is text but not JSON ({error.msg} at column {error.colno}). {remedy}"
+            ) from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{name}: tools is text that cannot be read as JSON ({error}). {remedy}") from None
+        check_depth(tools, f"{name}: tools")
+    if tools is None:
+        return None
+    check_text(tools, f"{name}: tools")
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(f"{name}: tools is {shown(tools)}; needed a list of objects. {remedy}")
+    return tuple(tools) or None
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Raises UserError if lists and objects nest so deeply in the value that what calls itself for each could fail."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        held = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, _CONTAINERS)]
+        level = [entry for entries in held for entry in entries]
+        if not level:
+            return
+    raise UserError(f"{where}: nests lists and objects more than {_DEEPEST} deep. Flatten it, or write it as text.")
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises UserError if there is a string in the value, or a key, that is no text."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where} has half a surrogate pair in {shown(value)}; needed Unicode text. Write the whole pair, or "
+                "remove it."
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            check_text(key, where)
+            check_text(entry, where)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            check_text(entry, where)
+
+
+def shown(value: Any) -> str:
+    """The value and its type, short enough for an error."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

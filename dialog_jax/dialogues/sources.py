@@ -1,0 +1,209 @@
+"""Files and hub data sets in; records, as they are written there, out, one at a time, each with its place.
+
+Knows file formats, and nothing of dialogues.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dialog_jax.errors import UserError
+
+_PARQUET_BATCH = 256  # records held in memory at once
+
+
+def read_records(source: str | pathlib.Path, *, split: str, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
+    """(place for errors, such as "train.jsonl:413"; record) of each record, read as they are asked for.
+
+    Args:
+      source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
+        hub name that the optional package `datasets` reads.
+      split: which split of a data set; files have none.
+      keep_errors: go on after a line of a `.jsonl` file that is no JSON, with the error in the record's place.
+
+    Raises:
+      UserError: the source does not exist, or cannot be read as what its name says. The missing or unknown file at
+        once, the rest while reading.
+    """
+    path = pathlib.Path(source).expanduser()
+    readers: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Any]]]] = {
+        ".jsonl": _jsonl_records,
+        ".json": _json_records,
+        ".parquet": _parquet_records,
+    }
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in readers:
+        raise UserError(
+            f"{path.name}: got a file that ends in {path.suffix or 'nothing'}; dialogues are read from "
+            f"{', '.join(readers)}, a directory or a hub data set. Convert it, or rename it to what it is."
+        )
+    if suffix in readers and not path.is_dir():
+        if not path.is_file():
+            raise UserError(
+                f"{path.name}: no such file. Check the path; relative paths start at the working directory."
+            )
+        records = readers[suffix](path)
+    else:
+        records = _dataset_records(str(source), path, split)
+    return records if keep_errors else _without_errors(records)
+
+
+def _without_errors(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for where, record in records:
+        if isinstance(record, ValueError):
+            raise record
+        yield where, record
+
+
+def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    # Bytes, so that only a newline ends a line: text mode would also split at a lone carriage return.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            record: Any
+            try:
+                record = _decoded_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object a line.")
+            except ValueError as error:
+                record = error
+            yield where, record
+
+
+def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        return
+    remedy = "Write a list of records; if the file has one object a line, name it .jsonl."
+    value = _decoded_json(data, path.name, remedy)
+    if isinstance(value, list):
+        for index, record in enumerate(value):
+            yield f"{path.name}[{index}]", record
+    else:
+        yield path.name, value
+
+
+def _decoded_json(data: bytes, where: str, remedy: str) -> Any:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte {error.start + 1} is not UTF-8; dialogues are UTF-8 text. Save the file as UTF-8."
+        ) from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # A file's line is part of the place; the lines of a .jsonl file are numbered in `where` already.
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
+        raise UserError(f"{where}: not JSON at {place}: {error.msg}. {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nests lists and objects too deeply to be read. Write a dialogue flat.") from None
+    except ValueError as error:
+        raise UserError(f"{where}: has a number that is too long ({error}). Write it shorter, or as text.") from None
+
+
+def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path.name}: reading Parquet needs pyarrow. Run: pip install pyarrow") from None
+    index = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
+                for record in batch.to_pylist():
+                    yield f"{path.name}[{index}]", _without_nulls(record)
+                    index += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = f"damaged after {index:,} records" if index else "not a Parquet file"
+        raise UserError(f"{path.name}: {what} ({error}). Write it again, or rename it.") from None
+
+
+def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tuple[str, Any]]:
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UserError(
+            f"{path.name}: no such file or directory. Check the path; relative paths start at the working directory, "
+            "and a hub data set is written owner/name."
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path.name}: got a directory or hub name, which the package datasets reads, and it is not installed. "
+            "Run: pip install datasets; or give a .jsonl, .json or .parquet file."
+        ) from None
+    if path.is_dir():
+        _check_inside(path)
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            stored = datasets.load_from_disk(str(path))
+            rows = stored[split] if isinstance(stored, Mapping) else stored
+        else:
+            rows = datasets.load_dataset(source, split=split, streaming=True)
+    except KeyError:
+        raise UserError(f"{path.name}: has no split {split!r}; it has {', '.join(stored)}. Name one of them.") from None
+    except (FileNotFoundError, ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path.name}: split {split!r} could not be opened as a data set ({error}). Check name, split and network."
+        ) from None
+    for index, record in enumerate(rows):
+        yield f"{path.name}[{index}]", _without_nulls(record)
+
+
+def _check_inside(directory: pathlib.Path) -> None:
+    """Raises UserError if a data set's directory names a file outside it, in what `datasets` would follow.
+
+    By name: in the cache of the Hub, the files of a directory are links to files elsewhere.
+    """
+    import huggingface_hub
+    import yaml  # which that package reads cards with
+
+    named: list[tuple[pathlib.Path, Any]] = []
+    try:
+        for state in sorted(directory.rglob("state.json")):
+            named += [(state, entry["filename"]) for entry in json.loads(state.read_bytes()).get("_data_files", [])]
+        for stored in sorted(directory.rglob("dataset_dict.json")):
+            named += [(stored, name) for name in json.loads(stored.read_bytes()).get("splits", [])]
+        card = directory / "README.md"
+        configs = (huggingface_hub.metadata_load(card) or {}).get("configs", []) if card.is_file() else []
+        for config in configs:
+            named += [(card, name) for name in _names([config.get("data_files"), config.get("data_dir")])]
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{directory.name}: its dataset_dict.json, state.json or README.md cannot be read as a data set's "
+            f"({error}). Save it again."
+        ) from None
+    for file, name in named:
+        parts = pathlib.PurePosixPath(str(name)).parts
+        if "://" in str(name) or "\\" in str(name) or ".." in parts or parts[:1] in (("/",), ("~",)):
+            raise UserError(
+                f"{directory.name}: {file.name} names {name!r}, which is outside the directory. A data set's files "
+                "must lie in it: move the file there, or give it by itself."
+            )
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The patterns in what a data set's card says of files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            if key != "split":
+                yield from _names(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _names(entry)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value less null fields: in a column every struct has all keys of all structs, null where it had none."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

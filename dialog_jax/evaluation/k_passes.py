@@ -1,0 +1,297 @@
+"""The K passes that one pass stands for: each response by itself, behind its prompt, as a plain causal sequence.
+
+Kept as naive as can be, since it is what the rest is held against (`training.agreement`, `scripts/score.py
+--passes=k`): text from the tokenizer's `apply_chat_template`, tokens from the tokenizer's own call, the logits of all
+positions and their log-softmax. Knows no trie, row, target list or fused loss; shares with training the decoder only.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+import transformers
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.errors import UserError
+from dialog_jax.evaluation import disguises
+from dialog_jax.evaluation.scoring import Score
+from dialog_jax.model import decoder
+from dialog_jax.model.decoder import DecoderConfig
+
+_REPLY = "Qx7 zebra"  # a text that no template contains
+_SHORTEST = 128
+
+
+class Pass(NamedTuple):
+    """One response behind its prompt; the token at index i has position i."""
+
+    message: int
+    """Index in the dialogue's messages."""
+    turn: int
+    """Number of assistant messages that lead to it."""
+    tokens: Int32[np.ndarray, " n"]
+    """prompt ++ response."""
+    start: int
+    """Index of the response's first token; at least 1, since nothing predicts a first token."""
+    weight: Float32[np.ndarray, " r"]
+    """Of each token of the response: its message's, times that of the part it ends in."""
+
+
+def passes(
+    dialogue: Dialogue,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    allow_special_tokens: bool = False,
+) -> list[Pass]:
+    """Returns a pass for each assistant message of weight above 0, in order.
+
+    The prompt is the messages that lead to it, with the generation prompt. The response is what a model would have to
+    write next for the template's rendering with the message to come out, up to and including its end of turn.
+
+    Special tokens that the dialogue's texts spell are ordinary text, unless allowed: they stand disguised in what the
+    template renders, and what is between the template's own special tokens is tokenised apart.
+
+    Raises:
+      UserError: the template refuses a history, or what it renders with the message does not continue the prompt.
+    """
+    said, dialogue = dialogue, dialogue if allow_special_tokens else disguises.disguised(dialogue, tokenizer)
+    encode = _encode if dialogue == said else disguises.encode
+    kwargs = dict(chat_template_kwargs or {})
+    end_of_turn = _end_of_turn(tokenizer, kwargs)
+    found = []
+    for index, message in enumerate(dialogue.messages):
+        if message.role != "assistant" or not message.weight:
+            continue
+        history = dialogue.before(index)
+        prompt = _text(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
+        whole = _text(dialogue, (*history, index), tokenizer, kwargs)
+        if dialogue != said:
+            _check_disguise(said, whole, (*history, index), tokenizer, kwargs)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"{dialogue.name}: with message {index} the chat template renders no continuation of the prompt before "
+                "it, so no response can lead there. Pass another chat template or chat_template_kwargs."
+            )
+        (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, whole)
+        response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]
+        if ids[: len(prompt_ids)] != prompt_ids:  # a token crosses the boundary; a model would be given the prompt's
+            response, ends = _continuation(tokenizer, whole[len(prompt) :], encode)
+            if tokenizer.decode(prompt_ids + response) != tokenizer.decode(ids):
+                raise UserError(
+                    f"{dialogue.name}: no tokens behind the prompt of message {index} read as its response. Pass a "
+                    "chat template that ends the generation prompt where a token ends."
+                )
+        turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
+        length = _length(tokenizer, response, end_of_turn)
+        tokens = np.array(prompt_ids + response[:length], np.int32)
+        start = max(1, len(prompt_ids))
+        weight = _weights(dialogue, index, whole[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
+        found.append(Pass(index, turn, tokens, start, weight))
+    return found
+
+
+def response_nll(
+    model: DecoderConfig, parameters: dict, one: Pass, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
+) -> Float32[np.ndarray, " r"]:
+    """Returns -log p of each token of the response, in nats, from a forward pass over prompt and response."""
+    nll = _forward(model, compute_dtype, parameters, _padded(one.tokens))
+    return np.asarray(nll)[one.start - 1 : len(one.tokens) - 1]
+
+
+def nll_and_gradient(
+    model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "dots"
+) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
+    """Returns (what `response_nll` gives of each pass, the gradient of their sum, each token's times its weight).
+
+    Args:
+      remat: see `decoder.hidden_states`.
+    """
+    every, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
+    for one in many:
+        tokens = _padded(one.tokens)
+        weight = np.zeros(tokens.shape[1] - 1, np.float32)
+        response = slice(one.start - 1, len(one.tokens) - 1)
+        weight[response] = one.weight
+        nll, gradient = _add(model, remat, parameters, gradient, tokens, weight)
+        every.append(np.asarray(nll)[response])
+    return every, gradient
+
+
+def score_dialogues(
+    dialogues: Iterable[Dialogue],
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    model: DecoderConfig,
+    parameters: dict,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
+    compute_dtype: jax.typing.DTypeLike,
+) -> Iterator[Score]:
+    """Yields what `scoring.score_dialogues` does, from a forward pass for each response.
+
+    Raises:
+      UserError: what `passes` raises.
+      FloatingPointError: a loss is not finite; names the dialogue.
+    """
+    for dialogue in dialogues:
+        every = passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+        fitting = [one for one in every if len(one.tokens) <= model.max_length]
+        turns = []
+        for one in fitting:
+            nll = math.fsum(response_nll(model, parameters, one, compute_dtype=compute_dtype))
+            if not math.isfinite(nll):
+                raise FloatingPointError(
+                    f"{dialogue.name}: the loss of message {one.message} is {nll}. The model's weights are damaged, or "
+                    "too large for the type they are computed in: try float32."
+                )
+            turns.append({"turn": one.turn, "message": one.message, "tokens": len(one.tokens) - one.start, "nll": nll})
+        record: dict[str, Any] = {
+            "id": dialogue.id,
+            "tokens": sum(turn["tokens"] for turn in turns),
+            "nll": math.fsum(turn["nll"] for turn in turns),
+            "turns": turns,
+        }
+        if len(every) > len(fitting):
+            record["turns_cut"] = len(every) - len(fitting)
+        yield Score(record, dialogue.name, sum(len(one.tokens) for one in fitting))
+
+
+def _check_disguise(said: Dialogue, disguised: str, indices: Sequence[int], tokenizer, kwargs) -> None:
+    """Raises UserError where what is rendered of disguised texts is not what is rendered of them as they are."""
+    text = _text(said, indices, tokenizer, kwargs)
+    if max(text) >= disguises.LOWEST:
+        raise UserError(
+            f"{said.name}: spells special tokens and has private-use characters from U+{ord(disguises.LOWEST):X} on, "
+            "which stand for them here. Remove one of the two."
+        )
+    if disguises.undisguised(disguised) != text:
+        raise UserError(
+            f"{said.name}: spells special tokens, and the chat template does more with them than to write them. Remove "
+            "them, or set allow_special_tokens."
+        )
+
+
+def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping[str, Any]) -> str:
+    """What the template renders of the messages at `indices`."""
+    if not indices:
+        raise UserError(f"{dialogue.name}: begins with an assistant message, to which no prompt leads.")
+    messages = [dialogue.messages[index].as_dict() for index in indices]
+    tools = [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
+    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{dialogue.name}: the chat template refuses messages {', '.join(map(str, indices))}: {error}"
+        ) from error
+
+
+def _weights(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> Float32[np.ndarray, " r"]:
+    """Of each token of a response its weight, from where in the response's text it ends."""
+    message = dialogue.messages[index]
+    weight = np.full(len(ends), message.weight, np.float32)
+    if not message.parts:
+        return weight
+    if text.count(message.content) != 1:
+        raise UserError(
+            f"{dialogue.name}: message {index} has parts with weights, but the chat template renders its content "
+            f"{text.count(message.content)} times in {text[:60]!r}. Write it as the template renders it."
+        )
+    begin = text.index(message.content)
+    for part in message.parts:
+        end = begin + len(part.text)
+        for token, stop in enumerate(ends):
+            if begin < stop <= end:
+                weight[token] = message.weight * part.weight
+        begin = end
+    return weight
+
+
+def _encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """(token ids, the character at which each ends)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+
+def _continuation(tokenizer, text: str, encode: Callable) -> tuple[list[int], list[int]]:
+    """The same of a text that continues another: behind a special token, no space is put in front of it."""
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    plain = [token.content for token in special if not (token.lstrip or token.rstrip)]
+    if not plain:
+        return encode(tokenizer, text)
+    ids, ends = encode(tokenizer, plain[0] + text)
+    return ids[1:], [end - len(plain[0]) for end in ends[1:]]
+
+
+def _end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
+    """The first token of its own behind a reply's text: a special one, or else one that was added to the vocabulary."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    behind, _ = _continuation(tokenizer, text.rpartition(_REPLY)[2], _encode)
+    added = tokenizer.added_tokens_decoder
+    special = [token for token in behind if token in added and added[token].special]
+    visible = [token for token in behind if token in added and added[token].content.strip()]
+    return next(iter(special + visible), None)
+
+
+def _length(tokenizer, response: list[int], end: int | None) -> int:
+    """Tokens up to the end of turn, or to the other special token that ends it, as after tool calls; else all."""
+    added = tokenizer.added_tokens_decoder
+    if end is None:
+        return len(response)
+    ends = [place for place, token in enumerate(response) if token == end]
+    if not ends:
+        ends = [place for place, token in enumerate(response) if token in added and added[token].special]
+        if not ends or tokenizer.decode(response[ends[-1] + 1 :]).strip():
+            return len(response)
+    return ends[-1] + 1
+
+
+def _padded(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
+    """The tokens, and zeros behind them that they cannot see: so lengths are few, 128, 192, 256, 384, 512 and so on."""
+    length = _SHORTEST
+    while length < len(tokens):
+        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
+    return np.pad(tokens, (0, length - len(tokens)))[None]
+
+
+def _token_nll(
+    model: DecoderConfig, parameters: dict, tokens: Int[Array, "1 T"], compute_dtype, remat: str
+) -> Float[Array, " T-1"]:
+    """-log p of every token but the first, under the causal mask."""
+    length = tokens.shape[1]
+    hidden = decoder.hidden_states(
+        model,
+        parameters,
+        tokens,
+        jnp.arange(length, dtype=jnp.int32)[None],
+        jnp.full((1, length), length, jnp.int32),
+        compute_dtype=compute_dtype,
+        remat=remat,
+    )
+    matrix = decoder.output_matrix(model, parameters)
+    logits = hidden[0, :-1].astype(jnp.float32) @ matrix.astype(jnp.float32).T  # [T-1, V]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(model, compute_dtype, parameters, tokens):
+    return _token_nll(model, parameters, tokens, compute_dtype, "none")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _add(model, remat, parameters, gradient, tokens, weight):
+    """(-log p of every token but the first, `gradient` with that of the sum of weight * these added)."""
+
+    def loss(parameters):
+        nll = _token_nll(model, parameters, tokens, jnp.float32, remat)
+        return jnp.sum(weight * nll), nll
+
+    own, nll = jax.grad(loss, has_aux=True)(parameters)
+    return nll, jax.tree.map(jnp.add, gradient, own)

@@ -1,0 +1,169 @@
+"""Replies, one token at a time, from a key/value cache that a chat keeps between its turns.
+
+In: parameters and the tokens of a prompt. Out: token ids, each as soon as it is there. Knows no text and no roles.
+"""
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from dialog_jax.errors import UserError
+from dialog_jax.model import decoder
+
+# Prompts are read in chunks of these lengths, the last one padded: one compilation each, whatever a prompt's length.
+_CHUNKS = (8, 32, 128, 512)
+_SMALLEST_CAPACITY = 512
+
+
+class Session:
+    """The cache of one history, and the tokens it holds. Give the same session to every turn of a chat.
+
+    Each prompt keeps the part of the cache that it shares with what came before and computes the rest, so a prompt that
+    extends the last one costs its new tokens only, and one that goes back (a regenerated reply, `/reset`) is right too.
+    """
+
+    def __init__(
+        self, config: decoder.DecoderConfig, parameters: dict, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
+    ):
+        self.config = config
+        self.parameters = parameters
+        self.tokens: list[int] = []  # what the first len(tokens) slots of the cache hold
+        self._cache = decoder.empty_cache(config, 1, _SMALLEST_CAPACITY, compute_dtype)
+
+    def read(self, tokens: Sequence[int]) -> Float[Array, "V"]:
+        """Logits, float32, of the token that follows `tokens`; computes only what the cache does not hold.
+
+        Raises:
+          UserError: if there are no tokens, one is outside the vocabulary, or they exceed the model's context.
+        """
+        _check_prompt(self.config, tokens)
+        # At least the last token is read again: the cache holds its keys, not its logits.
+        start = min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
+        del self.tokens[start:]
+        while True:
+            rest = tokens[start:]
+            length = 1 if len(rest) == 1 else next((size for size in _CHUNKS if size >= len(rest)), _CHUNKS[-1])
+            chunk = rest[:length]
+            self._reserve(start + length)
+            padded = np.zeros((1, length), np.int32)
+            padded[0, : len(chunk)] = chunk
+            logits, self._cache = _extend(
+                self.config, self.parameters, self._cache, padded, np.int32(start), np.int32(len(chunk) - 1)
+            )
+            self.tokens.extend(chunk)
+            start += len(chunk)
+            if start == len(tokens):
+                return logits
+
+    def _reserve(self, needed: int) -> None:
+        capacity = self._cache.keys.shape[2]
+        while capacity < needed:
+            capacity *= 2
+        if capacity > self._cache.keys.shape[2]:
+            missing = capacity - self._cache.keys.shape[2]
+            padding = ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))
+            self._cache = jax.tree.map(lambda array: jnp.pad(array, padding), self._cache)
+
+
+def generate(
+    config: decoder.DecoderConfig,
+    parameters: dict,
+    tokens: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    session: Session | None = None,
+) -> Iterator[int]:
+    """Yields the ids that follow `tokens`: `max_new_tokens` of them, or up to and including the first stop token.
+
+    Args:
+      tokens: the whole prompt, at least one token. What `session` has of it already is not computed again.
+      temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+      top_p: in (0, 1]; draws from the fewest likeliest tokens whose probabilities add up to at least this.
+      session: keeps the cache for the next turn; must be of the same config and parameters. None starts a new one.
+
+    Raises:
+      UserError: at once, before anything is computed, if an argument is out of range or prompt and new tokens together
+        exceed the model's context.
+    """
+    tokens = [int(token) for token in tokens]
+    _check_prompt(config, tokens)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not temperature >= 0:
+        raise UserError(f"temperature is {temperature}; it must be at least 0 (0 takes the likeliest token)")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if len(tokens) + max_new_tokens > config.max_length:
+        raise UserError(
+            f"prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
+            f"{config.max_length} tokens; shorten the history or ask for fewer new tokens"
+        )
+    if session is None:
+        session = Session(config, parameters)
+    elif session.config != config or session.parameters is not parameters:
+        raise UserError("the session was made for another config or other parameters; make a new one")
+    return _generate(session, tokens, max_new_tokens, temperature, top_p, jax.random.key(seed), frozenset(stop_tokens))
+
+
+def _generate(session, tokens, max_new_tokens, temperature, top_p, key, stop_tokens) -> Iterator[int]:
+    for step in range(max_new_tokens):
+        token = int(choose(session.read(tokens), jax.random.fold_in(key, step), temperature, top_p))
+        yield token
+        if token in stop_tokens:
+            return
+        tokens = [*tokens, token]
+
+
+@jax.jit
+def choose(
+    logits: Float[Array, "V"],
+    key: Key[Array, ""],
+    temperature: float | Float[Array, ""],
+    top_p: float | Float[Array, ""],
+) -> Int[Array, ""]:
+    """A token id: the likeliest at temperature 0, else drawn from the nucleus of probability `top_p`.
+
+    With probabilities 0.5, 0.3, 0.2 and top_p 0.7, draws the first two: 0.5 alone is less than 0.7, with 0.3 it is not.
+    """
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    order = jnp.argsort(-scaled)
+    probability = jax.nn.softmax(scaled[order])
+    before = jnp.cumsum(probability) - probability  # of all that are likelier
+    drawn = order[jax.random.categorical(key, jnp.where(before < top_p, scaled[order], -jnp.inf))]
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+
+
+def _check_prompt(config: decoder.DecoderConfig, tokens: Sequence[int]) -> None:
+    if not tokens:
+        raise UserError("the prompt has no tokens; it needs at least one")
+    if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+        raise UserError(
+            f"the prompt holds token ids {min(tokens)} to {max(tokens)}, but the model has a vocabulary of "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    if len(tokens) > config.max_length:
+        raise UserError(
+            f"prompt of {len(tokens)} tokens exceeds the model's context of {config.max_length}; shorten the history"
+        )
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _extend(config, parameters, cache, tokens, start, last):
+    hidden, cache = decoder.extend(config, parameters, cache, tokens, start)
+    matrix = decoder.output_matrix(config, parameters)
+    return jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), matrix.astype(jnp.float32)), cache

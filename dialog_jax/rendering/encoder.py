@@ -1,0 +1,106 @@
+"""Text to tokens and back, as inference has them: a tokenizer, and where a response ends.
+
+Knows nothing of dialogues. Special tokens are those in the text; none is added. Texts may be guarded
+(`data.special_text`): what is marked in them is never a special token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import transformers
+from jaxtyping import Int32
+
+from dialog_jax.rendering.special_tokens import Guard
+
+
+class Tokenized(NamedTuple):
+    """A text and its tokens."""
+
+    text: str
+    ids: Int32[np.ndarray, " n"]
+    encoding: tokenizers.Encoding
+
+    def index_at(self, character: int) -> int | None:
+        """Number of tokens before `character`, or None where no token begins there."""
+        if character == len(self.text):
+            return len(self.ids)
+        index = self.encoding.char_to_token(character)
+        return index if index is not None and self.start(index) == character else None
+
+    def starts(self) -> Int32[np.ndarray, " n"]:
+        """The character at which each token begins."""
+        return np.array(self.encoding.offsets, np.int32).reshape(-1, 2)[:, 0]
+
+    def ends(self) -> Int32[np.ndarray, " n"]:
+        """The character at which each token ends, exclusive."""
+        return np.array(self.encoding.offsets, np.int32).reshape(-1, 2)[:, 1]
+
+    def start(self, index: int) -> int:
+        """The character at which a token begins."""
+        characters = self.encoding.token_to_chars(index)
+        assert characters is not None, index
+        return characters[0]
+
+
+class Encoder:
+    """A tokenizer, and the token with which a template ends a turn.
+
+    Args:
+      tokenizer: a fast tokenizer.
+      after_response: what the template writes behind the content of an assistant message.
+      guard: of the texts.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str, guard: Guard):
+        self.guard = guard
+        self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder()
+        self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
+        """Of each token id, whether it is special."""
+        self.special[[index for index, token in added.items() if token.special]] = True
+        # Behind a special token no space is put in front of a text.
+        anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
+        self._anchor = next(anchors, "")
+        ends = [index for index in self.encode_continuation(after_response).tolist() if index in added]
+        special = [index for index in ends if added[index].special]
+        named = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
+        self.end_of_turn: int | None = next(iter(special + named), None)
+        """Id of the special token that the template writes after a response; None if it writes none."""
+        self.end_text = "" if self.end_of_turn is None else added[self.end_of_turn].content
+        """The text of that token, or empty."""
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Token ids of a text by itself."""
+        return self.tokenize([text])[0].ids
+
+    def encode_continuation(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Token ids of a text that continues another."""
+        return self.encode(self._anchor + text)[bool(self._anchor) :]
+
+    def continuation_ends(self, text: str) -> Int32[np.ndarray, " n"]:
+        """The character of `text` at which each token of `encode_continuation` ends, exclusive."""
+        return self.tokenize([self._anchor + text])[0].ends()[bool(self._anchor) :] - len(self._anchor)
+
+    def decode(self, ids: Int32[np.ndarray, " n"]) -> str:
+        """The text of token ids, special ones included."""
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
+        """Each text with its tokens; several at once are faster than one by one."""
+        return [
+            Tokenized(text, np.array(encoding.ids, np.int32), encoding)
+            for text, encoding in zip(texts, self.guard.encode(texts), strict=True)
+        ]
+
+    def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
+        """Number of tokens up to the last end of turn, or up to another special token that ends the text."""
+        if self.end_of_turn is None:
+            return len(ids)
+        ends = np.flatnonzero(ids == self.end_of_turn)
+        if not len(ends):
+            ends = np.flatnonzero(self.special[ids])
+            if not len(ends) or self.decode(ids[ends[-1] + 1 :]).strip():
+                return len(ids)
+        return int(ends[-1]) + 1

@@ -1,0 +1,259 @@
+"""Dialogues to sequences: for each supervised response, the tokens inference would see and the tokens it would write.
+
+A response's *prompt* is what the chat template renders of the messages before it, with the generation prompt; the
+*response* is what the template adds when the message joins them, up to and including the end-of-turn token. This holds
+for any template: nothing is read from it but what it renders. Where the K prompts of a dialogue are beginnings of its
+full rendering, in text and in tokens, one tokenisation is cut K times; elsewhere each is tokenised by itself.
+
+Knows templates and tokenizers; knows no objective, tree or row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import transformers
+from jaxtyping import Int32
+
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.errors import UserError
+from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
+from dialog_jax.rendering.encoder import Encoder, Tokenized
+from dialog_jax.rendering.special_tokens import Guard
+from dialog_jax.rendering.token_spans import MessageSpan, locate_messages, locate_response_parts
+
+_PREAMBLES_KEPT = 4096
+_CHARACTERS_PER_TOKEN = 6  # so much is tokenised of a text for each token of the limit; what lies behind, turn by turn
+
+
+class RenderedSequence(NamedTuple):
+    """prompt ++ response as inference would see them; `tokens[start:]` is the response."""
+
+    tokens: Int32[np.ndarray, " n"]
+    start: int
+    message: int
+    """Index of the response in the dialogue's messages; -1 in a whole rendering, which has no response of its own."""
+    turn: int
+    """Index of the response among the dialogue's assistant messages; -1 in a whole rendering."""
+    others: tuple[MessageSpan, ...] = ()
+    """The messages asked for by `locate` in the prompt, less those of an earlier sequence that this one continues."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Start and stop of each of the response's `parts`, as in `MessageSpan`."""
+
+
+class Renderer:
+    """A tokenizer with its chat template, made ready to render many dialogues.
+
+    Args:
+      tokenizer: a fast tokenizer whose `chat_template` is set.
+      chat_template_kwargs: further variables of the template, for example `{"enable_thinking": False}`.
+      allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
+
+    Raises:
+      UserError: the template cannot render one user and one assistant message.
+    """
+
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
+    ):
+        self.allow_special_tokens = allow_special_tokens
+        self._guard = Guard(tokenizer, allow_special_tokens=allow_special_tokens)
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._guard)
+        self._encoder = Encoder(tokenizer, self._template.after_response(), self._guard)
+        self._encode_tail = functools.lru_cache(maxsize=4096)(self._encoder.encode)
+        self._preambles: dict[str, Int32[np.ndarray, " n"]] = {}
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """Id of the special token that the template writes after a response; None if it writes none."""
+        return self._encoder.end_of_turn
+
+    def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
+        """The template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
+        guarded = self._guard.dialogue(dialogue)
+        return self._guard.clean(self._template.text(guarded, count, add_generation_prompt=add_generation_prompt))
+
+    def render(
+        self,
+        dialogues: Sequence[Dialogue],
+        *,
+        limit: int = 0,
+        whole: bool = False,
+        locate: Callable[[Message], bool] | None = None,
+    ) -> list[Iterator[RenderedSequence]]:
+        """For each dialogue, the sequences of its assistant messages of weight > 0, in order, made as they are read.
+
+            <user> Hi <end> <assistant> Hello <end> \\n <user> Bye <end> <assistant> Ciao <end> \\n
+            |-------- prompt 0 -------| |response 0|
+            |--------------------------- prompt 1 ----------------------------| |response 1|
+
+        Args:
+          dialogues: a batch, tokenised together.
+          limit: a dialogue's sequences end before the first that has more tokens than this; 0 for no limit.
+          whole: append the rendering of all messages, for objectives that train on every token.
+          locate: says of which messages the place is wanted in `others`.
+
+        Raises:
+          UserError: the template refuses a dialogue, or while reading: it does not begin with the prompt when it
+            renders the response, it does not render weighted parts as they are, or (with `locate`) a message changes
+            more than its own part of the text.
+        """
+        dialogues = [self._guard.dialogue(dialogue) for dialogue in dialogues]
+        texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
+        beginnings = self._encoder.tokenize([text[: limit * _CHARACTERS_PER_TOKEN or None] for text in texts])
+        return [
+            self._sequences(dialogue, text, beginning, limit, whole, locate)
+            for dialogue, text, beginning in zip(dialogues, texts, beginnings, strict=True)
+        ]
+
+    def prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
+        """Token ids of all messages and the generation prompt: what a reply to the dialogue continues."""
+        dialogue = self._guard.dialogue(dialogue)
+        return self._encoder.encode(self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
+
+    def preamble(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
+        """Token ids of what stands before the content of the first message that is not the system's.
+
+        Dialogues with the same system prompt and tools begin with the same. Empty where the template refuses such a
+        beginning by itself.
+        """
+        dialogue = self._guard.dialogue(dialogue)
+        first = next((i for i, message in enumerate(dialogue.messages) if message.role != "system"), None)
+        if first is None:
+            return np.zeros(0, np.int32)
+        beginning = (*dialogue.messages[:first], Message(role=dialogue.messages[first].role, content=PROBE))
+        key = repr((beginning, dialogue.tools))
+        if key not in self._preambles:
+            if len(self._preambles) == _PREAMBLES_KEPT:
+                self._preambles.clear()
+            try:
+                text = self._template.text(dataclasses.replace(dialogue, messages=beginning, parents=()), first + 1)
+            except ValueError:
+                text = ""
+            before, found, _ = text.partition(PROBE)
+            self._preambles[key] = self._encoder.encode(before if found else "")
+        return self._preambles[key]
+
+    def _sequences(
+        self,
+        dialogue: Dialogue,
+        text: str,
+        beginning: Tokenized,
+        limit: int,
+        whole: bool,
+        locate: Callable[[Message], bool] | None,
+    ) -> Iterator[RenderedSequence]:
+        roles = [message.role for message in dialogue.messages]
+        wanted = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
+        shown = 0  # messages that the sequence before has shown
+        previous = beginning.ids[:0]
+        for index, prompt, rendered in self._template.turns(dialogue):
+            start = self._cut_prompt(beginning, prompt)
+            if limit and start is not None and start >= limit:
+                return
+            if not rendered.startswith(prompt):
+                difference = _difference(self._guard.clean(prompt), self._guard.clean(rendered))
+                raise UserError(
+                    f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
+                    f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
+                    "merge assistant messages that follow each other, set chat_template_kwargs (such as "
+                    "enable_thinking) or pass another chat template."
+                )
+            stop = None if start is None else self._cut_response(beginning, rendered, len(prompt))
+            if start is None or stop is None:
+                tokens, start = self._tokenize_alone(dialogue, index, prompt, rendered)
+            else:
+                tokens = beginning.ids[:stop]
+            if limit and len(tokens) > limit:
+                return
+            first = shown if _begins(tokens, previous) else 0
+            others = locate_messages(
+                self._template,
+                self._encoder,
+                dialogue,
+                prompt,
+                index,
+                [i for i in wanted if first <= i < index],
+                is_prompt=True,
+            )
+            parts = locate_response_parts(self._encoder, dialogue, index, prompt, rendered, tokens, start)
+            shown, previous = index + 1, tokens
+            yield RenderedSequence(tokens, start, index, roles[:index].count("assistant"), others, parts)
+        if whole:
+            tokens = beginning.ids if len(beginning.text) == len(text) else self._encoder.encode(text)
+            if not limit or len(tokens) <= limit:
+                first = shown if _begins(tokens, previous) else 0
+                others = locate_messages(
+                    self._template,
+                    self._encoder,
+                    dialogue,
+                    text,
+                    len(roles),
+                    [i for i in wanted if first <= i],
+                    is_prompt=False,
+                )
+                yield RenderedSequence(tokens, len(tokens), -1, -1, others)
+
+    def _cut_prompt(self, beginning: Tokenized, prompt: str) -> int | None:
+        """Number of tokens of `prompt` in `beginning`; None where they are not the tokens that it has by itself."""
+        if self.end_of_turn is None or not beginning.text.startswith(prompt):
+            return None
+        start = beginning.index_at(len(prompt))
+        if start is None:
+            return None
+        # A special token splits the text it stands in, so only what follows the last one can tokenise differently
+        # when the prompt stands alone.
+        near = max(0, start - 64)
+        special = np.flatnonzero(self._encoder.special[beginning.ids[near:start]])
+        tail = near + int(special[-1]) if len(special) else 0
+        tail_ids = self._encode_tail(prompt[beginning.start(tail) if tail else 0 :])
+        return start if np.array_equal(tail_ids, beginning.ids[tail:start]) else None
+
+    def _cut_response(self, beginning: Tokenized, rendered: str, start: int) -> int | None:
+        """Number of tokens of `beginning` up to the last end of turn of `rendered` after character `start`.
+
+        None where that is not there, or not the same text; without a special token at its end, what follows the
+        response could merge with it.
+        """
+        last = rendered.rfind(self._encoder.end_text, start)
+        if last < 0 or not beginning.text.startswith(rendered[: last + len(self._encoder.end_text)]):
+            return None
+        index = beginning.index_at(last)
+        return index + 1 if index is not None and beginning.ids[index] == self.end_of_turn else None
+
+    def _tokenize_alone(
+        self, dialogue: Dialogue, index: int, prompt: str, rendered: str
+    ) -> tuple[Int32[np.ndarray, " n"], int]:
+        """(prompt ++ response, where the response starts) of one turn by itself."""
+        prompt_ids, ids = self._encoder.encode(prompt), self._encoder.encode(rendered)
+        start = len(prompt_ids)
+        if np.array_equal(ids[:start], prompt_ids):
+            response = ids[start:]
+        else:  # a token crosses from prompt to response: inference fixes the prompt's tokens first
+            response = self._encoder.encode_continuation(rendered[len(prompt) :])
+            if self._encoder.decode(np.concatenate([prompt_ids, response])) != self._encoder.decode(ids):
+                raise UserError(
+                    f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
+                    f"cross from {self._guard.clean(prompt[-20:])!r} to "
+                    f"{self._guard.clean(rendered[len(prompt) :][:20])!r}. Pass a chat template that ends the "
+                    "generation prompt where a token ends."
+                )
+        return np.concatenate([prompt_ids, response[: self._encoder.response_length(response)]]), start
+
+
+def _begins(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, " m"]) -> bool:
+    return np.array_equal(tokens[: len(previous)], previous)
+
+
+def _difference(prompt: str, rendered: str) -> str:
+    """Where two texts part, shown with what stands around it."""
+    pairs = enumerate(zip(prompt, rendered, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(rendered)))
+    before, wanted, got = prompt[max(0, at - 30) : at], prompt[at : at + 30], rendered[at : at + 30]
+    return f"after {before!r} the prompt has {wanted!r}, the rendering {got!r}"

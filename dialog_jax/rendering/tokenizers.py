@@ -1,0 +1,192 @@
+"""A model directory, hub name or GGUF file in; a fast tokenizer with a chat template out.
+
+Knows how text becomes token ids, and nothing of dialogues. Fast tokenizers only: rendering needs character offsets.
+"""
+
+import hashlib
+import pathlib
+from typing import Any
+
+import jinja2
+import tokenizers
+import transformers
+
+from dialog_jax.errors import UserError
+from dialog_jax.formats import gguf_file
+from dialog_jax.rendering import bounded, sandbox
+
+# How GGUF numbers the kinds of its tokens.
+_CONTROL, _USER_DEFINED = 3, 4
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DIGITS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
+_GGUF_SPLITS = ("gpt-2", "smollm", *_DIGITS)
+
+
+def load_tokenizer(
+    name_or_path: str | pathlib.Path, *, chat_template: str = ""
+) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer, with a chat template.
+
+    Args:
+      name_or_path: a Hugging Face model directory, a hub name, or a `.gguf` file.
+      chat_template: the path of a Jinja file, or the Jinja text itself; empty keeps the tokenizer's own.
+
+    Raises:
+      UserError: there is no such tokenizer, it is a slow one, its GGUF is of a kind not read here, or there is no
+        chat template or a broken one.
+    """
+    path = pathlib.Path(name_or_path).expanduser()
+    if path.suffix.lower() == ".gguf":
+        tokenizer = _gguf_tokenizer(path)
+    else:
+        tokenizer = _published_tokenizer(str(path) if path.is_dir() else str(name_or_path), path)
+    if chat_template:
+        tokenizer.chat_template = _template_text(chat_template)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{path.name}: the tokenizer has no chat template, which says how a dialogue becomes text. "
+            "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
+        )
+    try:
+        sandbox.render(tokenizer, [{"role": "user", "content": "Hi"}])
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"{path.name}: the chat template is not Jinja at line {error.lineno}: {error.message}. Correct it."
+        ) from None
+    except bounded.Exceeded as error:
+        raise UserError(f"{path.name}: the chat template was stopped: {error}. Pass another one.") from None
+    except sandbox.REFUSALS:
+        pass  # A template may refuse this dialogue; whether it takes the user's is told with theirs.
+    return tokenizer
+
+
+def fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+    """A hash of how the tokenizer makes token ids of text."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:
+    """Raises UserError if the tokenizer has ids for which a model with `size` embeddings has none."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer has token ids up to {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+            f"model's vocabulary has {size:,}. Use the tokenizer that belongs to the model."
+        )
+
+
+def _published_tokenizer(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path.name}: no tokenizer could be loaded ({reason}). Give a directory with tokenizer.json and "
+            "tokenizer_config.json, a hub name, or a .gguf file; a tokenizer that needs code of its own is not run."
+        ) from None
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise UserError(
+            f"{path.name}: got the slow tokenizer {type(tokenizer).__name__}; needed a fast one, which tells where in "
+            "the text a token stands. Convert it to a tokenizer.json first."
+        )
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if "{" in chat_template or "\n" in chat_template:
+        return chat_template
+    path = pathlib.Path(chat_template).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"{path.name}: chat_template is neither Jinja text (it has no brace) nor a file. Check the path."
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    """The byte-level BPE of a GGUF file.
+
+    Built here because the reader of transformers knows no `tokenizer.ggml.pre`: it drops SmolLM's split of digits.
+    """
+    reader = gguf_file.open_gguf(path)
+
+    def field(name: str, kind: type = str, many: bool = False) -> Any:
+        return gguf_file.contents(path, reader, f"tokenizer.{name}", kind, many=many)
+
+    if field("ggml.model") != "gpt2":
+        raise UserError(
+            f"{path.name}: its tokenizer is of the kind {field('ggml.model')!r}; only byte-level BPE ('gpt2') is read "
+            "from GGUF. Use the model's Hugging Face directory."
+        )
+    tokens, merges = field("ggml.tokens", many=True), field("ggml.merges", many=True)
+    kinds = field("ggml.token_type", int, many=True)
+    _check_gguf(path, tokens, merges, kinds)
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+            # Llama 3 takes a word that is a token as it is, even where merges would not lead there.
+            ignore_merges=field("ggml.pre") == "llama-bpe",
+        )
+    )
+    if field("ggml.pre") == "qwen2":
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(field("ggml.pre"), path.name)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds or [1] * len(tokens), strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    numbers = {name: field(f"ggml.{key}_token_id", int) for key, name in names.items()}
+    if any(number is not None and not 0 <= number < len(tokens) for number in numbers.values()):
+        raise UserError(f"{path.name}: {numbers} go beyond its {len(tokens):,} tokens. Download it again.")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=field("chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{name: tokens[number] for name, number in numbers.items() if number is not None},
+    )
+
+
+def _check_gguf(
+    path: pathlib.Path, tokens: list[str] | None, merges: list[str] | None, kinds: list[int] | None
+) -> None:
+    """Raises UserError where a GGUF file's tokens, merges and types of tokens do not belong together."""
+    if tokens is None or merges is None:
+        raise UserError(
+            f"{path.name}: has no list of tokens or none of merges. Use the model's Hugging Face directory."
+        )
+    if kinds is not None and len(kinds) != len(tokens):
+        raise UserError(f"{path.name}: has {len(tokens):,} tokens and {len(kinds):,} types of them. Download it again.")
+    known = set(tokens)
+    wrong = next(
+        (m for m in merges if m.count(" ") != 1 or not known.issuperset((*m.split(" "), m.replace(" ", "")))), None
+    )
+    if wrong is not None or len(known) != len(tokens):
+        what = "a token twice" if wrong is None else f"the merge {wrong!r}, which does not join two tokens to a third"
+        raise UserError(f"{path.name}: has {what}. Download it again.")
+
+
+def _pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:
+    """How text is cut before merging. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
+    split = tokenizers.pre_tokenizers
+    if kind == "gpt-2":
+        return split.ByteLevel(add_prefix_space=False)
+    if kind == "smollm":
+        return split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
+    if kind in _DIGITS:
+        pattern = tokenizers.Regex("|".join((_CONTRACTIONS, _WORDS, _DIGITS[kind], _REST)))
+        return split.Sequence(
+            [split.Split(pattern, "isolated"), split.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    raise UserError(
+        f"{file}: its text is split in the way {kind!r}; from GGUF are read {', '.join(_GGUF_SPLITS)}. "
+        "Use the model's Hugging Face directory."
+    )

@@ -1,0 +1,186 @@
+"""What a run reads before it begins: model, tokenizer and prepared trees, and a hash of each.
+
+Knows no devices and no steps. All that can be wrong with a user's files is found here, before anything is written but
+prepared trees.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import rich.console
+import transformers
+
+from dialog_jax.batching.mixture import Mixture
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
+from dialog_jax.model import pretrained
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import check_vocabulary, fingerprint, load_tokenizer
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.trees import disk_cache
+from dialog_jax.trees import teacher as teacher_lib
+from dialog_jax.trees.chunks import Recipe
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.teacher import TeacherFile
+from dialog_jax.trees.worker_pool import Preparation
+
+# Of DataConfig: what does not change trees, or is in their key by its content.
+_NOT_IN_TREES = {
+    "train",
+    "mix",
+    "validation",
+    "train_split",
+    "validation_split",
+    "max_targets",
+    "chat_template",
+    "cache_dir",
+    "teacher",
+    "workers",
+}
+
+
+class Inputs(NamedTuple):
+    """A run's model, tokenizer and data."""
+
+    model_path: pathlib.Path
+    model: DecoderConfig
+    tokenizer: transformers.PreTrainedTokenizerFast
+    stop_tokens: set[int]
+    """Ids of the tokens at which a reply ends."""
+    train: Trees | Mixture
+    held_out: Trees
+    hashes: Mapping[str, str]
+    """Of the content of model and data, by the config's fields."""
+
+
+def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
+    """Returns what `config` names; trees are prepared unless they are stored, in `directory` or data.cache_dir.
+
+    Raises:
+      UserError: something is missing or broken, or model, tokenizer and data do not go together.
+    """
+    model_path = pretrained.resolve(config.model)
+    model = pretrained.load_config(model_path)
+    tokenizer = load_tokenizer(config.tokenizer or str(model_path), chat_template=config.data.chat_template)
+    check_vocabulary(tokenizer, model.vocab_size)
+    if config.data.max_length > model.max_length:
+        raise UserError(
+            f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
+        )
+    options: dict[str, Any] = {
+        "chat_template_kwargs": config.data.chat_template_kwargs,
+        "allow_special_tokens": config.data.allow_special_tokens,
+    }
+    renderer = Renderer(tokenizer, **options)
+    recipe = Recipe(
+        objective=config.objective,
+        max_length=config.data.max_length,
+        truncate=config.data.truncate,
+        share_prefixes=config.data.share_prefixes,
+    )
+    untaught = Preparation(recipe, tokenizer, options)
+    taught = untaught._replace(teacher=_teacher(config, tokenizer, model))
+    sources = {f"data.mix.{name}": entry["train"] for name, entry in config.data.mix.items()}
+    sets: dict[str, Trees] = {}
+    hashes = {"model": pretrained.fingerprint(model_path)}
+    for field, source in (sources or {"data.train": config.data.train}).items():
+        sets[field], hashes[field] = _trees(config, source, config.data.train_split, taught, directory, console)
+    held_out, hashes["data.validation"] = _trees(
+        config, config.data.validation, config.data.validation_split, untaught, directory, console
+    )
+    ends = pretrained.stop_tokens(model_path) | {renderer.end_of_turn, tokenizer.eos_token_id}
+    return Inputs(
+        model_path=model_path,
+        model=model,
+        tokenizer=tokenizer,
+        stop_tokens={token for token in ends if token is not None},
+        train=Mixture(dict(zip(config.data.mix, sets.values(), strict=True)), config.data.mix)
+        if config.data.mix
+        else sets["data.train"],
+        held_out=held_out,
+        hashes=hashes,
+    )
+
+
+def _trees(
+    config: TrainConfig,
+    source: str,
+    split: str,
+    preparation: Preparation,
+    directory: pathlib.Path,
+    console: rich.console.Console,
+) -> tuple[Trees, str]:
+    """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
+    file = pathlib.Path(source).expanduser()
+    digest = hashlib.sha256()
+    written = _written(file)
+    if file.is_file():
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    else:
+        for dialogue in read_dialogues(source, split=split):
+            digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
+    key = {
+        "dialogues": digest.hexdigest(),
+        "tokenizer": fingerprint(preparation.tokenizer),
+        "chat_template": preparation.tokenizer.chat_template,
+        "objective": dataclasses.asdict(config.objective),
+        # All other fields, so that a new one is not forgotten.
+        **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
+    }
+    if preparation.teacher is not None:
+        key["teacher"] = preparation.teacher.digest
+    with console.status(f"preparing {os.path.basename(source)}"):
+        trees = disk_cache.load_or_build(
+            config.data.cache_dir or directory / "trees",
+            key,
+            _unchanged(read_dialogues(source, split=split), file, written),
+            preparation,
+            workers=config.data.workers,
+        )
+    console.print(f"{os.path.basename(source)}: {trees.report}")
+    targets = trees.targets
+    if config.data.max_targets and targets.max() > config.data.max_targets:
+        raise UserError(
+            f"dialogue {trees.ids[int(targets.argmax())]} ({os.path.basename(source)}) has {targets.max():,} targets, "
+            f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
+        )
+    return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _written(file: pathlib.Path) -> tuple[int, ...] | None:
+    """What differs once a file is written to or replaced; None where there is no file."""
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _unchanged(dialogues: Iterable[Dialogue], file: pathlib.Path, before: tuple[int, ...] | None) -> Iterator[Dialogue]:
+    """Yields the dialogues; they must not be stored under the hash of what the file no longer is."""
+    yield from dialogues
+    if _written(file) != before:
+        raise UserError(f"{file.name} changed while it was read. Start again once it is written in full.")
+
+
+def _teacher(
+    config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig
+) -> TeacherFile | None:
+    """The file of data.teacher, if there is one."""
+    if not config.data.teacher:
+        return None
+    teacher = teacher_lib.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))
+    if teacher.largest >= model.vocab_size:
+        raise UserError(
+            f"{teacher.name} names token {teacher.largest:,}, but the model's vocabulary has {model.vocab_size:,}. "
+            "Choose a teacher with the model's tokenizer."
+        )
+    return teacher

@@ -1,0 +1,196 @@
+"""Processes that build chunks of trees: batches of dialogues in, their chunks out, in the same order.
+
+Each is a fresh interpreter with this module and not the program that started it, so that none loads what that one has
+loaded, JAX above all. Memory is bounded by one batch and one chunk a worker, whatever the size of the set; a worker is
+bounded too, in memory and in the time a batch may take. Batches and chunks go through a socket that no other process
+can open.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, NoReturn
+
+import transformers
+
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.errors import UserError
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.trees import chunks
+from dialog_jax.trees import teacher as teacher_lib
+from dialog_jax.trees.chunks import Chunk, Recipe
+from dialog_jax.trees.teacher import TeacherFile
+
+MEMORY = 8 << 30  # bytes that a worker may have, besides the files it reads
+SECONDS = 600.0  # that a chunk is waited for
+
+
+class WorkerError(UserError):
+    """A worker needs too much time or memory, or was ended: what was built before it may be gone on with."""
+
+
+class Preparation(NamedTuple):
+    """All that makes trees of dialogues, in a form that another process can be given."""
+
+    recipe: Recipe
+    tokenizer: transformers.PreTrainedTokenizerFast
+    renderer_options: Mapping[str, Any] = {}
+    """Of `Renderer`."""
+    teacher: TeacherFile | None = None
+
+    def renderer(self) -> Renderer:
+        """A renderer of its own."""
+        return Renderer(self.tokenizer, **self.renderer_options)
+
+
+def build(
+    batches: Iterable[list[Dialogue]],
+    preparation: Preparation,
+    *,
+    workers: int,
+    memory: int = MEMORY,
+    seconds: float = SECONDS,
+) -> Iterator[Chunk]:
+    """Yields the chunk of each batch, in order.
+
+    Args:
+      workers: processes; 0 for none but this one, where neither memory nor time are bounded, and so for a single batch.
+      memory: bytes a worker may have, where the system can bound them.
+      seconds: that this process waits for a chunk.
+
+    Raises:
+      UserError: what `building.build` raises.
+      WorkerError: a batch takes too much memory or time, or its worker was ended. Names the dialogues.
+    """
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 2))
+    batches = itertools.chain(first, batches)
+    if not workers or len(first) < 2:
+        yield from chunks.chunks(batches, preparation.renderer(), preparation.recipe, preparation.teacher)
+        return
+    with contextlib.ExitStack() as stack:
+        working: collections.deque[_Worker] = collections.deque()  # the one whose chunk is next stands first
+        for batch in batches:  # read while the workers work
+            if len(working) < workers:
+                worker, chunk = stack.enter_context(_start(preparation, memory)), None
+            else:
+                worker = working.popleft()
+                chunk = worker.chunk(seconds)
+            worker.give(batch)
+            working.append(worker)
+            if chunk is not None:
+                yield chunk
+        for worker in working:
+            yield worker.chunk(seconds)
+
+
+@dataclasses.dataclass
+class _Worker:
+    """A process that waits for a batch, or works on one."""
+
+    process: subprocess.Popen
+    connection: Connection
+    batch: Sequence[Dialogue] = ()
+
+    def give(self, batch: Sequence[Dialogue]) -> None:
+        """Hands a batch to a process that has none."""
+        self.batch = batch
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `chunk` says that it has ended
+            self.connection.send(batch)
+
+    def chunk(self, seconds: float) -> Chunk:
+        """What the process has made of its batch."""
+        first, last = self.batch[0].name, self.batch[-1].name
+        among = first if len(self.batch) == 1 else f"{first} to {last}"
+        if not self.connection.poll(seconds):
+            raise WorkerError(
+                f"{among}: not rendered after {seconds:,.0f} seconds. Look for a loop in the chat template that one of "
+                "them does not end, or for one that is very long."
+            )
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise WorkerError(
+                f"{among}: the process that rendered them ended (exit code {self.process.wait()}): it was ended from "
+                "outside, or had too little memory. Set data.workers to fewer, or look for what is very long."
+            ) from None
+        if isinstance(answer, MemoryError):
+            raise WorkerError(f"{among}: need more memory than a worker may have. Look for what is very long.")
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+
+@contextlib.contextmanager
+def _start(preparation: Preparation, memory: int) -> Iterator[_Worker]:
+    """Gives a worker, which is gone afterwards."""
+    ours, theirs = socket.socketpair()
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",  # the workers are the threads
+        "OPENBLAS_NUM_THREADS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    with theirs:
+        code = f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as it; it.serve({theirs.fileno()}, {memory})"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+    connection = Connection(ours.detach())
+    worker = _Worker(process, connection)
+    try:
+        teacher = preparation.teacher
+        file = ("", False) if teacher is None else (teacher.path, teacher.same_tokenizer)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.send((preparation._replace(teacher=None), *file))  # a mapped file would be sent whole
+        yield worker
+    finally:
+        connection.close()
+        process.kill()
+        process.wait()
+
+
+def serve(descriptor: int, memory: int) -> None:
+    """What a worker does: answers each batch from a socket with its chunk, or its error, until the other end closes.
+
+    Args:
+      memory: bytes that it may have.
+    """
+    with (
+        contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
+        Connection(descriptor) as connection,
+    ):
+        _serve(connection, memory)
+
+
+def _serve(connection: Connection, memory: int) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the process that started this one, and ends it
+        signal.signal(number, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+    preparation, path, same_tokenizer = connection.recv()
+    renderer = preparation.renderer()
+    teacher = None
+    if path:
+        teacher = dataclasses.replace(teacher_lib.read_file(path, tokenizer=""), same_tokenizer=same_tokenizer)
+    while True:
+        batch = connection.recv()
+        answer: Chunk | ValueError | MemoryError
+        try:
+            answer = chunks.build(batch, renderer, preparation.recipe, teacher)
+        except ValueError as error:
+            answer = ValueError(str(error))
+        except MemoryError:
+            answer = MemoryError()
+        del batch
+        connection.send(answer)

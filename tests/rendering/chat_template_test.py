@@ -1,0 +1,117 @@
+"""Texts of a dialogue's turns against the tokenizer's own `apply_chat_template`, called for each of them."""
+
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.rendering import chat_template
+from tests.rendering import chat_templates
+
+# What published templates do and those of the seven families do not: macros and settings inside the template, defaults
+# for variables that are missing, a namespace, a generation block, comments, white space at both ends.
+_ELABORATE = """\
+
+  {% if not date_string is defined %}{% set date_string = "26 Jul 2024" %}{% endif %}
+  {#- who speaks #}
+{%- macro header(role) -%}
+{{ '<|im_start|>' + role + '\\n' }}{% if add_generation_prompt %}{{ '(to be answered)' }}{% endif %}
+{%- endmacro -%}
+{%- set count = namespace(value=0) -%}
+{%- if messages[0].role == 'system' %}{% set rules = messages[0].content %}{% set messages = messages[1:] %}{% endif %}
+{{ header('system') + 'Today is ' + date_string + ' of ' ~ messages | length }}{{ rules }}
+{% for message in messages %}
+{%- set count.value = count.value + 1 %}
+    {% generation %}{{ header(message['role']) + message['content'] | trim }} #{{ count.value }}{% endgeneration %}
+
+  {% endfor %}
+{{ tools | tojson if tools }}
+  {% if add_generation_prompt %}
+{{ header('assistant') }}
+  {%- endif %}
+"""
+_TEMPLATES = {
+    **chat_templates.TEMPLATES,
+    "elaborate": _ELABORATE,
+    "elaborate, then white space": _ELABORATE + "\n  \t",
+    "elaborate, then a line": _ELABORATE + "100 %s of it\n\n",
+    "elaborate, then a block": _ELABORATE.rstrip(),
+}
+
+
+def with_template(template):
+    tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+class TurnsTest(parameterized.TestCase):
+    def expected(self, tokenizer, dialogue, **kwargs):
+        messages = [message.as_dict() for message in dialogue.messages]
+        tools = list(dialogue.tools) if dialogue.tools else None
+        return [
+            (
+                k,
+                tokenizer.apply_chat_template(
+                    messages[:k], tools=tools, tokenize=False, add_generation_prompt=True, **kwargs
+                ),
+                tokenizer.apply_chat_template(messages[: k + 1], tools=tools, tokenize=False, **kwargs),
+            )
+            for k, message in enumerate(dialogue.messages)
+            if message.role == "assistant" and message.weight > 0
+        ]
+
+    @parameterized.parameters(*_TEMPLATES)
+    def test_turns_rendered_together_are_those_rendered_alone(self, name):
+        tokenizer = with_template(_TEMPLATES[name])
+        rng = np.random.default_rng(0)
+        for kwargs in ({}, {"date_string": "today", "enable_thinking": False}):
+            template = chat_template.ChatTemplate(tokenizer, kwargs)
+            for turns in (1, 4, 5, 9):
+                system = name not in ("gemma",) and turns != 4
+                dialogue = chat_templates.random_dialogue(rng, turns=turns, system=system, reasoning=True, weights=True)
+                self.assertEqual(list(template.turns(dialogue)), self.expected(tokenizer, dialogue, **kwargs))
+            with mock.patch.object(chat_template.ChatTemplate, "text", side_effect=AssertionError("rendered alone")):
+                list(template.turns(dialogue))
+
+    def test_tools_and_fields_reach_the_template(self):
+        tokenizer = with_template(_TEMPLATES["elaborate"])
+        dialogue = Dialogue(
+            id=0,
+            messages=(Message(role="user", content="a"), Message(role="assistant", content="b")),
+            tools=({"type": "function", "function": {"name": "é<"}},),
+        )
+        ((_, prompt, _),) = chat_template.ChatTemplate(tokenizer).turns(dialogue)
+        self.assertIn('"é<"', prompt)
+        self.assertEqual(
+            list(chat_template.ChatTemplate(tokenizer).turns(dialogue)), self.expected(tokenizer, dialogue)
+        )
+
+    def test_a_later_turn_that_is_refused_leaves_the_earlier_ones(self):
+        messages = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+        dialogue = Dialogue(id=7, messages=(*messages, *messages, messages[1]), where="a.jsonl:8")
+        turns = chat_template.ChatTemplate(with_template(_TEMPLATES["gemma"])).turns(dialogue)
+        self.assertEqual([next(turns)[0], next(turns)[0]], [1, 3])
+        with self.assertRaisesRegex(ValueError, r"dialogue 7 \(a.jsonl:8\): the chat template refuses its first 5"):
+            next(turns)
+
+    def test_a_template_that_renders_otherwise_in_a_macro_is_rendered_alone(self):
+        # A macro has the special name `varargs`, which is undefined outside.
+        tokenizer = with_template("{{ varargs is defined }}" + _TEMPLATES["chatml"])
+        dialogue = chat_templates.random_dialogue(np.random.default_rng(0), turns=6)
+        template = chat_template.ChatTemplate(tokenizer)
+        for _ in range(2):
+            self.assertEqual(list(template.turns(dialogue)), self.expected(tokenizer, dialogue))
+
+    def test_the_mark_between_turns_may_stand_in_a_message(self):
+        tokenizer = with_template(_TEMPLATES["chatml"])
+        messages = [Message(role="user", content=chat_template._MARK), Message(role="assistant", content="b")]
+        dialogue = Dialogue(id=0, messages=(*messages, *messages))
+        template = chat_template.ChatTemplate(tokenizer)
+        for shown in (chat_templates.random_dialogue(np.random.default_rng(0), turns=1), dialogue):
+            self.assertEqual(list(template.turns(shown)), self.expected(tokenizer, shown))
+
+
+if __name__ == "__main__":
+    absltest.main()

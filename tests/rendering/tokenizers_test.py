@@ -1,0 +1,289 @@
+"""GGUF tokenizers against byte-level BPE written out in Python; templates and errors."""
+
+import itertools
+import pathlib
+import tempfile
+from unittest import mock
+
+import gguf
+import hypothesis
+import regex
+import tokenizers as hf_tokenizers
+import transformers
+from absl.testing import absltest, parameterized
+from hypothesis import strategies
+
+from dialog_jax.dialogues import parsing
+from dialog_jax.rendering import tokenizers
+
+_ASSETS = pathlib.Path(__file__).parents[2] / "assets"
+_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_ADDED = ("<think>",)
+# In order of rank. "1 2" and "3 Ġ" can only ever apply where digits are not split from each other.
+_MERGES = (
+    "h e", "Ġ t", "l l", "Ġt he", "o n", "1 2", "12 3", "he ll", "Ġ Ġ", "' t", "Ċ Ċ", "Ã ©", "Ġ 1", "hell o", "d on",
+)  # fmt: skip
+_SPLITS = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+_TEXTS = (
+    "the hello don't",
+    "  two  spaces \t\n\n\nand lines\r\n",
+    "café, naïve, 東京, 🙂👍🏽, ﬁ",
+    "In 2024: 123,456.789 and x1y22z333",
+    "I'M here, they'LL see 'tis",
+    "",
+    " ",
+)
+
+# fmt: off
+_SHORT_TEXTS = (
+    ("smollm",    "the123 hello", ["t", "he", "1", "2", "3", "Ġ", "hello"]),
+    ("gpt-2",     "the123 hello", ["t", "he", "123", "Ġ", "hello"]),
+    ("qwen2",     "the123 hello", ["t", "he", "1", "2", "3", "Ġ", "hello"]),
+    ("llama-bpe", "the1234",      ["t", "he", "123", "4"]),
+    # "Ġ 1" ranks below "1 2", and neither applies across digits that stand alone.
+    ("smollm",    " the 12",      ["Ġthe", "Ġ", "1", "2"]),
+    ("gpt-2",     " the 12",      ["Ġthe", "Ġ", "12"]),
+    ("smollm",    "don't\n\n\né", ["don", "'t", "ĊĊ", "Ċ", "Ã©"]),
+)
+# fmt: on
+
+
+def _byte_symbols() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, otherwise the next from U+0100 on."""
+    symbols, spare = [], 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            symbols.append(chr(byte))
+        else:
+            symbols.append(chr(spare))
+            spare += 1
+    return symbols
+
+
+_VOCABULARY = [*_SPECIAL, *_byte_symbols(), *(merge.replace(" ", "") for merge in _MERGES), *_ADDED]
+
+
+def _slow_tokens(text: str, kind: str) -> list[str]:
+    """Byte-level BPE, one merge at a time."""
+    pieces = regex.split(r"(\p{N})", text) if kind == "smollm" else [text]
+    words = [word for piece in pieces for word in regex.findall(_SPLITS.get(kind, _SPLITS["gpt-2"]), piece)]
+    result = []
+    for word in words:
+        symbols = [_byte_symbols()[byte] for byte in word.encode()]
+        while True:
+            pairs = [f"{left} {right}" for left, right in itertools.pairwise(symbols)]
+            known = [pair for pair in pairs if pair in _MERGES]
+            if not known:
+                break
+            at = pairs.index(min(known, key=_MERGES.index))
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        result.extend(symbols)
+    return result
+
+
+class _Files(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+
+    def gguf(self, kind: str | None = "smollm", *, model: str = "gpt2", template: str | None = _TEMPLATE):
+        path = self.directory / f"{kind}-{model}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tokenizer_model(model)
+        if kind is not None:
+            writer.add_tokenizer_pre(kind)
+        writer.add_token_list(_VOCABULARY)
+        kinds = [3 if token in _SPECIAL else 4 if token in _ADDED else 1 for token in _VOCABULARY]
+        writer.add_token_types(kinds)
+        writer.add_token_merges(list(_MERGES))
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        writer.add_pad_token_id(2)
+        writer.add_add_bos_token(False)
+        if template is not None:
+            writer.add_chat_template(template)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return path
+
+    def assert_error(self, call, *parts: str):
+        with self.assertRaises(ValueError) as caught:
+            call()
+        for part in parts:
+            self.assertIn(part, str(caught.exception))
+        self.assertNotIn(str(self.directory), str(caught.exception))
+
+
+class GgufTest(_Files):
+    @parameterized.parameters(*_SHORT_TEXTS)
+    def test_tokens_of_a_short_text(self, kind, text, expected):
+        tokenizer = tokenizers.load_tokenizer(self.gguf(kind))
+        self.assertEqual(tokenizer.tokenize(text), expected)
+        self.assertEqual(tokenizer.encode(text), [_VOCABULARY.index(token) for token in expected])
+
+    @parameterized.parameters("smollm", "gpt-2", "qwen2", "llama-bpe")
+    def test_tokens_equal_slow_bpe_and_decode_to_the_text(self, kind):
+        tokenizer = tokenizers.load_tokenizer(self.gguf(kind))
+
+        @hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+        @hypothesis.given(strategies.text(alphabet="he ltno'TD123\n\té東🙂٣", max_size=30))
+        def check(text):
+            self.assertEqual(tokenizer.tokenize(text), _slow_tokens(text, kind))
+            self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
+
+        check()
+        for text in _TEXTS:
+            self.assertEqual(tokenizer.tokenize(text), _slow_tokens(text, kind))
+            self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
+
+    def test_special_tokens_are_single_ids_and_only_control_tokens_are_special(self):
+        tokenizer = tokenizers.load_tokenizer(str(self.gguf()))
+        self.assertEqual(tokenizer.encode("<|im_start|>he<|im_end|>"), [1, _VOCABULARY.index("he"), 2])
+        self.assertEqual(tokenizer.encode("<think>"), [_VOCABULARY.index("<think>")])
+        self.assertCountEqual(tokenizer.all_special_ids, [0, 1, 2])
+        self.assertEqual(tokenizer.decode(tokenizer.encode("<|im_end|><think>"), skip_special_tokens=True), "<think>")
+        self.assertLen(tokenizer, len(_VOCABULARY))
+
+    def test_named_tokens_and_template_come_from_the_file_and_no_token_is_put_in_front(self):
+        tokenizer = tokenizers.load_tokenizer(self.gguf())
+        named = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.assertEqual(named, (0, 1, 2, 2))
+        self.assertEqual(tokenizer.chat_template, _TEMPLATE)
+        self.assertEqual(tokenizer.encode("he", add_special_tokens=True), [_VOCABULARY.index("he")])
+
+    def test_offsets_point_into_the_text(self):
+        tokenizer = tokenizers.load_tokenizer(self.gguf())
+        offsets = tokenizer("hello12<|im_end|>", return_offsets_mapping=True)["offset_mapping"]
+        self.assertEqual(offsets, [(0, 5), (5, 6), (6, 7), (7, 17)])
+
+    def test_saved_directory_is_read_back_the_same(self):
+        tokenizer = tokenizers.load_tokenizer(self.gguf())
+        tokenizer.save_pretrained(self.directory / "saved")
+        (self.directory / "saved" / "config.json").write_text('{"model_type": "llama"}')
+        again = tokenizers.load_tokenizer(self.directory / "saved")
+        self.assertEqual(again.chat_template, tokenizer.chat_template)
+        self.assertEqual(again.eos_token_id, 2)
+        for text in _TEXTS:
+            self.assertEqual(again.encode(text), tokenizer.encode(text))
+
+    def test_unknown_splitting_is_named(self):
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(self.gguf("tekken")),
+            "tekken-gpt2.gguf", "'tekken'", "gpt-2, smollm, qwen2, llama-bpe", "Use",
+        )  # fmt: skip
+        self.assert_error(lambda: tokenizers.load_tokenizer(self.gguf(None)), "None-gpt2.gguf", "None", "Use")
+
+    def test_sentencepiece_in_gguf_is_named(self):
+        self.assert_error(lambda: tokenizers.load_tokenizer(self.gguf(model="llama")), "'llama'", "'gpt2'", "Use")
+
+    def test_file_that_is_missing_or_no_gguf(self):
+        self.assert_error(lambda: tokenizers.load_tokenizer(self.directory / "no.gguf"), "no.gguf: no such", "Check")
+        (self.directory / "bad.gguf").write_bytes(b"not a model" * 10)
+        self.assert_error(lambda: tokenizers.load_tokenizer(self.directory / "bad.gguf"), "bad.gguf is not a", "again")
+
+    def test_file_with_flipped_or_missing_bytes_loads_or_is_an_error_that_names_it(self):
+        path = self.gguf()
+        content = path.read_bytes()
+        place = strategies.integers(0, len(content) - 1)
+        numbers = strategies.sampled_from([2**63 - 1, 2**64 - 1, 2**60, 2**32, 10**9, 0])
+        byte = strategies.tuples(place, strategies.binary(min_size=1, max_size=1))
+        number = strategies.tuples(place, numbers.map(lambda n: n.to_bytes(8, "little")))
+
+        @hypothesis.given(strategies.lists(byte | number, max_size=3), place | strategies.none())
+        @hypothesis.settings(max_examples=150, deadline=10_000, derandomize=True)
+        def holds(written, kept):
+            damaged = bytearray(content)
+            for at, what in written:
+                damaged[at : at + len(what)] = what
+            path.write_bytes(damaged[:kept])
+            try:
+                tokenizers.load_tokenizer(path)
+            except ValueError as error:
+                self.assertIn(path.name, str(error))
+
+        holds()
+
+
+class TemplateTest(_Files):
+    def test_own_template_text_or_file(self):
+        path = self.gguf()
+        template = "{{ messages[0].content }}!"
+        (self.directory / "template.jinja").write_text("\n" + template)
+        by_text = tokenizers.load_tokenizer(path, chat_template=template)
+        by_file = tokenizers.load_tokenizer(path, chat_template=str(self.directory / "template.jinja"))
+        messages = [{"role": "user", "content": "Hi"}]
+        self.assertEqual(by_text.apply_chat_template(messages, tokenize=False), "Hi!")
+        self.assertEqual(by_file.apply_chat_template(messages, tokenize=False), "\nHi!")
+
+    def test_no_template_is_an_error_unless_one_is_given(self):
+        path = self.gguf(template=None)
+        self.assert_error(lambda: tokenizers.load_tokenizer(path), "smollm-gpt2.gguf", "no chat template", "Give one")
+        self.assertEqual(tokenizers.load_tokenizer(path, chat_template=_TEMPLATE).chat_template, _TEMPLATE)
+
+    def test_template_file_that_is_missing(self):
+        path = self.gguf()
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(path, chat_template="gone.jinja"), "gone.jinja", "nor a file", "Check"
+        )
+
+    def test_template_that_is_not_jinja(self):
+        path = self.gguf()
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(path, chat_template="{% for m in messages %}\n{{ m.role }\n{% endfor %}"),
+            "not Jinja at line 2", "Correct",
+        )  # fmt: skip
+
+    def test_template_that_refuses_a_dialogue_is_accepted(self):
+        template = "{{ raise_exception('not this one') }}"
+        self.assertEqual(tokenizers.load_tokenizer(self.gguf(), chat_template=template).chat_template, template)
+
+
+class DirectoryTest(_Files):
+    def test_directory_without_tokenizer(self):
+        (self.directory / "model").mkdir()
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(self.directory / "model"), "model: no tokenizer", "tokenizer.json"
+        )
+
+    def test_slow_tokenizer_is_an_error(self):
+        slow = transformers.ByT5Tokenizer()
+        with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", return_value=slow):
+            self.assert_error(
+                lambda: tokenizers.load_tokenizer("owner/name"), "ByT5Tokenizer", "fast", "tokenizer.json"
+            )
+
+    def test_code_of_the_model_is_never_run(self):
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE()), chat_template=_TEMPLATE
+        )
+        with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", return_value=fast) as load:
+            tokenizers.load_tokenizer("owner/name")
+        load.assert_called_once_with("owner/name", trust_remote_code=False)
+
+
+class SmolLM2Test(parameterized.TestCase):
+    """Reads assets/, which `python scripts/prepare_demo.py` makes; scripts/test.sh runs it first."""
+
+    def test_real_tokenizer_on_real_dialogues(self):
+        tokenizer = tokenizers.load_tokenizer(_ASSETS / "smollm2-135m-instruct")
+        self.assertLen(tokenizer, 49152)
+        self.assertEqual(tokenizer.encode("<|endoftext|><|im_start|><|im_end|>"), [0, 1, 2])
+        self.assertEqual(tokenizer.tokenize("in 2018"), ["in", "Ġ", "2", "0", "1", "8"])
+        for dialogue in itertools.islice(parsing.read_dialogues(_ASSETS / "chitchat" / "validation.jsonl"), 50):
+            for message in dialogue.messages:
+                ids = tokenizer.encode(message.content)
+                self.assertEqual(tokenizer.decode(ids), message.content)
+                self.assertTrue(all(len(token) == 1 for token in tokenizer.convert_ids_to_tokens(ids) if "1" in token))
+
+
+if __name__ == "__main__":
+    absltest.main()
