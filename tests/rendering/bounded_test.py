@@ -120,7 +120,7 @@ class RunTest(absltest.TestCase):
         # Python 3.11 calls a traced function for ever while an exception is told to be on its way and none is.
         program = """if True:
             import itertools, sys
-            from dialog_jax.data import bounded
+            from dialog_jax.rendering import bounded
             bounded.SECONDS = 0.2
             try:
                 bounded.run(lambda: all(n for n in itertools.count(1)))
@@ -133,7 +133,7 @@ class RunTest(absltest.TestCase):
     def test_an_exception_that_is_lost_in_the_garbage_collector_is_raised_again(self):
         program = """if True:
             import gc, time
-            from dialog_jax.data import bounded
+            from dialog_jax.rendering import bounded
             bounded.SECONDS, bounded._LOOK_EVERY = 0.0, 0.001
             gc.callbacks.append(lambda *_: None)
             ended = 0
@@ -151,7 +151,7 @@ class RunTest(absltest.TestCase):
     def test_a_forked_process_has_a_watch_of_its_own(self):
         program = """if True:
             import itertools, os
-            from dialog_jax.data import bounded
+            from dialog_jax.rendering import bounded
             bounded.SECONDS = 0.3
             bounded.run(int)
             if os.fork():
