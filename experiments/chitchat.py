@@ -10,8 +10,7 @@ Result:    not run yet.
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -40,8 +40,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import optimizer, sharding, train_step
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset, prefix_tree
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.objectives import ObjectiveConfig

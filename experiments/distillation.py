@@ -38,9 +38,7 @@ from dialog_jax.inference.chat import ChatModel
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.loss import LossConfig
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset, teacher
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.objectives import ObjectiveConfig

@@ -20,8 +20,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.inference.chat import ChatModel
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.dataset import Trees
 

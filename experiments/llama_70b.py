@@ -12,9 +12,7 @@ The shape of the model, as published, is in experiments/shapes; weights and dial
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,8 +10,7 @@ Result:    held-out loss 3.985 -> 3.547 nats a token, accuracy 27.1 % -> 31.0 % 
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -34,8 +34,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import metrics, optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees.objectives import ObjectiveConfig
 

@@ -27,8 +27,7 @@ from dialog_jax.batching.batches import Batch
 from dialog_jax.model import decoder, hf_config
 from dialog_jax.training import metrics, optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 
 _RECORDS = flags.DEFINE_string("records", None, "What to measure: a list of records in JSON.", required=True)
 _SHAPES = pathlib.Path(__file__).parents[1] / "experiments" / "shapes"

@@ -28,7 +28,7 @@ _ROOMS = {
     "model": ("rotary", "decoder", "tensor_files", "hf_config", "pretrained"),
     "inference": ("generation", "chat"),
     "training": (
-        "chips", "loss", "optimizer", "sharding", "sharded_loss", "train_step", "config", "distributed", "signals",
+        "config", "chips", "loss", "optimizer", "sharding", "sharded_loss", "train_step", "distributed", "signals",
         "checkpoints", "metrics", "run_inputs", "run_directory", "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "disguises", "k_passes", "differences", "agreement"),
@@ -91,6 +91,12 @@ class ImportGraphTest(absltest.TestCase):
     def test_rooms_up_to_audit_import_no_jax(self):
         for module, names in self.modules_in(*_WITHOUT_JAX):
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)], module)
+
+    def test_config_imports_no_jax(self):
+        names = _graph()["training.config"]
+        self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)])
+        ours = names.intersection(_graph())
+        self.assertEmpty([name for name in ours if not any(_is_within(name, room) for room in _WITHOUT_JAX)])
 
     def test_attention_and_model_import_no_room_of_the_data(self):
         for room, allowed in _OF_OUR_ROOMS.items():

@@ -25,7 +25,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering import bounded
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import sharding, train_step
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees import fitting as fitting_lib
 from dialog_jax.trees.objectives import ObjectiveConfig

@@ -1,4 +1,8 @@
-"""What a run is told: `TrainConfig`, and its two forms, a frozen dataclass and the ConfigDict that flags override."""
+"""`TrainConfig`, everything that determines a run, as a frozen dataclass and as the ConfigDict that flags override.
+
+Imports no JAX, so that commands which only look at data start quickly. This is why the configs of loss, optimizer and
+mesh are here and not beside what they configure.
+"""
 
 import dataclasses
 import math
@@ -10,12 +14,12 @@ import ml_collections
 
 from dialog_jax.batching import mixture
 from dialog_jax.errors import UserError
-from dialog_jax.model import decoder
-from dialog_jax.training.loss import LossConfig
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
 from dialog_jax.trees import chunks
 from dialog_jax.trees.objectives import ObjectiveConfig
+
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+REMAT = ("none", "attention", "dots", "full")
+MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,82 @@ class DataConfig:
     """Where prepared trees are kept; empty for the run's own directory."""
     workers: int = -1
     """Processes that prepare trees; 0 for none but the run's own, -1 for one a processor, but at most 16."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised for each target, times its weight:
+
+    (1 - distillation) * cross-entropy + distillation * KL(teacher || model) + z_loss * log(Z) ** 2
+    """
+
+    z_loss: float = 0.0
+    """>= 0. Z is the sum of exp(logits); holds the logits near a scale at which bfloat16 is fine enough."""
+    label_smoothing: float = 0.0
+    """In [0, 1): this much of the cross-entropy's target is spread evenly over the vocabulary."""
+    distillation: float = 0.0
+    """In [0, 1]: the share of the loss that is divergence from a teacher (see `Teacher`)."""
+
+    def __post_init__(self):
+        if not 0 <= self.z_loss < math.inf:
+            raise UserError(f"loss.z_loss is {self.z_loss}; it must be at least 0.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1.")
+        if not 0 <= self.distillation <= 1:
+            raise UserError(f"loss.distillation is {self.distillation}; it must be between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW after clipping by the global norm. Moments are float32, as the parameters are."""
+
+    learning_rate: float = 2e-5
+    schedule: str = "cosine"
+    """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
+    falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.0
+    """Applied to matrices; norms, biases and the embedding are left alone."""
+    b1: float = 0.9
+    b2: float = 0.99
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
+        for field in ("learning_rate", "epsilon"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
+        for field in ("warmup_steps", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
+        for field in ("final_fraction", "decay_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; one may be -1, for all devices that the others leave.
+
+    `dcn_data` and `data` replicate parameters and divide rows, the first over slices or hosts that a slow network
+    joins; `fsdp` divides rows, parameters and moments; `tensor` divides parameters and the work of a row.
+    """
+
+    dcn_data: int = 1
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            asked = dict(zip(MESH_AXES, sizes, strict=True))
+            raise UserError(f"mesh sizes are {asked}; each must be at least 1, and one may be -1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +208,8 @@ class TrainConfig:
             )
         if self.evaluate_rows < 0:
             raise UserError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
-        if self.remat not in decoder.REMAT:
-            raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(decoder.REMAT)}.")
+        if self.remat not in REMAT:
+            raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}.")
         if self.data.workers < -1:
             raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
         if self.data.truncate not in chunks.TRUNCATIONS:

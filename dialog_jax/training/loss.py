@@ -6,9 +6,7 @@ products a target and none twice. Logits, softmax and sums are float32. What `Lo
 logits; what it leaves off is never traced.
 """
 
-import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,33 +14,10 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
-from dialog_jax.errors import UserError
+from dialog_jax.training.config import LossConfig
 
 TILE = 256  # targets whose logits are in memory at once, in each row of a micro-batch
 TILES = "tiles"  # the loop over them, as it is called in compiled programs and profiles
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What is minimised for each target, times its weight:
-
-    (1 - distillation) * cross-entropy + distillation * KL(teacher || model) + z_loss * log(Z) ** 2
-    """
-
-    z_loss: float = 0.0
-    """>= 0. Z is the sum of exp(logits); holds the logits near a scale at which bfloat16 is fine enough."""
-    label_smoothing: float = 0.0
-    """In [0, 1): this much of the cross-entropy's target is spread evenly over the vocabulary."""
-    distillation: float = 0.0
-    """In [0, 1]: the share of the loss that is divergence from a teacher (see `Teacher`)."""
-
-    def __post_init__(self):
-        if not 0 <= self.z_loss < math.inf:
-            raise UserError(f"loss.z_loss is {self.z_loss}; it must be at least 0.")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1.")
-        if not 0 <= self.distillation <= 1:
-            raise UserError(f"loss.distillation is {self.distillation}; it must be between 0 and 1.")
 
 
 PLAIN = LossConfig()

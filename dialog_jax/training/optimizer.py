@@ -1,48 +1,11 @@
 """Learning-rate schedules, weight-decay mask and the optax chain."""
 
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from dialog_jax.errors import UserError
-
-SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW after clipping by the global norm. Moments are float32, as the parameters are."""
-
-    learning_rate: float = 2e-5
-    schedule: str = "cosine"
-    """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
-    falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
-    warmup_steps: int = 0
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    weight_decay: float = 0.0
-    """Applied to matrices; norms, biases and the embedding are left alone."""
-    b1: float = 0.9
-    b2: float = 0.99
-    epsilon: float = 1e-8
-    clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 for no clipping."""
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
-        for field in ("learning_rate", "epsilon"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
-        for field in ("warmup_steps", "weight_decay", "clip_norm"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
-        for field in ("final_fraction", "decay_fraction", "b1", "b2"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
+from dialog_jax.training.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.training import loss
-from dialog_jax.training.loss import LossConfig, TargetScores, Teacher
+from dialog_jax.training.config import LossConfig
+from dialog_jax.training.loss import TargetScores, Teacher
 from dialog_jax.training.sharding import ROW_AXES, parameter_sharding
 
 

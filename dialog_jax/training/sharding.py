@@ -1,6 +1,5 @@
 """Where arrays live: the mesh, and one table of rules from a parameter's path and shape to its PartitionSpec."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -10,9 +9,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dialog_jax.errors import UserError
+from dialog_jax.training.config import MESH_AXES, MeshConfig
 
-AXES = ("dcn_data", "data", "fsdp", "tensor")
-ROW_AXES = AXES[:3]
+ROW_AXES = MESH_AXES[:3]
 
 _Rule = tuple[str | tuple[str, ...] | None, ...]
 
@@ -43,26 +42,6 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
 _WHOLE: tuple[_Rule, ...] = ((),)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Sizes of the mesh's axes; one may be -1, for all devices that the others leave.
-
-    `dcn_data` and `data` replicate parameters and divide rows, the first over slices or hosts that a slow network
-    joins; `fsdp` divides rows, parameters and moments; `tensor` divides parameters and the work of a row.
-    """
-
-    dcn_data: int = 1
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        sizes = [getattr(self, axis) for axis in AXES]
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            asked = dict(zip(AXES, sizes, strict=True))
-            raise UserError(f"mesh sizes are {asked}; each must be at least 1, and one may be -1.")
-
-
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over `devices` (all by default).
 
@@ -73,13 +52,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: the sizes do not multiply to the number of devices, or dcn_data is not the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
-        asked = {axis: getattr(config, axis) for axis in AXES}
+        asked = {axis: getattr(config, axis) for axis in MESH_AXES}
         raise UserError(f"mesh sizes {asked} do not multiply to the {len(devices)} devices that there are.")
-    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arranged(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:

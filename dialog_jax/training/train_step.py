@@ -23,6 +23,7 @@ from dialog_jax.batching.batches import Batch
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss, sharded_loss, sharding
+from dialog_jax.training.config import LossConfig
 
 OPTIMIZER = "optimizer"  # what follows the gradient, as it is called in compiled programs and profiles
 
@@ -112,7 +113,7 @@ def make_train_step(
     *,
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
-    loss_config: loss.LossConfig = loss.PLAIN,
+    loss_config: LossConfig = loss.PLAIN,
     attend: Attend | None = None,
 ) -> jax.stages.Wrapped:
     """Returns the jitted update: (state, batch) to (next state, `StepMetrics`).

@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.attention import blockwise, dispatch, pallas_gpu, splash
 from dialog_jax.attention.pallas_gpu import Blocks, Tiling
 from dialog_jax.training import sharding
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig
 from tests.attention import oracle
 
 _SMALL = Blocks(32, 32, 4, 1)

@@ -16,8 +16,7 @@ from dialog_jax.batching import batches
 from dialog_jax.inference import generation
 from dialog_jax.model import decoder
 from dialog_jax.training import loss, optimizer, sharding, train_step
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from tests.laws import budget, oracles, strategies
 from tests.laws.targets_test import prepare
 from tests.laws.truncation_test import fitting

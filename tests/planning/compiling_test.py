@@ -12,9 +12,7 @@ from dialog_jax.attention import blockwise
 from dialog_jax.batching.batches import Batch
 from dialog_jax.planning import compiling, workload
 from dialog_jax.training import metrics, optimizer, sharding, train_step
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from tests.training import tiny
 
 _MODEL = tiny.config(512, width=64, layers=3, heads=8, kv_heads=4, tie_embeddings=False)

@@ -10,8 +10,7 @@ from dialog_jax.planning.compiling import Largest, Memory, StepPlan
 from dialog_jax.planning.hlo import Collective, Products
 from dialog_jax.training import sharding
 from dialog_jax.training.chips import CHIPS, PEAK_FLOPS, Chip
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
 
 # 100 FLOP/s, 1,000 bytes, 10 bytes/s to memory, 4 within nodes of 4 devices and 1 between them.
 _CHIP = Chip("round", 100.0, 1000.0, 10.0, 4.0, 1.0, 4)

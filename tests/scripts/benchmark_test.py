@@ -17,8 +17,7 @@ from dialog_jax.batching import batches
 from dialog_jax.model import decoder
 from dialog_jax.planning import hlo
 from dialog_jax.training import loss, optimizer, sharding, train_step
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from tests.experiments import tiny_run
 from tests.rendering import chat_templates
 from tests.scripts import running

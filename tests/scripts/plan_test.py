@@ -15,7 +15,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.model import decoder, hf_config, pretrained
-from dialog_jax.training import sharding
+from dialog_jax.training.config import MeshConfig
 from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
@@ -119,7 +119,7 @@ class ShapesTest(parameterized.TestCase):
         abstract = decoder.abstract_parameters(model)
         self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(abstract)), parameters)
         self.assertEqual(hf_config.to_json(model)["rope_parameters"]["rope_type"], "llama3")
-        sizes = sharding.MeshConfig(**config.mesh).__dict__
+        sizes = MeshConfig(**config.mesh).__dict__
         named = [size for size in sizes.values() if size > 0]
         self.assertEqual(devices % int(np.prod(named)), 0)
         self.assertEqual(config.rows % (config.mesh.fsdp * max(1, config.mesh.data)), 0)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dialog_jax.training import checkpoints, distributed, sharding
 from dialog_jax.training.checkpoints import DamagedError
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig
 from dialog_jax.training.train_step import first_state
 from tests.training import tiny
 

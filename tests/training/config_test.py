@@ -2,10 +2,9 @@
 
 from absl.testing import absltest, parameterized
 
+from dialog_jax.model import decoder
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.loss import LossConfig
-from dialog_jax.training.optimizer import OptimizerConfig
+from dialog_jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
 
 def example(**changes):
@@ -20,6 +19,9 @@ class ConfigTest(parameterized.TestCase):
             optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear"),
         )
         self.assertEqual(config.from_config_dict(config.to_config_dict(original)), original)
+
+    def test_remat_names_those_of_the_decoder(self):
+        self.assertEqual(config.REMAT, tuple(decoder.REMAT))
 
     def test_parts_of_a_mixture_can_be_overridden(self):
         mix = {"a": {"train": "a", "weight": 1}, "b": {"train": "b", "weight": 0.5}}

@@ -8,6 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.training import loss
+from dialog_jax.training.config import LossConfig
 
 
 def problem(seed, *, rows=2, length=37, width=8, vocabulary=53, targets=40, filled=(29, 12)):
@@ -98,7 +99,7 @@ def slopes(function, array, places, step=1e-5):
 
 
 EXTRAS = tuple(
-    loss.LossConfig(z_loss=z, label_smoothing=smoothing, distillation=share)
+    LossConfig(z_loss=z, label_smoothing=smoothing, distillation=share)
     for z, smoothing, share in itertools.product((0.0, 0.02), (0.0, 0.15), (0.0, 0.4, 1.0))
 )
 
@@ -125,7 +126,7 @@ class LossConfigTest(parameterized.TestCase):
     )
     def test_bad_value_is_refused(self, fields, message):
         with self.assertRaisesRegex(ValueError, message):
-            loss.LossConfig(**fields)
+            LossConfig(**fields)
 
 
 class ExtrasTest(parameterized.TestCase):
@@ -170,7 +171,7 @@ class ExtrasTest(parameterized.TestCase):
             np.testing.assert_array_equal(gradient, 0)
 
     def test_padding_and_rows_without_targets_add_nothing(self):
-        config = loss.LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
+        config = LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
         value, gradients = value_and_gradient(problem(15, filled=(0, 0)), teacher_of(16), config)
         self.assertEqual(value, (0, 0))
         for gradient in gradients:
@@ -182,7 +183,7 @@ class DistillationTest(parameterized.TestCase):
 
     def divergence(self, arrays, teacher):
         """(value, gradient for hidden, gradient for matrix) of the divergence alone."""
-        (value, _), gradients = value_and_gradient(arrays, teacher, loss.LossConfig(distillation=1.0))
+        (value, _), gradients = value_and_gradient(arrays, teacher, LossConfig(distillation=1.0))
         return float(value), *gradients
 
     def log_softmax(self, arrays):
@@ -249,7 +250,7 @@ class DistillationTest(parameterized.TestCase):
 
     def test_targets_without_a_teacher_are_plain_cross_entropy(self):
         arrays = problem(23)
-        got = value_and_gradient(arrays, teacher_of(24, taught=0.0), loss.LossConfig(distillation=0.3))
+        got = value_and_gradient(arrays, teacher_of(24, taught=0.0), LossConfig(distillation=0.3))
         plain = value_and_gradient(arrays, None, loss.PLAIN)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, plain)
 
@@ -336,7 +337,7 @@ class WeightedNllTest(parameterized.TestCase):
         teacher = teacher_of(6, vocabulary=vocabulary, shape=(1, length))
 
         def with_extras(hidden, matrix):
-            config = loss.LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
+            config = LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
             return loss.weighted_loss(hidden, matrix, *on_device(arrays[2:]), on_device(teacher), config)[0]
 
         compiled = jax.jit(jax.grad(with_extras, argnums=(0, 1))).lower(*arrays[:2]).compile()

@@ -25,8 +25,7 @@ from dialog_jax.training import checkpoints, metrics, run_directory, run_inputs
 from dialog_jax.training import loop as loop_lib
 from dialog_jax.training import run as run_lib
 from dialog_jax.training import train_step as step_lib
-from dialog_jax.training.loss import LossConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import LossConfig, MeshConfig
 from dialog_jax.training.signals import StoppedError
 from dialog_jax.trees import disk_cache, teacher
 from tests.rendering import chat_templates

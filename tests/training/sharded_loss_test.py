@@ -8,8 +8,9 @@ from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dialog_jax.training import loss, sharded_loss, sharding
-from dialog_jax.training.loss import LossConfig, Teacher
-from dialog_jax.training.sharding import ROW_AXES, MeshConfig
+from dialog_jax.training.config import LossConfig, MeshConfig
+from dialog_jax.training.loss import Teacher
+from dialog_jax.training.sharding import ROW_AXES
 
 _MESHES = {
     "data": MeshConfig(data=8),

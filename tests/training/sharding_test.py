@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from dialog_jax.model import decoder
 from dialog_jax.training import sharding
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig
 from tests.training import tiny
 
 BOTH = ("fsdp", "tensor")

@@ -8,9 +8,7 @@ import numpy as np
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates

@@ -12,8 +12,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder
 from dialog_jax.training import loss, optimizer, sharding, train_step
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
 from tests.rendering import chat_templates
 from tests.training import tiny
 
@@ -129,7 +128,7 @@ class SplitTest(parameterized.TestCase):
 class ExtrasSplitTest(parameterized.TestCase):
     """The same law with all that LossConfig adds, for which the targets' teachers travel with them."""
 
-    config = loss.LossConfig(z_loss=0.01, label_smoothing=0.1, distillation=0.6)
+    config = LossConfig(z_loss=0.01, label_smoothing=0.1, distillation=0.6)
 
     @classmethod
     def setUpClass(cls):
@@ -159,7 +158,7 @@ class ExtrasSplitTest(parameterized.TestCase):
 
     def test_extras_and_the_teacher_change_the_update(self):
         plain = updated(MeshConfig(), batch_of(1, 8), updates=1, devices=jax.devices()[:1])[1]
-        config = loss.LossConfig(z_loss=0.01, label_smoothing=0.1)
+        config = LossConfig(z_loss=0.01, label_smoothing=0.1)
         untaught = updated(MeshConfig(), batch_of(1, 8), updates=1, devices=jax.devices()[:1], loss_config=config)[1]
         one = updated(
             MeshConfig(), taught(batch_of(1, 8)), updates=1, devices=jax.devices()[:1], loss_config=self.config

@@ -24,8 +24,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.model import decoder
 from dialog_jax.training import checkpoints, config, metrics, run_directory
-from dialog_jax.training.optimizer import OptimizerConfig
-from dialog_jax.training.sharding import MeshConfig
+from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from tests.training import tiny
 
 _LAUNCHER = pathlib.Path(__file__).parents[2] / "experiments" / "launch" / "local.py"
