@@ -46,7 +46,7 @@ from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Span
 
-_BENCHMARK = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_data.py"
+_BENCHMARK = pathlib.Path(__file__).parents[1] / "scripts" / "benchmarks" / "data.py"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class SourceTest(parameterized.TestCase):
         self.assertGreater(len(_SOURCES), 50)
         for file in _SOURCES:
             found = offences(file.read_text(encoding="utf-8"))
-            if file.parent.name == "benchmark_peers":  # others' programs, in environments of their own
+            if file.parent.name == "peers":  # others' programs, in environments of their own
                 found = [one for one in found if one[1] != "torch"]
             self.assertEqual(found, [], file)
 

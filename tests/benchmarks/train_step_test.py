@@ -1,4 +1,4 @@
-"""scripts/benchmark.py on a tiny model, and the profile of an update against times and products counted by hand."""
+"""scripts/benchmarks/train_step.py on a tiny model; the profile against times and products counted by hand."""
 
 import gzip
 import json
@@ -23,10 +23,10 @@ from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
 
-sys.path.insert(0, str(running.SCRIPTS))
+sys.path.insert(0, str(running.SCRIPTS / "benchmarks"))
 
-import benchmark_profile
-from benchmark_profile import Event, Kind
+import step_profile
+from step_profile import Event, Kind
 
 _TEXT = """HloModule made_by_hand
 
@@ -71,22 +71,22 @@ class ProfileTest(absltest.TestCase):
             Event("loop", 0, 9),   # what contains others is nobody's
         ]
         # fmt: on
-        seconds = benchmark_profile.timeline(events, kind)
-        unrecorded = Kind(benchmark_profile.UNRECORDED, False)
+        seconds = step_profile.timeline(events, kind)
+        unrecorded = Kind(step_profile.UNRECORDED, False)
         self.assertEqual(seconds, {product: 4.5, other: 1.5, unrecorded: 1.0, last: 2.0})
 
     def test_products_run_as_often_as_they_were_seen(self):
         program = hlo.parse(_TEXT)
         events = [Event("product", t, t + 1) for t in range(3)] + [Event("sum", 5, 6), Event("loop", 0, 4)]
-        counts = benchmark_profile.runs(program, events)
+        counts = step_profile.runs(program, events)
         self.assertEqual({name: counts[name] for name in ("fused", "body", "main")}, {"fused": 3, "body": 3, "main": 1})
-        flops = benchmark_profile.flops(program, counts)
+        flops = step_profile.flops(program, counts)
         self.assertEqual(flops[_LAYERS], 3 * 2 * 4 * 8 * 2)
         self.assertEqual(flops[_LOSS], 2 * 4 * 4 * 8)
         self.assertEqual(sum(flops.values()), flops[_LAYERS] + flops[_LOSS])
 
     def test_instructions_belong_to_the_part_they_come_from(self):
-        kinds = benchmark_profile.kinds(hlo.parse(_TEXT))
+        kinds = step_profile.kinds(hlo.parse(_TEXT))
         self.assertEqual(kinds["product"], Kind(_LAYERS, True))
         self.assertEqual(kinds["add.1"], Kind(_LAYERS, False))
         self.assertEqual(kinds["sum"], Kind(_OPTIMIZER, False))
@@ -103,7 +103,7 @@ class ProfileTest(absltest.TestCase):
             Event("sum", 8, 10),        #                 u u
         ]
         # fmt: on
-        told = benchmark_profile.text(
+        told = step_profile.text(
             program=hlo.parse(_TEXT), events=events, seconds=20.0, speed=64.0, tokens=60, figures={"a_name": 3}
         )
         self.assertStartsWith(told, "a name: 3\n\nAn update takes 20 s: 3.0 real tokens a second.")
@@ -112,17 +112,17 @@ class ProfileTest(absltest.TestCase):
         self.assertEqual(rows[_LAYERS][1:], ["4", "8", "2", "0"])  # 2 x 128 FLOPs at 64 a second
         self.assertEqual(rows[_LOSS][1:], ["4", "4", "0", "0"])
         self.assertEqual(rows[_OPTIMIZER][1:], ["0", "0", "4", "0"])
-        self.assertEqual(rows[benchmark_profile.UNRECORDED][1:], ["0", "0", "0", "2"])
+        self.assertEqual(rows[step_profile.UNRECORDED][1:], ["0", "0", "0", "2"])
         self.assertEqual(rows["all"][1:], ["8", "12", "6", "2"])
 
     def test_a_trace_without_instructions_is_an_error(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         with self.assertRaisesRegex(ValueError, "0 traces"):
-            benchmark_profile.read(directory)
+            step_profile.read(directory)
         with gzip.open(directory / "a.trace.json.gz", "wt") as stream:
             json.dump({"traceEvents": [{"ph": "X", "ts": 0, "dur": 1, "args": {}}]}, stream)
         with self.assertRaisesRegex(ValueError, "no instruction"):
-            benchmark_profile.read(directory)
+            step_profile.read(directory)
 
     def test_products_of_an_update_are_those_of_its_shapes(self):
         length, rows = 512, 2
@@ -136,7 +136,7 @@ class ProfileTest(absltest.TestCase):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         events, compiled = _traced(model, mesh, batch)
         program = hlo.parse(compiled.as_text())
-        flops = benchmark_profile.flops(program, benchmark_profile.runs(program, events))
+        flops = step_profile.flops(program, step_profile.runs(program, events))
         matrices = model.width * (2 * model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim)
         matrices += 3 * model.width * model.feed_forward
         self.assertEqual(flops[_LAYERS], 6 * matrices * model.layers * rows * length)
@@ -162,7 +162,7 @@ def _traced(model, mesh: Mesh, batch):
     update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype="float32", remat="dots")
     compiled = update.lower(state, batch).compile()
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    return benchmark_profile.record(lambda: compiled(state, placed)), compiled
+    return step_profile.record(lambda: compiled(state, placed)), compiled
 
 
 class BenchmarkTest(absltest.TestCase):
@@ -171,7 +171,7 @@ class BenchmarkTest(absltest.TestCase):
         tiny_run.save_model(directory)
         tiny_run.save_dialogues(directory)
         out, error = running.run(
-            "benchmark",
+            "benchmarks/train_step",
             *(f"--model={directory / 'model'}", f"--data={directory / 'train.jsonl'}", "--max_length=128"),
             *("--rows=2", "--gradient_accumulation=1", "--steps=2"),
             *(f"--out={directory / 'figures.json'}", f"--profile={directory / 'profile.md'}"),
@@ -195,8 +195,8 @@ class BenchmarkTest(absltest.TestCase):
             ("--model=nowhere", "nowhere"),
             ("--profile=/nowhere/profile.md", "No such file or directory"),
         ):
-            out, error = running.run("benchmark", flag)
-            self.assertStartsWith(error, "benchmark.py: ")
+            out, error = running.run("benchmarks/train_step", flag)
+            self.assertStartsWith(error, "train_step.py: ")
             self.assertIn(why, error)
             self.assertEqual(out, "")
 

@@ -1,12 +1,12 @@
 """Measures full fine-tuning: real tokens a second, response tokens a second, peak memory, compile time.
 
-    python scripts/benchmark.py --max_length=1024 --remat=dots
-    python scripts/benchmark.py --suite=gpu         # numerics, attention and steps on a GPU: scripts/benchmark_gpu.py
+    python scripts/benchmarks/train_step.py --max_length=1024 --remat=dots
+    python scripts/benchmarks/train_step.py --suite=gpu     # numerics, attention and steps on a GPU: see gpu.py
 
 Real means: tokens of dialogues, padding not counted. The step is the one that scripts/train.py runs, on the first
 `--dialogues` dialogues of the file. A step lasts from the end of the one before to its own, with what making and
 placing its batch adds; times are medians over the steps after the first. With --profile=FILE.md also where the time
-goes, on a CPU: scripts/benchmark_profile.py.
+goes, on a CPU: scripts/benchmarks/step_profile.py.
 """
 
 import json
@@ -19,9 +19,9 @@ import sys
 import time
 from typing import Any
 
-import benchmark_profile
 import jax
 import jax.numpy as jnp
+import step_profile
 from absl import app, flags, logging
 
 from dialog_jax.attention import dispatch
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     if _SUITE.value == "gpu":
         if len(shown) > 1:
             raise app.UsageError(f"--suite=gpu takes no other flags, got {', '.join('--' + f.name for f in shown)}")
-        sys.exit(subprocess.run([sys.executable, pathlib.Path(__file__).with_name("benchmark_gpu.py")]).returncode)
+        sys.exit(subprocess.run([sys.executable, pathlib.Path(__file__).with_name("gpu.py")]).returncode)
     try:
         for path in filter(None, (_OUT.value, _PROFILE.value)):
             pathlib.Path(path).touch()
@@ -69,9 +69,11 @@ def main(arguments: list[str]) -> None:
             raise UserError(
                 f"--profile is for CPUs, this is a {jax.default_backend()}; jax.profiler.trace serves there."
             )
-        _measure(" ".join(["python", "scripts/benchmark.py", *(f"--{flag.name}={flag.value}" for flag in shown)]))
+        _measure(
+            " ".join(["python", "scripts/benchmarks/train_step.py", *(f"--{flag.name}={flag.value}" for flag in shown)])
+        )
     except (ValueError, OSError) as error:
-        sys.exit(f"benchmark.py: {error}")
+        sys.exit(f"train_step.py: {error}")
 
 
 def _measure(command: str) -> None:
@@ -104,12 +106,12 @@ def _measure(command: str) -> None:
         pathlib.Path(_OUT.value).write_text(json.dumps(figures | steps, indent=1), encoding="utf-8")
     if _PROFILE.value:
         placed = jax.device_put(plan.batch(_STEPS.value + 1), sharding.batch_sharding(mesh))
-        events = benchmark_profile.record(lambda: compiled(state, placed))
-        told = benchmark_profile.text(
+        events = step_profile.record(lambda: compiled(state, placed))
+        told = step_profile.text(
             program=hlo.parse(compiled.as_text()),
             events=events,
             seconds=statistics.median(seconds),
-            speed=benchmark_profile.product_speed(model, _ROWS.value * _MAX_LENGTH.value),
+            speed=step_profile.product_speed(model, _ROWS.value * _MAX_LENGTH.value),
             tokens=statistics.median(real for real, _ in counts),
             figures={"command": f"`{command}`", **figures},
         )

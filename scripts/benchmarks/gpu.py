@@ -1,9 +1,9 @@
 """Measures what only a GPU can tell, in one command: numerics, attention alone, training steps; a table and JSON.
 
-    python scripts/benchmark_gpu.py            # on one H200 with JAX 0.11.2: under 8 minutes, to experiments/results/
-    python scripts/benchmark_gpu.py --tiny     # the same on a CPU with tiny shapes: says nothing of speed, is printed
+    python scripts/benchmarks/gpu.py            # on one H200 with JAX 0.11.2: under 8 minutes, to experiments/results/
+    python scripts/benchmarks/gpu.py --tiny     # the same on a CPU with tiny shapes: says nothing of speed, is printed
 
-Lines are measured by scripts/benchmark_gpu_case.py in processes of their own: a crash or a time limit costs the line it
+Lines are measured by gpu_case.py in processes of their own: a crash or a time limit costs the line it
 befalls, and the next process goes on after it. What was not measured says so, and why. Nothing is measured without an
 NVIDIA GPU, unless `--tiny` is given.
 """
@@ -23,7 +23,7 @@ from absl import app, flags
 
 _TINY = flags.DEFINE_bool("tiny", False, "Tiny shapes, on any device.")
 _RESULTS_DIR = flags.DEFINE_string("results_dir", None, "Where gpu.md and gpu.json go [experiments/results].")
-_CASE = pathlib.Path(__file__).with_name("benchmark_gpu_case.py")
+_CASE = pathlib.Path(__file__).with_name("gpu_case.py")
 
 Record = dict[str, Any]
 
@@ -273,7 +273,7 @@ def main(argv):
     del argv
     started = time.monotonic()
     here, results = suite(tiny=_TINY.value, command=[sys.executable, str(_CASE)])
-    shown_command = "python scripts/benchmark_gpu.py" + (" --tiny" if _TINY.value else "")
+    shown_command = "python scripts/benchmarks/gpu.py" + (" --tiny" if _TINY.value else "")
     page = report(here, results, time.monotonic() - started, shown_command)
     print("\n" + page)
     directory = _RESULTS_DIR.value or ("" if _TINY.value else "experiments/results")

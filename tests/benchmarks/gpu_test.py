@@ -1,4 +1,4 @@
-"""scripts/benchmark_gpu.py and scripts/benchmark_gpu_case.py: what is measured, and what a line says if it is not."""
+"""scripts/benchmarks/gpu.py and scripts/benchmarks/gpu_case.py: what is measured, and what a line says if it is not."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ _TRAINED = {
 class CaseTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        self.case = self.enterContext(running.loaded("benchmark_gpu_case"))
+        self.case = self.enterContext(running.loaded("benchmarks/gpu_case"))
 
     def test_tree_is_the_one_of_the_picture(self):
         position, subtree_end = self.case.tree(8, turns=2)
@@ -78,7 +78,7 @@ class CaseTest(parameterized.TestCase):
         np.testing.assert_array_equal(starts, [[0, 3, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])
 
     def test_updates_are_measured_and_counted(self):
-        with running.loaded("benchmark_gpu") as suite:
+        with running.loaded("benchmarks/gpu") as suite:
             record = suite.tiny_groups()[-1][0]
         figures = self.case.measured(record)
         self.assertEqual(set(figures), set(_TRAINED))
@@ -105,7 +105,7 @@ class CaseTest(parameterized.TestCase):
 class SuiteTest(absltest.TestCase):
     def setUp(self):
         super().setUp()
-        self.suite = self.enterContext(running.loaded("benchmark_gpu"))
+        self.suite = self.enterContext(running.loaded("benchmarks/gpu"))
         self.enterContext(mock.patch.multiple(self.suite, _STARTING=2.0, _LIMITS={"fake": 0.5}))
 
     def measure(self, *does, budget=30.0):
@@ -139,9 +139,9 @@ class SuiteTest(absltest.TestCase):
 
     def test_tiny_suite_runs_and_fills_its_tables(self):
         directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        argv = ["benchmark_gpu.py", "--tiny", f"--results_dir={directory}"]
+        argv = ["gpu.py", "--tiny", f"--results_dir={directory}"]
         self.suite.flags.FLAGS(argv)
-        case = self.enterContext(running.loaded("benchmark_gpu_case"))
+        case = self.enterContext(running.loaded("benchmarks/gpu_case"))
         self.enterContext(mock.patch.dict(case.PARTS, train=lambda **shape: _TRAINED))  # has a test of its own
         self.suite.measure = lambda records, budget, command: [case.measured(record) for record in records]
         with contextlib.redirect_stdout(io.StringIO()):

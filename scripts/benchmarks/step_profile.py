@@ -1,6 +1,6 @@
 """Where the time of an update goes: a trace of one and the text of its program -> seconds by part, and a bound.
 
-    python scripts/benchmark.py --profile=runs/profile.md
+    python scripts/benchmarks/train_step.py --profile=runs/profile.md
 
 Several things may run at once. A moment counts for the matrix product that runs, if one does, otherwise for what else
 runs, otherwise as not recorded: XLA's profiler on a CPU notes when some products begin and not when they end, so that

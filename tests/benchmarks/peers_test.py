@@ -1,4 +1,4 @@
-"""scripts/benchmark_peers: what is shared, what is counted and what is told; needs no peer."""
+"""scripts/benchmarks/peers: what is shared, what is counted and what is told; needs no peer."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 from tests.scripts import running
 
-sys.path.insert(0, str(running.SCRIPTS / "benchmark_peers"))
+sys.path.insert(0, str(running.SCRIPTS / "benchmarks" / "peers"))
 
 import contestants
 import shared_inputs
@@ -214,7 +214,7 @@ class SummaryTest(absltest.TestCase):
             "versions": {"trl": ["torch==2.13.0", "six==1"]},
             "rounds": [a_round("ours", 150.0), a_round("trl_packed", 100.0)],
         }
-        with running.loaded("benchmark_peers/run") as script:
+        with running.loaded("benchmarks/peers/run") as script:
             text = script.write(seen, directory)
             self.assertEqual(script.orders(["a", "b", "c"], 4), [list("abc"), list("bca"), list("cab"), list("abc")])
         self.assertIn("trl: torch 2.13.0  \n", text)

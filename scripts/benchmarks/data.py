@@ -1,6 +1,6 @@
 """Measures the host's part of training: dialogues prepared a second, memory, and what making a step's batch takes.
 
-    python scripts/benchmark_data.py --workers=2 --step_seconds=0.3
+    python scripts/benchmarks/data.py --workers=2 --step_seconds=0.3
 
 Prepares the dialogues of --data anew, in a directory that is removed afterwards, and then makes batches as a run does.
 The figures are printed as JSON. Needs no accelerator, and loads no weights: a step is --step_seconds of sleep, during
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
             workers = {"workers": _WORKERS.value, "processors": os.cpu_count()}
             print(json.dumps({**asked, **workers, **figures, **loading(trees)}, indent=1))
     except (ValueError, OSError) as error:
-        sys.exit(f"benchmark_data.py: {error}")
+        sys.exit(f"data.py: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from dialog_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
-REPOSITORY = HERE.parents[1]
+REPOSITORY = HERE.parents[2]
 
 # glibc gives freed arrays back to the kernel, which zeroes the pages again in every micro-batch: large pages, of which
 # there are fewer, or the three others, which keep it from that. JAX needs no more than the first; with all four its
@@ -103,7 +103,7 @@ def measuring(name: str, settings: Settings, python: pathlib.Path, out: pathlib.
         return [*_peer(name, settings, python, out), f"--warmup={settings.warmup}", f"--steps={settings.steps}"]
     return [
         sys.executable,
-        str(REPOSITORY / "scripts" / "benchmark.py"),
+        str(REPOSITORY / "scripts" / "benchmarks" / "train_step.py"),
         f"--model={settings.model}",
         f"--data={settings.inputs / 'dialogues.jsonl'}",
         f"--max_length={settings.max_length}",

@@ -1,8 +1,8 @@
-"""Measures some lines of scripts/benchmark_gpu.py in this process; prints each, as JSON, as soon as it is known.
+"""Measures some lines of scripts/benchmarks/gpu.py in this process; prints each, as JSON, as soon as it is known.
 
-    python scripts/benchmark_gpu_case.py --records='[{"part": "device"}]'
+    python scripts/benchmarks/gpu_case.py --records='[{"part": "device"}]'
 
-A record is what benchmark_gpu.py lists: `part` is a function here, the other fields its arguments. What the device or
+A record is what gpu.py lists: `part` is a function here, the other fields its arguments. What the device or
 this version of JAX cannot do is a line {"failed": reason}; a crash ends the process, and leaves the lines before it.
 """
 
@@ -30,7 +30,7 @@ from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
 
 _RECORDS = flags.DEFINE_string("records", None, "What to measure: a list of records in JSON.", required=True)
-_SHAPES = pathlib.Path(__file__).parents[1] / "experiments" / "shapes"
+_SHAPES = pathlib.Path(__file__).parents[2] / "experiments" / "shapes"
 
 # As of ChitChat's dialogues in tokens: mean 400, few above 2,000.
 _MEAN, _DEVIATION, _SHORTEST, _LONGEST = 400.0, 0.8, 16, 2048

@@ -1,6 +1,6 @@
 """Measures dialog_jax and what a user would pick instead, in turn, on the same weights, dialogues and loss.
 
-    python scripts/benchmark_peers/run.py --out=runs/benchmark_peers
+    python scripts/benchmarks/peers/run.py --out=runs/benchmark_peers
 
 Full fine-tuning in float32 with AdamW (2e-5, gradients clipped at 1), loss on responses and their end of turn. Each
 peer gets an environment of its own, made once from `requirements/` under --environments. Every round starts every
@@ -110,7 +110,7 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "python": platform.python_version(),
-        "command": " ".join(["python", "scripts/benchmark_peers/run.py", *_shown_flags()]),
+        "command": " ".join(["python", "scripts/benchmarks/peers/run.py", *_shown_flags()]),
         "minutes": round((time.time() - started) / 60, 1),
         "inputs": written,
         "compared": compared,
