@@ -169,7 +169,7 @@ def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> 
     """The gradient of a row's loss with respect to what each of its tokens gives to the first layer."""
     length = row.tokens.shape[1]
     one_token_a_place = dataclasses.replace(config, vocab_size=length)
-    matrix = decoder.output_matrix(config, parameters)
+    matrix = decoder.unembedding(config, parameters)
 
     def loss_of(embedded):
         # A table of embeddings with a line a position makes the input of every position a variable of its own.

@@ -110,7 +110,7 @@ def add_gradient(model, parameters, gradient, batch):
 
     def weighted(parameters):
         hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
-        matrix = decoder.output_matrix(model, parameters)
+        matrix = decoder.unembedding(model, parameters)
         return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
 
     value, own = jax.value_and_grad(weighted)(parameters)

@@ -1,6 +1,6 @@
 """Attention of a few new queries over a cache of keys, with any mask: for decoding.
 
-All scores are in memory at once; for rows to train on see `attention.portable`.
+All scores are in memory at once; for rows to train on see `attention.blockwise`.
 """
 
 import jax.numpy as jnp

@@ -5,8 +5,8 @@ In: the mesh, the shape and type of queries and keys, and whether trees branch. 
 
 A kernel is trusted on a device once it has been tried there: on a small random forest, with the heads, the type and the
 blocks that it is to be used with, what it reads and its three gradients must equal those of NumPy in float64 to
-rounding. One that does not, or does not compile, is passed over, and the reason says so. The portable path is the last,
-and always there. On CPUs it is the only one, and nothing is tried.
+rounding. One that does not, or does not compile, is passed over, and the reason says so. Blockwise attention is the
+last, and always there. On CPUs it is the only one, and nothing is tried.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ _TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 _NOT_HERE = (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError)
 
 
-class Choice(NamedTuple):
+class Kernel(NamedTuple):
     """A way to attend, and one line that says why."""
 
     name: str
@@ -73,9 +73,9 @@ _CANDIDATES = (
 )
 
 
-def choose(
+def select_kernel(
     mesh: Mesh, *, heads: int, kv_heads: int, head_dim: int, length: int, dtype: jax.typing.DTypeLike, branching: bool
-) -> Choice:
+) -> Kernel:
     """Returns how to attend in rows that are divided over the devices of `mesh`.
 
     Each process tries kernels on one of its own devices: alike devices and versions come to the same choice.
@@ -96,10 +96,10 @@ def choose(
         attend, wrong = _tried(candidate, mesh, heads, kv_heads, head_dim, min(length, _PROBE_LENGTH), dtype, branching)
         if attend is not None:
             said = f"equal to float64 on {mesh.local_devices[0].device_kind} to {wrong}"
-            return Choice(candidate.name, sharded(attend, mesh), "; ".join([said, *passed]))
+            return Kernel(candidate.name, sharded(attend, mesh), "; ".join([said, *passed]))
         passed.append(f"{candidate.name}: {wrong}")
     reason = "; ".join(passed) if passed else f"there is no kernel for {platform}"
-    return Choice("portable", sharded(blockwise.attend, mesh), reason)
+    return Kernel("blockwise", sharded(blockwise.attend, mesh), reason)
 
 
 def sharded(attend: Attend, mesh: Mesh) -> Attend:

@@ -275,7 +275,7 @@ def _token_nll(
         compute_dtype=compute_dtype,
         remat=remat,
     )
-    matrix = decoder.output_matrix(model, parameters)
+    matrix = decoder.unembedding(model, parameters)
     logits = hidden[0, :-1].astype(jnp.float32) @ matrix.astype(jnp.float32).T  # [T-1, V]
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
 

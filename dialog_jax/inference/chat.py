@@ -33,7 +33,7 @@ class ChatModel(NamedTuple):
     """The template's end of turn and the model's own ends."""
 
 
-class Piece(NamedTuple):
+class ReplyChunk(NamedTuple):
     """The next piece of a reply, whole characters only. The last piece says in `end` why the reply is over:
 
     `turn` (the model ended it), `max_new_tokens`, or `context` (there is no room for more).
@@ -90,7 +90,7 @@ def reply(
     top_p: float,
     seed: int,
     session: generation.Session | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[ReplyChunk]:
     """Yields a reply to `messages` as it is written; see `generation.generate` for the arguments.
 
     A character of several tokens appears when its last token is there.
@@ -116,10 +116,10 @@ def reply(
         stop_tokens=model.stop_tokens,
         session=session,
     )
-    return _pieces(model, generated, "context" if room < max_new_tokens else "max_new_tokens")
+    return _chunks(model, generated, "context" if room < max_new_tokens else "max_new_tokens")
 
 
-def _pieces(model: ChatModel, generated: Iterator[int], end: str) -> Iterator[Piece]:
+def _chunks(model: ChatModel, generated: Iterator[int], end: str) -> Iterator[ReplyChunk]:
     backend = model.tokenizer.backend_tokenizer
     ids: list[int] = []
     shown = text = ""
@@ -130,6 +130,6 @@ def _pieces(model: ChatModel, generated: Iterator[int], end: str) -> Iterator[Pi
         ids.append(token)
         text = backend.decode(ids, skip_special_tokens=True)
         if not text.endswith(_UNFINISHED) and text.startswith(shown):
-            yield Piece(text[len(shown) :])
+            yield ReplyChunk(text[len(shown) :])
             shown = text
-    yield Piece(text[len(shown) :], end)
+    yield ReplyChunk(text[len(shown) :], end)

@@ -115,7 +115,7 @@ def generate(
 
 def _generate(session, tokens, max_new_tokens, temperature, top_p, key, stop_tokens) -> Iterator[int]:
     for step in range(max_new_tokens):
-        token = int(choose(session.read(tokens), jax.random.fold_in(key, step), temperature, top_p))
+        token = int(sample_token(session.read(tokens), jax.random.fold_in(key, step), temperature, top_p))
         yield token
         if token in stop_tokens:
             return
@@ -123,7 +123,7 @@ def _generate(session, tokens, max_new_tokens, temperature, top_p, key, stop_tok
 
 
 @jax.jit
-def choose(
+def sample_token(
     logits: Float[Array, "V"],
     key: Key[Array, ""],
     temperature: float | Float[Array, ""],
@@ -165,5 +165,5 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
 def _extend(config, parameters, cache, tokens, start, last):
     hidden, cache = decoder.extend(config, parameters, cache, tokens, start)
-    matrix = decoder.output_matrix(config, parameters)
+    matrix = decoder.unembedding(config, parameters)
     return jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), matrix.astype(jnp.float32)), cache

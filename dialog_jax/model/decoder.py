@@ -237,7 +237,7 @@ def hidden_states(
 
     Args:
       position: of each token in its own context, for RoPE; siblings in a tree share it.
-      subtree_end: one more than the last token that sees this one (see `attention.portable`).
+      subtree_end: one more than the last token that sees this one (see `attention.blockwise`).
       remat: what the backward pass computes again, from least to most. "none": only attention's probabilities, which
         are never kept; "attention": also queries, keys and values; "dots": all but the products with weights and what
         attention read; "full": all but each layer's input.
@@ -271,7 +271,7 @@ def hidden_states(
     return rms_norm(x, model.final_norm[...], config.norm_epsilon)
 
 
-def output_matrix(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
+def unembedding(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
     """What turns hidden states into logits: the embedding itself where the two are tied."""
     return parameters["embedding"] if config.tie_embeddings else parameters["lm_head"]
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 
 from dialog_jax.attention import dispatch
-from dialog_jax.attention.dispatch import Choice
+from dialog_jax.attention.dispatch import Kernel
 from dialog_jax.batching.batches import Plan
 from dialog_jax.batching.mixture import Mixture
 from dialog_jax.errors import UserError
@@ -166,7 +166,7 @@ def _prepared(
     plan: Plan,
     steps: int,
     dtype: np.dtype,
-    choice: Choice,
+    choice: Kernel,
     transform: optax.GradientTransformation,
     shardings: TrainState,
     losses: dict[int, float],
@@ -205,8 +205,8 @@ def _prepared(
     )
 
 
-def _attention(config: TrainConfig, mesh: Mesh, given: Inputs, dtype: np.dtype) -> Choice:
-    choice = dispatch.choose(
+def _attention(config: TrainConfig, mesh: Mesh, given: Inputs, dtype: np.dtype) -> Kernel:
+    choice = dispatch.select_kernel(
         mesh,
         heads=given.model.heads,
         kv_heads=given.model.kv_heads,

@@ -122,7 +122,7 @@ def make_train_step(
     optimizer state stay as they are.
 
     Args:
-      attend: how to attend over the mesh, as `attention.choosing` says; None for the portable way.
+      attend: how to attend over the mesh, as `attention.dispatch` says; None for blockwise attention.
     """
 
     # Said outright: left to itself, XLA lays the stream out as the embedding's width is, keeps each row on all devices
@@ -141,7 +141,7 @@ def make_train_step(
             place=lambda x: jax.lax.with_sharding_constraint(x, stream),
             attend_trees=attend or dispatch.sharded(blockwise.attend, mesh),
         )
-        matrix = decoder.output_matrix(model, parameters)
+        matrix = decoder.unembedding(model, parameters)
         teacher = None
         if batch.teacher_token is not None and batch.teacher_log_probability is not None:
             teacher = loss.Teacher(batch.teacher_token, batch.teacher_log_probability)
@@ -218,7 +218,7 @@ def make_evaluation_step(
     """Returns the compiled sums of one [1, B, ...] batch, turn by turn for the first `turns` turns.
 
     Args:
-      attend: how to attend over the mesh, as `attention.choosing` says; None for the portable way.
+      attend: how to attend over the mesh, as `attention.dispatch` says; None for blockwise attention.
     """
     attend = attend or dispatch.sharded(blockwise.attend, mesh)
     score = functools.partial(sharded_loss.score_targets, mesh)
@@ -276,5 +276,5 @@ def _scores(
         compute_dtype=compute_dtype,
         attend_trees=attend,
     )
-    matrix = decoder.output_matrix(model, parameters)
+    matrix = decoder.unembedding(model, parameters)
     return score(hidden, matrix, batch.source, batch.target, batch.weight)

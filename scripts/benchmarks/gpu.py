@@ -34,7 +34,7 @@ _LIMITS = {"device": 20.0, "numerics": 30.0, "attention": 20.0, "train": 110.0} 
 _HEADS = (dict(heads=32, kv_heads=8, head_dim=128), dict(heads=9, kv_heads=3, head_dim=64))
 _LENGTHS = (2048, 8192, 32768)
 _PATHS = (("cudnn_causal", "causal"), ("pallas_gpu", "paths"), ("pallas_gpu", "trees"), ("cudnn_packed", "paths"))
-_SLOW_PATHS = (("portable", "paths"), ("portable", "trees"))
+_SLOW_PATHS = (("blockwise", "paths"), ("blockwise", "trees"))
 
 # Weights and moments are float32, as scripts/train.py keeps them, but for 8B: with theirs, 128 GB, nothing else fits.
 _TRAININGS = (
@@ -52,7 +52,7 @@ def full_groups() -> list[list[Record]]:
             dict(part="numerics", path=path, rows=rows, dtype=dtype, **heads, length=500)
             for heads, (rows, dtype) in itertools.product(_HEADS, kinds)
         ]
-        for path in ("pallas_gpu", "portable")
+        for path in ("pallas_gpu", "blockwise")
     }
     packed = [
         dict(part="numerics", path="cudnn_packed", rows="paths", dtype="bfloat16", **heads, length=500)
@@ -66,13 +66,13 @@ def full_groups() -> list[list[Record]]:
         ]
         for paths in (_PATHS, _SLOW_PATHS)
     )
-    return [numerics["pallas_gpu"], *trainings, packed, first, numerics["portable"], second]
+    return [numerics["pallas_gpu"], *trainings, packed, first, numerics["blockwise"], second]
 
 
 def tiny_groups() -> list[list[Record]]:
     """A line of each kind, for any device."""
     heads = dict(heads=4, kv_heads=2, head_dim=16)
-    paths = (("cudnn_causal", "causal"), ("portable", "trees"), ("cudnn_packed", "paths"))
+    paths = (("cudnn_causal", "causal"), ("blockwise", "trees"), ("cudnn_packed", "paths"))
     return [
         [dict(part="numerics", path="pallas_gpu", rows="trees", dtype="float32", **heads, length=64)],
         [

@@ -114,7 +114,7 @@ def train(
     parameters = jax.jit(draw, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
     state, shardings = train_step_lib.initial_state(mesh, parameters, transform)
     del parameters
-    choice = dispatch.choose(
+    choice = dispatch.select_kernel(
         mesh,
         heads=config.heads,
         kv_heads=config.kv_heads,
@@ -186,7 +186,7 @@ def path_named(name: str) -> dispatch.Attend:
         return functools.partial(pallas_gpu.attend, blocks=tiling, interpret=True)
     ways: dict[str, dispatch.Attend] = {
         "pallas_gpu": pallas_gpu.attend,
-        "portable": blockwise.attend,
+        "blockwise": blockwise.attend,
         "cudnn_causal": cudnn_causal,
         "cudnn_packed": cudnn_packed,
     }

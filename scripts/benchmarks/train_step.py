@@ -148,7 +148,7 @@ def _prepared() -> tuple[dataset.Trees, batches.Plan, dict[str, Any]]:
 def _compiled(model, mesh, batch, branching, figures):
     """(the compiled update, the first state); tells `figures` what they are and what that took."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    choice = dispatch.choose(
+    choice = dispatch.select_kernel(
         mesh,
         heads=model.heads,
         kv_heads=model.kv_heads,

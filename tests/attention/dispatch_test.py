@@ -26,7 +26,7 @@ def _chosen(*candidates, branching=True, for_trees=True, **changes):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     listed = tuple(dispatch._Candidate(name, "cpu", for_trees, lambda f=attend: f) for name, attend in candidates)
     with mock.patch.object(dispatch, "_CANDIDATES", listed):
-        return dispatch.choose(mesh, branching=branching, **(_SHAPE | changes))
+        return dispatch.select_kernel(mesh, branching=branching, **(_SHAPE | changes))
 
 
 def _value_and_gradients(attend, q, k, v, subtree_end, d_read):
@@ -35,12 +35,12 @@ def _value_and_gradients(attend, q, k, v, subtree_end, d_read):
 
 
 class ChooseTest(parameterized.TestCase):
-    def test_cpus_take_the_portable_path_untried(self):
+    def test_cpus_take_blockwise_untried(self):
         mesh = sharding.make_mesh(MeshConfig())
         with mock.patch.object(dispatch, "probe") as probe:
-            choice = dispatch.choose(mesh, branching=True, **_SHAPE)
+            choice = dispatch.select_kernel(mesh, branching=True, **_SHAPE)
         probe.assert_not_called()
-        self.assertEqual((choice.name, choice.reason), ("portable", "there is no kernel for cpu"))
+        self.assertEqual((choice.name, choice.reason), ("blockwise", "there is no kernel for cpu"))
 
     @parameterized.parameters(True, False)
     def test_first_candidate_that_is_right_is_taken(self, branching):
@@ -63,7 +63,7 @@ class ChooseTest(parameterized.TestCase):
             return blockwise.attend(q, k, v, ends)
 
         self.assertEqual(_chosen(("paths", paths), branching=False).name, "paths")
-        self.assertEqual(_chosen(("paths", paths), branching=True).name, "portable")
+        self.assertEqual(_chosen(("paths", paths), branching=True).name, "blockwise")
 
     @parameterized.parameters("gradient", "nan")
     def test_right_value_with_wrong_gradient_or_nan_is_passed_over(self, kind):
@@ -73,7 +73,7 @@ class ChooseTest(parameterized.TestCase):
             return blockwise.attend(q, jax.lax.stop_gradient(k), v, subtree_end)
 
         choice = _chosen(("wrong", wrong))
-        self.assertEqual(choice.name, "portable")
+        self.assertEqual(choice.name, "blockwise")
         self.assertIn("1.0e+00 (to keys)" if kind == "gradient" else "nan (read)", choice.reason)
 
     def test_products_in_bfloat16_are_passed_over_for_float32(self):
@@ -81,7 +81,7 @@ class ChooseTest(parameterized.TestCase):
             q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
             return blockwise.attend(q, k, v, subtree_end).astype(jnp.float32)
 
-        self.assertEqual(_chosen(("coarse", coarse)).name, "portable")
+        self.assertEqual(_chosen(("coarse", coarse)).name, "blockwise")
         self.assertEqual(_chosen(("coarse", blockwise.attend), dtype=jnp.bfloat16).name, "coarse")
 
     @parameterized.parameters(
@@ -92,7 +92,7 @@ class ChooseTest(parameterized.TestCase):
             raise error
 
         choice = _chosen(("failing", failing))
-        self.assertEqual(choice.name, "portable")
+        self.assertEqual(choice.name, "blockwise")
         self.assertEqual(choice.reason, f"failing: {type(error).__name__}: {str(error).splitlines()[0]}")
 
     def test_fault_of_another_kind_is_not_hidden(self):
@@ -112,7 +112,7 @@ class ChooseTest(parameterized.TestCase):
 
     def test_candidate_for_paths_is_not_tried_on_trees(self):
         choice = _chosen(("paths", _interpreted), for_trees=False)
-        self.assertEqual((choice.name, choice.reason), ("portable", "paths is for rows whose trees are all paths"))
+        self.assertEqual((choice.name, choice.reason), ("blockwise", "paths is for rows whose trees are all paths"))
         self.assertEqual(_chosen(("paths", _interpreted), for_trees=False, branching=False).name, "paths")
 
     def test_kernel_without_its_device_is_passed_over(self):
@@ -137,10 +137,10 @@ class ReferenceTest(absltest.TestCase):
 class ShardedTest(parameterized.TestCase):
     @parameterized.product(
         mesh=(dict(data=2, fsdp=2, tensor=2), dict(dcn_data=2, data=1, fsdp=1, tensor=4), dict(data=8)),
-        name=("portable", "pallas"),
+        name=("blockwise", "pallas"),
     )
     def test_value_and_gradients_equal_those_of_one_device(self, mesh, name):
-        attend = {"portable": blockwise.attend, "pallas": _interpreted}[name]
+        attend = {"blockwise": blockwise.attend, "pallas": _interpreted}[name]
         rng = np.random.default_rng(0)
         rows = [row for _ in range(4) for row in oracle.rows_of(rng, 64, branching=True, padding=10)]
         given = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=16)

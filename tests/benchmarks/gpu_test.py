@@ -151,7 +151,7 @@ class SuiteTest(absltest.TestCase):
         self.assertRegex(
             page, r"\| cudnn_causal \| causal \| 4/2 x 16 \| 64 \| [\d.]+ \| [\d.]+ \| .* \| 1.000 \| 1.000 \|"
         )
-        self.assertRegex(page, r"\| portable \| trees \| 4/2 x 16 \| 64 \| .* \| 0\.\d+ \| [\d.]+ \|")
+        self.assertRegex(page, r"\| blockwise \| trees \| 4/2 x 16 \| 64 \| .* \| 0\.\d+ \| [\d.]+ \|")
         self.assertRegex(page, r"\| cudnn_packed .* not measured: \w+")
         self.assertRegex(page, r"\| tiny \| 64 \| 2 \| none \| float32 \| 71,234 \| 412 \| 41.7 \| 91.3 \| 20.0 \|")
 

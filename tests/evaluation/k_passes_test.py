@@ -181,7 +181,7 @@ class LossTest(absltest.TestCase):
         hidden = decoder.hidden_states(
             self.model, self.parameters, jnp.asarray(one.tokens)[None], jnp.arange(length)[None], ends
         )
-        matrix = decoder.output_matrix(self.model, self.parameters)
+        matrix = decoder.unembedding(self.model, self.parameters)
         logits = np.asarray(hidden[0], np.float64) @ np.asarray(matrix, np.float64).T
         return [np.log(np.exp(logits[i - 1]).sum()) - logits[i - 1, one.tokens[i]] for i in range(one.start, length)]
 

@@ -78,7 +78,7 @@ def losses(config, parameters, tokens):
         jnp.broadcast_to(jnp.arange(length), (count, length)),
         jnp.full((count, length), length, jnp.int32),
     )
-    logits = jnp.einsum("ntd,vd->ntv", hidden[:, :-1], decoder.output_matrix(config, parameters))
+    logits = jnp.einsum("ntd,vd->ntv", hidden[:, :-1], decoder.unembedding(config, parameters))
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
 
 

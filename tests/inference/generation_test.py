@@ -44,7 +44,7 @@ def _full_logits(tokens):
 def _padded_logits(tokens):
     path = jnp.arange(tokens.shape[1])[None], jnp.full(tokens.shape, tokens.shape[1])
     hidden = decoder.hidden_states(_CONFIG, _PARAMETERS, tokens, *path)[0]
-    return hidden @ decoder.output_matrix(_CONFIG, _PARAMETERS).T
+    return hidden @ decoder.unembedding(_CONFIG, _PARAMETERS).T
 
 
 def _prompt(length, seed=0):
@@ -166,7 +166,9 @@ class ChooseTest(parameterized.TestCase):
             if sum(probability[nucleus]) >= top_p:
                 break
         keys = jax.random.split(jax.random.key(0), 20000)
-        drawn = jax.vmap(lambda key: generation.choose(jnp.asarray(logits, jnp.float32), key, temperature, top_p))(keys)
+        drawn = jax.vmap(
+            lambda key: generation.sample_token(jnp.asarray(logits, jnp.float32), key, temperature, top_p)
+        )(keys)
         share = np.bincount(np.asarray(drawn), minlength=12) / len(keys)
         needed = np.zeros(12)
         needed[nucleus] = probability[nucleus] / sum(probability[nucleus])
@@ -175,7 +177,7 @@ class ChooseTest(parameterized.TestCase):
 
     def test_choose_at_temperature_zero_takes_the_likeliest(self):
         logits = jnp.asarray([0.0, 3.0, 2.9])
-        got = {int(generation.choose(logits, jax.random.key(seed), 0.0, 0.5)) for seed in range(20)}
+        got = {int(generation.sample_token(logits, jax.random.key(seed), 0.0, 0.5)) for seed in range(20)}
         self.assertEqual(got, {1})
 
 

@@ -38,7 +38,7 @@ def parameters():
 def packed(parameters, batch):
     """Sum of weighted loss of [B, ...] rows."""
     hidden = decoder.hidden_states(_MODEL, parameters, batch.tokens, batch.position, batch.subtree_end)
-    matrix = decoder.output_matrix(_MODEL, parameters)
+    matrix = decoder.unembedding(_MODEL, parameters)
     return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
 
 
@@ -48,7 +48,7 @@ def alone(parameters, tokens, weight):
     """Sum of weighted loss of sequences [n, T], each by itself; weight [n, T - 1] is of the tokens but the first."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = decoder.hidden_states(_MODEL, parameters, tokens, position, jnp.full(tokens.shape, tokens.shape[1]))
-    logits = jnp.einsum("ntd,vd->ntv", hidden[:, :-1], decoder.output_matrix(_MODEL, parameters))
+    logits = jnp.einsum("ntd,vd->ntv", hidden[:, :-1], decoder.unembedding(_MODEL, parameters))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
     return -jnp.sum(weight * chosen)
 
@@ -224,7 +224,7 @@ class CacheTest(absltest.TestCase):
             tokens[0, : len(history)] = history
             path = np.arange(_LENGTH, dtype=np.int32)[None], np.full((1, _LENGTH), _LENGTH, np.int32)
             last = hidden(tokens, *path)[0, len(history) - 1]
-            expected = np.asarray(decoder.output_matrix(_MODEL, parameters())) @ np.asarray(last)
+            expected = np.asarray(decoder.unembedding(_MODEL, parameters())) @ np.asarray(last)
             np.testing.assert_allclose(session.read(history), expected, atol=1e-4)
 
 

@@ -163,11 +163,11 @@ class DecoderTest(parameterized.TestCase):
         self.assertTrue(bool(jnp.any(stacked[0] != stacked[1])))
         self.assertAlmostEqual(float(jnp.std(stacked)), 0.02, places=2)
 
-    def test_output_matrix_is_the_embedding_itself_when_tied(self):
+    def test_unembedding_is_the_embedding_itself_when_tied(self):
         tied, untied = _parameters(_QWEN2), _parameters(_QWEN3)
         self.assertNotIn("lm_head", tied)
-        self.assertIs(decoder.output_matrix(_QWEN2, tied), tied["embedding"])
-        self.assertIs(decoder.output_matrix(_QWEN3, untied), untied["lm_head"])
+        self.assertIs(decoder.unembedding(_QWEN2, tied), tied["embedding"])
+        self.assertIs(decoder.unembedding(_QWEN3, untied), untied["lm_head"])
 
     @parameterized.parameters(
         dict(family="gpt2"),

@@ -26,7 +26,7 @@ def _logits(config, parameters, tokens):
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     subtree_end = jnp.full(tokens.shape, tokens.shape[1])
     hidden = decoder.hidden_states(config, parameters, jnp.asarray(tokens), position, subtree_end)
-    return np.asarray(jnp.einsum("btd,vd->btv", hidden, decoder.output_matrix(config, parameters)))
+    return np.asarray(jnp.einsum("btd,vd->btv", hidden, decoder.unembedding(config, parameters)))
 
 
 def _load(directory):

@@ -30,7 +30,7 @@ def _logits(config, parameters, tokens):
     hidden = decoder.hidden_states(
         config, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
     )
-    return jnp.einsum("btd,vd->btv", hidden, decoder.output_matrix(config, parameters))
+    return jnp.einsum("btd,vd->btv", hidden, decoder.unembedding(config, parameters))
 
 
 class ChatTest(absltest.TestCase):
@@ -91,11 +91,11 @@ class ChatTest(absltest.TestCase):
         text = "naïve 🐙 好的, déjà vu 👾"  # the last is cut below
         ids = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.assertGreater(len(self.model.tokenizer("🐙👾", add_special_tokens=False)["input_ids"]), 2)
-        pieces = list(chat._pieces(self.model, iter(ids), "max_new_tokens"))
+        pieces = list(chat._chunks(self.model, iter(ids), "max_new_tokens"))
         self.assertEqual("".join(piece.text for piece in pieces), text)
         self.assertFalse([piece for piece in pieces if "\ufffd" in piece.text])
         self.assertGreater(len(pieces), 6)
-        cut = list(chat._pieces(self.model, iter(ids[:-1]), "max_new_tokens"))
+        cut = list(chat._chunks(self.model, iter(ids[:-1]), "max_new_tokens"))
         self.assertEqual("".join(piece.text for piece in cut), text[:-1] + "\ufffd")
 
     def test_full_context_ends_the_reply_and_then_refuses(self):
@@ -126,7 +126,7 @@ class ChatTest(absltest.TestCase):
 
         def reply(model, messages, **settings):
             shown.append([(message.role, message.content) for message in messages])
-            return iter([chat.Piece("Fi"), chat.Piece("ne.", "turn")])
+            return iter([chat.ReplyChunk("Fi"), chat.ReplyChunk("ne.", "turn")])
 
         with running.loaded("chat") as script:
             script.flags.FLAGS(["chat.py", f"--model={self.path}"])

@@ -100,7 +100,7 @@ def _logits(model, parameters, tokens):
     hidden = decoder.hidden_states(
         model, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
     )
-    return jnp.einsum("btd,vd->btv", hidden, decoder.output_matrix(model, parameters))
+    return jnp.einsum("btd,vd->btv", hidden, decoder.unembedding(model, parameters))
 
 
 def _messages(record):

@@ -79,7 +79,7 @@ def plain_dialogue(seed=0, turns=4):
 def packed_loss(model, parameters, batch):
     """Sum of weighted loss of [B, ...] rows."""
     hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
-    matrix = decoder.output_matrix(model, parameters)
+    matrix = decoder.unembedding(model, parameters)
     return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
 
 
@@ -98,7 +98,7 @@ def _causal_nll(model, parameters, tokens):
     hidden = decoder.hidden_states(
         model, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
     )
-    logits = jnp.einsum("td,vd->tv", hidden[0, :-1], decoder.output_matrix(model, parameters))
+    logits = jnp.einsum("td,vd->tv", hidden[0, :-1], decoder.unembedding(model, parameters))
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
 
 
@@ -300,7 +300,7 @@ class CausalityTest(absltest.TestCase):
             batch = tiny.rows(prepared, [[tree]], max_length=_LENGTH)
             hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
             scores = loss.score_targets(
-                hidden, decoder.output_matrix(model, parameters), batch.source, batch.target, batch.weight
+                hidden, decoder.unembedding(model, parameters), batch.source, batch.target, batch.weight
             )
             return [scores.nll[0][(batch.turn[0] == turn) & (batch.weight[0] > 0)] for turn in (0, 1)]
 
