@@ -4,15 +4,18 @@ In: a config and a mesh of simulated devices. Out: bytes and counts of one devic
 are read: every array is a shape with a sharding. Knows no chips and no seconds; see `planning.estimating`.
 """
 
+import contextlib
 import functools
 import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from dialog_jax.attention import blockwise
@@ -120,7 +123,7 @@ def compile_step(
     )
     began = time.monotonic()
     lowered = step.lower(state, batch)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _no_compilation_cache():
         compiled = lowered.compile({**_OPTIONS, "xla_dump_to": directory})
         program = hlo.parse(_dumped(directory, "after_spmd-partitioning", "after_call-inliner"))
         largest = _largest(_dumped(directory, "buffer-assignment"), hlo.parse(compiled.as_text() or ""))
@@ -206,6 +209,19 @@ def _device_bytes(arrays) -> int:
         jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype).size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(arrays)
     )
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Compiles although JAX may keep this program from another process, since only the compiler writes its texts."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _dumped(directory: str, *names: str) -> str:
