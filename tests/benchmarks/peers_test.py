@@ -1,4 +1,4 @@
-"""scripts/benchmarks/peers: what is shared, what is counted and what is told; needs no peer."""
+"""scripts/benchmarks/peers: shared inputs, figures and tables; no peer is installed or run."""
 
 import json
 import pathlib
@@ -22,10 +22,10 @@ import contestants
 import shared_inputs
 import summary
 
-_TALKS = [
+_DIALOGUES = [
     ["Hi", "Hello! How are you?", "fine, thank you", "yes", "And you?", "I am fine."],
     ["What is this?", "I am fine."],
-    ["And you?", "yes\nyes", "What is this?"],  # ends with words that nobody is trained on
+    ["And you?", "yes\nyes", "What is this?"],  # ends with a user message
     ["Hi " * 60, "no"],
 ]
 _OURS = {"compared_loss": 2.5, "compared_targets": 40}
@@ -36,7 +36,7 @@ _COMPARED |= {"tunix": {"compared_loss": 2.5, "compared_targets": 41}, "trl_pack
 
 def records():
     roles = ("user", "assistant")
-    return [{"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(talk)]} for talk in _TALKS]
+    return [{"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(talk)]} for talk in _DIALOGUES]
 
 
 def a_round(contestant, real, **more):
@@ -55,8 +55,8 @@ class SharedInputsTest(absltest.TestCase):
 
     def write(self, **changes):
         options = {"model": str(self.directory / "model"), "data": str(self.data), "dialogues": 4, "max_length": 100}
-        options |= {"first": 2, "spread": 2}
-        return shared_inputs.write(self.directory / "inputs", **(options | changes))
+        options |= {"warmup": 2, "measured": 2}
+        return shared_inputs.write_inputs(self.directory / "inputs", **(options | changes))
 
     def read(self, name):
         return [json.loads(line) for line in (self.directory / "inputs" / name).read_text().splitlines()]
@@ -73,7 +73,7 @@ class SharedInputsTest(absltest.TestCase):
         self.assertEqual(peers, ours)
         self.assertEqual(written["targets"], sum(map(len, ours)))
 
-    def test_what_is_compared_fits_a_row(self):
+    def test_compared_dialogues_fit_a_row(self):
         written = self.write()
         sizes = [len(one["input_ids"]) for one in self.read("tokens.jsonl")]
         self.assertGreater(sizes[3], 100)
@@ -82,14 +82,14 @@ class SharedInputsTest(absltest.TestCase):
         self.assertEqual((written["compared_dialogues"], written["longer_than_max_length"]), (3, 1))
         self.assertEqual(written["tokens"], sum(sizes))
 
-    def test_who_pads_reads_some_of_all_lengths_the_longest_first(self):
+    def test_padding_peers_read_a_sample_of_all_lengths_longest_first(self):
         self.write()
         whole, spread = self.read("tokens.jsonl"), self.read("spread_tokens.jsonl")
         order = sorted(range(4), key=lambda number: -len(whole[number]["input_ids"]))
         self.assertEqual(spread, [whole[order[number]] for number in (1, 1, 1, 3)])
         rng = np.random.default_rng(0)
         lengths = rng.integers(10, 2000, 256).tolist()
-        chosen = [lengths[place] for place in shared_inputs.of_all_lengths(lengths, 8)]
+        chosen = [lengths[place] for place in shared_inputs.sample_lengths(lengths, 8)]
         self.assertEqual(chosen, sorted(chosen, reverse=True))
         self.assertLen(set(chosen), 8)
         self.assertAlmostEqual(np.mean(chosen) / np.mean(lengths), 1, delta=0.03)
@@ -108,19 +108,19 @@ class SharedInputsTest(absltest.TestCase):
 
 
 class FiguresTest(absltest.TestCase):
-    def test_speeds_are_of_all_steps(self):
+    def test_add_speeds_uses_all_steps(self):
         written = {"seconds": [10.0, 20.0, 70.0], "real_tokens": [100, 400, 700], "response_tokens": [10, 80, 60]}
-        found = contestants.figures(written | {"peak_memory_gb": 1.0, "real_tokens_per_second": 99.0})
+        found = contestants.add_speeds(written | {"peak_memory_gb": 1.0, "real_tokens_per_second": 99.0})
         self.assertEqual((found["seconds_a_step"], found["tokens_a_step"]), (20.0, 400))
         self.assertEqual((found["real_tokens_per_second"], found["response_tokens_per_second"]), (12.0, 1.5))
         self.assertEqual(found["peak_memory_gb"], 1.0)
 
     def test_a_step_without_its_tokens_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "2 seconds, 1 real_tokens"):
-            contestants.figures({"seconds": [1.0, 2.0], "real_tokens": [5], "response_tokens": [1, 2]})
+            contestants.add_speeds({"seconds": [1.0, 2.0], "real_tokens": [5], "response_tokens": [1, 2]})
 
-    def test_a_loss_is_kept(self):
-        self.assertEqual(contestants.figures(_PEER), _PEER)
+    def test_add_speeds_without_steps_changes_nothing(self):
+        self.assertEqual(contestants.add_speeds(_PEER), _PEER)
 
     def test_a_contestant_that_ends_badly_has_failed(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -132,7 +132,7 @@ class FiguresTest(absltest.TestCase):
             (["/bin/true"], "ended with 0; see a.log"),
             (writes, "Expecting"),
         ):
-            found = contestants.run("tunix", command, out, seconds=2)
+            found = contestants.run_command("tunix", command, out, seconds=2)
             self.assertEqual(list(found), ["failed"])
             self.assertStartsWith(found["failed"], why)
 
@@ -140,7 +140,7 @@ class FiguresTest(absltest.TestCase):
         here = pathlib.Path("inputs")
         settings = contestants.Settings(model=pathlib.Path("m"), inputs=here, max_length=77, rows=3, warmup=1, steps=5)
         for name in contestants.CONTESTANTS:
-            command = contestants.measuring(name, settings, pathlib.Path("python"), pathlib.Path("out.json"))
+            command = contestants.measure_command(name, settings, pathlib.Path("python"), pathlib.Path("out.json"))
             self.assertContainsSubset(["--max_length=77", "--rows=3", "--steps=5", "--out=out.json"], command, name)
 
 
@@ -158,7 +158,7 @@ class SummaryTest(absltest.TestCase):
             a_round("trl_padded", 300.0),
             a_round("trl_packed_logits", 400.0),
         ]
-        self.found = summary.summarise(rounds, _COMPARED)
+        self.found = summary.summarize(rounds, _COMPARED)
 
     def test_medians_and_spread_are_over_rounds(self):
         ours, peer = self.found["ours"], self.found["trl_packed"]
@@ -170,15 +170,15 @@ class SummaryTest(absltest.TestCase):
         self.assertEqual((ours["compared_loss"], peer["compared_loss"], peer["first_loss"]), (2.5, 2.5001, 3.0))
         self.assertEqual(self.found["tunix"], {"failed": "not done after 9 s"})
 
-    def test_who_computes_another_loss_is_not_compared(self):
-        told = "it computes another loss on the same dialogues: 2.50200 on 40 targets, we 2.50000 on 40 targets"
+    def test_contestant_with_another_loss_is_not_compared(self):
+        told = "it computes another loss on the same dialogues: 2.50200 on 40 targets; dialog_jax 2.50000 on 40 targets"
         self.assertEqual(self.found["trl_padded"], {"failed": told})
         self.assertEqual(self.found["trl_packed_logits"], {"failed": "no memory"})
-        found = summary.summarise([a_round("tunix", 500.0)], _COMPARED)
-        self.assertIn("on 41 targets, we 2.50000 on 40 targets", found["tunix"]["failed"])
+        found = summary.summarize([a_round("tunix", 500.0)], _COMPARED)
+        self.assertIn("on 41 targets; dialog_jax 2.50000 on 40 targets", found["tunix"]["failed"])
 
-    def test_table_has_the_fastest_first_and_names_what_is_missing(self):
-        lines = summary.table(self.found, self.labels, {"Other": "no network"}).splitlines()
+    def test_table_is_sorted_by_speed_and_names_the_missing(self):
+        lines = summary.make_table(self.found, self.labels, {"Other": "no network"}).splitlines()
         self.assertEqual(
             lines[2],
             f"| {self.labels['ours']} | 170.0 | 150.0 to 250.0 | 42.5 | 2.4 | 2,046 | 3.20 | 30.0 | 3.0000 | 2.5000 |",
@@ -190,15 +190,17 @@ class SummaryTest(absltest.TestCase):
         )
 
     def test_verdict_compares_with_the_fastest_peer(self):
-        text = summary.verdict(self.found, self.labels)
-        self.assertIn("1.70 times the real tokens a second of the fastest peer (TRL, packed (bfd), malloc tuned)", text)
+        text = summary.make_verdict(self.found, self.labels)
+        self.assertIn(
+            "1.70 times as many real tokens per second as the fastest peer (TRL, packed (bfd), malloc tuned)", text
+        )
         self.assertIn("0.80 times its memory", text)
-        self.assertIn("40 targets of the same dialogues are within 1.0e-04 nats", text)
+        self.assertIn("all losses on the same 40 targets are within 1.0e-04 nats", text)
         for alone in ("ours", "trl_packed"):
-            with self.assertRaisesRegex(ValueError, "nothing is compared"):
-                summary.verdict({alone: self.found[alone]}, self.labels)
+            with self.assertRaisesRegex(ValueError, "nothing to compare"):
+                summary.make_verdict({alone: self.found[alone]}, self.labels)
 
-    def test_run_writes_table_plot_and_everything(self):
+    def test_write_results_writes_table_plot_and_json(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         seen = {
             "command": "python run.py",
@@ -215,8 +217,10 @@ class SummaryTest(absltest.TestCase):
             "rounds": [a_round("ours", 150.0), a_round("trl_packed", 100.0)],
         }
         with running.loaded("benchmarks/peers/run") as script:
-            text = script.write(seen, directory)
-            self.assertEqual(script.orders(["a", "b", "c"], 4), [list("abc"), list("bca"), list("cab"), list("abc")])
+            text = script.write_results(seen, directory)
+            self.assertEqual(
+                script.rotate_orders(["a", "b", "c"], 4), [list("abc"), list("bca"), list("cab"), list("abc")]
+            )
         self.assertIn("trl: torch 2.13.0  \n", text)
         self.assertEqual((directory / "peers.md").read_text(), text)
         self.assertEqual(json.loads((directory / "peers.json").read_text())["rounds"], seen["rounds"])

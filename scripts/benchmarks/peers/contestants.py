@@ -1,4 +1,4 @@
-"""Who is measured, in which configuration, and how each is started: settings -> a command, figures of a round."""
+"""The measured configurations: settings -> commands that start them, and the figures of a round."""
 
 import dataclasses
 import json
@@ -14,9 +14,8 @@ from dialog_jax.errors import UserError
 HERE = pathlib.Path(__file__).parent
 REPOSITORY = HERE.parents[2]
 
-# glibc gives freed arrays back to the kernel, which zeroes the pages again in every micro-batch: large pages, of which
-# there are fewer, or the three others, which keep it from that. JAX needs no more than the first; with all four its
-# heap grew to twice the size in some runs.
+# glibc returns freed arrays to the kernel, which zeroes their pages again in every micro-batch. Large pages make this
+# cheap; the three other settings prevent it. JAX needs only the first; with all four its heap doubled in some runs.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -28,33 +27,33 @@ MALLOC = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is the same for all contestants."""
+    """Settings that all contestants share."""
 
     model: pathlib.Path
-    """A directory of a published checkpoint."""
+    """Model directory."""
     inputs: pathlib.Path
-    """What `shared_inputs.write` wrote."""
+    """Directory written by `shared_inputs.write_inputs`."""
     max_length: int
     rows: int
-    """Rows of `max_length` a step. We take them at once; a peer in micro-batches, as its arguments say."""
+    """Rows of `max_length` tokens per step: one micro-batch here; a peer's arguments set its micro-batches."""
     warmup: int
-    """Steps of a round that are not measured."""
+    """Unmeasured steps at the start of a round."""
     steps: int
-    """Steps of a round that are."""
+    """Measured steps per round."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """Someone to measure."""
+    """One configuration to measure."""
 
     label: str
-    """In tables and plots."""
+    """Shown in tables and plots."""
     environment: str = ""
-    """A file of `requirements/`; empty for this repository's own."""
+    """Name of a file in `requirements/`; empty for the environment of this repository."""
     script: str = ""
     arguments: tuple[str, ...] = ()
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Of the process's environment."""
+    """Environment variables of the process."""
 
 
 CONTESTANTS = {
@@ -90,17 +89,19 @@ CONTESTANTS = {
 }
 
 NOT_MEASURED = {
-    "TRL with two rows a micro-batch, or with torch.compile": "tried once each, not faster; see [speed](speed.md)",
-    "TRL with Liger kernels": "they are Triton kernels, for GPUs",
-    "MaxText": "0.2.5 brings its dependencies in extras for CUDA and TPU only, none for a CPU; not tried further",
-    "LoRA, any": "dialog_jax has none yet",
+    "TRL with two rows per micro-batch, or with torch.compile": (
+        "tried once each and not faster; see [performance](../../docs/performance.md)"
+    ),
+    "TRL with Liger kernels": "these are Triton kernels, which need a GPU",
+    "MaxText": "0.2.5 has extras for CUDA and TPU only, none for CPU",
+    "LoRA": "not supported by dialog_jax yet",
 }
 
 
-def measuring(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
-    """The command that measures one round of a contestant and writes its figures to `out`."""
+def measure_command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
+    """Returns the command that measures one round of a contestant and writes its figures to `out`."""
     if CONTESTANTS[name].environment:
-        return [*_peer(name, settings, python, out), f"--warmup={settings.warmup}", f"--steps={settings.steps}"]
+        return [*_peer_command(name, settings, python, out), f"--warmup={settings.warmup}", f"--steps={settings.steps}"]
     return [
         sys.executable,
         str(REPOSITORY / "scripts" / "benchmarks" / "train_step.py"),
@@ -114,17 +115,17 @@ def measuring(name: str, settings: Settings, python: pathlib.Path, out: pathlib.
     ]
 
 
-def comparing(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
-    """The command that writes a peer's `compared_loss` and `compared_targets` to `out`; trains nothing."""
-    return [*_peer(name, settings, python, out), "--compare"]
+def compare_command(name: str, settings: Settings, python: pathlib.Path, out: pathlib.Path) -> list[str]:
+    """Returns the command that writes a peer's `compared_loss` and `compared_targets` to `out` without training."""
+    return [*_peer_command(name, settings, python, out), "--compare"]
 
 
-def _peer(name, settings, python, out):
-    one = CONTESTANTS[name]
+def _peer_command(name, settings, python, out):
+    peer = CONTESTANTS[name]
     return [
         str(python),
-        str(HERE / one.script),
-        *one.arguments,
+        str(HERE / peer.script),
+        *peer.arguments,
         f"--model={settings.model}",
         f"--inputs={settings.inputs}",
         f"--max_length={settings.max_length}",
@@ -133,14 +134,14 @@ def _peer(name, settings, python, out):
     ]
 
 
-def run(name: str, command: list[str], out: pathlib.Path, *, seconds: float) -> dict[str, Any]:
-    """What the command wrote to `out`, with speeds; `{"failed": why}` where it did not come to its end.
+def run_command(name: str, command: list[str], out: pathlib.Path, *, seconds: float) -> dict[str, Any]:
+    """Returns the figures that the command wrote to `out`, with speeds, or `{"failed": reason}`.
 
-    It sees CPUs only, since that is what is compared here.
+    The process sees CPUs only.
 
     Args:
-      out: a JSON file; what the process says goes beside it, as `.log`.
-      seconds: after which it is ended.
+      out: a JSON file; the output of the process goes to the same name with suffix `.log`.
+      seconds: time limit.
     """
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", *MALLOC)}
     if not CONTESTANTS[name].environment:
@@ -150,34 +151,34 @@ def run(name: str, command: list[str], out: pathlib.Path, *, seconds: float) -> 
     out.unlink(missing_ok=True)
     with out.with_suffix(".log").open("w", encoding="utf-8") as log:
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, env=variables, timeout=seconds, check=False
             )
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {seconds:.0f} s"}
-    if done.returncode or not out.exists():
-        return {"failed": f"ended with {done.returncode}; see {out.with_suffix('.log').name}"}
+    if process.returncode or not out.exists():
+        return {"failed": f"ended with {process.returncode}; see {out.with_suffix('.log').name}"}
     try:
-        return figures(json.loads(out.read_text(encoding="utf-8")))
-    except ValueError as error:
+        return add_speeds(json.loads(out.read_text(encoding="utf-8")))
+    except (UserError, json.JSONDecodeError) as error:
         return {"failed": str(error)}
 
 
-def figures(written: dict[str, Any]) -> dict[str, Any]:
-    """What a contestant wrote, and where it measured steps their speeds: tokens of all of them over their seconds.
+def add_speeds(figures: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of a contestant, with speeds if it measured steps: total tokens over total seconds.
 
     Raises:
-      UserError: it did not write one number of each kind for each step.
+      UserError: the numbers of seconds, real tokens and response tokens differ.
     """
-    if "seconds" not in written:
-        return written
-    steps = {key: written[key] for key in ("seconds", "real_tokens", "response_tokens")}
+    if "seconds" not in figures:
+        return figures
+    steps = {key: figures[key] for key in ("seconds", "real_tokens", "response_tokens")}
     if not steps["seconds"] or len({len(values) for values in steps.values()}) > 1:
         raise UserError(
             f"it wrote {', '.join(f'{len(v)} {k}' for k, v in steps.items())}; each step needs one of each."
         )
     elapsed = sum(steps["seconds"])
-    return written | {
+    return figures | {
         "seconds_a_step": statistics.median(steps["seconds"]),
         "tokens_a_step": statistics.mean(steps["real_tokens"]),
         "real_tokens_per_second": sum(steps["real_tokens"]) / elapsed,
@@ -185,11 +186,11 @@ def figures(written: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def our_compared_loss(settings: Settings, out: pathlib.Path) -> tuple[float, int]:
-    """(nats a target, targets) of dialog_jax on the dialogues that peers compute theirs on, by scripts/score.py.
+def compute_our_loss(settings: Settings, out: pathlib.Path) -> tuple[float, int]:
+    """Returns (nats per target, targets) of dialog_jax on the dialogues that all contestants are compared on.
 
     Raises:
-      subprocess.CalledProcessError: it failed; what it said is on the console.
+      subprocess.CalledProcessError: scoring failed; its output is on the console.
     """
     score = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Pinned requirements -> the interpreter of a virtual environment that has them."""
+"""Pinned requirements -> the interpreter of a virtual environment with these packages."""
 
 import pathlib
 import subprocess
@@ -9,11 +9,11 @@ from dialog_jax.errors import UserError
 REQUIREMENTS = pathlib.Path(__file__).parent / "requirements"
 
 
-def make(name: str, directory: pathlib.Path) -> pathlib.Path:
-    """The interpreter of the environment `name`, made in `directory / name` if it is not there or not of these pins.
+def make_environment(name: str, directory: pathlib.Path) -> pathlib.Path:
+    """Returns the interpreter of the environment in `directory / name`, which is made anew if its pins have changed.
 
     Raises:
-      UserError: pip could not install; its last line is told.
+      UserError: pip failed; the message has its last line.
     """
     pins = (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8")
     home = directory.absolute() / name
@@ -23,15 +23,15 @@ def make(name: str, directory: pathlib.Path) -> pathlib.Path:
     installed.unlink(missing_ok=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
     command = [str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{name}.txt")]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"{name}.txt could not be installed in {home}: {last}")
     installed.write_text(pins, encoding="utf-8")
     return python
 
 
-def versions(python: pathlib.Path) -> list[str]:
-    """`name==version` of every package there."""
+def list_versions(python: pathlib.Path) -> list[str]:
+    """Returns `name==version` of every installed package."""
     frozen = subprocess.run([str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
     return [line for line in frozen.stdout.splitlines() if "==" in line]

@@ -1,4 +1,4 @@
-"""Figures of all rounds -> medians, a table in Markdown, a plot."""
+"""Figures of all rounds -> medians, a Markdown table, a plot."""
 
 import pathlib
 import statistics
@@ -7,63 +7,65 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window, and none needed
+matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 
 from dialog_jax.errors import UserError
 
 OURS, BLUE, GREY = ("ours", "ours_untuned"), "#1f5fa8", "#9aa3ab"
-APART = 1e-3  # nats a target: who is farther from our loss before any update computes another one
+MAX_LOSS_DIFFERENCE = 1e-3  # nats per target; a contestant that differs more computes another loss
 _MEDIANS = ("real_tokens_per_second", "response_tokens_per_second", "seconds_a_step", "tokens_a_step")
 
 
-def summarise(
+def summarize(
     rounds: Sequence[Mapping[str, Any]], compared: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """{contestant: figures} in the order of their first round.
+    """Returns {contestant: figures} in the order of their first round.
 
-    Speeds are medians over the rounds, with the lowest and the highest round as `spread`. Memory is the largest of all
-    rounds; compile time the longest, since later rounds may find a cache; the loss of the first step is that of the
-    first round. A contestant of which a round failed, or that computes another loss than ours, has `failed` only.
+    Speeds are medians over the rounds, with the lowest and highest round as `spread`. Memory is the maximum over the
+    rounds; so is compile time, since later rounds may hit a cache. The loss of the first step is that of the first
+    round. A contestant has only `failed` if a round failed or if it computes another loss than dialog_jax.
 
     Args:
-      rounds: `{"contestant": name, ...figures}`, one for each contestant and round.
-      compared: `compared_loss` and `compared_targets` of each, or `failed`.
+      rounds: `{"contestant": name, ...figures}` for each contestant and round.
+      compared: `compared_loss` and `compared_targets` of each contestant, or `failed`.
     """
-    found: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(one["contestant"] for one in rounds):
-        own = [one for one in rounds if one["contestant"] == name]
-        if failures := [one["failed"] for one in [compared[name], *own] if "failed" in one]:
-            found[name] = {"failed": failures[0]}
+        runs = [one for one in rounds if one["contestant"] == name]
+        if failures := [one["failed"] for one in [compared[name], *runs] if "failed" in one]:
+            summary[name] = {"failed": failures[0]}
             continue
-        if name not in OURS and (other := _another_loss(compared[name], compared[OURS[0]])):
-            found[name] = {"failed": other}
+        if name not in OURS and (difference := _describe_other_loss(compared[name], compared[OURS[0]])):
+            summary[name] = {"failed": difference}
             continue
-        rates = [one["real_tokens_per_second"] for one in own]
-        found[name] = {key: statistics.median(one[key] for one in own) for key in _MEDIANS} | {
-            "rounds": len(own),
+        rates = [one["real_tokens_per_second"] for one in runs]
+        summary[name] = {key: statistics.median(one[key] for one in runs) for key in _MEDIANS} | {
+            "rounds": len(runs),
             "spread": [min(rates), max(rates)],
-            "peak_memory_gb": max(one["peak_memory_gb"] for one in own),
-            "first_loss": own[0]["first_loss"],
+            "peak_memory_gb": max(one["peak_memory_gb"] for one in runs),
+            "first_loss": runs[0]["first_loss"],
         }
-        if "compile_seconds" in own[0]:
-            found[name]["compile_seconds"] = max(one["compile_seconds"] for one in own)
-        found[name] |= compared[name]
-    return found
+        if "compile_seconds" in runs[0]:
+            summary[name]["compile_seconds"] = max(one["compile_seconds"] for one in runs)
+        summary[name] |= compared[name]
+    return summary
 
 
-def _another_loss(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """Why what a peer computes is not to be compared with us; nothing if it is."""
+def _describe_other_loss(peer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Returns how the loss of a peer differs from ours; empty if it is the same within tolerance."""
     same = peer["compared_targets"] == ours["compared_targets"]
-    if same and abs(peer["compared_loss"] - ours["compared_loss"]) <= APART:
+    if same and abs(peer["compared_loss"] - ours["compared_loss"]) <= MAX_LOSS_DIFFERENCE:
         return ""
-    told = [f"{one['compared_loss']:.5f} on {one['compared_targets']:,} targets" for one in (peer, ours)]
-    return f"it computes another loss on the same dialogues: {told[0]}, we {told[1]}"
+    losses = [f"{one['compared_loss']:.5f} on {one['compared_targets']:,} targets" for one in (peer, ours)]
+    return f"it computes another loss on the same dialogues: {losses[0]}; dialog_jax {losses[1]}"
 
 
-def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], unmeasured: Mapping[str, str]) -> str:
-    """In Markdown: the measured, the fastest first, then the others with the reason."""
+def make_table(
+    figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], unmeasured: Mapping[str, str]
+) -> str:
+    """Returns a Markdown table, fastest first, and a list of the contestants that were not measured with the reason."""
     header = [
         "",
         "real tokens/s",
@@ -89,7 +91,7 @@ def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], u
             f"{one['first_loss']:.4f}",
             f"{one['compared_loss']:.4f}",
         ]
-        for name, one in ranked(figures)
+        for name, one in rank(figures)
     ]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -98,36 +100,36 @@ def table(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], u
     return text + "\n\nNot measured:\n\n" + "\n".join(f"* {line}" for line in missing) if missing else text
 
 
-def ranked(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The contestants that were measured, the fastest first."""
+def rank(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns (name, figures) of the measured contestants, fastest first."""
     measured = [(name, one) for name, one in figures.items() if "failed" not in one]
     return sorted(measured, key=lambda item: -item[1]["real_tokens_per_second"])
 
 
-def verdict(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
-    """How ours compares with the fastest peer, tuned like it, and how far apart the losses are.
+def make_verdict(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
+    """Returns how dialog_jax compares with the fastest peer, and how far apart the losses are.
 
     Raises:
-      UserError: ours, or every peer, is missing.
+      UserError: dialog_jax, or every peer, is missing.
     """
-    measured = ranked(figures)
+    measured = rank(figures)
     ours = next((one for name, one in measured if name == OURS[0]), None)
     peers = [(name, one) for name, one in measured if name not in OURS]
     if ours is None or not peers:
-        raise UserError("ours, or every peer, could not be measured, so nothing is compared.")
+        raise UserError("dialog_jax, or every peer, could not be measured, so there is nothing to compare.")
     name, best = peers[0]
-    apart = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
+    difference = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
     return (
-        f"dialog_jax trains on {ours['real_tokens_per_second'] / best['real_tokens_per_second']:.2f} times the real "
-        f"tokens a second of the fastest peer ({labels[name]}), with "
-        f"{ours['peak_memory_gb'] / best['peak_memory_gb']:.2f} times its memory. Before any update, the losses of all "
-        f"on {ours['compared_targets']:,} targets of the same dialogues are within {apart:.1e} nats of ours."
+        f"dialog_jax trains {ours['real_tokens_per_second'] / best['real_tokens_per_second']:.2f} times as many real "
+        f"tokens per second as the fastest peer ({labels[name]}), with "
+        f"{ours['peak_memory_gb'] / best['peak_memory_gb']:.2f} times its memory. Before any update, all losses on the "
+        f"same {ours['compared_targets']:,} targets are within {difference:.1e} nats of ours."
     )
 
 
 def plot(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], path: pathlib.Path) -> None:
-    """Bars of speed and memory, ours in another colour."""
-    shown = ranked(figures)[::-1]
+    """Writes bars of speed and memory, with dialog_jax in another color."""
+    shown = rank(figures)[::-1]
     panels = {
         "real_tokens_per_second": "real tokens/s",
         "response_tokens_per_second": "response tokens/s",

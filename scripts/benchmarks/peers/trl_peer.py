@@ -1,9 +1,9 @@
-"""Trains with TRL's SFTTrainer, or the Trainer under it, and measures; runs in an environment of its own.
+"""Measures training with TRL's SFTTrainer, or with the loss of the Trainer it derives from; needs its own environment.
 
     python trl_peer.py --model=DIR --inputs=DIR --out=FILE.json --batching=packed
 
-Reads what `shared_inputs.py` wrote. Prints a line a step; writes the figures of every measured step as JSON. Knows
-nothing of dialog_jax.
+Reads the files written by `shared_inputs.py`, prints a line per step and writes the figures of every measured step as
+JSON. Does not import dialog_jax.
 """
 
 import argparse
@@ -25,11 +25,11 @@ HEADS = ("trl", "logits")
 
 
 class _Counted(trl.SFTTrainer):
-    """Keeps when each step ended and what it read. One that Trainer itself computes the loss of has `head` logits."""
+    """Records the end and the token counts of each step. With `head` "logits", Trainer computes the loss."""
 
     head = "trl"
 
-    def watch(self) -> None:
+    def reset_records(self) -> None:
         self.counts: list[tuple[int, int]] = []
         self.ends: list[float] = []
 
@@ -54,13 +54,13 @@ class _Clock(transformers.TrainerCallback):
 
 
 def read_tokens(path: pathlib.Path) -> datasets.Dataset:
-    """`input_ids` and `labels` of each dialogue."""
+    """Returns `input_ids` and `labels` of each dialogue."""
     with path.open(encoding="utf-8") as lines:
         return datasets.Dataset.from_list([json.loads(line) for line in lines])
 
 
 def make_trainer(options: argparse.Namespace) -> _Counted:
-    """SFTTrainer as its users set it up, in float32, over tokens that are labelled already."""
+    """Returns an SFTTrainer with common settings, in float32, over tokens that already have labels."""
     packed = options.batching == "packed"
     steps = options.warmup + options.steps
     config = trl.SFTConfig(
@@ -101,13 +101,13 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         processing_class=transformers.AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
     )
     trainer.head = options.head
-    trainer.watch()
+    trainer.reset_records()
     trainer.add_callback(_Clock(trainer))
     return trainer
 
 
 def compared_loss(trainer: _Counted) -> dict[str, float]:
-    """The loss of the dialogues to compare, in nats a target, batched and computed as in training."""
+    """Returns the loss of the compared dialogues in nats per target, batched and computed as in training."""
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader()]
     targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     trainer.model.train()
@@ -122,21 +122,21 @@ def main() -> None:
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--batching", choices=BATCHING, required=True)
-    parser.add_argument("--head", choices=HEADS, default="trl", help="TRL's loss in tiles, or the model's own logits.")
+    parser.add_argument("--head", choices=HEADS, default="trl", help="TRL's tiled loss, or the model's logits.")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--batch", type=int, default=1, help="Rows, or dialogues, of a micro-batch.")
+    parser.add_argument("--batch", type=int, default=1, help="Rows or dialogues per micro-batch.")
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=2, help="Of a step.")
+    parser.add_argument("--rows", type=int, default=2, help="Rows per step.")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--compare", action="store_true", help="Only the loss of the dialogues to compare.")
+    parser.add_argument("--compare", action="store_true", help="Compute only the loss of the compared dialogues.")
     options = parser.parse_args()
     if options.rows % options.batch:
-        parser.error(f"--rows={options.rows} is no multiple of --batch={options.batch}")
+        parser.error(f"--rows={options.rows} is not a multiple of --batch={options.batch}")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    started = time.perf_counter()
+    start = time.perf_counter()
     trainer = make_trainer(options)
-    prepared = time.perf_counter() - started
+    prepared = time.perf_counter() - start
     out = pathlib.Path(options.out)
     if options.compare:
         out.write_text(json.dumps(compared_loss(trainer)), encoding="utf-8")

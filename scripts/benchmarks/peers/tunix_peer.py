@@ -1,10 +1,10 @@
-"""Trains with google-tunix's PeftTrainer, and measures; runs in an environment of its own.
+"""Measures training with google-tunix's PeftTrainer; needs its own environment.
 
     python tunix_peer.py --model=DIR --inputs=DIR --out=FILE.json
 
-Its Llama 3 class takes the shape of SmolLM2, its own loader the weights, and its own default loss the mask of
-responses; rows are dialogues padded to `max_length`, since PeftTrainer does not pack. In 0.1.7 the class ignores the
-`rope_theta` of its config and rotates as for 1,000,000; it is put in here, else the model would be another one.
+Uses tunix's Llama 3 class with the shape of SmolLM2, its weight loader, and its default loss with a mask of response
+tokens. Rows are dialogues padded to `max_length`, since PeftTrainer does not pack. In tunix 0.1.7 the class ignores
+`rope_theta` in its config and uses 1,000,000; it is patched here, since otherwise the model would be a different one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ IGNORED = -100
 
 
 class _Clock(hooks.TrainingHooks):
-    """Notes when the loss of each update was there, and what it was."""
+    """Records the time and the loss of each update."""
 
     def __init__(self):
         self.ends: list[float] = []
@@ -40,14 +40,14 @@ class _Clock(hooks.TrainingHooks):
         self.losses.append(float(train_loss))
         print(f"step {train_step}: loss {train_loss:.4f}", flush=True)
 
-    def _nothing(self, *args):
+    def _ignore(self, *args):
         pass
 
-    on_train_start = on_train_end = on_train_step_start = on_eval_step_start = on_eval_step_end = _nothing
+    on_train_start = on_train_end = on_train_step_start = on_eval_step_start = on_eval_step_end = _ignore
 
 
 def read_rows(path: pathlib.Path, max_length: int) -> list[peft_trainer.TrainingInput]:
-    """One [1, max_length] row a dialogue, cut or padded; `input_mask` has 1 on targets. Token 0 pads."""
+    """Returns a [1, max_length] row per dialogue, truncated or padded with token 0; `input_mask` is 1 on targets."""
     rows = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
@@ -63,7 +63,7 @@ def read_rows(path: pathlib.Path, max_length: int) -> list[peft_trainer.Training
 
 
 def model_input(row: peft_trainer.TrainingInput) -> dict[str, jax.Array]:
-    """What PeftTrainer's default loss takes. Padding follows the dialogue, so that no token of it sees padding."""
+    """Returns the arguments of PeftTrainer's default loss. Padding comes last, so no real token attends to it."""
     real = row.input_tokens != 0
     return {
         "input_tokens": row.input_tokens,
@@ -74,7 +74,7 @@ def model_input(row: peft_trainer.TrainingInput) -> dict[str, jax.Array]:
 
 
 def load(directory: str) -> llama.Llama3:
-    """The model in float32, from config.json and its safetensors."""
+    """Returns the model in float32, from config.json and safetensors."""
     published = json.loads((pathlib.Path(directory) / "config.json").read_text(encoding="utf-8"))
     theta = published.get("rope_parameters", published)["rope_theta"]
     llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=theta)
@@ -94,14 +94,15 @@ def load(directory: str) -> llama.Llama3:
 
 
 def compared_loss(trainer: peft_trainer.PeftTrainer, rows: list[peft_trainer.TrainingInput]) -> dict[str, float]:
-    """The loss of the dialogues to compare, in nats a target, by the trainer's own function, a row at a time."""
+    """Returns the loss of the compared dialogues in nats per target, computed by the trainer's loss row by row."""
     loss = nnx.jit(lambda model, row: trainer.loss_fn(model, **model_input(row)))
     counts = [int(row.input_mask[:, 1:].sum()) for row in rows]
     total = sum(float(loss(trainer.model, row)) * count for row, count in zip(rows, counts, strict=True))
     return {"compared_loss": total / sum(counts), "compared_targets": sum(counts)}
 
 
-def in_steps(numbers: list[int], rows: int) -> list[int]:
+def sum_by_step(numbers: list[int], rows: int) -> list[int]:
+    """Returns the sums of consecutive groups of `rows` numbers."""
     return [sum(numbers[start : start + rows]) for start in range(0, len(numbers), rows)]
 
 
@@ -111,10 +112,10 @@ def main() -> None:
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=2, help="Of a step, one a micro-batch.")
+    parser.add_argument("--rows", type=int, default=2, help="Rows per step, one per micro-batch.")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--compare", action="store_true", help="Only the loss of the dialogues to compare.")
+    parser.add_argument("--compare", action="store_true", help="Compute only the loss of the compared dialogues.")
     options = parser.parse_args()
     compiling: list[float] = []
 
@@ -140,13 +141,13 @@ def main() -> None:
         rows = read_rows(inputs / "compared_tokens.jsonl", options.max_length)
         out.write_text(json.dumps(compared_loss(trainer, rows)), encoding="utf-8")
         return
-    used = read_rows(inputs / "spread_tokens.jsonl", options.max_length)[: steps * options.rows]
+    rows = read_rows(inputs / "spread_tokens.jsonl", options.max_length)[: steps * options.rows]
     clock = _Clock()
     trainer.with_training_hooks(clock)
     compiling.clear()
-    trainer.train(used)
-    real = in_steps([int((row.input_tokens != 0).sum()) for row in used], options.rows)
-    response = in_steps([int(row.input_mask[:, 1:].sum()) for row in used], options.rows)
+    trainer.train(rows)
+    real = sum_by_step([int((row.input_tokens != 0).sum()) for row in rows], options.rows)
+    response = sum_by_step([int(row.input_mask[:, 1:].sum()) for row in rows], options.rows)
     ends = clock.ends
     out.write_text(
         json.dumps(
