@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
         model = chat.load(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=chat_template_lib.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []

@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> None:
     console = rich.console.Console(stderr=True, highlight=False)
     try:
         dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
-        kwargs = chat_template_lib.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+        kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
         model = chat.load(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,

@@ -45,7 +45,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     responses = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
     if turn >= len(responses):
         raise UserError(f"{dialogue.name} has {len(responses)} assistant messages; --turn={turn} counts them from 0.")
-    history = [dialogue.messages[index] for index in dialogue.before(responses[turn])]
+    history = [dialogue.messages[index] for index in dialogue.ancestors(responses[turn])]
     human = dialogue.messages[responses[turn]]
     print(f"{dialogue.name}, response {turn}\n")
     labels = ["human wrote", *(f"{_label(model, models)} writes" for model in models)]
@@ -57,7 +57,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     for name, label in zip(models, labels[1:], strict=True):
         model = chat.load(
             name,
-            chat_template_kwargs=chat_template.template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+            chat_template_kwargs=chat_template.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         pieces = chat.reply(

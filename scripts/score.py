@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> None:
         if _TOP_K.value and _PASSES.value == "k":
             raise UserError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
-        kwargs = chat_template_lib.template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+        kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
         model = chat.load(
             _MODEL.value,
             dtype=dtype,

@@ -104,7 +104,8 @@ def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], rende
         shared = prefix_tree.common_prefix(before, one.sequence.tokens) if len(before) else 0
         spans = {message: span for message, span in spans.items() if span[1] <= shared}
         spans |= {
-            one.piece.messages[place.message]: (place.start, place.stop) for place in _places(one, spans, renderer)
+            one.piece.messages[place.message_index]: (place.start, place.stop)
+            for place in _places(one, spans, renderer)
         }
         if one.message >= 0:
             spans[one.message] = one.sequence.start, len(one.sequence.tokens)
@@ -118,19 +119,19 @@ def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], rende
 def _places(one: Trained, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
     """Where in a sequence the messages before its response stand, less the `known` ones."""
     messages = one.piece.dialogue.messages
-    stop = one.sequence.message + 1 or len(messages)
+    stop = one.sequence.message_index + 1 or len(messages)
     # Only the response has a weight, so that nothing else is a sequence of its own.
     alone = tuple(
-        dataclasses.replace(message, weight=float(index == one.sequence.message), parts=())
+        dataclasses.replace(message, weight=float(index == one.sequence.message_index), parts=())
         for index, message in enumerate(messages[:stop])
     )
     wanted = [message for message, number in zip(alone, one.piece.messages, strict=False) if number not in known]
     (rendered,) = renderer.render(
         [dataclasses.replace(one.piece.dialogue, messages=alone)],
-        whole=one.sequence.turn < 0,
+        full=one.sequence.turn < 0,
         locate=lambda message: any(message is other for other in wanted),
     )
-    return list(rendered)[-1].others
+    return list(rendered)[-1].message_spans
 
 
 def lines(

@@ -81,7 +81,7 @@ class _Setting(NamedTuple):
     lengths: list[int]
     special: Bool[np.ndarray, " vocabulary"]
     """Whether a token is special."""
-    guard: special_tokens.Guard
+    escaper: special_tokens.SpecialTokenEscaper
     markers: re.Pattern[str]
     """The texts of special tokens."""
 
@@ -138,7 +138,7 @@ def audit(
                 tally.found.add("refused", str(pieces))
             else:
                 contents += _look_at(tally, setting, dialogue, pieces)
-        encodings = setting.guard.encode([setting.guard.guard(text) for _, text in contents])
+        encodings = setting.escaper.encode([setting.escaper.escape(text) for _, text in contents])
         for (role, _), encoding in zip(contents, encodings, strict=True):
             tally.roles[role] += len(encoding)
     if not tally.counts["records"]:
@@ -160,7 +160,7 @@ def _setting(
         objective=objective,
         lengths=sorted({*row_lengths.LENGTHS, max_length}),
         special=special,
-        guard=special_tokens.Guard(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
+        escaper=special_tokens.SpecialTokenEscaper(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
         markers=re.compile(markers or "(?!)"),
     )
 
@@ -200,7 +200,7 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
     responses = weighting.responses(trained)
     for index, message in enumerate(dialogue.messages):
         where = f"{dialogue.name}: message {index} ({message.role})"
-        spelled = map(setting.markers.search, special_tokens.texts((message.content, message.fields)))
+        spelled = map(setting.markers.search, special_tokens.iterate_strings((message.content, message.fields)))
         if found := next(filter(None, spelled), None):
             kind = "special_parsed" if setting.renderer.allow_special_tokens else "special"
             tally.found.add(kind, f"{where} has {found[0]!r}")

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from dialog_jax.dialogues import sources
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_dialogue
-from dialog_jax.rendering.chat_template import template_kwargs
+from dialog_jax.rendering.chat_template import parse_template_kwargs
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import fitting, prefix_tree, weighting
@@ -51,7 +51,7 @@ def load_renderer(
     Raises:
       UserError: one of them is not what it should be.
     """
-    kwargs = template_kwargs(chat_template_kwargs)
+    kwargs = parse_template_kwargs(chat_template_kwargs)
     loaded = load_tokenizer(tokenizer, chat_template=chat_template)
     return loaded, Renderer(loaded, chat_template_kwargs=kwargs, allow_special_tokens=allow_special_tokens)
 
@@ -84,7 +84,7 @@ def render(
     unfolded = [fitting.unfold(dialogue, objective) for dialogue in dialogues]
     parts = [piece.dialogue for pieces in unfolded for piece in pieces]
     try:
-        rendered = iter(renderer.render(parts, whole=objective.whole, locate=objective.locates))
+        rendered = iter(renderer.render(parts, full=objective.whole, locate=objective.locates))
     except ValueError as error:
         if len(dialogues) == 1:
             yield error
@@ -117,9 +117,9 @@ def seams(
     found = []
     for piece in pieces:
         for sequence in piece.sequences:
-            if sequence.turn < 0 or piece.messages[sequence.message] in shown:
+            if sequence.turn < 0 or piece.messages[sequence.message_index] in shown:
                 continue
-            history = piece.messages[: sequence.message]
+            history = piece.messages[: sequence.message_index]
             previous = next((place for place in reversed(range(len(history))) if history[place] in shown), -1)
             if previous >= 0:
                 before = shown[history[previous]][1].tokens
@@ -128,11 +128,11 @@ def seams(
                     continued.add(history[previous])
                 else:
                     same = _text(tokenizer, sequence.tokens[at:]).startswith(_text(tokenizer, before[at:]))
-                    found.append(Seam("next" if same else "history", piece, previous, sequence.message))
-            shown[piece.messages[sequence.message]] = piece, sequence
+                    found.append(Seam("next" if same else "history", piece, previous, sequence.message_index))
+            shown[piece.messages[sequence.message_index]] = piece, sequence
     # Where another sequence begins with a response, response and prompt were tokenised together there.
     crossing = {
-        message: Seam("prompt", piece, sequence.message)
+        message: Seam("prompt", piece, sequence.message_index)
         for message, (piece, sequence) in shown.items()
         if message not in continued and _crosses(sequence, tokenizer, special)
     }
@@ -150,10 +150,10 @@ def contents(
     shown = set(weighting.responses(sequences))
     written, missing = [], []
     for piece in pieces:
-        ends = [one.sequence.message for one in sequences if one.piece is piece]
+        ends = [one.sequence.message_index for one in sequences if one.piece is piece]
         whole = min(ends, default=0) < 0
         count = len(piece.messages) if whole else max(ends, default=0)
-        text = renderer.text(piece.dialogue, count, add_generation_prompt=not whole) if count else ""
+        text = renderer.render_text(piece.dialogue, count, add_generation_prompt=not whole) if count else ""
         for index, message in zip(piece.messages[:count], piece.dialogue.messages, strict=False):
             if index in shown:
                 continue
@@ -168,12 +168,12 @@ def contents(
 def describe(seam: Seam, renderer: Renderer) -> str:
     """What stands at a seam, as text."""
     dialogue = seam.piece.dialogue
-    whole = renderer.text(dialogue, seam.response + 1)
+    whole = renderer.render_text(dialogue, seam.response + 1)
     name = f"{dialogue.name}: message {seam.piece.messages[seam.response]}"
     if seam.kind == "prompt":
-        cut = len(renderer.text(dialogue, seam.response, add_generation_prompt=True))
+        cut = len(renderer.render_text(dialogue, seam.response, add_generation_prompt=True))
         return f"{name}: {whole[max(0, cut - 20) : cut]!r} + {whole[cut : cut + 20]!r}"
-    later = renderer.text(dialogue, seam.later, add_generation_prompt=True)
+    later = renderer.render_text(dialogue, seam.later, add_generation_prompt=True)
     pairs = enumerate(zip(whole, later, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(later)))
     if seam.kind == "next":

@@ -49,7 +49,7 @@ class Dialogue:
     def __str__(self) -> str:
         return self.name
 
-    def before(self, index: int) -> tuple[int, ...]:
+    def ancestors(self, index: int) -> tuple[int, ...]:
         """The messages that lead to message `index`, the first of the dialogue first."""
         if not self.parents:
             return tuple(range(index))
@@ -63,7 +63,7 @@ class Dialogue:
         if not self.parents:
             return [tuple(range(len(self.messages)))]
         leaves = set(range(len(self.messages))) - set(self.parents)
-        return sorted((*self.before(leaf), leaf) for leaf in leaves)
+        return sorted((*self.ancestors(leaf), leaf) for leaf in leaves)
 
 
 def name_dialogue(identifier: str | int, where: str) -> str:

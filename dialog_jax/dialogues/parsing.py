@@ -30,7 +30,7 @@ def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Itera
     return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
 
 
-def dialogues_from_records(given: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
+def parse_records(given: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
     """The dialogues of Python records in any of the formats of `parse_dialogue`; `source` names them in errors."""
     return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(given)), source)
 

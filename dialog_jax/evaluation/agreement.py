@@ -125,7 +125,7 @@ def _fitting(dialogue: Dialogue, renderer: Renderer, max_length: int) -> set[int
     paths = fitting_lib.unfold(dialogue, _OBJECTIVE)
     sequences = [list(each) for each in renderer.render([path.dialogue for path in paths])]
     fitting = fitting_lib.that_fit(sequences, _OBJECTIVE, max_length)
-    return {path.messages[each.message] for path, some in zip(paths, fitting, strict=True) for each in some}
+    return {path.messages[each.message_index] for path, some in zip(paths, fitting, strict=True) for each in some}
 
 
 def _compare_rows(

@@ -69,7 +69,7 @@ def passes(
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
             continue
-        history = dialogue.before(index)
+        history = dialogue.ancestors(index)
         prompt = _text(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
         whole = _text(dialogue, (*history, index), tokenizer, kwargs)
         if dialogue != said:

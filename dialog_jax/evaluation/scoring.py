@@ -120,11 +120,13 @@ def _pieces(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tup
     cut = [0] * len(window)
     for start in range(0, len(paths), _RENDERED_TOGETHER):
         part = paths[start : start + _RENDERED_TOGETHER]
-        rendered = renderer.render([path.dialogue for _, path in part], limit=context)
+        rendered = renderer.render([path.dialogue for _, path in part], max_length=context)
         for (index, path), some in zip(part, rendered, strict=True):
             fitting = _that_fit(path, list(some), renderer, context)
             cut[index] += len(path.wanted) - len(fitting)
-            sequences[index] += [sequence._replace(message=path.messages[sequence.message]) for sequence in fitting]
+            sequences[index] += [
+                sequence._replace(message_index=path.messages[sequence.message_index]) for sequence in fitting
+            ]
     pieces = []
     for index, of_dialogue in enumerate(sequences):
         for group in _groups(of_dialogue, context):
@@ -145,8 +147,8 @@ def _that_fit(path: Piece, first: list[RenderedSequence], renderer: Renderer, co
     if len(first) == len(path.wanted):
         return first
     longer = path.wanted[len(first)]
-    whole = renderer.text(path.dialogue, len(path.dialogue.messages))
-    if whole.startswith(renderer.text(path.dialogue, longer + 1)):
+    whole = renderer.render_text(path.dialogue, len(path.dialogue.messages))
+    if whole.startswith(renderer.render_text(path.dialogue, longer + 1)):
         return first
     (sequences,) = renderer.render([path.dialogue])
     return [sequence for sequence in sequences if len(sequence.tokens) <= context]
@@ -256,10 +258,10 @@ def _turns(dialogue: Dialogue, piece: _Piece, nll: Float[np.ndarray, " nodes"]) 
         value = math.fsum(nll[response])
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{dialogue.name}: the loss of message {sequence.message} is {value}. The model's weights are damaged, "
-                "or too large for the type they are computed in: try float32."
+                f"{dialogue.name}: the loss of message {sequence.message_index} is {value}. The model's weights are "
+                "damaged, or too large for the type they are computed in: try float32."
             )
-        turns.append({"turn": sequence.turn, "message": sequence.message, "tokens": len(response), "nll": value})
+        turns.append({"turn": sequence.turn, "message": sequence.message_index, "tokens": len(response), "nll": value})
     return turns
 
 
@@ -272,7 +274,7 @@ def _signals(piece: _Piece, scores: TargetScores) -> list[Signal]:
         response = nodes[start:]
         signals.append(
             Signal(
-                message=sequence.message,
+                message=sequence.message_index,
                 prompt=teacher.checksum(sequence.tokens[:start]),
                 token=sequence.tokens[start:],
                 top_token=np.asarray(scores.top_token)[response],

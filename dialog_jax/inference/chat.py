@@ -78,7 +78,7 @@ def prompt(model: ChatModel, messages: Sequence[Message]) -> list[int]:
     Raises:
       UserError: the chat template refuses the messages.
     """
-    return model.renderer.prompt(Dialogue(id="chat", messages=tuple(messages))).tolist()
+    return model.renderer.encode_prompt(Dialogue(id="chat", messages=tuple(messages))).tolist()
 
 
 def reply(

@@ -12,7 +12,7 @@ import transformers
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import sandbox
-from dialog_jax.rendering.special_tokens import Guard, GuardedDialogue
+from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 
 PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
 _TURNS_TOGETHER = 4  # rendered in one call
@@ -35,17 +35,17 @@ class ChatTemplate:
     Args:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
-      guard: of the dialogues, if they are guarded; then what is rendered is guarded likewise.
+      escaper: of the dialogues, if they are guarded; then what is rendered is guarded likewise.
     """
 
     def __init__(
         self,
         tokenizer: transformers.PreTrainedTokenizerFast,
         kwargs: Mapping[str, Any] | None = None,
-        guard: Guard | None = None,
+        escaper: SpecialTokenEscaper | None = None,
     ):
         self._tokenizer = tokenizer
-        self._guard = guard or Guard(tokenizer, allow_special_tokens=True)
+        self._escaper = escaper or SpecialTokenEscaper(tokenizer, allow_special_tokens=True)
         self._kwargs = dict(kwargs or {})
         self._alike: dict[str, bool] = {}  # whether a template renders together what it renders one by one
 
@@ -122,14 +122,14 @@ class ChatTemplate:
         Raises:
           UserError: the template does something to the texts of special tokens but writing them.
         """
-        if not isinstance(dialogue, GuardedDialogue):
+        if not isinstance(dialogue, EscapedDialogue):
             return self._run(dialogue, count, **kwargs)
-        text = self._run(self._guard.clean_dialogue(dialogue), count, **kwargs)
+        text = self._run(self._escaper.unescape_dialogue(dialogue), count, **kwargs)
         try:
             guarded = self._run(dialogue, count, **kwargs)
         except sandbox.REFUSALS:  # of marks, where it takes the text itself
             guarded = ""
-        if self._guard.clean(guarded) != text:
+        if self._escaper.unescape(guarded) != text:
             raise UserError(
                 "they spell special tokens, and the template does more with these than to write them. Remove them, or "
                 "set allow_special_tokens to have them parsed"
@@ -145,7 +145,7 @@ def _tools(dialogue: Dialogue) -> list[Any] | None:
     return [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
 
 
-def template_kwargs(text: str) -> dict[str, Any]:
+def parse_template_kwargs(text: str) -> dict[str, Any]:
     """Returns the variables of a template that a flag --chat_template_kwargs gives as JSON.
 
     Raises:

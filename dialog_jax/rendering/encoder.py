@@ -12,7 +12,7 @@ import tokenizers
 import transformers
 from jaxtyping import Int32
 
-from dialog_jax.rendering.special_tokens import Guard
+from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 
 
 class Tokenized(NamedTuple):
@@ -50,11 +50,13 @@ class Encoder:
     Args:
       tokenizer: a fast tokenizer.
       after_response: what the template writes behind the content of an assistant message.
-      guard: of the texts.
+      escaper: of the texts.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str, guard: Guard):
-        self.guard = guard
+    def __init__(
+        self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str, escaper: SpecialTokenEscaper
+    ):
+        self.escaper = escaper
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
@@ -91,7 +93,7 @@ class Encoder:
         """Each text with its tokens; several at once are faster than one by one."""
         return [
             Tokenized(text, np.array(encoding.ids, np.int32), encoding)
-            for text, encoding in zip(texts, self.guard.encode(texts), strict=True)
+            for text, encoding in zip(texts, self.escaper.encode(texts), strict=True)
         ]
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:

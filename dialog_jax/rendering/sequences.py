@@ -21,10 +21,10 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized
-from dialog_jax.rendering.special_tokens import Guard
+from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 from dialog_jax.rendering.token_spans import MessageSpan, locate_messages, locate_response_parts
 
-_PREAMBLES_KEPT = 4096
+_SHARED_PREFIXES_KEPT = 4096
 _CHARACTERS_PER_TOKEN = 6  # so much is tokenised of a text for each token of the limit; what lies behind, turn by turn
 
 
@@ -33,13 +33,13 @@ class RenderedSequence(NamedTuple):
 
     tokens: Int32[np.ndarray, " n"]
     start: int
-    message: int
+    message_index: int
     """Index of the response in the dialogue's messages; -1 in a whole rendering, which has no response of its own."""
     turn: int
     """Index of the response among the dialogue's assistant messages; -1 in a whole rendering."""
-    others: tuple[MessageSpan, ...] = ()
+    message_spans: tuple[MessageSpan, ...] = ()
     """The messages asked for by `locate` in the prompt, less those of an earlier sequence that this one continues."""
-    parts: tuple[tuple[int, int], ...] = ()
+    part_spans: tuple[tuple[int, int], ...] = ()
     """Start and stop of each of the response's `parts`, as in `MessageSpan`."""
 
 
@@ -63,28 +63,28 @@ class Renderer:
         allow_special_tokens: bool = False,
     ):
         self.allow_special_tokens = allow_special_tokens
-        self._guard = Guard(tokenizer, allow_special_tokens=allow_special_tokens)
-        self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._guard)
-        self._encoder = Encoder(tokenizer, self._template.after_response(), self._guard)
+        self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper)
+        self._encoder = Encoder(tokenizer, self._template.after_response(), self._escaper)
         self._encode_tail = functools.lru_cache(maxsize=4096)(self._encoder.encode)
-        self._preambles: dict[str, Int32[np.ndarray, " n"]] = {}
+        self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
 
     @property
     def end_of_turn(self) -> int | None:
         """Id of the special token that the template writes after a response; None if it writes none."""
         return self._encoder.end_of_turn
 
-    def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
+    def render_text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
         """The template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
-        guarded = self._guard.dialogue(dialogue)
-        return self._guard.clean(self._template.text(guarded, count, add_generation_prompt=add_generation_prompt))
+        guarded = self._escaper.escape_dialogue(dialogue)
+        return self._escaper.unescape(self._template.text(guarded, count, add_generation_prompt=add_generation_prompt))
 
     def render(
         self,
         dialogues: Sequence[Dialogue],
         *,
-        limit: int = 0,
-        whole: bool = False,
+        max_length: int = 0,
+        full: bool = False,
         locate: Callable[[Message], bool] | None = None,
     ) -> list[Iterator[RenderedSequence]]:
         """For each dialogue, the sequences of its assistant messages of weight > 0, in order, made as they are read.
@@ -95,58 +95,58 @@ class Renderer:
 
         Args:
           dialogues: a batch, tokenised together.
-          limit: a dialogue's sequences end before the first that has more tokens than this; 0 for no limit.
-          whole: append the rendering of all messages, for objectives that train on every token.
-          locate: says of which messages the place is wanted in `others`.
+          max_length: a dialogue's sequences end before the first that has more tokens than this; 0 for no limit.
+          full: append the rendering of all messages, for objectives that train on every token.
+          locate: says of which messages the place is wanted in `message_spans`.
 
         Raises:
           UserError: the template refuses a dialogue, or while reading: it does not begin with the prompt when it
             renders the response, it does not render weighted parts as they are, or (with `locate`) a message changes
             more than its own part of the text.
         """
-        dialogues = [self._guard.dialogue(dialogue) for dialogue in dialogues]
+        dialogues = [self._escaper.escape_dialogue(dialogue) for dialogue in dialogues]
         texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
-        beginnings = self._encoder.tokenize([text[: limit * _CHARACTERS_PER_TOKEN or None] for text in texts])
+        beginnings = self._encoder.tokenize([text[: max_length * _CHARACTERS_PER_TOKEN or None] for text in texts])
         return [
-            self._sequences(dialogue, text, beginning, limit, whole, locate)
+            self._sequences(dialogue, text, beginning, max_length, full, locate)
             for dialogue, text, beginning in zip(dialogues, texts, beginnings, strict=True)
         ]
 
-    def prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
+    def encode_prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Token ids of all messages and the generation prompt: what a reply to the dialogue continues."""
-        dialogue = self._guard.dialogue(dialogue)
+        dialogue = self._escaper.escape_dialogue(dialogue)
         return self._encoder.encode(self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
 
-    def preamble(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
+    def encode_shared_prefix(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Token ids of what stands before the content of the first message that is not the system's.
 
         Dialogues with the same system prompt and tools begin with the same. Empty where the template refuses such a
         beginning by itself.
         """
-        dialogue = self._guard.dialogue(dialogue)
+        dialogue = self._escaper.escape_dialogue(dialogue)
         first = next((i for i, message in enumerate(dialogue.messages) if message.role != "system"), None)
         if first is None:
             return np.zeros(0, np.int32)
         beginning = (*dialogue.messages[:first], Message(role=dialogue.messages[first].role, content=PROBE))
         key = repr((beginning, dialogue.tools))
-        if key not in self._preambles:
-            if len(self._preambles) == _PREAMBLES_KEPT:
-                self._preambles.clear()
+        if key not in self._shared_prefixes:
+            if len(self._shared_prefixes) == _SHARED_PREFIXES_KEPT:
+                self._shared_prefixes.clear()
             try:
                 text = self._template.text(dataclasses.replace(dialogue, messages=beginning, parents=()), first + 1)
             except ValueError:
                 text = ""
             before, found, _ = text.partition(PROBE)
-            self._preambles[key] = self._encoder.encode(before if found else "")
-        return self._preambles[key]
+            self._shared_prefixes[key] = self._encoder.encode(before if found else "")
+        return self._shared_prefixes[key]
 
     def _sequences(
         self,
         dialogue: Dialogue,
         text: str,
         beginning: Tokenized,
-        limit: int,
-        whole: bool,
+        max_length: int,
+        full: bool,
         locate: Callable[[Message], bool] | None,
     ) -> Iterator[RenderedSequence]:
         roles = [message.role for message in dialogue.messages]
@@ -155,10 +155,10 @@ class Renderer:
         previous = beginning.ids[:0]
         for index, prompt, rendered in self._template.turns(dialogue):
             start = self._cut_prompt(beginning, prompt)
-            if limit and start is not None and start >= limit:
+            if max_length and start is not None and start >= max_length:
                 return
             if not rendered.startswith(prompt):
-                difference = _difference(self._guard.clean(prompt), self._guard.clean(rendered))
+                difference = _difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
                 raise UserError(
                     f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
                     f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
@@ -170,7 +170,7 @@ class Renderer:
                 tokens, start = self._tokenize_alone(dialogue, index, prompt, rendered)
             else:
                 tokens = beginning.ids[:stop]
-            if limit and len(tokens) > limit:
+            if max_length and len(tokens) > max_length:
                 return
             first = shown if _begins(tokens, previous) else 0
             others = locate_messages(
@@ -185,9 +185,9 @@ class Renderer:
             parts = locate_response_parts(self._encoder, dialogue, index, prompt, rendered, tokens, start)
             shown, previous = index + 1, tokens
             yield RenderedSequence(tokens, start, index, roles[:index].count("assistant"), others, parts)
-        if whole:
+        if full:
             tokens = beginning.ids if len(beginning.text) == len(text) else self._encoder.encode(text)
-            if not limit or len(tokens) <= limit:
+            if not max_length or len(tokens) <= max_length:
                 first = shown if _begins(tokens, previous) else 0
                 others = locate_messages(
                     self._template,
@@ -240,8 +240,8 @@ class Renderer:
             if self._encoder.decode(np.concatenate([prompt_ids, response])) != self._encoder.decode(ids):
                 raise UserError(
                     f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
-                    f"cross from {self._guard.clean(prompt[-20:])!r} to "
-                    f"{self._guard.clean(rendered[len(prompt) :][:20])!r}. Pass a chat template that ends the "
+                    f"cross from {self._escaper.unescape(prompt[-20:])!r} to "
+                    f"{self._escaper.unescape(rendered[len(prompt) :][:20])!r}. Pass a chat template that ends the "
                     "generation prompt where a token ends."
                 )
         return np.concatenate([prompt_ids, response[: self._encoder.response_length(response)]]), start

@@ -25,11 +25,11 @@ _SPELLINGS_KEPT = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GuardedDialogue(Dialogue):
+class EscapedDialogue(Dialogue):
     """A dialogue with marks in its texts."""
 
 
-class Guard:
+class SpecialTokenEscaper:
     """What guards dialogues for a tokenizer, and encodes what is rendered of them.
 
     Args:
@@ -58,15 +58,15 @@ class Guard:
             self._late = re.compile(f"(?=(?:{_any_of(late)})).", re.DOTALL)
         self._respelled: dict[int, tokenizers.Tokenizer] = {}
 
-    def guarded(self, text: str) -> bool:
+    def is_escaped(self, text: str) -> bool:
         """Whether there is a mark in a text."""
         return not text.isascii() and any(mark in text for mark in self._marks.values())
 
-    def clean(self, text: str) -> str:
+    def unescape(self, text: str) -> str:
         """The text that a guarded text stands for."""
-        return text.translate(self._unmarked) if self.guarded(text) else text
+        return text.translate(self._unmarked) if self.is_escaped(text) else text
 
-    def guard(self, text: str) -> str:
+    def escape(self, text: str) -> str:
         """The text with a mark where a special token is spelled, or begins to be spelled when the text ends.
 
         The latter since a template may write one text directly behind another.
@@ -79,8 +79,8 @@ class Guard:
                 marked[place] = self._marks[text[place]]
         return "".join(marked)
 
-    def dialogue(self, dialogue: Dialogue) -> Dialogue:
-        """A `GuardedDialogue` of every text that a template sees; the same object where there is nothing to mark.
+    def escape_dialogue(self, dialogue: Dialogue) -> Dialogue:
+        """A `EscapedDialogue` of every text that a template sees; the same object where there is nothing to mark.
 
         Raises:
           UserError: a text has a mark already, which is half a surrogate pair; or the tokenizer's normalizer makes a
@@ -88,8 +88,8 @@ class Guard:
         """
         contents = [message.content for message in dialogue.messages]
         fields = [message.fields for message in dialogue.messages if message.fields]
-        for text in texts((contents, fields, dialogue.tools)):
-            if self.guarded(text):
+        for text in iterate_strings((contents, fields, dialogue.tools)):
+            if self.is_escaped(text):
                 raise UserError(
                     f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it."
                 )
@@ -100,12 +100,12 @@ class Guard:
                         f"{dialogue.name}: has a text that the tokenizer's normalizer makes a special token of: "
                         f"{text[:60]!r}. Change it, or set allow_special_tokens."
                     )
-        marked = _changed(dialogue, self.guard)
-        return dialogue if marked is dialogue else GuardedDialogue(**vars(marked))
+        marked = _changed(dialogue, self.escape)
+        return dialogue if marked is dialogue else EscapedDialogue(**vars(marked))
 
-    def clean_dialogue(self, dialogue: GuardedDialogue) -> Dialogue:
+    def unescape_dialogue(self, dialogue: EscapedDialogue) -> Dialogue:
         """The dialogue that a guarded one stands for."""
-        return _changed(dialogue, self.clean)
+        return _changed(dialogue, self.unescape)
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """The tokens of texts, guarded or not; what is marked has the tokens of ordinary text.
@@ -113,10 +113,10 @@ class Guard:
         Raises:
           UserError: a guarded text has so many private-use characters that none is left to encode it with.
         """
-        if len(texts) > 1 and not any(map(self.guarded, texts)):
+        if len(texts) > 1 and not any(map(self.is_escaped, texts)):
             return self._backend.encode_batch(texts, add_special_tokens=False)
         return [
-            self._encoding(text) if self.guarded(text) else self._backend.encode(text, add_special_tokens=False)
+            self._encoding(text) if self.is_escaped(text) else self._backend.encode(text, add_special_tokens=False)
             for text in texts
         ]
 
@@ -203,14 +203,14 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def texts(value: Any) -> Iterator[str]:
+def iterate_strings(value: Any) -> Iterator[str]:
     """Every string in a value of JSON's kinds."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from texts(key)
-            yield from texts(entry)
+            yield from iterate_strings(key)
+            yield from iterate_strings(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
-            yield from texts(entry)
+            yield from iterate_strings(entry)

@@ -17,12 +17,12 @@ from dialog_jax.rendering.encoder import Encoder
 
 
 class MessageSpan(NamedTuple):
-    """Tokens `start` to `stop` (exclusive) of a sequence that are message number `message`, with its end of turn."""
+    """Tokens `start` to `stop` (exclusive) of a sequence: one message with its end of turn."""
 
-    message: int
+    message_index: int
     start: int
     stop: int
-    parts: tuple[tuple[int, int], ...] = ()
+    part_spans: tuple[tuple[int, int], ...] = ()
     """Likewise, the tokens of each of its `parts`; a token that crosses parts belongs to the one it ends in."""
 
 
@@ -110,8 +110,8 @@ def _locate_parts(
         found = "does not render its content as it is" if at < 0 else "renders its content more than once"
         raise UserError(
             f"{dialogue.name}: message {index} has parts with weights, but the chat template {found}: "
-            f"{encoder.guard.clean(text[:60])!r}. Write the content as the template renders it, white space included, "
-            "or leave out the weights of its parts."
+            f"{encoder.escaper.unescape(text[:60])!r}. Write the content as the template renders it, white space "
+            "included, or leave out the weights of its parts."
         )
     stops = at + np.cumsum([0] + [len(part.text) for part in message.parts])
     edges = np.searchsorted(ends, stops, "right").tolist()

@@ -128,7 +128,9 @@ def _rendered(batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe) -> 
     objective = recipe.objective
     unfolded = [fitting_lib.unfold(dialogue, objective) for dialogue in batch]
     parts = [piece.dialogue for pieces in unfolded for piece in pieces]
-    sequences = iter(renderer.render(parts, limit=recipe.max_length, whole=objective.whole, locate=objective.locates))
+    sequences = iter(
+        renderer.render(parts, max_length=recipe.max_length, full=objective.whole, locate=objective.locates)
+    )
     return [[piece._replace(sequences=list(next(sequences))) for piece in pieces] for pieces in unfolded]
 
 
@@ -158,7 +160,7 @@ def _assembled(
                 counts["turns"] += len(weighting.responses(trained))
                 trees.append(tree)
                 ids.append(dialogue.id)
-                preambles.append(_shared(tree, renderer.preamble(dialogue)) if recipe.share_prefixes else 0)
+                preambles.append(_shared(tree, renderer.encode_shared_prefix(dialogue)) if recipe.share_prefixes else 0)
                 if teacher is not None:
                     rows.append(teacher_lib.rows_of_tree(teacher, dialogue, tree, trained))
             if made == len(trees):

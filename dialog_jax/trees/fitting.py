@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     @property
     def responses(self) -> dict[int, int]:
         """The turn of each response that is trained on, by its number in the whole dialogue."""
-        return {self.messages[s.message]: self.first_turn + s.turn for s in self.sequences if s.turn >= 0}
+        return {self.messages[s.message_index]: self.first_turn + s.turn for s in self.sequences if s.turn >= 0}
 
 
 def unfold(dialogue: Dialogue, objective: ObjectiveConfig) -> list[Piece]:
@@ -145,7 +145,7 @@ def schedules(dialogue: Dialogue, pieces: Sequence[Piece], objective: ObjectiveC
         return max(objective.schedule(turns[message], lasts[path]) for path in own)
 
     return [
-        {s.message: factor(piece, piece.messages[s.message]) for s in piece.sequences if s.turn >= 0}
+        {s.message_index: factor(piece, piece.messages[s.message_index]) for s in piece.sequences if s.turn >= 0}
         for piece in pieces
     ]
 
@@ -162,7 +162,9 @@ def split(whole: Piece, renderer: Renderer, objective: ObjectiveConfig, max_leng
     system = int(messages[0].role == "system")
     known = tuple(_history(message) for message in messages)
     responses = whole.wanted
-    done = whole.sequences[-1].message + 1 if whole.sequences else system  # what comes before is trained or given up
+    done = (
+        whole.sequences[-1].message_index + 1 if whole.sequences else system
+    )  # what comes before is trained or given up
 
     def begin(start: int, stop: int) -> Dialogue:
         new = max(start, done)
@@ -171,25 +173,27 @@ def split(whole: Piece, renderer: Renderer, objective: ObjectiveConfig, max_leng
 
     while remaining := [i for i in responses if i >= done]:
         starts = [i for i in range(system, remaining[0]) if messages[i].role == "user"]
-        first = [] if not starts else list(renderer.render([begin(starts[-1], remaining[0] + 1)], limit=max_length)[0])
+        first = (
+            [] if not starts else list(renderer.render([begin(starts[-1], remaining[0] + 1)], max_length=max_length)[0])
+        )
         if not first:
             done = remaining[0] + 1
             continue
         room = min(max_length // 2, max_length - (len(first[0].tokens) - first[0].start))
         best = starts[-1]
         for start in reversed(starts[:-1]):
-            if len(renderer.prompt(begin(start, remaining[0]))) > room:
+            if len(renderer.encode_prompt(begin(start, remaining[0]))) > room:
                 break
             best = start
         dialogue = begin(best, len(messages))
-        (rendered,) = renderer.render([dialogue], limit=max_length, whole=objective.whole, locate=objective.locates)
+        (rendered,) = renderer.render([dialogue], max_length=max_length, full=objective.whole, locate=objective.locates)
         dropped = sum(message.role == "assistant" for message in messages[system:best])
         new = max(done if pieces else 0, whole.trained)
         trained = min(new, system) + max(0, new - best)
         (fitting,) = that_fit([rendered], objective, max_length)
         numbers = whole.messages[:system] + whole.messages[best:]
         pieces.append(Piece(dialogue, numbers, fitting, whole.path, dropped, trained))
-        done = max(sequence.message for sequence in fitting) + len(messages) - len(dialogue.messages) + 1
+        done = max(sequence.message_index for sequence in fitting) + len(messages) - len(dialogue.messages) + 1
     return pieces
 
 

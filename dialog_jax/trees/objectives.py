@@ -122,17 +122,22 @@ def supervise(
         if objective.name == "joint":
             # What the sequence shares with the one before it has its weight from there.
             start = common_prefix(previous.tokens, sequence.tokens) if previous else 1
-            for other in sequence.others:
-                if other.message >= trained:
+            for other in sequence.message_spans:
+                if other.message_index >= trained:
                     own.append(Span(start, other.start, 1.0, -1))
                 own += [span._replace(start=max(start, span.start)) for span in _spans(dialogue, other)]
                 start = max(start, other.stop)
             own.append(Span(start, sequence.start, 1.0, -1))
         elif objective.name == "roles":
-            own += [span for other in sequence.others if other.message not in seen for span in _spans(dialogue, other)]
-            seen |= {other.message for other in sequence.others}
+            own += [
+                span
+                for other in sequence.message_spans
+                if other.message_index not in seen
+                for span in _spans(dialogue, other)
+            ]
+            seen |= {other.message_index for other in sequence.message_spans}
         if sequence.turn >= 0:
-            own += _response_spans(sequence, dialogue, objective, factors[sequence.message])
+            own += _response_spans(sequence, dialogue, objective, factors[sequence.message_index])
         spans.append([span for span in own if span.weight > 0 and span.stop > span.start])
         previous = sequence
     return spans
@@ -147,21 +152,21 @@ def _response_spans(
     sequence: RenderedSequence, dialogue: Dialogue, objective: ObjectiveConfig, factor: float
 ) -> list[Span]:
     """The spans of a sequence's response, which with `normalise=turn` sum to its message's weight times the factor."""
-    place = MessageSpan(sequence.message, sequence.start, len(sequence.tokens), sequence.parts)
+    place = MessageSpan(sequence.message_index, sequence.start, len(sequence.tokens), sequence.part_spans)
     spans = [span._replace(weight=span.weight * factor, turn=sequence.turn) for span in _spans(dialogue, place)]
     total = sum(span.weight * (span.stop - span.start) for span in spans)
     if objective.normalise != "turn" or not total:
         return spans
-    scale = dialogue.messages[sequence.message].weight * factor / total
+    scale = dialogue.messages[sequence.message_index].weight * factor / total
     return [span._replace(weight=span.weight * scale) for span in spans]
 
 
 def _spans(dialogue: Dialogue, place: MessageSpan) -> list[Span]:
     """A message's tokens with its weight, times its part's for those that belong to a part."""
-    message = dialogue.messages[place.message]
+    message = dialogue.messages[place.message_index]
     spans = []
     start = place.start
-    for part, (begin, end) in zip(message.parts, place.parts, strict=True):
+    for part, (begin, end) in zip(message.parts, place.part_spans, strict=True):
         spans += [Span(start, begin, message.weight, -1), Span(begin, end, message.weight * part.weight, -1)]
         start = end
     return [*spans, Span(start, place.stop, message.weight, -1)]

@@ -204,7 +204,7 @@ def rows_of_tree(
         start = max(sequence.start, 1)
         if sequence.turn >= 0 and tree.weight[own[start:]].any():
             # Where a dialogue that is too long was divided, some messages that lead to a response are left out.
-            whole = one.piece.messages[: sequence.message] == dialogue.before(message)
+            whole = one.piece.messages[: sequence.message_index] == dialogue.ancestors(message)
             found = _find(file, dialogue, message, sequence.tokens, start, whole=whole)
             rows[own[start:]] = found[: len(own) - start]
     rows[tree.weight == 0] = -1

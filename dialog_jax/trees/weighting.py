@@ -27,7 +27,7 @@ class Trained(NamedTuple):
     @property
     def message(self) -> int:
         """The response's number in the whole dialogue; -1 in a whole rendering."""
-        return self.piece.messages[self.sequence.message] if self.sequence.message >= 0 else -1
+        return self.piece.messages[self.sequence.message_index] if self.sequence.message_index >= 0 else -1
 
     @property
     def tokens(self) -> Int32[np.ndarray, " n"]:

@@ -134,7 +134,7 @@ class FormatsTest(_Files):
             {"from": "gpt", "value": "a"},
             {"from": "gpt", "value": "b", "weight": 2},
         ]
-        (dialogue,) = parsing.dialogues_from_records([{"prompt": prompt, "completion": "c"}])
+        (dialogue,) = parsing.parse_records([{"prompt": prompt, "completion": "c"}])
         self.assertEqual([message.weight for message in dialogue.messages], [1, 0, 2, 1])
 
     def test_messages_win_over_prompt_which_stays_metadata(self):
@@ -151,7 +151,7 @@ class FormatsTest(_Files):
     def test_records_without_id_are_numbered(self):
         records = [{"prompt": "Hi", "completion": "Hello"}, _GOOD]
         self.assertEqual(
-            [d.name for d in parsing.dialogues_from_records(records)],
+            [d.name for d in parsing.parse_records(records)],
             ["dialogue 0 (records[0])", "dialogue a (records[1])"],
         )
 
@@ -280,21 +280,21 @@ class FilesTest(_Files):
 
 class TreesTest(_Files):
     def contents(self, record):
-        (dialogue,) = parsing.dialogues_from_records([record])
+        (dialogue,) = parsing.parse_records([record])
         return dialogue, [[dialogue.messages[i].content for i in path] for path in dialogue.paths()]
 
     def test_a_list_is_one_path(self):
         dialogue, paths = self.contents(_GOOD)
         self.assertEqual(dialogue.parents, ())
         self.assertEqual(paths, [[message.content for message in dialogue.messages]])
-        self.assertEqual([dialogue.before(0), dialogue.before(1)], [(), (0,)])
+        self.assertEqual([dialogue.ancestors(0), dialogue.ancestors(1)], [(), (0,)])
 
     def test_messages_with_parents_are_a_tree(self):
         record = _tree((None, "q"), ("q", "a"), ("q", "b"), ("a", "q2"), ("b", "q3"), ("q2", "c"), ("q2", "d"))
         dialogue, paths = self.contents(record)
         self.assertEqual(dialogue.parents, (-1, 0, 0, 1, 2, 3, 3))
         self.assertEqual(paths, [["q", "a", "q2", "c"], ["q", "a", "q2", "d"], ["q", "b", "q3"]])
-        self.assertEqual(dialogue.before(6), (0, 1, 3))
+        self.assertEqual(dialogue.ancestors(6), (0, 1, 3))
         self.assertEqual(dialogue.messages[6].as_dict(), {"role": "user", "content": "d"})
 
     def test_a_tree_that_is_a_list_is_a_list(self):
@@ -325,7 +325,7 @@ class TreesTest(_Files):
 class PartsTest(_Files):
     def message(self, content, **fields):
         record = {"messages": [{"role": "assistant", "content": content, **fields}]}
-        (dialogue,) = parsing.dialogues_from_records([record])
+        (dialogue,) = parsing.parse_records([record])
         return dialogue.messages[0]
 
     def test_parts_are_joined_and_keep_their_weights(self):
@@ -372,7 +372,7 @@ class BadFilesTest(_Files):
         self.assert_error(lambda: list(parsing.read_dialogues(path)), "x.parquet: not a Parquet file", "rename")
 
     def test_no_records_at_all(self):
-        self.assert_error(lambda: list(parsing.dialogues_from_records([], source="mine")), "mine", "no dialogue")
+        self.assert_error(lambda: list(parsing.parse_records([], source="mine")), "mine", "no dialogue")
 
     def test_text_that_is_not_utf8(self):
         path = self.file("x.jsonl", json.dumps(_GOOD).encode() + b'\n{"prompt": "caf\xe9", "completion": ""}\n')

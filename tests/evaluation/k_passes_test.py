@@ -67,7 +67,7 @@ class PassesTest(parameterized.TestCase):
                 np.random.default_rng(seed), turns=3, reasoning=family == "qwen3", weights=True
             )
             (rendered,) = renderer.render([one])
-            expected = [(entry.message, entry.turn, entry.start, entry.tokens.tolist()) for entry in rendered]
+            expected = [(entry.message_index, entry.turn, entry.start, entry.tokens.tolist()) for entry in rendered]
             found = [
                 (entry.message, entry.turn, entry.start, entry.tokens.tolist())
                 for entry in k_passes.passes(one, tokenizer)
@@ -83,7 +83,7 @@ class PassesTest(parameterized.TestCase):
             texts = ["".join(rng.choice(pieces, size=rng.integers(5))) for _ in range(6)]
             one, kwargs = dialogue(*texts), {"allow_special_tokens": allowed}
             (rendered,) = Renderer(tokenizer, **kwargs).render([one])
-            expected = [(entry.message, entry.start, entry.tokens.tolist()) for entry in rendered]
+            expected = [(entry.message_index, entry.start, entry.tokens.tolist()) for entry in rendered]
             passes = k_passes.passes(one, tokenizer, **kwargs)
             self.assertEqual([(entry.message, entry.start, entry.tokens.tolist()) for entry in passes], expected)
 

@@ -35,7 +35,7 @@ class DistillationTest(absltest.TestCase):
         whole = [
             dialogue.id
             for dialogue in read_dialogues(path)
-            if len(self.model.renderer.prompt(dialogue)) <= distillation.harness.MAX_LENGTH
+            if len(self.model.renderer.encode_prompt(dialogue)) <= distillation.harness.MAX_LENGTH
         ]
         self.assertEqual([dialogue.id for dialogue in fitting], whole)
 

@@ -10,7 +10,7 @@ import optax
 from absl.testing import absltest
 from harness import Losses
 
-from dialog_jax.dialogues.parsing import dialogues_from_records
+from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.trees import dataset
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.experiments import tiny_run
@@ -32,7 +32,7 @@ def trees(model, dialogues, **objective):
 def dialogues(count, seed=0):
     """Short enough for the oracle's 256 tokens."""
     short = [record for record in tiny_run.records(2 * count + 2, seed) if len(record["messages"]) <= 4]
-    return list(dialogues_from_records(short[:count]))
+    return list(parse_records(short[:count]))
 
 
 def in_order(training, expected):

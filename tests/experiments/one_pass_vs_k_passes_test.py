@@ -12,7 +12,7 @@ import one_pass_vs_k_passes as experiment
 from absl.testing import absltest
 from report import Options
 
-from dialog_jax.dialogues.parsing import dialogues_from_records, read_dialogues
+from dialog_jax.dialogues.parsing import parse_records, read_dialogues
 from dialog_jax.evaluation import k_passes
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
@@ -28,7 +28,7 @@ class OnePassVsKPassesTest(absltest.TestCase):
         tiny_run.save_dialogues(cls.directory)
 
     def dialogue(self):
-        return list(dialogues_from_records(tiny_run.records(3)))[2]
+        return list(parse_records(tiny_run.records(3)))[2]
 
     def test_cut_dialogue_ends_with_its_last_response(self):
         shorter = experiment.cut(self.dialogue(), 4)

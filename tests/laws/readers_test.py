@@ -1,4 +1,4 @@
-"""Readers given what nobody should write: dialogues come out, or a ValueError that says where; nothing else, ever.
+"""Readers given what nobody should write: dialogues come out, or a UserError that says where; nothing else, ever.
 
 Hypothesis rather than a coverage-guided fuzzer: it needs no compiler, shrinks what it finds, and runs with the tests.
 """
@@ -15,6 +15,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
 from dialog_jax.dialogues import parsing, sources
+from dialog_jax.errors import UserError
 from tests.laws import budget, strategies
 
 # fmt: off
@@ -102,9 +103,8 @@ class RecordsTest(parameterized.TestCase):
 
     def check(self, record):
         try:
-            (dialogue,) = parsing.dialogues_from_records([record])
-        except ValueError as error:
-            self.assertIs(type(error), ValueError)
+            (dialogue,) = parsing.parse_records([record])
+        except UserError as error:
             self.assertIn("records[0]", str(error))
             self.assertLess(len(str(error)), 2000)
             return
@@ -187,8 +187,7 @@ class FilesTest(parameterized.TestCase):
             path.write_bytes(data)
             try:
                 found = list(parsing.read_dialogues(path))
-            except ValueError as error:
-                self.assertIs(type(error), ValueError)
+            except UserError as error:
                 self.assertIn(name, str(error))
                 self.assertLess(len(str(error)), 3000)
             else:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.parsing import dialogues_from_records
+from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.trees import dataset, prefix_tree
 from tests.rendering.chat_templates import FAMILIES
 
@@ -127,7 +127,7 @@ def records(family, **options):
 
 def parsed(records) -> list[Dialogue]:
     """The dialogues of records."""
-    return list(dialogues_from_records(records))
+    return list(parse_records(records))
 
 
 objectives = st.fixed_dictionaries(

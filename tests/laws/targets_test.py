@@ -83,7 +83,7 @@ class LeavesTest(parameterized.TestCase):
         renderer = sequences_lib.Renderer(chat_templates.train_tokenizer(family))
         config = ObjectiveConfig(**objective)
         pieces = fitting.unfold(dialogue, config)
-        rendered = renderer.render([p.dialogue for p in pieces], whole=config.whole, locate=config.locates)
+        rendered = renderer.render([p.dialogue for p in pieces], full=config.whole, locate=config.locates)
         pieces = [piece._replace(sequences=list(own)) for piece, own in zip(pieces, rendered, strict=True)]
         factors = fitting.schedules(dialogue, pieces, config)
         found = []

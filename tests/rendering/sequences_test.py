@@ -51,11 +51,11 @@ class Law6(parameterized.TestCase):
     def check(self, tokenizer, dialogue, end_of_turn, sequences, **kwargs):
         responses = [i for i, m in enumerate(dialogue.messages) if m.role == "assistant"]
         supervised = [i for i in responses if dialogue.messages[i].weight > 0]
-        self.assertEqual([sequence.message for sequence in sequences], supervised)
+        self.assertEqual([sequence.message_index for sequence in sequences], supervised)
         for sequence in sequences:
-            self.assertEqual(sequence.turn, responses.index(sequence.message))
-            prompt, _ = official(tokenizer, dialogue, sequence.message, prompt=True, **kwargs)
-            ids, text = official(tokenizer, dialogue, sequence.message + 1, **kwargs)
+            self.assertEqual(sequence.turn, responses.index(sequence.message_index))
+            prompt, _ = official(tokenizer, dialogue, sequence.message_index, prompt=True, **kwargs)
+            ids, text = official(tokenizer, dialogue, sequence.message_index + 1, **kwargs)
             self.assertEqual(sequence.tokens[: sequence.start].tolist(), prompt)
             decoded = tokenizer.decode(sequence.tokens, skip_special_tokens=False)
             self.assertStartsWith(text, decoded)
@@ -160,8 +160,8 @@ class Law6(parameterized.TestCase):
         for contents in (("Hi", "Hello", "Bye", "Ciao"), (" Hi", " \n Hello ", "\n", "")):
             dialogue = said(*zip(("user", "assistant") * 2, contents, strict=True))
             for sequence in render(renderer, dialogue):
-                prompt, _ = official(tokenizer, dialogue, sequence.message, prompt=True)
-                ids, _ = official(tokenizer, dialogue, sequence.message + 1)
+                prompt, _ = official(tokenizer, dialogue, sequence.message_index, prompt=True)
+                ids, _ = official(tokenizer, dialogue, sequence.message_index + 1)
                 self.assertEqual(sequence.tokens[: sequence.start].tolist(), prompt)
                 self.assertEqual(sequence.tokens.tolist(), ids[:-1])  # less the <|endoftext|> behind <|end|>
 
@@ -202,7 +202,7 @@ class OptionsTest(parameterized.TestCase):
             free = render(renderer, dialogue)
             lengths = [len(sequence.tokens) for sequence in free]
             for limit in {*lengths, *(length - 1 for length in lengths), 1, 2 * max(lengths)}:
-                limited = render(renderer, dialogue, limit=limit)
+                limited = render(renderer, dialogue, max_length=limit)
                 fitting = free[: next((i for i, length in enumerate(lengths) if length > limit), None)]
                 self.assertLen(limited, len(fitting))
                 for got, wanted in zip(limited, fitting, strict=True):
@@ -216,20 +216,20 @@ class OptionsTest(parameterized.TestCase):
         dialogue = said(*[("user", "abracadabra" * 90), ("assistant", "abracadabra" * 9)] * 5)
         renderer = sequences_lib.Renderer(tokenizer)
         free = render(renderer, dialogue)
-        limited = render(renderer, dialogue, limit=len(free[3].tokens), whole=True)
+        limited = render(renderer, dialogue, max_length=len(free[3].tokens), full=True)
         self.assertEqual([s.tokens.tolist() for s in limited], [s.tokens.tolist() for s in free[:4]])
-        whole = render(renderer, dialogue, limit=len(free[4].tokens) + 1, whole=True)[-1]
+        whole = render(renderer, dialogue, max_length=len(free[4].tokens) + 1, full=True)[-1]
         self.assertEqual(whole.tokens.tolist(), official(tokenizer, dialogue, 10)[0])
 
     @parameterized.parameters(*FAMILIES)
     def test_whole_ends_with_the_rendering_of_all_messages(self, family):
         dialogue = said(("user", "a"), ("assistant", "b"), ("user", "c"))
-        first, whole = render(renderer_of(family), dialogue, whole=True)
+        first, whole = render(renderer_of(family), dialogue, full=True)
         ids, _ = official(chat_templates.train_tokenizer(family), dialogue, 3)
         self.assertEqual(whole.tokens.tolist(), ids)
-        self.assertEqual((first.turn, whole.turn, whole.message, whole.start), (0, -1, -1, len(ids)))
-        self.assertLen(render(renderer_of(family), dialogue, whole=True, limit=len(ids) - 1), 1)
-        self.assertLen(render(renderer_of(family), dialogue, whole=True, limit=len(ids)), 2)
+        self.assertEqual((first.turn, whole.turn, whole.message_index, whole.start), (0, -1, -1, len(ids)))
+        self.assertLen(render(renderer_of(family), dialogue, full=True, max_length=len(ids) - 1), 1)
+        self.assertLen(render(renderer_of(family), dialogue, full=True, max_length=len(ids)), 2)
 
     def test_messages_of_weight_0_have_no_sequence_but_count_as_turns(self):
         dialogue = said(
@@ -241,13 +241,13 @@ class OptionsTest(parameterized.TestCase):
             ("assistant", "f", 0),
         )
         (sequence,) = render(renderer_of("chatml"), dialogue)
-        self.assertEqual((sequence.turn, sequence.message), (1, 3))
+        self.assertEqual((sequence.turn, sequence.message_index), (1, 3))
 
     def test_prompt_is_what_a_reply_continues(self):
         dialogue = said(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
         for family in FAMILIES:
             ids, _ = official(chat_templates.train_tokenizer(family), dialogue, 3, prompt=True)
-            self.assertEqual(renderer_of(family).prompt(dialogue).tolist(), ids)
+            self.assertEqual(renderer_of(family).encode_prompt(dialogue).tolist(), ids)
 
     @parameterized.parameters(*FAMILIES)
     def test_end_of_turn_is_the_family_s(self, family):
@@ -300,14 +300,14 @@ class PreambleTest(parameterized.TestCase):
             said(*system, ("user", "12"), ("assistant", "b")),
         )
         renderer = renderer_of(family)
-        preamble = renderer.preamble(first)
-        np.testing.assert_array_equal(preamble, renderer.preamble(second))
+        preamble = renderer.encode_shared_prefix(first)
+        np.testing.assert_array_equal(preamble, renderer.encode_shared_prefix(second))
         text = chat_templates.train_tokenizer(family).decode(preamble)
         for dialogue in (first, second):
-            self.assertStartsWith(renderer.text(dialogue, len(dialogue.messages)), text)
+            self.assertStartsWith(renderer.render_text(dialogue, len(dialogue.messages)), text)
             # The last token may be another where the content follows it.
-            np.testing.assert_array_equal(preamble[:-1], renderer.prompt(dialogue)[: len(preamble) - 1])
-        prompts = [renderer.text(dialogue, len(dialogue.messages)) for dialogue in (first, second)]
+            np.testing.assert_array_equal(preamble[:-1], renderer.encode_prompt(dialogue)[: len(preamble) - 1])
+        prompts = [renderer.render_text(dialogue, len(dialogue.messages)) for dialogue in (first, second)]
         common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
         self.assertEqual(text, "".join(letter for letter, _ in common))
 
@@ -316,13 +316,13 @@ class PreambleTest(parameterized.TestCase):
         plain = said(("system", "Rule 365."), ("user", "A"))
         other = said(("system", "Rule 366."), ("user", "A"))
         tool = dataclasses.replace(plain, tools=({"type": "function", "function": {"name": "add"}},))
-        lengths = {len(renderer.preamble(dialogue)) for dialogue in (plain, tool)}
+        lengths = {len(renderer.encode_shared_prefix(dialogue)) for dialogue in (plain, tool)}
         self.assertLen(lengths, 2)
-        self.assertFalse(np.array_equal(renderer.preamble(plain), renderer.preamble(other)))
+        self.assertFalse(np.array_equal(renderer.encode_shared_prefix(plain), renderer.encode_shared_prefix(other)))
 
     def test_what_the_template_refuses_has_none(self):
-        self.assertEmpty(renderer_of("gemma").preamble(said(("assistant", "b"), ("user", "A"))))
-        self.assertEmpty(renderer_of("chatml").preamble(said(("system", "b"))))
+        self.assertEmpty(renderer_of("gemma").encode_shared_prefix(said(("assistant", "b"), ("user", "A"))))
+        self.assertEmpty(renderer_of("chatml").encode_shared_prefix(said(("system", "b"))))
 
 
 class LocateTest(parameterized.TestCase):
@@ -341,15 +341,15 @@ class LocateTest(parameterized.TestCase):
         )
         tokenizer = chat_templates.train_tokenizer(family)
         sequences = render(
-            renderer_of(family), dialogue, whole=True, locate=lambda m: m.role != "assistant" or not m.weight
+            renderer_of(family), dialogue, full=True, locate=lambda m: m.role != "assistant" or not m.weight
         )
         found, previous = {}, sequences[0].tokens[:0]
         for sequence in sequences:
             branches = (sequence.tokens[: len(previous)] != previous).any()
             previous = sequence.tokens
-            for span in sequence.others:
-                self.assertTrue(span.message not in found or branches)
-                found[span.message] = tokenizer.decode(sequence.tokens[span.start : span.stop]).strip()
+            for span in sequence.message_spans:
+                self.assertTrue(span.message_index not in found or branches)
+                found[span.message_index] = tokenizer.decode(sequence.tokens[span.start : span.stop]).strip()
         end = FAMILIES[family].end_of_turn
         behind = "" if family == "mistral" else end  # there [/INST] follows, after a space
         wanted = ["What?" + behind, None, "user" + behind, "model" + end, "|e" + behind]
@@ -359,13 +359,15 @@ class LocateTest(parameterized.TestCase):
 
     def test_each_message_is_located_in_the_first_sequence_that_shows_it(self):
         dialogue = said(*[("user", "a"), ("user", "b"), ("assistant", "c")] * 3, ("user", "d"))
-        sequences = render(renderer_of("chatml"), dialogue, whole=True, locate=lambda m: m.role == "user")
-        self.assertEqual([[span.message for span in s.others] for s in sequences], [[0, 1], [3, 4], [6, 7], [9]])
+        sequences = render(renderer_of("chatml"), dialogue, full=True, locate=lambda m: m.role == "user")
+        self.assertEqual(
+            [[span.message_index for span in s.message_spans] for s in sequences], [[0, 1], [3, 4], [6, 7], [9]]
+        )
 
     def test_an_empty_message_has_its_end_of_turn_only(self):
         dialogue = said(("user", ""), ("assistant", "x"))
         (sequence,) = render(renderer_of("chatml"), dialogue, locate=lambda m: m.role == "user")
-        (span,) = sequence.others
+        (span,) = sequence.message_spans
         decoded = chat_templates.train_tokenizer("chatml").decode(sequence.tokens[span.start : span.stop])
         self.assertEqual(decoded, "<|im_end|>")
 
@@ -384,7 +386,8 @@ class LocateTest(parameterized.TestCase):
         )
         (sequence,) = render(renderer_of("qwen3"), dialogue, locate=lambda m: m.role == "tool" or not m.weight)
         texts = [
-            chat_templates.train_tokenizer("qwen3").decode(sequence.tokens[s.start : s.stop]) for s in sequence.others
+            chat_templates.train_tokenizer("qwen3").decode(sequence.tokens[s.start : s.stop])
+            for s in sequence.message_spans
         ]
         self.assertEqual(
             texts,
@@ -416,31 +419,31 @@ class PartsTest(parameterized.TestCase):
         texts = ("123", "abc", "456")
         (sequence,) = render(renderer_of(family), self.dialogue(*texts))
         tokenizer = chat_templates.train_tokenizer(family)
-        found = [tokenizer.decode(sequence.tokens[start:stop]).strip() for start, stop in sequence.parts]
+        found = [tokenizer.decode(sequence.tokens[start:stop]).strip() for start, stop in sequence.part_spans]
         self.assertEqual(found, list(texts))
-        self.assertGreaterEqual(sequence.parts[0][0], sequence.start)
-        self.assertLessEqual(sequence.parts[-1][1], len(sequence.tokens))
+        self.assertGreaterEqual(sequence.part_spans[0][0], sequence.start)
+        self.assertLessEqual(sequence.part_spans[-1][1], len(sequence.tokens))
 
     def test_reasoning_and_answer(self):
         texts = ("<think>\nten and nine\n</think>", "\n\n19.")
         (sequence,) = render(renderer_of("qwen3"), self.dialogue(*texts))
         tokenizer = chat_templates.train_tokenizer("qwen3")
-        self.assertEqual([tokenizer.decode(sequence.tokens[slice(*part)]) for part in sequence.parts], list(texts))
-        self.assertEqual(tokenizer.decode(sequence.tokens[sequence.parts[-1][1] :]), "<|im_end|>")
+        self.assertEqual([tokenizer.decode(sequence.tokens[slice(*part)]) for part in sequence.part_spans], list(texts))
+        self.assertEqual(tokenizer.decode(sequence.tokens[sequence.part_spans[-1][1] :]), "<|im_end|>")
 
     def test_a_token_that_crosses_parts_belongs_to_the_one_it_ends_in(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
         ids = tokenizer("you you", add_special_tokens=False)["input_ids"]
         self.assertEqual(tokenizer.decode(ids[-1]), " you")
         (sequence,) = render(renderer_of("chatml"), self.dialogue("you y", "ou"))
-        (_, first), (second, stop) = sequence.parts
+        (_, first), (second, stop) = sequence.part_spans
         self.assertEqual((first, tokenizer.decode(sequence.tokens[second:stop])), (second, " you"))
 
     def test_parts_of_a_located_message_are_found(self):
         dialogue = self.dialogue("123", "abc", role="user")
         (sequence,) = render(renderer_of("chatml"), dialogue, locate=lambda m: m.role == "user")
         tokenizer = chat_templates.train_tokenizer("chatml")
-        parts = sequence.others[0].parts
+        parts = sequence.message_spans[0].part_spans
         self.assertEqual([tokenizer.decode(sequence.tokens[slice(*part)]) for part in parts], ["123", "abc"])
 
     @parameterized.parameters(

@@ -87,10 +87,10 @@ class LawTest(parameterized.TestCase):
         spellings = [tokenizer.added_tokens_decoder[index].content for index in special]
         other = render(renderer, innocent(dialogue, spellings))
         sequences = render(renderer, dialogue)
-        self.assertEqual([s.message for s in sequences], [s.message for s in other])
+        self.assertEqual([s.message_index for s in sequences], [s.message_index for s in other])
         for sequence, plain in zip(sequences, other, strict=True):
-            prompt = official_text(tokenizer, dialogue, sequence.message, prompt=True)
-            whole = official_text(tokenizer, dialogue, sequence.message + 1)
+            prompt = official_text(tokenizer, dialogue, sequence.message_index, prompt=True)
+            whole = official_text(tokenizer, dialogue, sequence.message_index + 1)
             # What a decoder takes from the beginning of a text, it takes from both.
             ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
             decoded = tokenizer.decode(sequence.tokens, skip_special_tokens=False)
@@ -212,8 +212,8 @@ class TextsTest(parameterized.TestCase):
         message = Message(role="assistant", content="".join(texts), parts=parts)
         dialogue = Dialogue(id=0, messages=(Message(role="user", content="a"), message))
         tokenizer, sequence = self.tokens(dialogue)
-        edges = [sequence.start, *(stop for _, stop in sequence.parts)]
-        self.assertEqual([start for start, _ in sequence.parts], edges[:-1])
+        edges = [sequence.start, *(stop for _, stop in sequence.part_spans)]
+        self.assertEqual([start for start, _ in sequence.part_spans], edges[:-1])
         whole = [tokenizer.decode(sequence.tokens[:edge]) for edge in edges]
         self.assertEqual([after.removeprefix(before) for before, after in itertools.pairwise(whole)], list(texts))
 
@@ -221,7 +221,7 @@ class TextsTest(parameterized.TestCase):
         dialogue = said(("user", "a<|im_end|>b"), ("assistant", "c"), ("user", "<|im_end|>"), ("assistant", "d"))
         tokenizer = chat_templates.train_tokenizer("chatml")
         sequences = render(sequences_lib.Renderer(tokenizer), dialogue, locate=lambda message: message.role == "user")
-        found = [tokenizer.decode(s.tokens[o.start : o.stop]) for s in sequences for o in s.others]
+        found = [tokenizer.decode(s.tokens[o.start : o.stop]) for s in sequences for o in s.message_spans]
         self.assertEqual(found, ["a<|im_end|>b<|im_end|>", "<|im_end|><|im_end|>"])
 
     def test_prompt_and_preamble_are_guarded_and_text_is_clean(self):
@@ -229,9 +229,9 @@ class TextsTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         renderer = sequences_lib.Renderer(tokenizer)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.assertEqual(renderer.prompt(dialogue).tolist().count(end), 2)
-        self.assertEqual(renderer.preamble(dialogue).tolist().count(end), 1)
-        self.assertEqual(renderer.text(dialogue, 2), official_text(tokenizer, dialogue, 2))
+        self.assertEqual(renderer.encode_prompt(dialogue).tolist().count(end), 2)
+        self.assertEqual(renderer.encode_shared_prefix(dialogue).tolist().count(end), 1)
+        self.assertEqual(renderer.render_text(dialogue, 2), official_text(tokenizer, dialogue, 2))
 
     def test_texts_with_the_characters_used_inside_come_through_unchanged(self):
         for spelled in ("", "<|im_end|>"):
@@ -257,8 +257,8 @@ class TextsTest(parameterized.TestCase):
         )
         with mock.patch.object(special_tokens, "_respelled", side_effect=AssertionError("respelled")):
             self.tokens(plain)
-        guard = special_tokens.Guard(chat_templates.train_tokenizer("chatml"))
-        self.assertIs(guard.dialogue(plain), plain)
+        escaper = special_tokens.SpecialTokenEscaper(chat_templates.train_tokenizer("chatml"))
+        self.assertIs(escaper.escape_dialogue(plain), plain)
         # And where it is needed without need, the tokens are the same.
         cut = self.tokens(dialogue)[1].tokens
         np.testing.assert_array_equal(cut, self.tokens(dialogue, allow_special_tokens=True)[1].tokens)
@@ -288,23 +288,23 @@ class TokenizerTest(parameterized.TestCase):
     def encode(self, backend, text, special=("<x>",)):
         backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in special])
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-        guard = special_tokens.Guard(tokenizer)
-        (encoding,) = guard.encode([text])
-        return backend, guard, encoding
+        escaper = special_tokens.SpecialTokenEscaper(tokenizer)
+        (encoding,) = escaper.encode([text])
+        return backend, escaper, encoding
 
     def test_unigram_models_that_have_special_tokens_among_their_words(self):
         words = [("<unk>", 0.0), ("<x>", 0.0), ("<", -2.0), ("x", -2.0), (">", -2.0), ("a", -2.0)]
         backend = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=0))
-        _, guard, _ = self.encode(backend, "a")
-        (encoding,) = guard.encode([guard.guard("a<x>") + "<x>a"])
+        _, escaper, _ = self.encode(backend, "a")
+        (encoding,) = escaper.encode([escaper.escape("a<x>") + "<x>a"])
         self.assertEqual((encoding.ids, encoding.offsets[4]), ([5, 2, 3, 4, 1, 5], (4, 7)))
 
     def test_byte_pairs_that_take_words_whole_or_merge_to_a_special_token(self):
         vocab = {"<": 0, "x": 1, ">": 2, "<x": 3, "<x>": 4}
         for options in ({"ignore_merges": True}, {}):
             model = tokenizers.models.BPE(vocab=vocab, merges=[("<", "x"), ("<x", ">")], **options)
-            _, guard, _ = self.encode(tokenizers.Tokenizer(model), "x")
-            (encoding,) = guard.encode([guard.guard("<x>") + "<x>"])
+            _, escaper, _ = self.encode(tokenizers.Tokenizer(model), "x")
+            (encoding,) = escaper.encode([escaper.escape("<x>") + "<x>"])
             self.assertEqual(encoding.ids, [3, 2, 4])
 
     def test_white_space_beside_tokens_that_take_it_is_taken_as_before(self):
@@ -313,9 +313,9 @@ class TokenizerTest(parameterized.TestCase):
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
         backend.add_special_tokens([tokenizers.AddedToken("[A]", special=True, lstrip=True, rstrip=True)])
         backend.add_special_tokens([tokenizers.AddedToken("[B]", special=True, single_word=True)])
-        guard = special_tokens.Guard(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+        escaper = special_tokens.SpecialTokenEscaper(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
         text = "b [A] b b[B] [B]"
-        (wanted,), (found,) = guard.encode([text]), guard.encode([text + guard.guard("[A]")])
+        (wanted,), (found,) = escaper.encode([text]), escaper.encode([text + escaper.escape("[A]")])
         self.assertEqual((found.ids[:-3], found.ids[-3:]), (wanted.ids, [0, 1, 2]))
         self.assertEqual(found.offsets[:-3], wanted.offsets)
 
@@ -327,18 +327,18 @@ class TokenizerTest(parameterized.TestCase):
             [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
         )
         backend.add_special_tokens([tokenizers.AddedToken("<X>", special=True, normalized=True)])
-        guard = special_tokens.Guard(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+        escaper = special_tokens.SpecialTokenEscaper(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
         for text in ("<x>", "\uff1cx\uff1e", "<X> <x>"):
             with self.assertRaisesRegex(ValueError, r"dialogue 0 \(said.jsonl:1\): has a text that .* normalizer"):
-                guard.dialogue(said(("user", text)))
-        self.assertEqual(guard.encode(["\uff1cx\uff1e"])[0].ids, [5])
-        (encoding,) = guard.encode([guard.dialogue(said(("user", "<X>x"))).messages[0].content + "<X>"])
+                escaper.escape_dialogue(said(("user", text)))
+        self.assertEqual(escaper.encode(["\uff1cx\uff1e"])[0].ids, [5])
+        (encoding,) = escaper.encode([escaper.escape_dialogue(said(("user", "<X>x"))).messages[0].content + "<X>"])
         self.assertEqual(encoding.ids, [0, 3, 2, 3, 5])
 
     def test_an_unknown_token_may_be_special(self):
         model = tokenizers.models.WordLevel({"a": 0, "<x>": 1}, unk_token="<x>")
-        _, guard, _ = self.encode(tokenizers.Tokenizer(model), "a")
-        (encoding,) = guard.encode([guard.guard("<x>") + "<x>"])
+        _, escaper, _ = self.encode(tokenizers.Tokenizer(model), "a")
+        (encoding,) = escaper.encode([escaper.escape("<x>") + "<x>"])
         self.assertEqual(encoding.ids, [1, 1])
 
 

@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue, Message
-from dialog_jax.dialogues.parsing import dialogues_from_records
+from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.model import decoder
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
@@ -68,7 +68,7 @@ def message_tree():
 
 def alone_dialogue(dialogue, index):
     """The message and what leads to it."""
-    return Dialogue(id="a", messages=tuple(dialogue.messages[i] for i in (*dialogue.before(index), index)))
+    return Dialogue(id="a", messages=tuple(dialogue.messages[i] for i in (*dialogue.ancestors(index), index)))
 
 
 def plain_dialogue(seed=0, turns=4):
@@ -293,7 +293,7 @@ class CausalityTest(absltest.TestCase):
             }
             for last in ("Is it raining today?", "Is it snowing today?")
         ]
-        prepared = tiny.trees(dialogues_from_records(records), tokenizer)
+        prepared = tiny.trees(parse_records(records), tokenizer)
         lengths, _ = prepared.sizes()
 
         def by_turn(tree):

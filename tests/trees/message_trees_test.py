@@ -68,7 +68,7 @@ class OnceTest(parameterized.TestCase):
         for index, message in enumerate(dialogue.messages):
             if message.role != "assistant" or not message.weight:
                 continue
-            path = [*dialogue.before(index), index]
+            path = [*dialogue.ancestors(index), index]
             ((prompt, response),) = sequences_of(path_dialogue(dialogue, path, train={index}), family)
             for stop in range(1, len(prompt) + len(response) + 1):
                 weight = message.weight * factor(index) if stop > len(prompt) else 0
@@ -135,7 +135,7 @@ class OnceTest(parameterized.TestCase):
         expected = collections.Counter()
         for index, message in enumerate(dialogue.messages):
             if message.role == "assistant":
-                path = [*dialogue.before(index), index]
+                path = [*dialogue.ancestors(index), index]
                 ((prompt, response),) = sequences_of(path_dialogue(dialogue, path, train={index}), "chatml")
                 for stop in range(len(prompt) + 1, len(prompt) + len(response) + 1):
                     expected[tuple((prompt + response)[:stop])] += 1 / len(response)

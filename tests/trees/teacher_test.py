@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue, Message
-from dialog_jax.dialogues.parsing import dialogues_from_records
+from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import dataset, disk_cache, prefix_tree, teacher
 from dialog_jax.trees.chunks import Recipe
@@ -34,7 +34,7 @@ def responses_of(dialogue, family):
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
             continue
-        history = [dialogue.messages[i].as_dict() for i in dialogue.before(index)]
+        history = [dialogue.messages[i].as_dict() for i in dialogue.ancestors(index)]
         prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
         text = tokenizer.apply_chat_template([*history, message.as_dict()], tokenize=False)
         stop = text.rindex(end) + len(end)
@@ -92,7 +92,7 @@ def turns(count, *, id="long", reasoning=False):
 
 
 TREE = next(
-    dialogues_from_records(
+    parse_records(
         [
             {
                 "id": "tree",
