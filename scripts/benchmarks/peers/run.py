@@ -33,9 +33,7 @@ from contestants import CONTESTANTS, NOT_MEASURED, Settings
 from dialog_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Directory for results, inputs and logs.", required=True)
-_ENVIRONMENTS = flags.DEFINE_string(
-    "environments", "runs/peers", "Directory of the peers' environments, made if missing."
-)
+_ENVIRONMENTS = flags.DEFINE_string("environments", "runs/peers", "Directory of the peers' environments.")
 _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model directory.")
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "JSON lines with messages.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 256, "Number of dialogues, from the start of the file.", lower_bound=1)
@@ -56,9 +54,8 @@ def describe_machine() -> str:
     """Returns the number of cores and the processor model."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    processor = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.machine()
     return f"{len(os.sched_getaffinity(0))} cores of {processor}"
 
 
@@ -102,13 +99,8 @@ def run(out: pathlib.Path, names: list[str]) -> dict:
         for name in order:
             file = out / f"{name}_{number}.json"
             command = contestants.measure_command(name, settings, pythons[CONTESTANTS[name].environment], file)
-            rounds.append(
-                {
-                    "contestant": name,
-                    "round": number,
-                    **contestants.run_command(name, command, file, seconds=_SECONDS.value),
-                }
-            )
+            result = contestants.run_command(name, command, file, seconds=_SECONDS.value)
+            rounds.append({"contestant": name, "round": number, **result})
             with (out / "rounds.jsonl").open("a" if len(rounds) > 1 else "w", encoding="utf-8") as lines:
                 lines.write(json.dumps(rounds[-1]) + "\n")
             outcome = rounds[-1].get("failed") or f"{rounds[-1]['real_tokens_per_second']:.1f} real tokens/s"
