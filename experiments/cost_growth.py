@@ -96,7 +96,7 @@ def step_seconds(model: DecoderConfig, batch: Batch, *, repeats: int) -> float:
     """Returns the median seconds of an update on `batch`, [M, B, ...], compilation and the first one left out."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     transform = optimizer.make_optimizer(OptimizerConfig(), repeats + 1)
-    state, shardings = train_step.initial_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
+    state, shardings = train_step.initialize_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
     update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     seconds = []

@@ -113,7 +113,7 @@ def compare(
     before = evaluate("before training", 0, model.parameters)
     done = {}
     for name, trees in trainings.items():
-        state, shardings = train_step_lib.initial_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
+        state, shardings = train_step_lib.initialize_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
         if train_step is None:
             train_step = train_step_lib.make_train_step(
                 model.config, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots"

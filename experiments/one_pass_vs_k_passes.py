@@ -149,7 +149,15 @@ def cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dic
     print(f"{name}: {min(seconds):.2f} s, the least of {len(seconds)} runs", flush=True)
     figures = {
         "tokens": sum(int((batch.segment > 0).sum()) for batch in many),
-        "flops": sum(metrics.useful_flops(model, batch) for batch in many),
+        "flops": sum(
+            metrics.count_flops(
+                model,
+                tokens=int((batch.segment > 0).sum()),
+                attention_pairs=int((batch.position + 1)[batch.segment > 0].sum()),
+                targets=int((batch.weight > 0).sum()),
+            )
+            for batch in many
+        ),
         "seconds": min(seconds),
         "temporary_bytes": temporary,
     }
@@ -161,7 +169,9 @@ def measure(model: chat.ChatModel, dialogue: Dialogue, name: str) -> dict[str, A
     config, parameters = model.config, model.parameters
     of_k, _, _ = cost(config, parameters, rows(alone(dialogue), model.renderer), f"{name}, K passes")
     of_one, value, gradient = cost(config, parameters, rows([dialogue], model.renderer), f"{name}, one pass")
-    nll, expected = k_passes.nll_and_gradient(config, parameters, k_passes.passes(dialogue, model.tokenizer))
+    nll, expected = k_passes.compute_nll_and_gradient(
+        config, parameters, k_passes.make_passes(dialogue, model.tokenizer)
+    )
     total = math.fsum(math.fsum(each) for each in nll)
     apart = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, expected))
     return {
@@ -262,7 +272,7 @@ def main(options: Options, turns: Sequence[int] = TURNS) -> None:
             "K passes read one response after another with the same code as the one pass. Rows are padded to "
             f"multiples of {_MULTIPLE} tokens. Seconds are the least of the runs that begin within "
             f"{_REPEATED_FOR:.0f} s, without compilation. TFLOPs are those that the work needs, without padding, from "
-            "the model's shape (`metrics.useful_flops`). GB are temporaries: what XLA sets aside for the largest row "
+            "the model's shape (`metrics.count_flops`). GB are temporaries: what XLA sets aside for the largest row "
             "besides parameters and gradient (`memory_analysis`). The differences are those of one pass from "
             "`training.k_passes`: of the loss, and the norm of the gradients' difference over the norm. The last line "
             f"has the exponents p of cost ~ K^p, fitted from {_FITTED_FROM} turns on.",

@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
-    compilation_cache.turn_on(lambda line: print(f"chat.py: {line}", file=sys.stderr))
+    compilation_cache.enable(lambda line: print(f"chat.py: {line}", file=sys.stderr))
     try:
         model = chat.load(
             _MODEL.value,

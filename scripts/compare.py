@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
-    compilation_cache.turn_on(lambda line: print(f"compare.py: {line}", file=sys.stderr))
+    compilation_cache.enable(lambda line: print(f"compare.py: {line}", file=sys.stderr))
     try:
         found = next(
             (d for n, d in enumerate(read_dialogues(_DATA.value, split=_SPLIT.value)) if n == _INDEX.value), None

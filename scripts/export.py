@@ -67,8 +67,8 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
 
 
 def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
-    losses = {line["step"]: line["loss"] for line in metrics.read_lines(run / "evaluation.jsonl")}
-    best = checkpoints.best_step(losses, steps)
+    losses = {line["step"]: line["loss"] for line in metrics.read_records(run / "evaluation.jsonl")}
+    best = checkpoints.find_best_step(losses, steps)
     if not steps or (step == "best" and best is None):
         raise UserError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
     named = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}

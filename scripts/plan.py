@@ -24,14 +24,14 @@ from dialog_jax.model import hf_config, pretrained, tensor_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import compiling, estimating, hlo, workload
 from dialog_jax.planning.compiling import StepPlan
+from dialog_jax.planning.estimating import Chip
 from dialog_jax.planning.workload import Workload
-from dialog_jax.training import chips, config, metrics, sharding
-from dialog_jax.training.chips import Chip
+from dialog_jax.training import config, metrics, sharding
 from dialog_jax.training.config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/llama_8b.py.")
 _DEVICES = flags.DEFINE_integer("devices", None, "How many devices.", lower_bound=1, required=True)
-_KIND = flags.DEFINE_enum("kind", None, [*chips.CHIPS, "cpu"], "What they are; cpu gives no times.", required=True)
+_KIND = flags.DEFINE_enum("kind", None, [*estimating.CHIPS, "cpu"], "What they are; cpu gives no times.", required=True)
 _EFFICIENCY = flags.DEFINE_float(
     "efficiency", 0.5, "Share of the published peak that matrix products reach.", lower_bound=0.01, upper_bound=1.0
 )
@@ -90,24 +90,24 @@ def _simulate(devices: int) -> None:
 def _plan(asked: TrainConfig) -> None:
     model = _shape(asked.model)
     mesh = sharding.make_mesh(asked.mesh)
-    chip = chips.CHIPS.get(_KIND.value)
+    chip = estimating.CHIPS.get(_KIND.value)
     if chip:  # slices may be smaller than the largest there are
-        chip = chip._replace(together=min(chip.together, mesh.size // mesh.shape.get("dcn_data", 1)))
+        chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
     narrow = asked.compute_dtype == "bfloat16" or (asked.compute_dtype == "auto" and chip is not None)
-    work = workload.measured(asked, dialogues=_DIALOGUES.value)
+    work = workload.measure_workload(asked, dialogues=_DIALOGUES.value)
     if work is None:
-        work = workload.assumed(asked, tokens=_TOKENS.value, targets=_TARGETS.value)
+        work = workload.assume_workload(asked, tokens=_TOKENS.value, targets=_TARGETS.value)
     step = compiling.compile_step(
         asked,
         model,
         mesh,
         compute_dtype=jnp.bfloat16 if narrow else jnp.float32,
         targets=-(-work.targets // (asked.rows * asked.gradient_accumulation)),
-        pairs=-(-work.pairs // (asked.rows * asked.gradient_accumulation)),
+        attention_pairs=-(-work.attention_pairs // (asked.rows * asked.gradient_accumulation)),
     )
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"{asked.model} on {mesh.size} x {_KIND.value}: {axes}; compiled in {step.seconds:.0f} s")
-    for line in step.listed:
+    for line in step.uneven_layouts:
         print(f"on the mesh: {line}")
     sections = [
         _memory_lines(step, chip),
@@ -150,8 +150,8 @@ def _memory_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
     yield f"  optimizer's moments               {_gigabytes(memory.moments)}"
     yield f"  batch                             {_gigabytes(memory.batch)}"
     yield f"  gradients                         {_gigabytes(memory.gradients)}"
-    yield f"  activations kept for backward     {_gigabytes(memory.kept)}"
-    yield f"  at least                          {_gigabytes(memory.least)}"
+    yield f"  activations kept for backward     {_gigabytes(memory.activations)}"
+    yield f"  at least                          {_gigabytes(memory.lower_bound)}"
     if chip:
         yield f"  the chip has                      {_gigabytes(chip.memory)}"
     yield f"  as the CPU's compiler lays it out {_gigabytes(memory.compiled)}"
@@ -161,14 +161,14 @@ def _memory_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
 
 
 def _verdict_lines(step: StepPlan, chip: Chip, asked: TrainConfig, mesh: Mesh, *, narrow: bool) -> Iterator[str]:
-    found = estimating.verdict(step.memory, chip)
+    found = estimating.judge_memory(step.memory, chip)
     yield {
         estimating.FITS: "FITS, also as the CPU's compiler lays it out.",
         estimating.DOUBTFUL: "MAY NOT FIT: the least does, what the CPU's compiler makes of it does not.",
         estimating.DOES_NOT_FIT: "DOES NOT FIT, whatever the compiler.",
     }[found]
     if found != estimating.FITS:
-        yield from (f"  {line}" for line in estimating.remedies(step, chip, asked, mesh, narrow=narrow))
+        yield from (f"  {line}" for line in estimating.list_remedies(step, chip, asked, mesh, narrow=narrow))
 
 
 def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
@@ -179,7 +179,7 @@ def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
             f"  {kind:32}{sum(one.runs for one in some):12,.0f}{_gigabytes(sum(one.runs * one.bytes for one in some))}"
         )
         if chip:
-            line += f"{sum(sum(estimating.exchange(one, chip)) for one in some):12.3f}"
+            line += f"{sum(sum(estimating.estimate_exchange(one, chip)) for one in some):12.3f}"
         yield line
     if step.collectives:
         most = max(step.collectives, key=lambda one: one.runs * one.bytes)
@@ -189,7 +189,7 @@ def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
 
 def _work_lines(step: StepPlan, asked: TrainConfig, model: DecoderConfig, mesh: Mesh, work: Workload) -> Iterator[str]:
     room = asked.rows * asked.gradient_accumulation * asked.data.max_length
-    useful = metrics.flops(model, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
+    useful = metrics.count_flops(model, tokens=work.tokens, attention_pairs=work.attention_pairs, targets=work.targets)
     executed = step.products.flops * mesh.size
     yield f"Work of a step, all devices ({work.source})"
     yield f"  tokens            {work.tokens:12,} of {room:,}: {work.tokens / room:.1%} useful"
@@ -200,15 +200,15 @@ def _work_lines(step: StepPlan, asked: TrainConfig, model: DecoderConfig, mesh: 
 
 def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, *, narrow: bool) -> Iterator[str]:
     peak = f"at {_EFFICIENCY.value:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s{'' if narrow else ', those of bfloat16'}"
-    taken = estimating.seconds(step, chip, efficiency=_EFFICIENCY.value)
+    taken = estimating.estimate_seconds(step, chip, efficiency=_EFFICIENCY.value)
     yield "Seconds of a step, from published peaks"
     yield f"  matrix products   {taken.compute:12.3f}   {peak}"
     yield f"  memory            {taken.memory:12.3f}   at {chip.bandwidth / 1e9:,.0f} GB/s; products and update only"
-    link = f"at {chip.link / 1e9:,.0f} GB/s within nodes or slices of {chip.together:,}"
+    link = f"at {chip.link / 1e9:,.0f} GB/s within nodes or slices of {chip.group_size:,}"
     yield f"  links             {taken.link:12.3f}   {link}"
     network = f"at {chip.network / 1e9:,.1f} GB/s a device between them" if chip.network else "not published"
     yield f"  network           {taken.network:12.3f}   {network}"
-    best, worst = taken.overlapped, taken.in_turn
+    best, worst = taken.overlapped, taken.serialized
     yield f"ESTIMATE {best:.3f} s a step if all overlaps, {worst:.3f} s if no exchange does;"
     yield f"  {work.tokens / best:,.0f} to {work.tokens / worst:,.0f} useful tokens a second;"
     if work.updates:

@@ -33,8 +33,8 @@ def plot(run: pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: the run has written no figures yet.
     """
-    steps = metrics.read_lines(run / "metrics.jsonl")
-    evaluations = metrics.read_lines(run / "evaluation.jsonl")
+    steps = metrics.read_records(run / "metrics.jsonl")
+    evaluations = metrics.read_records(run / "evaluation.jsonl")
     if not steps or not evaluations:
         raise UserError(f"{run} has no figures to draw. Name the --output_dir of scripts/train.py, after a step.")
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):

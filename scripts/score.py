@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
     logging.set_verbosity(logging.WARNING)
-    compilation_cache.turn_on(lambda line: print(f"score.py: {line}", file=sys.stderr))
+    compilation_cache.enable(lambda line: print(f"score.py: {line}", file=sys.stderr))
     dtype = jnp.dtype(_DTYPE.value)
     try:
         for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):

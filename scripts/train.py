@@ -95,11 +95,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"train.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    began = console.process_began()
-    compilation_cache.turn_on(lambda line: print(f"train.py: {line}", file=sys.stderr))
+    start_time = console.find_process_start()
+    compilation_cache.enable(lambda line: print(f"train.py: {line}", file=sys.stderr))
     try:
         _join()
-        result = run.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value, began=began)
+        result = run.run(asked, _OUTPUT_DIR.value, allow_changes=_ALLOW_CHANGES.value, start_time=start_time)
     except StoppedError as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         sys.exit(0 if stop.signal == signal.SIGTERM else 130)
@@ -108,8 +108,10 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    if distributed.is_first():
-        print(f"held-out loss {result.first['loss']:.4f} before, {result.last['loss']:.4f} after {result.step:,} steps")
+    if distributed.is_primary():
+        print(
+            f"held-out loss {result.initial['loss']:.4f} before, {result.final['loss']:.4f} after {result.step:,} steps"
+        )
 
 
 if __name__ == "__main__":

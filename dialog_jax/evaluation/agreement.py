@@ -57,7 +57,7 @@ def compare(
     renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
     naive = functools.partial(  # which runs the template by itself
         bounded.run,
-        k_passes.passes,
+        k_passes.make_passes,
         tokenizer=tokenizer,
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
@@ -140,7 +140,7 @@ def _compare_rows(
     """Compares row by row what training does with it and the passes of its dialogues."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = _keep_gradient()
-    state, shardings = train_step.initial_state(mesh, parameters, optimizer)
+    state, shardings = train_step.initialize_state(mesh, parameters, optimizer)
     update = train_step.make_train_step(model, optimizer, mesh, shardings, compute_dtype=jnp.float32, remat=_REMAT)
     score = train_step.make_score_step(model, compute_dtype=jnp.float32)
     for number in range(plan.rows_per_epoch):
@@ -154,7 +154,7 @@ def _compare_rows(
         one_nll = np.asarray(score(state.parameters, row).nll[0])
         state, metrics = update(state, batch)
         tell(f"row {number + 1} of {plan.rows_per_epoch}: a pass for each of {len(every):,} responses")
-        nll, gradient = k_passes.nll_and_gradient(model, state.parameters, every)
+        nll, gradient = k_passes.compute_nll_and_gradient(model, state.parameters, every)
         own = iter(nll)
         for segment, (dialogue, passes) in enumerate(members, 1):
             read = differences.read_targets(row, one_nll, segment)

@@ -43,7 +43,7 @@ class Pass(NamedTuple):
     """Of each token of the response: its message's, times that of the part it ends in."""
 
 
-def passes(
+def make_passes(
     dialogue: Dialogue,
     tokenizer: transformers.PreTrainedTokenizerFast,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -97,7 +97,7 @@ def passes(
     return found
 
 
-def response_nll(
+def compute_response_nll(
     model: DecoderConfig, parameters: dict, one: Pass, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float32[np.ndarray, " r"]:
     """Returns -log p of each token of the response, in nats, from a forward pass over prompt and response."""
@@ -105,7 +105,7 @@ def response_nll(
     return np.asarray(nll)[one.start - 1 : len(one.tokens) - 1]
 
 
-def nll_and_gradient(
+def compute_nll_and_gradient(
     model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "dots"
 ) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
     """Returns (what `response_nll` gives of each pass, the gradient of their sum, each token's times its weight).
@@ -141,11 +141,11 @@ def score_dialogues(
       FloatingPointError: a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
-        every = passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+        every = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
         fitting = [one for one in every if len(one.tokens) <= model.max_length]
         turns = []
         for one in fitting:
-            nll = math.fsum(response_nll(model, parameters, one, compute_dtype=compute_dtype))
+            nll = math.fsum(compute_response_nll(model, parameters, one, compute_dtype=compute_dtype))
             if not math.isfinite(nll):
                 raise FloatingPointError(
                     f"{dialogue.name}: the loss of message {one.message} is {nll}. The model's weights are damaged, or "

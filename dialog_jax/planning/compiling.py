@@ -48,15 +48,15 @@ class Memory(NamedTuple):
     batch: int
     gradients: int
     """With several micro-batches their sum, and beside it what of a micro-batch's own is there at once."""
-    kept: int
+    activations: int
     """Activations that the forward pass leaves for the backward pass, in the types that the program asks for."""
     temporaries: int
-    """All that is neither state nor batch (so gradients and `kept` too), as the CPU's compiler lays it out."""
+    """All that is neither state nor batch (so gradients and `activations` too), as the CPU's compiler lays it out."""
 
     @property
-    def least(self) -> int:
+    def lower_bound(self) -> int:
         """What any compiler needs."""
-        return self.parameters + self.moments + self.batch + self.gradients + self.kept
+        return self.parameters + self.moments + self.batch + self.gradients + self.activations
 
     @property
     def compiled(self) -> int:
@@ -79,8 +79,8 @@ class StepPlan(NamedTuple):
     largest: Largest
     products: Products
     collectives: list[Collective]
-    listed: list[str]
-    """What `sharding.listed` says."""
+    uneven_layouts: list[str]
+    """What `sharding.describe_uneven_layouts` says."""
     seconds: float
     """That compilation took here."""
 
@@ -92,13 +92,13 @@ def compile_step(
     *,
     compute_dtype: jax.typing.DTypeLike,
     targets: int,
-    pairs: int,
+    attention_pairs: int,
 ) -> StepPlan:
     """Returns what one update of the run is to a device of `mesh`.
 
     Args:
       targets: of a row; the loop over tiles of targets is as long as these need.
-      pairs: of a row, of a token and one that it sees; likewise for the loop over pairs of blocks.
+      attention_pairs: of a row, of a token and one that it sees; the same for the loop over pairs of blocks.
 
     Raises:
       UserError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
@@ -130,21 +130,26 @@ def compile_step(
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the CPU's compiler says what it needs"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
-    turns = {blockwise.PAIRS: _block_pairs(config.data.max_length, pairs), loss.TILES: float(-(-targets // tile))}
-    counts = hlo.runs(program, unknown=functools.partial(_turns, turns))
+    turns = {
+        blockwise.PAIRS: _block_pairs(config.data.max_length, attention_pairs),
+        loss.TILES: float(-(-targets // tile)),
+    }
+    counts = hlo.count_runs(program, unknown=functools.partial(_turns, turns))
     return StepPlan(
         memory=Memory(
             parameters=_device_bytes(state.parameters),
             moments=_device_bytes(state.optimizer_state),
             batch=_device_bytes(batch),
             gradients=_gradient_bytes(config, model, state.parameters),
-            kept=sum(one.array.bytes for one in hlo.stored(program) if "transpose(" not in one.operation_name),
+            activations=sum(
+                one.array.bytes for one in hlo.find_stored_arrays(program) if "transpose(" not in one.operation_name
+            ),
             temporaries=analysis.temp_size_in_bytes,
         ),
         largest=largest,
-        products=hlo.products(program, counts),
-        collectives=hlo.collectives(program, counts, mesh.size),
-        listed=sharding.listed(mesh, state.parameters),
+        products=hlo.sum_products(program, counts),
+        collectives=hlo.find_collectives(program, counts, mesh.size),
+        uneven_layouts=sharding.describe_uneven_layouts(mesh, state.parameters),
         seconds=time.monotonic() - began,
     )
 
@@ -252,7 +257,7 @@ def _origin(program: Program, name: str) -> str:
     for body in program.computations.values():
         while name in body:
             instruction = body[name]
-            fused = hlo.called(program, instruction).values()
+            fused = hlo.find_called_computation(program, instruction).values()
             origins = [one.operation_name for one in (instruction, *fused) if one.operation_name]
             if origins:
                 return origins[0]

@@ -11,8 +11,43 @@ from jax.sharding import Mesh
 from dialog_jax.planning.compiling import Memory, StepPlan
 from dialog_jax.planning.hlo import Collective
 from dialog_jax.training import sharding
-from dialog_jax.training.chips import Chip
 from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.metrics import PEAK_FLOPS
+
+
+class Chip(NamedTuple):
+    """One device as JAX counts them. Units are FLOP, bytes and seconds."""
+
+    kind: str
+    """The beginning of `jax.Device.device_kind`."""
+    flops: float
+    """Dense bfloat16 products, FLOP/s."""
+    memory: float
+    bandwidth: float
+    """Of its memory, bytes/s."""
+    link: float
+    """To the other devices of its node or slice, bytes/s in each direction."""
+    network: float | None
+    """Its part of its host's network cards, bytes/s in each direction; None where it is not published."""
+    group_size: int
+    """Devices of a node (GPU) or of the largest slice (TPU): those that `link` joins."""
+
+
+# Sources.
+# TPU: the "TPU v4", "v5e", "v5p" and "v6e" pages of docs.cloud.google.com/tpu/docs. ICI is given there in both
+# directions together: 400 (v5e), 1200 (v5p) and 800 GB/s (v6e). The network of v5e is 2 x 100 Gbit/s for 8 chips, of
+# v5p 50 Gbit/s a chip; of v6e none is given.
+# GPU: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, whose products are given with sparsity, twice the
+# dense ones, and whose NVLink (600, 900 and 900 GB/s) is both directions together. The network is that of NVIDIA's own
+# DGX systems: for each GPU one card of 200 (A100) or 400 Gbit/s (H100, H200). Eight GPUs a node.
+CHIPS = {
+    "tpu-v5e": Chip("TPU v5 lite", PEAK_FLOPS["TPU v5 lite"], 16e9, 819e9, 200e9, 3.125e9, 256),
+    "tpu-v5p": Chip("TPU v5", PEAK_FLOPS["TPU v5"], 95e9, 2765e9, 600e9, 6.25e9, 6144),
+    "tpu-v6e": Chip("TPU v6 lite", PEAK_FLOPS["TPU v6 lite"], 32e9, 1638e9, 400e9, None, 256),
+    "a100": Chip("NVIDIA A100", PEAK_FLOPS["NVIDIA A100"], 80e9, 2039e9, 300e9, 25e9, 8),
+    "h100": Chip("NVIDIA H100", PEAK_FLOPS["NVIDIA H100"], 80e9, 3350e9, 450e9, 50e9, 8),
+    "h200": Chip("NVIDIA H200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4800e9, 450e9, 50e9, 8),
+}
 
 FITS, DOUBTFUL, DOES_NOT_FIT = "fits", "may not fit", "does not fit"
 
@@ -33,12 +68,12 @@ class Seconds(NamedTuple):
         return max(self)
 
     @property
-    def in_turn(self) -> float:
+    def serialized(self) -> float:
         """A step in which exchanges hide behind nothing."""
         return max(self.compute, self.memory) + self.link + self.network
 
 
-def seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Seconds:
+def estimate_seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Seconds:
     """Returns the time of a step by resource.
 
     Memory traffic is that of matrix products, as if all between them were fused into them, and of the update: gradients
@@ -48,7 +83,7 @@ def seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Seconds:
       efficiency: share of the published peak that matrix products reach.
     """
     update = 4 * step.memory.parameters + 2 * step.memory.moments
-    exchanged = [exchange(collective, chip) for collective in step.collectives]
+    exchanged = [estimate_exchange(collective, chip) for collective in step.collectives]
     return Seconds(
         compute=step.products.flops / (chip.flops * efficiency),
         memory=(step.products.bytes + update) / chip.bandwidth,
@@ -57,15 +92,15 @@ def seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Seconds:
     )
 
 
-def exchange(collective: Collective, chip: Chip) -> tuple[float, float]:
+def estimate_exchange(collective: Collective, chip: Chip) -> tuple[float, float]:
     """Returns (seconds within nodes, seconds between them) of all runs of a collective, on the published bandwidth.
 
     In a group of g devices, each sends and receives (g - 1) / g of the array, twice for an all-reduce. Over n nodes it
     goes in two stages: (n - 1) / n of it between nodes, over the network cards of all devices that a node has in the
     group, and the rest within nodes. Device numbers are those of the mesh, whose last axis is the fastest, and
-    `chip.together` in a row are a node or slice.
+    `chip.group_size` in a row are a node or slice.
     """
-    nodes = len({device // chip.together for device in collective.group})
+    nodes = len({device // chip.group_size for device in collective.group})
     group, size = len(collective.group), float(collective.bytes)
     local = group / nodes
     if collective.kind == "collective-permute":
@@ -79,14 +114,14 @@ def exchange(collective: Collective, chip: Chip) -> tuple[float, float]:
     return collective.runs * inside / chip.link, collective.runs * network
 
 
-def verdict(memory: Memory, chip: Chip) -> str:
+def judge_memory(memory: Memory, chip: Chip) -> str:
     """Returns whether a step fits: surely, surely not, or only for a compiler that is thriftier than the CPU's."""
-    if memory.least > chip.memory:
+    if memory.lower_bound > chip.memory:
         return DOES_NOT_FIT
     return FITS if memory.compiled <= chip.memory else DOUBTFUL
 
 
-def remedies(step: StepPlan, chip: Chip, config: TrainConfig, mesh: Mesh, *, narrow: bool) -> Sequence[str]:
+def list_remedies(step: StepPlan, chip: Chip, config: TrainConfig, mesh: Mesh, *, narrow: bool) -> Sequence[str]:
     """Returns what would make a step smaller, in sentences; the first to be tried first.
 
     Args:

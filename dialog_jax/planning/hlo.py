@@ -93,7 +93,7 @@ class Products(NamedTuple):
     """Of operands and results."""
 
 
-class Stored(NamedTuple):
+class StoredArray(NamedTuple):
     """An array that a loop fills, an entry a turn."""
 
     array: Array
@@ -125,7 +125,7 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def runs(program: Program, *, unknown: Callable[[str], float]) -> dict[str, float]:
+def count_runs(program: Program, *, unknown: Callable[[str], float]) -> dict[str, float]:
     """Returns how often each computation runs in a step; fractions where `unknown` says so.
 
     Args:
@@ -137,14 +137,14 @@ def runs(program: Program, *, unknown: Callable[[str], float]) -> dict[str, floa
         counts[computation] += times
         for instruction in program.computations[computation].values():
             turns = _turns(program, instruction, unknown) if instruction.operation == "while" else 1.0
-            for name in callees(instruction):
+            for name in list_callees(instruction):
                 visit(name, times * turns)
 
     visit(program.entry, 1.0)
     return counts
 
 
-def collectives(program: Program, counts: Mapping[str, float], devices: int) -> list[Collective]:
+def find_collectives(program: Program, counts: Mapping[str, float], devices: int) -> list[Collective]:
     """Returns every collective of the program, with how often it runs."""
     found = []
     for name, body in program.computations.items():
@@ -164,7 +164,7 @@ def collectives(program: Program, counts: Mapping[str, float], devices: int) -> 
     return found
 
 
-def products(program: Program, counts: Mapping[str, float]) -> Products:
+def sum_products(program: Program, counts: Mapping[str, float]) -> Products:
     """Returns the work of all matrix products. A multiply-add is two FLOPs."""
     flops = size = 0.0
     for name, body in program.computations.items():
@@ -181,26 +181,26 @@ def products(program: Program, counts: Mapping[str, float]) -> Products:
     return Products(flops, size)
 
 
-def stored(program: Program) -> list[Stored]:
+def find_stored_arrays(program: Program) -> list[StoredArray]:
     """Returns the arrays that loops of a known number of turns fill entry by entry: activations that the backward pass
     needs, and gradients."""
     found = []
     for body in program.computations.values():
         for instruction in body.values():
             if instruction.operation == "while" and _turns(program, instruction, lambda name: 0.0):
-                for filled in called(program, instruction).values():
+                for filled in find_called_computation(program, instruction).values():
                     if filled.operation == "dynamic-update-slice":
-                        found.append(Stored(filled.arrays[0], filled.operation_name))
+                        found.append(StoredArray(filled.arrays[0], filled.operation_name))
     return found
 
 
-def called(program: Program, instruction: Instruction) -> Mapping[str, Instruction]:
+def find_called_computation(program: Program, instruction: Instruction) -> Mapping[str, Instruction]:
     """Returns the computation that a fusion or a loop runs; of what runs none, nothing."""
-    names = callees(instruction)
+    names = list_callees(instruction)
     return program.computations[names[0]] if names else {}
 
 
-def callees(instruction: Instruction) -> list[str]:
+def list_callees(instruction: Instruction) -> list[str]:
     """Returns the names of the computations that an instruction runs, but a loop's condition."""
     names = _CALLED.findall(instruction.attributes)
     for branches in _BRANCHES.findall(instruction.attributes):

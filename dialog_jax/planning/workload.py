@@ -21,7 +21,7 @@ class Workload(NamedTuple):
 
     tokens: int
     """That are not padding."""
-    pairs: int
+    attention_pairs: int
     """Of a token and one that it sees."""
     targets: int
     updates: int | None
@@ -30,7 +30,7 @@ class Workload(NamedTuple):
     """Where these come from, in words."""
 
 
-def measured(config: TrainConfig, *, dialogues: int) -> Workload | None:
+def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     """Returns the workload of data.train, or None if it or the tokenizer is no file here, or too large to look at.
 
     Args:
@@ -87,7 +87,7 @@ def measured(config: TrainConfig, *, dialogues: int) -> Workload | None:
     )
 
 
-def assumed(config: TrainConfig, *, tokens: float, targets: float) -> Workload:
+def assume_workload(config: TrainConfig, *, tokens: float, targets: float) -> Workload:
     """Returns the workload if each row were one dialogue.
 
     Args:

@@ -31,7 +31,7 @@ class SaveError(OSError):
     """A checkpoint that could not be written."""
 
 
-def best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
+def find_best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
     """Returns the first of `steps` with the lowest held-out loss; None if none of them has one."""
     evaluated = [step for step in sorted(steps) if step in losses]
     return min(evaluated, key=lambda step: losses[step], default=None)
@@ -65,12 +65,12 @@ def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses
     Raises:
       SaveError: this save, or the one before, failed.
     """
-    finish(manager, keep=keep, losses=losses)
+    finish_save(manager, keep=keep, losses=losses)
     counts = {name: int(getattr(state, name)) for name in ("step", "skipped", "skipped_in_a_row")}
     record = {
         **counts,
-        "parameters": checksums(state.parameters),
-        "optimizer_state": checksums(state.optimizer_state),
+        "parameters": compute_checksums(state.parameters),
+        "optimizer_state": compute_checksums(state.optimizer_state),
     }
     with _saving():
         saved = manager.save(
@@ -84,13 +84,13 @@ def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses
     assert saved, counts
 
 
-def check(manager: ocp.CheckpointManager) -> None:
+def raise_save_errors(manager: ocp.CheckpointManager) -> None:
     """Raises SaveError if the save in the background has failed."""
     with _saving():
         manager.check_for_errors()
 
 
-def finish(manager: ocp.CheckpointManager, *, keep: int, losses: Mapping[int, float]) -> None:
+def finish_save(manager: ocp.CheckpointManager, *, keep: int, losses: Mapping[int, float]) -> None:
     """Waits for the save in the background, and then removes what need not stay. All processes call it together.
 
     Args:
@@ -104,7 +104,7 @@ def finish(manager: ocp.CheckpointManager, *, keep: int, losses: Mapping[int, fl
         manager.wait_until_finished()
         steps = sorted(manager.all_steps())
         for step in steps[:-keep]:
-            if step != best_step(losses, steps):
+            if step != find_best_step(losses, steps):
                 manager.delete(step)
 
 
@@ -156,15 +156,15 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Ma
             whose = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
             return DamagedError(f"{whose}checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}")
 
-    found = distributed.together(read)  # where reading fails for another reason, the checkpoint may be whole
+    found = distributed.run_on_all_hosts(read)  # where reading fails for another reason, the checkpoint may be whole
     # A file that one process needs may be there for the others.
     if damage := [
-        text for text in distributed.told_by_all(str(found) if isinstance(found, DamagedError) else "") if text
+        text for text in distributed.all_gather_strings(str(found) if isinstance(found, DamagedError) else "") if text
     ]:
         raise DamagedError(damage[0])
     record = found["record"]
     for name in like:
-        changed = [path for path, value in checksums(found[name]).items() if record[name].get(path) != value]
+        changed = [path for path, value in compute_checksums(found[name]).items() if record[name].get(path) != value]
         if changed:
             raise DamagedError(
                 f"checkpoint {step} is not what was written: {name}{changed[0]} has another checksum "
@@ -173,7 +173,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Ma
     return record, {name: found[name] for name in like}
 
 
-def checksums(tree: Any) -> dict[str, int]:
+def compute_checksums(tree: Any) -> dict[str, int]:
     """Returns a checksum of each array by its path; whatever its layout, and different if one of its bits is.
 
     All processes call it together. Source: the finaliser of MurmurHash3 (Appleby, public domain) on each word mixed

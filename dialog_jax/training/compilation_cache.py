@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 
 
-def turn_on(tell: Callable[[str], None]) -> None:
+def enable(tell: Callable[[str], None]) -> None:
     """Lets JAX keep compiled programs in the user's cache directory; called before anything is compiled.
 
     What JAX has been told stands: JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false

@@ -26,15 +26,15 @@ class Clock:
 
 
 class Startup:
-    """Seconds until the first step, part by part: what comes one after the other, from `began` on.
+    """Seconds from `start_time` to the first step, by consecutive parts.
 
     Args:
-      began: when it all began, on the clock of `time.monotonic`; None for now. What passed before now is `loading`.
+      start_time: of the process, on the clock of `time.monotonic`; None for now. The time before now is `loading`.
     """
 
-    def __init__(self, began: float | None = None) -> None:
+    def __init__(self, start_time: float | None = None) -> None:
         now = time.monotonic()
-        self.parts: dict[str, float] = {} if began is None else {"loading": now - began}
+        self.parts: dict[str, float] = {} if start_time is None else {"loading": now - start_time}
         self._last = now
 
     def done(self, part: str) -> None:
@@ -54,7 +54,7 @@ class Startup:
         return f"first step after {self.seconds:.1f} s: {parts}"
 
 
-def process_began() -> float:
+def find_process_start() -> float:
     """When this process began, on the clock of `time.monotonic`; now where the system does not tell, as Linux does."""
     now = time.monotonic()
     told = pathlib.Path("/proc/self/stat")

@@ -3,8 +3,8 @@
 They agree through the key-value store of that runtime and not by a collective, because a collective gives up when one
 process is much slower than another (on CPUs after 30 seconds), as the one that prepares the data is.
 
-Whatever is found wrong by one process in `together` or `in_turn` ends all of them at once. A process that dies or fails
-elsewhere ends the others too: they are stopped by the runtime, with an error, after `_PATIENCE` seconds at most.
+A user error of one process within `run_on_all_hosts` or `run_primary_first` ends all of them at once. A process that
+dies or fails elsewhere ends the others too: the runtime stops them with an error after at most `_PATIENCE` seconds.
 """
 
 import itertools
@@ -87,12 +87,12 @@ def _check(coordinator_address: str | None, num_processes: int | None, process_i
         )
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that prints and writes what all have in common."""
     return jax.process_index() == 0
 
 
-def told_by_all(text: str) -> list[str]:
+def all_gather_strings(text: str) -> list[str]:
     """Returns what each process, in their order, gave to this call; waits for the slowest."""
     if jax.process_count() == 1:
         return [text]
@@ -104,7 +104,7 @@ def told_by_all(text: str) -> list[str]:
     ]
 
 
-def together(function: Callable[[], T]) -> T:
+def run_on_all_hosts(function: Callable[[], T]) -> T:
     """Returns what `function` gives this process, when all have theirs.
 
     Raises:
@@ -116,26 +116,26 @@ def together(function: Callable[[], T]) -> T:
         if jax.process_count() == 1:
             raise
         said = f"process {jax.process_index()}: {error}"
-    if failures := [text for text in told_by_all(said) if text]:
+    if failures := [text for text in all_gather_strings(said) if text]:
         raise UserError(failures[0])
     return result
 
 
-def in_turn(function: Callable[[], T]) -> T:
+def run_primary_first(function: Callable[[], T]) -> T:
     """As `together`, but the first process goes first, so that the others find what it prepares."""
     if jax.process_count() == 1:
         return function()
-    if is_first():
-        result = together(function)
-        together(lambda: None)
+    if is_primary():
+        result = run_on_all_hosts(function)
+        run_on_all_hosts(lambda: None)
         return result
-    together(lambda: None)
-    return together(function)
+    run_on_all_hosts(lambda: None)
+    return run_on_all_hosts(function)
 
 
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """Raises UserError, on every process, if the facts of some process differ from those of the first."""
-    told = [json.loads(text) for text in told_by_all(json.dumps(facts, sort_keys=True, default=str))]
+    told = [json.loads(text) for text in all_gather_strings(json.dumps(facts, sort_keys=True, default=str))]
     for process, other in enumerate(told):
         differing = [name for name in sorted(told[0] | other) if told[0].get(name) != other.get(name)]
         if differing:
@@ -145,7 +145,7 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
             )
 
 
-def begin_steps(start: int) -> bool:
+def announce_past_steps(start: int) -> bool:
     """Says that the next step is the one after `start`; whether to stop before it, the same on all processes.
 
     JAX's runtime makes processes stop at the step after the last one that any of them has told: for a signal that came

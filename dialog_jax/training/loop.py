@@ -71,9 +71,9 @@ def train(
         console.print(f"going on from step {start:,}")
     for later in [step for step in this.losses if not start or step > start]:
         del this.losses[later]  # of steps to come again
-    for line in sharding.listed(this.mesh, state.parameters):
+    for line in sharding.describe_uneven_layouts(this.mesh, state.parameters):
         console.print(f"on the mesh: {line}")
-    writer = metrics.Writer(directory, step=start) if distributed.is_first() else metrics.Silent()
+    writer = metrics.Writer(directory, step=start) if distributed.is_primary() else metrics.NullWriter()
     with contextlib.closing(writer), Progress(console, this.steps, start) as progress:
         _go_on(this, state, manager, writer, progress, startup)
 
@@ -82,13 +82,13 @@ def _go_on(
     this: Run,
     state: TrainState,
     manager: CheckpointManager,
-    writer: metrics.Writer | metrics.Silent,
+    writer: metrics.Writer | metrics.NullWriter,
     progress: Progress,
     startup: Startup,
 ) -> None:
     """Trains from the step of `state` to the end, or until a signal arrives."""
     start, keep = int(state.step), this.config.keep_checkpoints
-    this.listener.keep(start)
+    this.listener.defer_signals(start)
     if _is_evaluated(this, start) and start not in this.losses:
         _evaluate(this, start, state, writer, progress)
     if this.listener.received:  # what was restored is still there
@@ -114,8 +114,8 @@ def _go_on(
         if previous:
             report(figures)  # while the device works on
         previous = _Update(number, measured)
-        checkpoints.check(manager)
-        stopped = this.listener.received_by_all(number)
+        checkpoints.raise_save_errors(manager)
+        stopped = this.listener.agree_on_signal(number)
         if not _is_evaluated(this, number) and not stopped:
             continue
         report(_checked(this, previous, clock, progress))
@@ -127,10 +127,10 @@ def _go_on(
             writer.sync()
             checkpoints.save(manager, state, keep=keep, losses=this.losses)
         if stopped:
-            checkpoints.finish(manager, keep=keep, losses=this.losses)
+            checkpoints.finish_save(manager, keep=keep, losses=this.losses)
             raise StoppedError(stopped, number)
         clock.restart()
-    checkpoints.finish(manager, keep=keep, losses=this.losses)
+    checkpoints.finish_save(manager, keep=keep, losses=this.losses)
 
 
 def _is_evaluated(this: Run, step: int) -> bool:
@@ -143,7 +143,7 @@ def _place(this: Run, batch: Batch) -> Batch:
 
 
 def _evaluate(
-    this: Run, number: int, state: TrainState, writer: metrics.Writer | metrics.Silent, progress: Progress
+    this: Run, number: int, state: TrainState, writer: metrics.Writer | metrics.NullWriter, progress: Progress
 ) -> None:
     """Writes and shows held-out figures after step `number`; leaves off, with none, if a signal arrives."""
     data = this.config.data
@@ -210,10 +210,13 @@ def _figures(this: Run, update: _Update, clock: Clock) -> dict[str, float]:
         "row_tokens_used": values.tokens
         / (this.config.rows * this.config.gradient_accumulation * this.config.data.max_length),
     }
-    peak = metrics.peak_flops(this.mesh.devices.flat[0])
+    peak = metrics.find_peak_flops(this.mesh.devices.flat[0])
     if peak is not None:
-        needed = metrics.flops(
-            this.model, tokens=float(values.tokens), pairs=float(values.pairs), targets=float(values.targets)
+        needed = metrics.count_flops(
+            this.model,
+            tokens=float(values.tokens),
+            attention_pairs=float(values.attention_pairs),
+            targets=float(values.targets),
         )
         figures["mfu"] = needed / seconds / (peak * this.mesh.devices.size)
     return figures

@@ -15,46 +15,47 @@ import tensorboardX
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
-from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import chips
 from dialog_jax.training.train_step import EvaluationSums
 
+# Published peak of dense bfloat16 matmuls in FLOP/s, by the beginning of `jax.Device.device_kind`. NVIDIA's data sheets
+# give the peak with sparsity, which is twice the dense one.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
-def useful_flops(config: DecoderConfig, batch: Batch) -> float:
-    """FLOPs that forward and backward pass of `batch` need, as `flops` counts them."""
-    used = np.asarray(batch.segment) > 0
-    return flops(
-        config,
-        tokens=float(used.sum()),
-        pairs=float(np.sum(np.asarray(batch.position)[used].astype(np.int64) + 1)),
-        targets=float(np.sum(batch.weight > 0)),
-    )
 
-
-def flops(config: DecoderConfig, *, tokens: int | float, pairs: int | float, targets: int | float) -> float:
+def count_flops(
+    config: DecoderConfig, *, tokens: int | float, attention_pairs: int | float, targets: int | float
+) -> float:
     """FLOPs that forward and backward pass need: no padding, no masked pair, no logit without a target.
 
     A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
 
     Args:
-      pairs: of a token and what it sees, itself included.
+      attention_pairs: of a token and what it sees, itself included.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
     forward = (
         2 * layer * config.layers * tokens
-        + 4 * query * config.layers * pairs
+        + 4 * query * config.layers * attention_pairs
         + 2 * config.vocab_size * config.width * targets
     )
     return 3.0 * forward
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def find_peak_flops(device: jax.Device) -> float | None:
     """Dense bf16 FLOP/s of one device; None where it is not known, as on CPUs."""
-    kinds = [kind for kind in chips.PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return chips.PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 class Evaluation:
@@ -165,7 +166,7 @@ class Writer:
                 stack.callback(file.close)
 
 
-class Silent:
+class NullWriter:
     """In the place of a `Writer` on all processes of a run but the first."""
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
@@ -181,7 +182,7 @@ class Silent:
         """There is nothing to close."""
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a JSONL file written here; a last line that was cut off is left out.
 
     Raises:

@@ -51,12 +51,12 @@ _STEPS_WEIGHED = 50  # of which the balance is told at the beginning
 
 
 class RunResult(NamedTuple):
-    """Where a run stands at its end."""
+    """The outcome of a finished run."""
 
     step: int
-    first: dict[str, Any]
+    initial: dict[str, Any]
     """Held-out figures before training, as `metrics.Evaluation.figures` gives them."""
-    last: dict[str, Any]
+    final: dict[str, Any]
 
 
 def run(
@@ -65,13 +65,14 @@ def run(
     *,
     allow_changes: bool = False,
     console: rich.console.Console | None = None,
-    began: float | None = None,
+    start_time: float | None = None,
 ) -> RunResult:
     """Trains as `config` says, or goes on from the newest checkpoint in `output_dir`; a finished run is left alone.
 
     Args:
       allow_changes: go on with the run in `output_dir` even if its config or data were others.
-      began: since when the seconds to the first step are counted, on the clock of `time.monotonic`; None for now.
+      start_time: of the process, on the clock of `time.monotonic`, from which the seconds to the first step are
+        counted; None for now.
 
     Raises:
       UserError: the directory belongs to another config or is in use, or model, tokenizer and data do not go together.
@@ -79,62 +80,64 @@ def run(
       SaveError: a checkpoint could not be written; those before stay.
       StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
-    startup = Startup(began)
-    console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_first())
+    startup = Startup(start_time)
+    console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_primary())
     directory = pathlib.Path(output_dir)
-    distributed.check_same("config", run_directory.fields(config))
+    distributed.check_same("config", run_directory.flatten_config(config))
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
-    with signals.listening() as listener, contextlib.ExitStack() as stack:
-        distributed.in_turn(lambda: _enter(directory, stack))
-        changes = run_directory.differences(directory, config)
+    with signals.listen() as listener, contextlib.ExitStack() as stack:
+        distributed.run_primary_first(lambda: _enter(directory, stack))
+        changes = run_directory.find_config_changes(directory, config)
         _refuse(directory, "another config", changes, allow_changes)
-        given = distributed.in_turn(lambda: run_inputs.read(config, directory, console))
-        plan, steps = _planned(config, given.train, sharding.shards(mesh), console)
+        given = distributed.run_primary_first(lambda: run_inputs.read_inputs(config, directory, console))
+        plan, steps = _planned(config, given.train, sharding.count_row_shards(mesh), console)
         dtype = _compute_dtype(config, mesh)
         hashes = {**given.hashes, "steps": steps, "compute_dtype": dtype.name}
         distributed.check_same("content", hashes)
-        changes += (changed := run_directory.changed_inputs(directory, hashes))
+        changes += (changed := run_directory.find_input_changes(directory, hashes))
         _refuse(directory, "another content", changed, allow_changes)
         for change in changes:
             console.print(f"changed: {change}")
         choice = _attention(config, mesh, given, dtype)
         console.print(f"attention: {choice.name} ({choice.reason})")
         # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
-        loaded = distributed.together(lambda: None if (directory / "checkpoints").exists() else _load(given, mesh))
+        loaded = distributed.run_on_all_hosts(
+            lambda: None if (directory / "checkpoints").exists() else _load(given, mesh)
+        )
         if not changes:
-            distributed.in_turn(lambda: _claim(directory, config, hashes, given, changes))
-        losses = {line["step"]: line["loss"] for line in metrics.read_lines(directory / "evaluation.jsonl")}
+            distributed.run_primary_first(lambda: _claim(directory, config, hashes, given, changes))
+        losses = {line["step"]: line["loss"] for line in metrics.read_records(directory / "evaluation.jsonl")}
         with checkpoints.open_manager(directory / "checkpoints") as manager:
             distributed.check_same("state", {"checkpoints": manager.all_steps(), "evaluation.jsonl": losses})
             transform = optimizer.make_optimizer(config.optimizer, steps)
             if manager.latest_step():
                 state, shardings = _restored(given.model, mesh, transform, manager, directory, console)
             else:
-                state, shardings = step_lib.initial_state(mesh, loaded or _load(given, mesh), transform)
+                state, shardings = step_lib.initialize_state(mesh, loaded or _load(given, mesh), transform)
             del loaded  # donated to the state
             if changes:  # what is there goes with them
-                distributed.in_turn(lambda: _claim(directory, config, hashes, given, changes))
+                distributed.run_primary_first(lambda: _claim(directory, config, hashes, given, changes))
             this = _prepared(config, mesh, given, plan, steps, dtype, choice, transform, shardings, losses, listener)
             startup.done("preparing")
             steps_lib.train(this, directory, state, manager, console, startup)
-        distributed.together(lambda: None)  # what the first process wrote is there for all
-    lines = metrics.read_lines(directory / "evaluation.jsonl")
+        distributed.run_on_all_hosts(lambda: None)  # what the first process wrote is there for all
+    lines = metrics.read_records(directory / "evaluation.jsonl")
     return RunResult(steps, lines[0], lines[-1])
 
 
 def _enter(directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
     """Called in turn: the first process holds the lock for all."""
-    run_directory.check(directory)
-    if distributed.is_first():
-        stack.enter_context(run_directory.locked(directory))
+    run_directory.check_directory(directory)
+    if distributed.is_primary():
+        stack.enter_context(run_directory.lock(directory))
 
 
 def _claim(
     directory: pathlib.Path, config: TrainConfig, hashes: Mapping[str, Any], given: Inputs, changes: Sequence[str]
 ) -> None:
     """Called in turn: the first process claims the directory, and the others must see that."""
-    if distributed.is_first():
+    if distributed.is_primary():
         run_directory.claim(
             directory,
             config,
@@ -179,7 +182,7 @@ def _prepared(
         plan=plan,
         train=given.train,
         held_out=given.held_out,
-        own=sharding.own_rows(mesh, config.rows),
+        own=sharding.find_local_rows(mesh, config.rows),
         steps=steps,
         schedule=optimizer.make_schedule(config.optimizer, steps),
         train_step=step_lib.make_train_step(
@@ -252,7 +255,7 @@ def _planned(
 
 
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    divided = sharding.shards(mesh)
+    divided = sharding.count_row_shards(mesh)
     if config.rows % divided:
         raise UserError(
             f"rows is {config.rows}; it must be a multiple of {' * '.join(sharding.ROW_AXES)} = {divided}, so that "
@@ -285,7 +288,7 @@ def _restored(
             console.print(f"{error}")
             damaged.append(step)
             continue
-        distributed.in_turn(lambda: _set_aside(directory, damaged, console))
+        distributed.run_primary_first(lambda: _set_aside(directory, damaged, console))
         if damaged:
             manager.reload()
         return state, shardings
@@ -296,8 +299,8 @@ def _restored(
 
 
 def _set_aside(directory: pathlib.Path, damaged: Sequence[int], console: rich.console.Console) -> None:
-    for step in damaged if distributed.is_first() else ():
-        place = run_directory.set_aside(directory, step)
+    for step in damaged if distributed.is_primary() else ():
+        place = run_directory.move_damaged_checkpoint(directory, step)
         console.print(f"checkpoint {step} was moved to {place}")
 
 

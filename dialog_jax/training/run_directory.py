@@ -56,12 +56,12 @@ def _described(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def fields(config: TrainConfig) -> dict[str, Any]:
+def flatten_config(config: TrainConfig) -> dict[str, Any]:
     """The config's fields by their paths, as `config.json` has them: what all processes of a run agree on."""
     return _flat(_described(config))
 
 
-def check(directory: pathlib.Path) -> None:
+def check_directory(directory: pathlib.Path) -> None:
     """Raises UserError if the directory holds files that are no run's."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory.name} is a file. Choose another --output_dir.")
@@ -76,7 +76,7 @@ def check(directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
+def lock(directory: pathlib.Path) -> Iterator[None]:
     """Makes the directory and keeps other processes from training in it; however this one ends, the lock ends with it.
 
     Raises:
@@ -105,7 +105,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def differences(directory: pathlib.Path, config: TrainConfig) -> list[str]:
+def find_config_changes(directory: pathlib.Path, config: TrainConfig) -> list[str]:
     """Returns how the run in the directory was configured otherwise: "seed: 0 there, 1 asked for"; empty if it was not.
 
     What changes where and how fast a run goes on, but not what it computes, is left out.
@@ -121,7 +121,7 @@ def differences(directory: pathlib.Path, config: TrainConfig) -> list[str]:
     ]
 
 
-def changed_inputs(directory: pathlib.Path, inputs: Mapping[str, Any]) -> list[str]:
+def find_input_changes(directory: pathlib.Path, inputs: Mapping[str, Any]) -> list[str]:
     """Returns what the run began with otherwise: "data.train: 1f... there, 9a... now"; empty for the same."""
     if not (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
         return []
@@ -152,13 +152,13 @@ def claim(
     if changes or not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
-        fields = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
-        disk_cache.write_whole(directory / "model.json", json.dumps(fields, indent=1) + "\n")
+        record = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
+        disk_cache.write_whole(directory / "model.json", json.dumps(record, indent=1) + "\n")
         disk_cache.write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
         disk_cache.write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
-def set_aside(directory: pathlib.Path, step: int) -> str:
+def move_damaged_checkpoint(directory: pathlib.Path, step: int) -> str:
     """Moves the checkpoint of a step to damaged/, where no run looks; returns its place in the run's directory."""
     (directory / "damaged").mkdir(exist_ok=True)
     names = (f"{step}{suffix}" for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))))
@@ -187,7 +187,7 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
     if not file.exists():
         raise UserError(f"{directory} holds no run: model.json is missing. Name the --output_dir of scripts/train.py.")
     read = json.loads(file.read_text(encoding="utf-8"))
-    fields = read["decoder"]
-    if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = Llama3Scaling(**fields["rope_scaling"])
-    return DecoderConfig(**fields), read["stop_tokens"]
+    decoder_fields = read["decoder"]
+    if decoder_fields["rope_scaling"] is not None:
+        decoder_fields["rope_scaling"] = Llama3Scaling(**decoder_fields["rope_scaling"])
+    return DecoderConfig(**decoder_fields), read["stop_tokens"]

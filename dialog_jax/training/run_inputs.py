@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
     """Of the content of model and data, by the config's fields."""
 
 
-def read(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
+def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
     """Returns what `config` names; trees are prepared unless they are stored, in `directory` or data.cache_dir.
 
     Raises:

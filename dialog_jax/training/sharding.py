@@ -58,10 +58,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         asked = {axis: getattr(config, axis) for axis in MESH_AXES}
         raise UserError(f"mesh sizes {asked} do not multiply to the {len(devices)} devices that there are.")
-    return Mesh(arranged(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(arrange_devices(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
+def arrange_devices(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
     """Returns the devices in an array of `sizes`, near ones along the last axes; see `make_mesh`."""
     slices = {getattr(device, "slice_index", None) for device in devices}
     processes = {device.process_index for device in devices}
@@ -84,7 +84,7 @@ def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) ->
     return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - len(taken)), *taken))
 
 
-def listed(mesh: Mesh, parameters: dict) -> list[str]:
+def describe_uneven_layouts(mesh: Mesh, parameters: dict) -> list[str]:
     """Returns a line for each parameter that its first rule does not divide evenly: why, and what was taken instead."""
     lines = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(parameters):
@@ -130,12 +130,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
 
 
-def shards(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh) -> int:
     """Returns into how many parts the rows of a micro-batch are divided."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def own_rows(mesh: Mesh, rows: int) -> list[int]:
+def find_local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Returns which of the rows 0 to `rows` - 1 of a micro-batch this process must fill, in order.
 
     Two processes fill the same rows where the axis `tensor` lies across them.
@@ -145,7 +145,7 @@ def own_rows(mesh: Mesh, rows: int) -> list[int]:
 
 
 def place_rows(mesh: Mesh, array: np.ndarray, own: Sequence[int], rows: int) -> jax.Array:
-    """Returns the global array [M, rows, ...] of which `array` holds the rows `own`, as `own_rows` gives them."""
+    """Returns the global array [M, rows, ...] of which `array` holds the rows `own`; see `find_local_rows`."""
 
     def held(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -156,6 +156,6 @@ def place_rows(mesh: Mesh, array: np.ndarray, own: Sequence[int], rows: int) -> 
     return jax.make_array_from_callback((array.shape[0], rows, *array.shape[2:]), batch_sharding(mesh), held)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the layout of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -36,7 +36,7 @@ class Listener:
     """What arrived since `listening` began.
 
     Of many processes each must save the same step, so none may act on a signal of its own: JAX's runtime takes SIGTERM,
-    and SIGINT is handed to it as SIGTERM; all learn of it in `received_by_all`.
+    and SIGINT is handed to it as SIGTERM; all learn of it in `agree_on_signal`.
 
     Args:
       alone: whether this process is the only one of its run.
@@ -44,21 +44,21 @@ class Listener:
 
     def __init__(self, *, alone: bool = True) -> None:
         self.received: signal.Signals | None = None
-        """The first signal since `keep`; of many processes, once all have received it."""
+        """The first signal since `defer_signals`; of many processes, once all have received it."""
         self._alone, self._own = alone, signal.SIGTERM
-        self._keeping = self._interrupted = False
+        self._deferring = self._interrupted = False
 
-    def keep(self, step: int) -> None:
+    def defer_signals(self, step: int) -> None:
         """From now on signals are kept, for there is something to save: the state after `step`, or soon a later one."""
-        self._keeping = True
-        if not self._alone and distributed.begin_steps(step):
+        self._deferring = True
+        if not self._alone and distributed.announce_past_steps(step):
             self.received = self._own
 
-    def hear(self, number: int, frame: object) -> None:
+    def handle(self, number: int, frame: object) -> None:
         """Handles a signal."""
         del frame
         arrived = signal.Signals(number)
-        if not self._keeping:
+        if not self._deferring:
             raise StoppedError(arrived)
         if self._interrupted and arrived == signal.SIGINT:
             raise KeyboardInterrupt
@@ -69,7 +69,7 @@ class Listener:
             self._own = arrived
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def received_by_all(self, step: int) -> signal.Signals | None:
+    def agree_on_signal(self, step: int) -> signal.Signals | None:
         """What is to stop the run after `step`, the same on all processes. To be called after every step."""
         if not self._alone and distributed.stop_requested(step):
             self.received = self._own
@@ -77,7 +77,7 @@ class Listener:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Listener]:
+def listen() -> Iterator[Listener]:
     """Hears SIGINT and SIGTERM; outside the main thread, where Python hears none, nothing changes."""
     alone = jax.process_count() == 1
     listener = Listener(alone=alone)
@@ -85,7 +85,7 @@ def listening() -> Iterator[Listener]:
         yield listener
         return
     heard = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
-    before = {number: signal.signal(number, listener.hear) for number in heard}
+    before = {number: signal.signal(number, listener.handle) for number in heard}
     try:
         yield listener
     finally:

@@ -25,7 +25,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss, sharded_loss, sharding
 from dialog_jax.training.config import LossConfig
 
-OPTIMIZER = "optimizer"  # what follows the gradient, as it is called in compiled programs and profiles
+OPTIMIZER_SCOPE = "optimizer"  # what follows the gradient, as it is called in compiled programs and profiles
 
 
 class TrainState(NamedTuple):
@@ -58,7 +58,7 @@ class StepMetrics(NamedTuple):
     """Steps without an update up to this one, since loss or gradient were not finite."""
     skipped_in_a_row: Int[Array, ""]
     """0 if this step is an update; otherwise how many were none, with those just before."""
-    pairs: Float[Array, ""]
+    attention_pairs: Float[Array, ""]
     """Pairs of a token and what it sees, itself included."""
 
 
@@ -73,13 +73,13 @@ class EvaluationSums(NamedTuple):
     """Targets that have the highest logit."""
 
 
-def first_state(parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def make_state(parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step; wherever JAX puts what it adds."""
     none = jnp.zeros((), jnp.int32)
     return TrainState(none, none, none, parameters, optimizer.init(parameters))
 
 
-def initial_state(
+def initialize_state(
     mesh: Mesh, parameters: dict, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, TrainState]:
     """Returns (the state before the first step, its shardings). Moments are made where they belong, sharded.
@@ -88,7 +88,7 @@ def initial_state(
       parameters: placed as `sharding.parameter_sharding` says.
     """
 
-    make = functools.partial(first_state, optimizer=optimizer)
+    make = functools.partial(make_state, optimizer=optimizer)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(make, parameters))
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters), shardings
 
@@ -97,7 +97,7 @@ def abstract_state(
     model: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, TrainState]:
     """Returns (a train state as shapes that know their shardings, the shardings)."""
-    state = jax.eval_shape(functools.partial(first_state, optimizer=optimizer), decoder.abstract_parameters(model))
+    state = jax.eval_shape(functools.partial(make_state, optimizer=optimizer), decoder.abstract_parameters(model))
     shardings = sharding.state_sharding(mesh, state)
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
@@ -167,7 +167,7 @@ def make_train_step(
             zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.parameters)
             ((value, nll), gradient), _ = jax.lax.scan(accumulate, zeros, batch)
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
-        with jax.named_scope(OPTIMIZER):
+        with jax.named_scope(OPTIMIZER_SCOPE):
             norm = optax.tree.norm(gradient)
             good = jnp.isfinite(value) & jnp.isfinite(norm)
 
@@ -193,11 +193,11 @@ def make_train_step(
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
             skipped=after.skipped,
             skipped_in_a_row=after.skipped_in_a_row,
-            pairs=jnp.sum(jnp.where(batch.segment > 0, batch.position + 1.0, 0.0)),
+            attention_pairs=jnp.sum(jnp.where(batch.segment > 0, batch.position + 1.0, 0.0)),
         )
         return after, metrics
 
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
     return jax.jit(
         update,
         in_shardings=(shardings, rows),
@@ -243,7 +243,7 @@ def make_evaluation_step(
     return jax.jit(
         evaluate,
         in_shardings=(parameter_shardings, rows),
-        out_shardings=sharding.replicated(mesh),
+        out_shardings=sharding.replicated_sharding(mesh),
     )
 
 

@@ -92,8 +92,8 @@ def measure_training(
     def draw(key):
         return jax.tree.map(lambda leaf: leaf.astype(parameter_dtype), decoder.init_parameters(config, key))
 
-    parameters = jax.jit(draw, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
-    state, shardings = train_step_lib.initial_state(mesh, parameters, transform)
+    parameters = jax.jit(draw, out_shardings=sharding.replicated_sharding(mesh))(jax.random.key(0))
+    state, shardings = train_step_lib.initialize_state(mesh, parameters, transform)
     del parameters
     choice = dispatch.select_kernel(
         mesh,
@@ -127,9 +127,15 @@ def measure_training(
         values = jax.device_get(step_metrics)
         if step >= 2:
             seconds.append(time.perf_counter() - start)
-            flop_rates.append(metrics.useful_flops(config, batch) / seconds[-1])
+            flops = metrics.count_flops(
+                config,
+                tokens=int(values.tokens),
+                attention_pairs=int(values.attention_pairs),
+                targets=int(values.targets),
+            )
+            flop_rates.append(flops / seconds[-1])
             token_rates.append(float(values.tokens) / seconds[-1])
-    peak, stats = metrics.peak_flops(jax.devices()[0]), jax.devices()[0].memory_stats() or {}
+    peak, stats = metrics.find_peak_flops(jax.devices()[0]), jax.devices()[0].memory_stats() or {}
     return {
         "attention": choice.name,
         "tokens_per_second": statistics.median(token_rates),

@@ -34,7 +34,7 @@ PARTS = {
     blockwise.PAIRS: "attention",
     decoder.LAYERS: "layers without attention",
     loss.TILES: "loss",
-    train_step.OPTIMIZER: "optimizer",
+    train_step.OPTIMIZER_SCOPE: "optimizer",
     "": "the rest",
 }
 UNRECORDED = "not recorded"
@@ -68,7 +68,9 @@ def classify_instructions(program: Program) -> dict[str, Kind]:
         for name, instruction in body.items():
             if instruction.operation in _CONTROL_FLOW:
                 continue
-            fused = hlo.called(program, instruction).values() if instruction.operation == "fusion" else ()
+            fused = (
+                hlo.find_called_computation(program, instruction).values() if instruction.operation == "fusion" else ()
+            )
             origins = [each.operation_name for each in (instruction, *fused) if each.operation_name]
             product = any(each.operation == "dot" for each in (instruction, *fused))
             kinds[name] = Kind(find_part(origins[0] if origins else ""), product)
@@ -81,7 +83,7 @@ def count_runs(program: Program, events: Iterable[Event]) -> dict[str, float]:
     counts = {name: float(max((seen[key] for key in body), default=0)) for name, body in program.computations.items()}
     for body in program.computations.values():
         for instruction in body.values():
-            for name in hlo.callees(instruction) if instruction.operation == "fusion" else ():
+            for name in hlo.list_callees(instruction) if instruction.operation == "fusion" else ():
                 counts[name] = max(counts[name], float(seen[instruction.name]))
     return counts
 
@@ -139,7 +141,7 @@ def read_trace(directory: pathlib.Path) -> list[Event]:
 
 def count_flops(program: Program, run_counts: Mapping[str, float]) -> dict[str, float]:
     """Returns {part: FLOPs of its matrix products}."""
-    return {part: hlo.products(_select_products(program, part), run_counts).flops for part in PARTS.values()}
+    return {part: hlo.sum_products(_select_products(program, part), run_counts).flops for part in PARTS.values()}
 
 
 def _select_products(program: Program, part: str) -> Program:

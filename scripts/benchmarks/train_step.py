@@ -87,7 +87,10 @@ def _measure(command: str) -> None:
             continue
         seconds.append(elapsed)
         token_counts.append((int(values.tokens), int(values.response_tokens)))
-        flop_rates.append(metrics.useful_flops(model, batch) / elapsed)
+        flops = metrics.count_flops(
+            model, tokens=int(values.tokens), attention_pairs=int(values.attention_pairs), targets=int(values.targets)
+        )
+        flop_rates.append(flops / elapsed)
     figures |= _summarize(seconds, token_counts, flop_rates)
     for name, value in figures.items():
         print(f"{name:28} {value}")
@@ -151,7 +154,7 @@ def _compile(model, mesh, batch, branching, figures):
     parameters = pretrained.load_parameters(
         _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
     )
-    state, shardings = train_step_lib.initial_state(mesh, parameters, transform)
+    state, shardings = train_step_lib.initialize_state(mesh, parameters, transform)
     train_step = train_step_lib.make_train_step(
         model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value, attend=choice.attend
     )
@@ -183,7 +186,7 @@ def _summarize(seconds: list[float], token_counts: list[tuple[int, int]], flop_r
     figures["useful_gflops_per_second"] = round(statistics.median(flop_rates) / 1e9, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     figures["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
-    peak = metrics.peak_flops(jax.devices()[0])
+    peak = metrics.find_peak_flops(jax.devices()[0])
     if peak is not None:
         figures["mfu"] = round(statistics.median(flop_rates) / peak, 4)
         stats = jax.devices()[0].memory_stats() or {}

@@ -245,7 +245,7 @@ class LeftOutTest(absltest.TestCase):
             return []
 
         system = dataclasses.replace(dialogues()[1], messages=(Message(role="system", content="Hi"),))
-        with mock.patch.object(agreement.k_passes, "passes", accept):
+        with mock.patch.object(agreement.k_passes, "make_passes", accept):
             outcome = compare("gemma", [system])
         self.assertFalse(outcome.passed)
         self.assertEqual(outcome.findings["refusals"].beyond, 1)

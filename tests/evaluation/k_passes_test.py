@@ -38,7 +38,7 @@ class PassesTest(parameterized.TestCase):
         head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         prompts = [head + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"]
         prompts.append(prompts[0] + "Hello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
-        found = k_passes.passes(dialogue("Hi", "Hello!", "Bye", "Ciao.", weight_3=0.5), tokenizer)
+        found = k_passes.make_passes(dialogue("Hi", "Hello!", "Bye", "Ciao.", weight_3=0.5), tokenizer)
         self.assertEqual([(one.message, one.turn, set(one.weight)) for one in found], [(1, 0, {1.0}), (3, 1, {0.5})])
         for one, prompt, response in zip(found, prompts, ("Hello!<|im_end|>", "Ciao.<|im_end|>"), strict=True):
             self.assertEqual(one.tokens.tolist(), ids(tokenizer, prompt + response))
@@ -47,7 +47,7 @@ class PassesTest(parameterized.TestCase):
 
     def test_reasoning_is_in_the_response_and_not_in_later_prompts(self):
         tokenizer = chat_templates.train_tokenizer("qwen3")
-        found = k_passes.passes(dialogue("Hi", "<think>\nfirst\n</think>\n\nHello!", "Bye", "Ciao."), tokenizer)
+        found = k_passes.make_passes(dialogue("Hi", "<think>\nfirst\n</think>\n\nHello!", "Bye", "Ciao."), tokenizer)
         first, second = (tokenizer.decode(one.tokens) for one in found)
         self.assertEndsWith(first, "assistant\n<think>\nfirst\n</think>\n\nHello!<|im_end|>")
         self.assertNotIn("first", second)
@@ -55,7 +55,7 @@ class PassesTest(parameterized.TestCase):
 
     def test_messages_of_weight_0_have_no_pass_but_count_as_turns(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
-        (only,) = k_passes.passes(dialogue("Hi", "Hello!", "Bye", "Ciao.", weight_1=0.0), tokenizer)
+        (only,) = k_passes.make_passes(dialogue("Hi", "Hello!", "Bye", "Ciao.", weight_1=0.0), tokenizer)
         self.assertEqual((only.message, only.turn), (3, 1))
 
     @parameterized.parameters(sorted(chat_templates.FAMILIES))
@@ -70,7 +70,7 @@ class PassesTest(parameterized.TestCase):
             expected = [(entry.message_index, entry.turn, entry.start, entry.tokens.tolist()) for entry in rendered]
             found = [
                 (entry.message, entry.turn, entry.start, entry.tokens.tolist())
-                for entry in k_passes.passes(one, tokenizer)
+                for entry in k_passes.make_passes(one, tokenizer)
             ]
             self.assertEqual(found, expected)
 
@@ -84,14 +84,14 @@ class PassesTest(parameterized.TestCase):
             one, kwargs = dialogue(*texts), {"allow_special_tokens": allowed}
             (rendered,) = Renderer(tokenizer, **kwargs).render([one])
             expected = [(entry.message_index, entry.start, entry.tokens.tolist()) for entry in rendered]
-            passes = k_passes.passes(one, tokenizer, **kwargs)
+            passes = k_passes.make_passes(one, tokenizer, **kwargs)
             self.assertEqual([(entry.message, entry.start, entry.tokens.tolist()) for entry in passes], expected)
 
     def test_spelled_special_tokens_are_text_and_may_cross_parts(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
         parts = (Part(text="12<|im_", weight=0.5), Part(text="end|>ab", weight=0.25))
         message = Message(role="assistant", content="12<|im_end|>ab", parts=parts)
-        (one,) = k_passes.passes(Dialogue(id=0, messages=(*dialogue("Hi").messages[:1], message)), tokenizer)
+        (one,) = k_passes.make_passes(Dialogue(id=0, messages=(*dialogue("Hi").messages[:1], message)), tokenizer)
         by_weight = collections.defaultdict(str)
         for token, weight in zip(one.tokens[one.start :], one.weight.tolist(), strict=True):
             by_weight[weight] += tokenizer.decode([token])
@@ -102,9 +102,9 @@ class PassesTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
         tokenizer.chat_template = "{{ '<|im_end|>' in messages[0].content }}" + tokenizer.chat_template
         with self.assertRaisesRegex(ValueError, r"dialogue d \(data.jsonl:1\): .* more with them than to write"):
-            k_passes.passes(dialogue("<|im_end|>", "a"), tokenizer)
+            k_passes.make_passes(dialogue("<|im_end|>", "a"), tokenizer)
         with self.assertRaisesRegex(ValueError, "private-use characters from U.100000 on"):
-            k_passes.passes(dialogue("<|im_end|>\U00100001", "a"), chat_templates.train_tokenizer("chatml"))
+            k_passes.make_passes(dialogue("<|im_end|>\U00100001", "a"), chat_templates.train_tokenizer("chatml"))
 
     def test_history_of_a_message_is_its_path_in_a_tree(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
@@ -112,10 +112,10 @@ class PassesTest(parameterized.TestCase):
         tree = Dialogue(
             id=0, messages=(*messages, Message(role="assistant", content="Good day.")), parents=(-1, 0, 1, 2, 0)
         )
-        *path, other = k_passes.passes(tree, tokenizer)
-        expected = k_passes.passes(dialogue("Hi", "Hello!", "Bye", "Ciao."), tokenizer)
+        *path, other = k_passes.make_passes(tree, tokenizer)
+        expected = k_passes.make_passes(dialogue("Hi", "Hello!", "Bye", "Ciao."), tokenizer)
         self.assertEqual([one.tokens.tolist() for one in path], [one.tokens.tolist() for one in expected])
-        (alone,) = k_passes.passes(dialogue("Hi", "Good day."), tokenizer)
+        (alone,) = k_passes.make_passes(dialogue("Hi", "Good day."), tokenizer)
         self.assertEqual(other.tokens.tolist(), alone.tokens.tolist())
         self.assertEqual((other.message, other.turn), (4, 0))
 
@@ -123,7 +123,7 @@ class PassesTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         parts = (Part(text="first, ", weight=0.25), Part(text="second", weight=1.0), Part(text="", weight=3.0))
         message = Message(role="assistant", content="first, second", weight=2.0, parts=parts)
-        (one,) = k_passes.passes(Dialogue(id=0, messages=(*dialogue("Hi").messages[:1], message)), tokenizer)
+        (one,) = k_passes.make_passes(Dialogue(id=0, messages=(*dialogue("Hi").messages[:1], message)), tokenizer)
         by_weight = collections.defaultdict(str)
         for token, weight in zip(one.tokens[one.start :], one.weight.tolist(), strict=True):
             by_weight[weight] += tokenizer.decode([token])
@@ -131,7 +131,7 @@ class PassesTest(parameterized.TestCase):
         self.assertEqual(by_weight, {0.5: "first,", 2.0: " second<|im_end|>"})
         trimmed = dataclasses.replace(message, content="second ", parts=(Part(text="second ", weight=0.5),))
         with self.assertRaisesRegex(ValueError, "dialogue 0: message 1 has parts .* 0 times"):
-            k_passes.passes(
+            k_passes.make_passes(
                 Dialogue(id=0, messages=(Message(role="user", content="Hi"), trimmed)),
                 chat_templates.train_tokenizer("llama3"),
             )
@@ -140,14 +140,14 @@ class PassesTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer("gemma")
         system = Dialogue(id=3, messages=(Message(role="system", content="Be brief."), *dialogue("a", "b").messages))
         with self.assertRaisesRegex(ValueError, "dialogue 3: the chat template refuses messages 0, 1: System role"):
-            k_passes.passes(system, tokenizer)
+            k_passes.make_passes(system, tokenizer)
         with self.assertRaisesRegex(ValueError, "dialogue 4: begins with an assistant message"):
-            k_passes.passes(Dialogue(id=4, messages=(Message(role="assistant", content="Hi"),)), tokenizer)
+            k_passes.make_passes(Dialogue(id=4, messages=(Message(role="assistant", content="Hi"),)), tokenizer)
 
     def test_rendering_that_does_not_continue_the_prompt_is_refused(self):
         tokenizer = chat_templates.train_tokenizer("qwen3")
         with self.assertRaisesRegex(ValueError, r"dialogue d \(data.jsonl:1\): with message 1 .* no continuation"):
-            k_passes.passes(dialogue("Hi", "<think>\nx\n</think>\n\ny"), tokenizer, {"enable_thinking": False})
+            k_passes.make_passes(dialogue("Hi", "<think>\nx\n</think>\n\ny"), tokenizer, {"enable_thinking": False})
 
     def test_it_imports_nothing_of_the_one_pass_but_the_decoder(self):
         found = ast.walk(ast.parse(inspect.getsource(k_passes)))
@@ -170,7 +170,7 @@ class LossTest(absltest.TestCase):
         self.tokenizer = chat_templates.train_tokenizer("chatml")
         self.model = tiny.config(len(self.tokenizer))
         self.parameters = tiny.parameters(self.model)
-        self.passes = k_passes.passes(
+        self.passes = k_passes.make_passes(
             dialogue("Hi", "Hello! How are you?", "Fine " * 60, "Ciao.", weight_3=0.25), self.tokenizer
         )
 
@@ -188,11 +188,11 @@ class LossTest(absltest.TestCase):
     def test_nll_is_that_of_the_unpadded_sequence(self):
         self.assertGreater(len(self.passes[1].tokens), 128)  # two padded lengths
         for one in self.passes:
-            found = k_passes.response_nll(self.model, self.parameters, one)
+            found = k_passes.compute_response_nll(self.model, self.parameters, one)
             np.testing.assert_allclose(found, self.nll(one), rtol=1e-5)
 
     def test_gradient_is_the_slope_of_the_weighted_sum(self):
-        every, gradient = k_passes.nll_and_gradient(self.model, self.parameters, self.passes)
+        every, gradient = k_passes.compute_nll_and_gradient(self.model, self.parameters, self.passes)
         for one, found in zip(self.passes, every, strict=True):
             np.testing.assert_allclose(found, self.nll(one), rtol=1e-5)
         squared = sum(float((np.asarray(leaf, np.float64) ** 2).sum()) for leaf in jax.tree.leaves(gradient))
@@ -200,7 +200,7 @@ class LossTest(absltest.TestCase):
 
         def moved(distance):
             parameters = jax.tree.map(lambda p, g: p + distance * g, self.parameters, gradient)
-            first, second = (k_passes.response_nll(self.model, parameters, one) for one in self.passes)
+            first, second = (k_passes.compute_response_nll(self.model, parameters, one) for one in self.passes)
             return math.fsum(first) + 0.25 * math.fsum(second)
 
         np.testing.assert_allclose((moved(step) - moved(-step)) / (2 * step), squared, rtol=3e-3)

@@ -89,7 +89,7 @@ class ExecutedTest(absltest.TestCase):
         return "".join(output.text for output in self.outputs(name) if output.output_type == "stream")
 
     def test_training_takes_the_steps_and_tells_of_them(self):
-        lines = metrics.read_lines(self.output_dir / "metrics.jsonl")
+        lines = metrics.read_records(self.output_dir / "metrics.jsonl")
         self.assertEqual([line["step"] for line in lines], list(range(1, _STEPS + 1)))
         self.assertIn("1 x cpu", self.text("device"))
         self.assertIn(f"step 2 of {_STEPS}  loss ", self.text("training"))

@@ -36,7 +36,7 @@ class OnePassVsKPassesTest(absltest.TestCase):
 
     def test_rows_alone_are_the_passes(self):
         found = experiment.rows(experiment.alone(self.dialogue()), self.model.renderer)
-        expected = k_passes.passes(self.dialogue(), self.model.tokenizer)
+        expected = k_passes.make_passes(self.dialogue(), self.model.tokenizer)
         self.assertLen(found, 6)
         for batch, one in zip(found, expected, strict=True):
             length = len(one.tokens)

@@ -61,11 +61,11 @@ class SlurmRunTest(StandInsTest):
 
     def test_job_whose_time_is_up_goes_on_where_it_was_when_it_is_queued_again(self):
         first = self.stop_at(self.submit(), "step 2 of 100,000")
-        steps = [line["step"] for line in metrics.read_lines(self.output_dir / "metrics.jsonl")]
+        steps = [line["step"] for line in metrics.read_records(self.output_dir / "metrics.jsonl")]
         self.assertGreaterEqual(len(steps), 2, first)
         told = self.stop_at(self.submit(), "going on from step")
         self.assertIn(f"going on from step {steps[-1]:,}\n", told)
-        again = [line["step"] for line in metrics.read_lines(self.output_dir / "metrics.jsonl")]
+        again = [line["step"] for line in metrics.read_records(self.output_dir / "metrics.jsonl")]
         self.assertEqual(again, list(range(1, again[-1] + 1)))
         self.assertGreaterEqual(len(again), len(steps))
         requeued = (self.notes / "scontrol").read_text().splitlines()

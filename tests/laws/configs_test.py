@@ -90,14 +90,14 @@ class FiguresTest(absltest.TestCase):
         text = self.text(records)
         kept = text[: data.draw(st.integers(0, len(text)))]
         self.path.write_bytes(kept)
-        self.assertEqual(metrics.read_lines(self.path), records[: kept.count(b"\n")])
+        self.assertEqual(metrics.read_records(self.path), records[: kept.count(b"\n")])
 
     @budget.cases(150)
     @hypothesis.given(records=records, data=st.data())
     def test_a_damaged_file_gives_records_of_steps_or_names_a_line(self, records, data):
         self.path.write_bytes(data.draw(damaged(self.text(records))))
         try:
-            found = metrics.read_lines(self.path)
+            found = metrics.read_records(self.path)
         except ValueError as error:
             self.assertRegex(str(error), r"metrics.jsonl:\d")
         else:

@@ -9,7 +9,6 @@ import optax
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise
-from dialog_jax.batching.batches import Batch
 from dialog_jax.planning import compiling, workload
 from dialog_jax.training import metrics, optimizer, sharding, train_step
 from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -27,7 +26,7 @@ def run_config(*, length=128, **fields):
 
 def compiled(mesh, config, *, devices=8, dtype=jnp.float32, targets=128, pairs=128 * 129 // 2):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
-    return compiling.compile_step(config, _MODEL, mesh, compute_dtype=dtype, targets=targets, pairs=pairs)
+    return compiling.compile_step(config, _MODEL, mesh, compute_dtype=dtype, targets=targets, attention_pairs=pairs)
 
 
 def count(model):
@@ -47,7 +46,7 @@ class MemoryTest(parameterized.TestCase):
             ),
             tiny.parameters(_MODEL),
         )
-        state, _ = train_step.initial_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
+        state, _ = train_step.initialize_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
 
         def held(arrays):
             shards = [shard for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]
@@ -72,7 +71,9 @@ class MemoryTest(parameterized.TestCase):
 
         def memory(micro_batches):
             config = run_config(length=16, rows=divided, gradient_accumulation=micro_batches, remat="full")
-            return compiling.compile_step(config, model, mesh, compute_dtype=jnp.float32, targets=16, pairs=136).memory
+            return compiling.compile_step(
+                config, model, mesh, compute_dtype=jnp.float32, targets=16, attention_pairs=136
+            ).memory
 
         once, twice, often = map(memory, (1, 2, 5))
         self.assertEqual(once.gradients, once.parameters)
@@ -85,9 +86,9 @@ class MemoryTest(parameterized.TestCase):
 
     def test_full_recomputation_keeps_the_input_of_each_layer(self):
         full = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16)
-        self.assertEqual(full.memory.kept, 3 * 128 * 64 * 2)  # layers, tokens of the one row, width, bytes
+        self.assertEqual(full.memory.activations, 3 * 128 * 64 * 2)  # layers, tokens of the one row, width, bytes
         alone = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16, devices=1)
-        self.assertEqual(alone.memory.kept, 8 * full.memory.kept)
+        self.assertEqual(alone.memory.activations, 8 * full.memory.activations)
         self.assertEmpty(alone.collectives)
 
     def test_largest_temporary_is_named(self):
@@ -98,14 +99,18 @@ class MemoryTest(parameterized.TestCase):
 
 
 class FlopsTest(parameterized.TestCase):
-    def test_useful_flops_of_full_rows_are_those_of_a_full_batch(self):
+    def test_flops_of_assumed_full_rows_equal_those_of_a_full_batch(self):
         config = run_config(gradient_accumulation=2)
-        ones = np.ones((2, 8, 128), np.int32)
-        position = np.broadcast_to(np.arange(128), ones.shape)
-        batch = Batch(ones, position, ones, ones, ones, ones, ones.astype(np.float32), ones)
-        work = workload.assumed(config, tokens=1.0, targets=1.0)
-        planned = metrics.flops(_MODEL, tokens=work.tokens, pairs=work.pairs, targets=work.targets)
-        self.assertEqual(planned, metrics.useful_flops(_MODEL, batch))
+        work = workload.assume_workload(config, tokens=1.0, targets=1.0)
+        planned = metrics.count_flops(
+            _MODEL, tokens=work.tokens, attention_pairs=work.attention_pairs, targets=work.targets
+        )
+        self.assertEqual(
+            planned,
+            metrics.count_flops(
+                _MODEL, tokens=2 * 8 * 128, attention_pairs=2 * 8 * sum(range(1, 129)), targets=2 * 8 * 128
+            ),
+        )
 
     @parameterized.parameters((8, MeshConfig(), "none"), (1, MeshConfig(), "full"))
     def test_executed_flops_are_counted_product_by_product(self, devices, mesh, remat):

@@ -62,14 +62,14 @@ class TextTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.program = hlo.parse(_TEXT)
-        self.runs = hlo.runs(self.program, unknown=lambda name: 3.0)
+        self.runs = hlo.count_runs(self.program, unknown=lambda name: 3.0)
 
     def test_loops_in_loops_multiply(self):
         self.assertEqual(self.runs["middle"], 3)
         self.assertEqual(self.runs["inner"], 3 * 5 + 7)
 
     def test_every_way_to_write_groups_is_read(self):
-        found = hlo.collectives(self.program, self.runs, 8)
+        found = hlo.find_collectives(self.program, self.runs, 8)
         self.assertCountEqual(
             [collective[:4] for collective in found],
             [
@@ -83,7 +83,7 @@ class TextTest(parameterized.TestCase):
         )
 
     def test_products_are_counted_as_often_as_they_run(self):
-        flops, size = hlo.products(self.program, self.runs)
+        flops, size = hlo.sum_products(self.program, self.runs)
         self.assertEqual(flops, 2 * 8 * 8 * 4 + 3 * 2 * 4 * 4 * 8)
         self.assertEqual(size, 4 * (32 + 32 + 64) + 3 * (2 * (32 + 32) + 4 * 16))
 
@@ -95,7 +95,7 @@ class TextTest(parameterized.TestCase):
         text = _TEXT.replace("replica_groups=[2,4]<=[4,2]T(1,0)", "replica_groups=everyone")
         program = hlo.parse(text)
         with self.assertRaisesRegex(ValueError, "all-reduce cannot be read from"):
-            hlo.collectives(program, self.runs, 8)
+            hlo.find_collectives(program, self.runs, 8)
 
 
 class CompiledTest(absltest.TestCase):
@@ -113,8 +113,8 @@ class CompiledTest(absltest.TestCase):
         )
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 16), (5, 16, 16))]
         program = hlo.parse(jax.jit(mapped).lower(*shapes).compile().as_text())
-        counts = hlo.runs(program, unknown=lambda name: 0.0)
-        found = hlo.collectives(program, counts, 8)
+        counts = hlo.count_runs(program, unknown=lambda name: 0.0)
+        found = hlo.find_collectives(program, counts, 8)
         self.assertEqual(sum(collective.runs for collective in found), 5)
         self.assertEqual({collective.bytes for collective in found}, {4 * 16 * 4})
         self.assertEqual({len(collective.group) for collective in found}, {8})
@@ -131,7 +131,7 @@ class CompiledTest(absltest.TestCase):
         matrices = jax.ShapeDtypeStruct((3, 16, 16), np.float32, sharding=place)
         text = jax.jit(layers, out_shardings=rows).lower(x, matrices).compile().as_text()
         program = hlo.parse(text)
-        found = hlo.collectives(program, hlo.runs(program, unknown=lambda name: 0.0), 8)
+        found = hlo.find_collectives(program, hlo.count_runs(program, unknown=lambda name: 0.0), 8)
         gathered = sum(one.runs * one.bytes for one in found if one.kind == "all-gather")
         self.assertEqual(gathered, 3 * 16 * 16 * 4)
 

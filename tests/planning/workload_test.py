@@ -35,33 +35,33 @@ class MeasuredTest(parameterized.TestCase):
 
     def test_sums_over_an_epoch_are_those_of_its_trees(self):
         trees = tiny.trees(self.dialogues, self.tokenizer, max_length=256)
-        work = workload.measured(self.config(rows=64, gradient_accumulation=1), dialogues=1000)
+        work = workload.measure_workload(self.config(rows=64, gradient_accumulation=1), dialogues=1000)
         # 64 rows hold all of them at least once, and the last epochs in part: means by row are compared.
         self.assertBetween(work.tokens / 64 / 256, 0.6, 1.0)
         tokens, targets = (int(sizes.sum()) for sizes in trees.sizes())
         self.assertAlmostEqual(work.targets / work.tokens, targets / tokens, delta=0.02)
         pairs = sum(int((trees.tree(number).position + 1).sum()) for number in range(len(trees)))
-        self.assertAlmostEqual(work.pairs / work.tokens / (pairs / tokens), 1, delta=0.1)
+        self.assertAlmostEqual(work.attention_pairs / work.tokens / (pairs / tokens), 1, delta=0.1)
         self.assertEqual(work.source, "measured on 40 of the 40 dialogues of train.jsonl")
 
     def test_updates_of_a_part_are_scaled_to_the_whole(self):
-        whole = workload.measured(self.config(), dialogues=1000)
-        part = workload.measured(self.config(), dialogues=20)
+        whole = workload.measure_workload(self.config(), dialogues=1000)
+        part = workload.measure_workload(self.config(), dialogues=20)
         self.assertEqual(part.source, "measured on 20 of the 40 dialogues of train.jsonl")
         self.assertAlmostEqual(part.updates / whole.updates, 1, delta=0.2)
-        self.assertEqual(workload.measured(self.config(steps=7), dialogues=20).updates, 7)
+        self.assertEqual(workload.measure_workload(self.config(steps=7), dialogues=20).updates, 7)
 
     def test_nothing_is_measured_without_tokenizer_or_data(self):
-        self.assertIsNone(workload.measured(self.config(model="somebody/something"), dialogues=5))
+        self.assertIsNone(workload.measure_workload(self.config(model="somebody/something"), dialogues=5))
         data = DataConfig(train="somebody/dialogues", validation="v.jsonl")
-        self.assertIsNone(workload.measured(self.config(data=data), dialogues=5))
+        self.assertIsNone(workload.measure_workload(self.config(data=data), dialogues=5))
 
 
 class AssumedTest(absltest.TestCase):
     def test_rows_are_one_dialogue_each(self):
         data = DataConfig(train="t.jsonl", validation="v.jsonl", max_length=10, max_targets=3)
         config = TrainConfig(model="m", data=data, rows=2, gradient_accumulation=3)
-        work = workload.assumed(config, tokens=0.8, targets=0.5)
+        work = workload.assume_workload(config, tokens=0.8, targets=0.5)
         self.assertEqual(work[:4], (6 * 8, 6 * 36, 6 * 3, None))
         self.assertStartsWith(work.source, "ASSUMED: every row one dialogue, 80% of it used, 50%")
 

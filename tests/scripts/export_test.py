@@ -14,7 +14,7 @@ from dialog_jax.model import pretrained
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, run_directory
 from dialog_jax.training.config import DataConfig, TrainConfig
-from dialog_jax.training.train_step import first_state
+from dialog_jax.training.train_step import make_state
 from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny
@@ -34,7 +34,7 @@ class ExportTest(absltest.TestCase):
         losses = {0: 1.0, 1: 2.0, 2: 3.0}
         with checkpoints.open_manager(self.run_directory / "checkpoints") as manager:
             for step in (1, 2):
-                state = first_state(self.parameters[step], optax.adam(1e-3))._replace(step=jnp.int32(step))
+                state = make_state(self.parameters[step], optax.adam(1e-3))._replace(step=jnp.int32(step))
                 checkpoints.save(manager, state, keep=1, losses=losses)
         lines = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
         (self.run_directory / "evaluation.jsonl").write_text("".join(lines))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from dialog_jax.training import checkpoints, distributed, sharding
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import MeshConfig
-from dialog_jax.training.train_step import first_state
+from dialog_jax.training.train_step import make_state
 from tests.training import tiny
 
 
@@ -35,10 +35,10 @@ class ChecksumTest(absltest.TestCase):
         array = jax.random.normal(jax.random.key(0), (3, 16, 8))
         count = jnp.int32(7)
         expected = {"['a']": checksum(array), "['n']": checksum(count)}
-        self.assertEqual(checkpoints.checksums({"a": array, "n": count}), expected)
+        self.assertEqual(checkpoints.compute_checksums({"a": array, "n": count}), expected)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
         place = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
-        self.assertEqual(checkpoints.checksums({"a": jax.device_put(array, place), "n": count}), expected)
+        self.assertEqual(checkpoints.compute_checksums({"a": jax.device_put(array, place), "n": count}), expected)
 
     def test_every_bit_and_every_place_counts(self):
         array = np.zeros((2, 3), np.float32)
@@ -47,7 +47,7 @@ class ChecksumTest(absltest.TestCase):
             for bit in range(32):
                 changed = array.view(np.uint32).copy()
                 changed.flat[place] ^= np.uint32(1 << bit)
-                (value,) = checkpoints.checksums([jnp.asarray(changed.view(np.float32))]).values()
+                (value,) = checkpoints.compute_checksums([jnp.asarray(changed.view(np.float32))]).values()
                 seen.add(value)
         self.assertLen(seen, 1 + 6 * 32)
 
@@ -56,7 +56,7 @@ class DamageTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.directory = pathlib.Path(self.create_tempdir().full_path) / "checkpoints"
-        self.state = first_state(tiny.parameters(tiny.config(64)), optax.adam(1e-3))._replace(
+        self.state = make_state(tiny.parameters(tiny.config(64)), optax.adam(1e-3))._replace(
             step=jnp.int32(5), skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1)
         )
         with checkpoints.open_manager(self.directory) as manager:
@@ -104,14 +104,17 @@ class DamageTest(parameterized.TestCase):
 
     def test_process_that_fails_to_read_a_whole_checkpoint_does_not_damage_it(self):
         failed = ValueError("process 1: [Errno 5] Input/output error")
-        with mock.patch.object(distributed, "together", side_effect=failed), self.assertRaises(ValueError) as caught:
+        with (
+            mock.patch.object(distributed, "run_on_all_hosts", side_effect=failed),
+            self.assertRaises(ValueError) as caught,
+        ):
             self.restored()
         self.assertIs(caught.exception, failed)
 
     def test_damage_that_one_process_finds_is_damage_for_all(self):
         told = ["", "checkpoint 5 cannot be read: a file is missing"]
         with (
-            mock.patch.object(distributed, "told_by_all", side_effect=[["", ""], told]),
+            mock.patch.object(distributed, "all_gather_strings", side_effect=[["", ""], told]),
             self.assertRaisesRegex(DamagedError, "a file is missing"),
         ):
             self.restored()
@@ -120,32 +123,32 @@ class DamageTest(parameterized.TestCase):
 class KeptTest(absltest.TestCase):
     def test_newest_and_best_stay(self):
         directory = pathlib.Path(self.create_tempdir().full_path)
-        state = first_state({"a": jnp.ones(3)}, optax.sgd(1.0))
+        state = make_state({"a": jnp.ones(3)}, optax.sgd(1.0))
         losses, kept = {0: 0.1}, []
         with checkpoints.open_manager(directory) as manager:
             for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0), (4, None), (5, 6.0), (6, 2.0), (7, 9.0), (8, 9.0)):
                 if loss is not None:
                     losses[step] = loss
                 checkpoints.save(manager, state._replace(step=jnp.int32(step)), keep=2, losses=losses)
-                checkpoints.finish(manager, keep=2, losses=losses)
+                checkpoints.finish_save(manager, keep=2, losses=losses)
                 kept.append(sorted(int(path.name) for path in directory.iterdir()))
         self.assertEqual(kept, [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]])
 
     def test_older_one_stays_until_somebody_knows_that_the_newer_one_is_whole(self):
         directory = pathlib.Path(self.create_tempdir().full_path)
-        state = first_state({"a": jnp.ones(3)}, optax.sgd(1.0))
+        state = make_state({"a": jnp.ones(3)}, optax.sgd(1.0))
         with checkpoints.open_manager(directory) as manager:
             for step in (1, 2):
                 checkpoints.save(manager, state._replace(step=jnp.int32(step)), keep=1, losses={})
             while manager.is_saving_in_progress():
                 time.sleep(0.01)
             self.assertEqual(sorted(path.name for path in directory.iterdir()), ["1", "2"])
-            checkpoints.finish(manager, keep=1, losses={})
+            checkpoints.finish_save(manager, keep=1, losses={})
             self.assertEqual([path.name for path in directory.iterdir()], ["2"])
 
     def test_best_is_the_first_of_the_lowest(self):
-        self.assertEqual(checkpoints.best_step({0: 1.0, 2: 3.0, 4: 3.0, 6: 5.0}, [6, 4, 2, 8]), 2)
-        self.assertIsNone(checkpoints.best_step({0: 1.0}, [6]))
+        self.assertEqual(checkpoints.find_best_step({0: 1.0, 2: 3.0, 4: 3.0, 6: 5.0}, [6, 4, 2, 8]), 2)
+        self.assertIsNone(checkpoints.find_best_step({0: 1.0}, [6]))
 
 
 if __name__ == "__main__":

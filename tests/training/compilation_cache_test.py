@@ -13,7 +13,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _PROGRAM = """
 import jax
 from dialog_jax.training import compilation_cache
-compilation_cache.turn_on(lambda line: print("told", line))
+compilation_cache.enable(lambda line: print("told", line))
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
 print("value", jax.jit(lambda x: jax.numpy.sin(x) @ x.T)(jax.numpy.ones((3, 3))).sum())

@@ -14,7 +14,7 @@ from dialog_jax.training.console import Startup
 class StartupTest(absltest.TestCase):
     def test_parts_follow_each_other_from_the_beginning_on(self):
         with mock.patch.object(time, "monotonic", side_effect=[10.0, 11.5, 11.5, 14.0, 14.25]):
-            startup = Startup(began=8.0)
+            startup = Startup(start_time=8.0)
             for part in ("preparing", "evaluating", "compiling", "evaluating"):
                 startup.done(part)
         self.assertEqual(startup.parts, {"loading": 2.0, "preparing": 1.5, "evaluating": 0.25, "compiling": 2.5})
@@ -33,12 +33,12 @@ class StartupTest(absltest.TestCase):
     def test_process_began_when_it_was_started(self):
         code = (
             "import sys, time; time.sleep(0.5); sys.path[:] = eval(sys.argv[1]); "
-            "from dialog_jax.training import progress; print(progress.process_began())"
+            "from dialog_jax.training import console; print(console.find_process_start())"
         )
         before = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code, repr(sys.path)], capture_output=True, text=True, check=True)
         self.assertBetween(float(done.stdout), before - 0.1, before + 0.4)
-        self.assertLess(console.process_began(), before)
+        self.assertLess(console.find_process_start(), before)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _lock(directory, answer):
     if os.getuid() == 0:
         os.setuid(65534)
     try:
-        with run_directory.locked(pathlib.Path(directory)):
+        with run_directory.lock(pathlib.Path(directory)):
             answer.put("locked")
     except ValueError as error:
         answer.put(str(error))
@@ -119,7 +119,7 @@ class KillTest(absltest.TestCase):
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             jax.eval_shape(
-                functools.partial(step_lib.first_state, optimizer=transform), decoder.abstract_parameters(model)
+                functools.partial(step_lib.make_state, optimizer=transform), decoder.abstract_parameters(model)
             ),
         )
         with checkpoints.open_reader(self.directory / name / "checkpoints") as manager:
@@ -129,7 +129,7 @@ class KillTest(absltest.TestCase):
         """A run ended in the bits of the undisturbed one, moments included, and wrote each line once."""
         jax.tree.map(np.testing.assert_array_equal, self.state_of(name), self.state_of("whole"))
         for file in ("metrics.jsonl", "evaluation.jsonl"):
-            lines, whole = (metrics.read_lines(self.directory / run / file) for run in (name, "whole"))
+            lines, whole = (metrics.read_records(self.directory / run / file) for run in (name, "whole"))
             self.assertEqual(
                 [(line["step"], line["loss"]) for line in lines], [(line["step"], line["loss"]) for line in whole]
             )

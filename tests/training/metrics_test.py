@@ -23,22 +23,25 @@ def events(file):
         data = data[16 + size :]
 
 
-class UsefulFlopsTest(absltest.TestCase):
+class FlopsTest(absltest.TestCase):
     def test_flops_are_counted_token_by_token(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
         model = tiny.config(len(tokenizer))
         rng = np.random.default_rng(0)
         prepared = tiny.trees([chat_templates.random_dialogue(rng, turns=2) for _ in range(2)], tokenizer)
-        batch = tiny.rows(prepared, [[0, 1], []], max_length=512)
-        multiplies = 0
+        multiplies, tokens, attention_pairs, targets = 0, 0, 0, 0
         for number in (0, 1):
             tree = prepared.tree(number)
+            tokens += len(tree.tokens)
+            attention_pairs += int((tree.position + 1).sum())
+            targets += int((tree.weight > 0).sum())
             for node in range(len(tree.tokens)):
                 projections = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
                 visible = int(((np.arange(len(tree.tokens)) <= node) & (node < tree.subtree_end)).sum())
                 multiplies += model.layers * (projections + 2 * visible * 32)
                 multiplies += len(tokenizer) * 32 if tree.weight[node] > 0 else 0
-        self.assertEqual(metrics.useful_flops(model, batch), 3 * 2 * multiplies)
+        flops = metrics.count_flops(model, tokens=tokens, attention_pairs=attention_pairs, targets=targets)
+        self.assertEqual(flops, 3 * 2 * multiplies)
 
 
 class EvaluationTest(absltest.TestCase):
@@ -79,7 +82,7 @@ class WriterTest(absltest.TestCase):
         writer = metrics.Writer(directory, step=2)
         writer.train(3, {"loss": 30.0})
         writer.close()
-        lines = metrics.read_lines(directory / "metrics.jsonl")
+        lines = metrics.read_records(directory / "metrics.jsonl")
         self.assertEqual([(line["step"], line["loss"]) for line in lines], [(1, 1.0), (2, 2.0), (3, 30.0)])
 
     def test_what_is_not_finite_is_null(self):
@@ -95,7 +98,7 @@ class WriterTest(absltest.TestCase):
         for line in ("no JSON", "[1]", '{"loss": 1}', '{"step": Infinity}', "[" * 5000):
             file.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
             with self.assertRaisesRegex(ValueError, r"^metrics.jsonl:2: no record of a step"):
-                metrics.read_lines(file)
+                metrics.read_records(file)
 
     def test_tensorboard_shows_each_step_once(self):
         directory = pathlib.Path(self.create_tempdir().full_path)

@@ -69,8 +69,8 @@ class RunTest(parameterized.TestCase):
 
     def test_run_learns_and_writes_what_it_says(self):
         result = self.run_in("run")
-        self.assertLess(result.last["loss"], result.first["loss"] - 0.05)
-        lines = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        self.assertLess(result.final["loss"], result.initial["loss"] - 0.05)
+        lines = metrics.read_records(self.directory / "run" / "metrics.jsonl")
         self.assertEqual([line["step"] for line in lines], [1, 2, 3, 4, 5, 6])
         for line in lines:
             self.assertContainsSubset(
@@ -87,7 +87,7 @@ class RunTest(parameterized.TestCase):
             self.assertTrue(all(math.isfinite(value) for value in line.values()))
         self.assertEqual(lines[0]["learning_rate"], np.float32(3e-3))
         self.assertEqual(["startup_seconds" in line for line in lines], [True] + [False] * 5)
-        held_out = metrics.read_lines(self.directory / "run" / "evaluation.jsonl")
+        held_out = metrics.read_records(self.directory / "run" / "evaluation.jsonl")
         self.assertEqual([line["step"] for line in held_out], [0, 2, 4, 6])
         self.assertEqual([turn["turn"] for turn in held_out[0]["turns"]], [0, 1, 2])
         self.assertEqual(sum(turn["targets"] for turn in held_out[0]["turns"]), held_out[0]["targets"])
@@ -97,9 +97,9 @@ class RunTest(parameterized.TestCase):
 
     def test_extras_of_the_loss_reach_the_update_and_leave_held_out_figures_plain(self):
         result = self.run_in("run", steps=1, loss=LossConfig(z_loss=1.0))
-        (line,) = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        (line,) = metrics.read_records(self.directory / "run" / "metrics.jsonl")
         self.assertGreater(line["loss"], line["nll"] + 1)
-        self.assertLess(abs(result.first["loss"] - line["nll"]), 0.5)
+        self.assertLess(abs(result.initial["loss"] - line["nll"]), 0.5)
 
     def taught(self, name, dialogues):
         """The config of a run whose teacher, another model, has read some dialogues; the file is at `name`."""
@@ -119,7 +119,7 @@ class RunTest(parameterized.TestCase):
         dialogues = list(read_dialogues(self.directory / "train.jsonl"))
         config = self.taught("teacher.safetensors", dialogues)
         self.run_in("run", steps=6, **config)
-        lines = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        lines = metrics.read_records(self.directory / "run" / "metrics.jsonl")
         self.assertLess(lines[-1]["loss"], lines[0]["loss"] / 2)
         self.assertGreater(lines[0]["nll"], lines[0]["loss"] + 1)  # of random models, which are alike
         self.assertEqual(self.run_in("run", steps=6, **config).step, 6)
@@ -174,7 +174,7 @@ class RunTest(parameterized.TestCase):
         """Two runs ended in the same bits and wrote the same lines."""
         jax.tree.map(np.testing.assert_array_equal, self.parameters_of(first, 6), self.parameters_of(second, 6))
         for file in ("metrics.jsonl", "evaluation.jsonl"):
-            lines = [metrics.read_lines(self.directory / name / file) for name in (first, second)]
+            lines = [metrics.read_records(self.directory / name / file) for name in (first, second)]
             self.assertEqual(*([(line["step"], line["loss"]) for line in written] for written in lines))
 
     def stopping_in(self, function, number):
@@ -238,7 +238,7 @@ class RunTest(parameterized.TestCase):
 
     def test_two_runs_in_one_directory_are_refused(self):
         with (
-            run_directory.locked(self.directory / "run"),
+            run_directory.lock(self.directory / "run"),
             self.assertRaisesRegex(ValueError, rf"run is in use: process {os.getpid()} on .* trains there"),
         ):
             self.run_in("run")
@@ -310,9 +310,9 @@ class RunTest(parameterized.TestCase):
                 claim(directory)
             self.assertTrue((directory / f"{torn}.unfinished").exists())
             self.assertFalse((directory / "config.json").exists())
-            run_directory.check(directory)
+            run_directory.check_directory(directory)
             claim(directory)
-            self.assertEqual(run_directory.differences(directory, self.config), [])
+            self.assertEqual(run_directory.find_config_changes(directory, self.config), [])
 
     def test_directory_with_other_files_is_refused(self):
         (self.directory / "full").mkdir()
@@ -348,9 +348,9 @@ class RunTest(parameterized.TestCase):
             mock.patch.object(disk_cache, "load_or_build", cut_first),
             self.assertRaisesRegex(ValueError, "train.jsonl changed while it was read. Start again"),
         ):
-            run_inputs.read(self.config, self.directory / "run", console)
+            run_inputs.read_inputs(self.config, self.directory / "run", console)
         file.write_text(whole)
-        self.assertLen(run_inputs.read(self.config, self.directory / "run", console).train, 24)
+        self.assertLen(run_inputs.read_inputs(self.config, self.directory / "run", console).train, 24)
 
     def test_missing_weights_claim_nothing(self):
         broken = self.directory / "broken"
@@ -384,7 +384,7 @@ class RunTest(parameterized.TestCase):
             self.run_in("parts", data=data, steps=4)
         self.run_in("parts", data=data, steps=4)
         jax.tree.map(np.testing.assert_array_equal, self.parameters_of("parts", 4), self.parameters_of("whole", 4))
-        for line in metrics.read_lines(self.directory / "whole" / "metrics.jsonl"):
+        for line in metrics.read_records(self.directory / "whole" / "metrics.jsonl"):
             self.assertGreaterEqual(line["imbalance"], 1.0)
             self.assertLess(line["imbalance"], 4.0)
         with (self.directory / "other.jsonl").open("a") as file:
@@ -446,12 +446,12 @@ class RunTest(parameterized.TestCase):
         with self.poisoned_at(3, 6):
             self.run_in("run", evaluate_every=1, checkpoint_every=1, keep_checkpoints=6)
         self.assertRegex(self.output.getvalue(), r"step 3: loss nan, gradient norm nan: no update. .*train-\d+")
-        lines = metrics.read_lines(self.directory / "run" / "metrics.jsonl")
+        lines = metrics.read_records(self.directory / "run" / "metrics.jsonl")
         self.assertEqual([line["skipped"] for line in lines], [0, 0, 1, 1, 1, 2])
         self.assertEqual([line["loss"] is None for line in lines], [False, False, True, False, False, True])
         # The schedule counts updates.
         self.assertEqual(lines[2]["learning_rate"], lines[3]["learning_rate"])
-        held_out = [line["loss"] for line in metrics.read_lines(self.directory / "run" / "evaluation.jsonl")]
+        held_out = [line["loss"] for line in metrics.read_records(self.directory / "run" / "evaluation.jsonl")]
         self.assertEqual((held_out[3], held_out[6]), (held_out[2], held_out[5]))
         self.assertNotEqual(held_out[4], held_out[3])
         jax.tree.map(np.testing.assert_array_equal, self.parameters_of("run", 2), self.parameters_of("run", 3))

@@ -64,19 +64,19 @@ def far_devices(slices, processes):
 class SlicesTest(parameterized.TestCase):
     @parameterized.parameters((2, 4), (4, 4), (2, 8))
     def test_each_place_of_dcn_data_is_one_slice(self, slices, processes):
-        found = sharding.arranged((slices, 4 // slices, 2, 1), far_devices(slices, processes))
+        found = sharding.arrange_devices((slices, 4 // slices, 2, 1), far_devices(slices, processes))
         self.assertEqual(found.shape[:4], (slices, 4 // slices, 2, 1))
         for place in found:
             self.assertLen({device.slice_index for device in place.flat}, 1)
 
     def test_it_is_one_process_where_there_is_one_slice(self):
-        for place in sharding.arranged((4, 1, 2, 1), far_devices(1, 4)):
+        for place in sharding.arrange_devices((4, 1, 2, 1), far_devices(1, 4)):
             self.assertLen({device.process_index for device in place.flat}, 1)
 
     @parameterized.parameters((4, 4, "4 slices. Set it to 4"), (1, 4, "4 processes. Set it to 4"))
     def test_other_number_than_there_are_is_refused(self, slices, processes, message):
         with self.assertRaisesRegex(ValueError, f"mesh.dcn_data is 2, but the devices are in {message}, or to 1"):
-            sharding.arranged((2, 4, 1, 1), far_devices(slices, processes))
+            sharding.arrange_devices((2, 4, 1, 1), far_devices(slices, processes))
 
 
 class RuleTest(parameterized.TestCase):
@@ -119,15 +119,15 @@ class RuleTest(parameterized.TestCase):
 
     def test_shape_that_its_first_rule_does_not_divide_is_listed(self):
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-        self.assertEmpty(sharding.listed(mesh, decoder.abstract_parameters(tiny.config(512))))
+        self.assertEmpty(sharding.describe_uneven_layouts(mesh, decoder.abstract_parameters(tiny.config(512))))
         self.assertEqual(
-            sharding.listed(mesh, decoder.abstract_parameters(tiny.config(511))),
+            sharding.describe_uneven_layouts(mesh, decoder.abstract_parameters(tiny.config(511))),
             ["embedding: 511 is not divisible by tensor=2; laid out as (whole, fsdp * tensor), not (tensor, fsdp)"],
         )
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
         parameters = {"layers": {"w_up": jax.ShapeDtypeStruct((8, 12, 4), np.float32)}}
         self.assertEqual(
-            sharding.listed(mesh, parameters),
+            sharding.describe_uneven_layouts(mesh, parameters),
             ["layers/w_up: 12 is not divisible by fsdp=8; laid out as (whole, whole), not (fsdp, whole)"],
         )
 
@@ -146,7 +146,7 @@ class RuleTest(parameterized.TestCase):
 
     def test_one_process_fills_all_rows(self):
         mesh = sharding.make_mesh(MeshConfig(dcn_data=2, data=2, tensor=2))
-        self.assertEqual(sharding.own_rows(mesh, 8), list(range(8)))
+        self.assertEqual(sharding.find_local_rows(mesh, 8), list(range(8)))
         rows = np.arange(48).reshape(2, 8, 3)
         placed = sharding.place_rows(mesh, rows, range(8), 8)
         self.assertEqual(placed.sharding, sharding.batch_sharding(mesh))

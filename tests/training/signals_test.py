@@ -14,31 +14,31 @@ class ListenerTest(absltest.TestCase):
         self.listener = Listener()
 
     def test_first_signal_is_kept(self):
-        self.listener.keep(0)
+        self.listener.defer_signals(0)
         self.assertIsNone(self.listener.received)
-        self.listener.hear(signal.SIGTERM, None)
-        self.listener.hear(signal.SIGTERM, None)
+        self.listener.handle(signal.SIGTERM, None)
+        self.listener.handle(signal.SIGTERM, None)
         self.assertEqual(self.listener.received, signal.SIGTERM)
 
     def test_second_interrupt_stops_at_once(self):
-        self.listener.keep(0)
-        self.listener.hear(signal.SIGINT, None)
+        self.listener.defer_signals(0)
+        self.listener.handle(signal.SIGINT, None)
         with self.assertRaises(KeyboardInterrupt):
-            self.listener.hear(signal.SIGINT, None)
+            self.listener.handle(signal.SIGINT, None)
         self.assertEqual(self.listener.received, signal.SIGINT)
 
     def test_with_nothing_to_save_the_first_stops_at_once(self):
         with self.assertRaisesRegex(StoppedError, "stopped by SIGINT before its first step; the same command goes on"):
-            self.listener.hear(signal.SIGINT, None)
+            self.listener.handle(signal.SIGINT, None)
 
     def test_no_library_takes_it_for_an_error_of_its_own(self):
         with self.assertRaises(StoppedError):
             try:
-                self.listener.hear(signal.SIGTERM, None)
+                self.listener.handle(signal.SIGTERM, None)
             except Exception:
                 self.fail("a signal was taken for an error")
         loop = asyncio.new_event_loop()
-        loop.call_soon(self.listener.hear, signal.SIGTERM, None)
+        loop.call_soon(self.listener.handle, signal.SIGTERM, None)
         loop.call_later(1.0, loop.stop)
         with self.assertRaises(StoppedError):
             loop.run_forever()

@@ -66,7 +66,7 @@ def updated(
             leaf, sharding.parameter_sharding(mesh, [key.key for key in keys], leaf.shape)
         ),
     )
-    state, shardings = train_step.initial_state(mesh, place(tiny.parameters(model)), transform)
+    state, shardings = train_step.initialize_state(mesh, place(tiny.parameters(model)), transform)
     run = train_step.make_train_step(
         model, transform, mesh, shardings, compute_dtype=jnp.float32, remat=remat, loss_config=loss_config
     )
@@ -107,7 +107,7 @@ class SplitTest(parameterized.TestCase):
         for segment, end in zip(batch.segment[0], batch.subtree_end[0], strict=True):
             i, j = np.mgrid[:_LENGTH, :_LENGTH]
             pairs += np.sum((j <= i) & (i < end[j]) & (segment[i] > 0))
-        self.assertEqual(self.metrics.pairs, pairs)
+        self.assertEqual(self.metrics.attention_pairs, pairs)
 
     def test_plain_loss_is_the_cross_entropy(self):
         self.assertEqual(self.metrics.loss, self.metrics.nll)
@@ -225,7 +225,7 @@ class UpdateTest(absltest.TestCase):
         model, _ = prepared()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         transform = optimizer.make_optimizer(_OPTIMIZER, 10)
-        state, shardings = train_step.initial_state(mesh, tiny.parameters(model), transform)
+        state, shardings = train_step.initialize_state(mesh, tiny.parameters(model), transform)
         run = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="none")
         batch = jax.device_put(batch_of(2, 4), sharding.batch_sharding(mesh))
         state, _ = run(state, batch)
@@ -246,7 +246,7 @@ class UpdateTest(absltest.TestCase):
         model, _ = prepared()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         transform = optimizer.make_optimizer(_OPTIMIZER, 10)
-        state, shardings = train_step.initial_state(mesh, tiny.parameters(model), transform)
+        state, shardings = train_step.initialize_state(mesh, tiny.parameters(model), transform)
         run = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.bfloat16, remat="none")
         state, metrics = run(state, batch_of(1, 8))
         exact = updated(MeshConfig(), batch_of(1, 8), updates=1, devices=jax.devices()[:1])[1]
@@ -260,7 +260,7 @@ class EvaluationTest(absltest.TestCase):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         parameters = tiny.parameters(model)
         batch = batch_of(1, 8)
-        shardings = jax.tree.map(lambda _: sharding.replicated(mesh), parameters)
+        shardings = jax.tree.map(lambda _: sharding.replicated_sharding(mesh), parameters)
         sums = train_step.make_evaluation_step(model, mesh, shardings, compute_dtype=jnp.float32, turns=2)(
             parameters, batch
         )

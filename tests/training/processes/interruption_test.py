@@ -24,52 +24,52 @@ class SharedSignalTest(absltest.TestCase):
 
     def test_before_there_is_anything_to_save_it_stops_at_once(self):
         with self.assertRaises(StoppedError):
-            self.listener.hear(signal.SIGINT, None)
+            self.listener.handle(signal.SIGINT, None)
         self.kill.assert_not_called()
 
     def test_interrupt_is_handed_on_and_kept_until_all_stop(self):
-        self.listener.keep(4)
+        self.listener.defer_signals(4)
         self.begun.assert_called_once_with(4)
-        self.listener.hear(signal.SIGINT, None)
+        self.listener.handle(signal.SIGINT, None)
         self.kill.assert_called_once_with(os.getpid(), signal.SIGTERM)
-        self.assertIsNone(self.listener.received_by_all(6))
+        self.assertIsNone(self.listener.agree_on_signal(6))
         self.assertIsNone(self.listener.received)
-        self.assertEqual(self.listener.received_by_all(7), signal.SIGINT)
+        self.assertEqual(self.listener.agree_on_signal(7), signal.SIGINT)
         self.assertEqual(self.listener.received, signal.SIGINT)
 
     def test_process_that_got_no_signal_stops_with_the_others_as_by_sigterm(self):
-        self.listener.keep(4)
-        self.assertEqual(self.listener.received_by_all(7), signal.SIGTERM)
+        self.listener.defer_signals(4)
+        self.assertEqual(self.listener.agree_on_signal(7), signal.SIGTERM)
 
     def test_signal_that_came_before_the_first_step_is_received(self):
         self.begun.return_value = True
-        self.listener.keep(4)
+        self.listener.defer_signals(4)
         self.assertEqual(self.listener.received, signal.SIGTERM)
 
     def test_second_interrupt_stops_at_once(self):
-        self.listener.keep(4)
-        self.listener.hear(signal.SIGINT, None)
+        self.listener.defer_signals(4)
+        self.listener.handle(signal.SIGINT, None)
         with self.assertRaises(KeyboardInterrupt):
-            self.listener.hear(signal.SIGINT, None)
+            self.listener.handle(signal.SIGINT, None)
 
 
 # Waits for a signal before it tells its first step, as a run that goes on from step 10 does.
 _GOES_ON = """
 import sys, time
 import numpy  # its threads take signals that the main thread does not
-from dialog_jax.training import hosts
+from dialog_jax.training import distributed
 number, port, late = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "late"
-hosts.start(f"127.0.0.1:{port}", 2, number)
-hosts.together(lambda: None)
+distributed.start(f"127.0.0.1:{port}", 2, number)
+distributed.run_on_all_hosts(lambda: None)
 print("ready", flush=True)
-hosts.together(lambda: time.sleep(0 if late else 3))
-stop = hosts.begin_steps(10)
+distributed.run_on_all_hosts(lambda: time.sleep(0 if late else 3))
+stop = distributed.announce_past_steps(10)
 steps = iter(range(10, 100))
 step = next(steps)
 while not stop:
     time.sleep(0.1)
     step = next(steps)
-    stop = hosts.stop_requested(step)
+    stop = distributed.stop_requested(step)
 print(step, flush=True)
 """
 

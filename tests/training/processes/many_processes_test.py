@@ -152,7 +152,7 @@ class ManyProcessesTest(parameterized.TestCase):
         print(f"{name}: largest difference of a parameter {gap:.1e}")
         self.assertLess(gap, _TOLERANCE)
         for file in ("metrics.jsonl", "evaluation.jsonl"):
-            lines, wanted = (metrics.read_lines(self.directory / run / file) for run in (name, other))
+            lines, wanted = (metrics.read_records(self.directory / run / file) for run in (name, other))
             self.assertEqual([line["step"] for line in lines], [line["step"] for line in wanted])
             for line, want in zip(lines, wanted, strict=True):
                 of_a_start = {"startup_seconds"}  # the first step after it has that
@@ -183,7 +183,7 @@ class ManyProcessesTest(parameterized.TestCase):
         a, b = (parameters(self.directory / name, _LONG) for name in ("on_2", "undisturbed"))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_array_equal(x, y)
-        a, b = (metrics.read_lines(self.directory / name / "metrics.jsonl") for name in ("on_2", "undisturbed"))
+        a, b = (metrics.read_records(self.directory / name / "metrics.jsonl") for name in ("on_2", "undisturbed"))
         self.assertEqual([(line["step"], line["loss"]) for line in a], [(line["step"], line["loss"]) for line in b])
 
     @parameterized.parameters(1, 4)

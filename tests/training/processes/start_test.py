@@ -25,7 +25,10 @@ class StartTest(parameterized.TestCase):
     def test_no_cluster_is_said_with_the_remedy(self):
         clusters = ("SLURM", "OMPI", "KUBERNETES", "TPU", "JAX_", "MEGASCALE")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(clusters)}
-        code = "from dialog_jax.training import hosts\ntry: hosts.start()\nexcept ValueError as error: print(error)"
+        code = (
+            "from dialog_jax.training import distributed\n"
+            "try: distributed.start()\nexcept ValueError as error: print(error)"
+        )
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"}
         told = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120

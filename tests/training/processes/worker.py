@@ -43,7 +43,7 @@ def troubled(step, kind):
                 raise RuntimeError("trouble")
             os.kill(os.getpid(), _SIGNALS[kind])
 
-    return mock.patch.object(metrics.Silent, "train", train)
+    return mock.patch.object(metrics.NullWriter, "train", train)
 
 
 def main():
