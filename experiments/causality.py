@@ -119,7 +119,7 @@ def response_losses(model: ChatModel, dialogues: Sequence[Dialogue]) -> list[lis
     for number in range(len(trees)):
         tree = trees.tree(number)
         row = batches.fill_rows(trees, [[number]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
-        _, nodes = prefix_tree.targets(tree)
+        _, nodes = prefix_tree.find_targets(tree)
         nll = np.asarray(score_step(model.parameters, row).nll[0, : len(nodes)])
         found.append([nll[tree.turn[nodes] == turn] for turn in range(int(tree.turn.max()) + 1)])
     return found

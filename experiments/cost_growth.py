@@ -133,8 +133,8 @@ def of_turns(sizes: Sizes) -> Iterator[Point]:
             for turn, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
         ways = {
-            "one pass": dataset.of_trees([prefix_tree.build_tree(sequences)]),
-            "K passes": dataset.of_trees([prefix_tree.build_tree([sequence]) for sequence in sequences]),
+            "one pass": dataset.concatenate_trees([prefix_tree.build_tree(sequences)]),
+            "K passes": dataset.concatenate_trees([prefix_tree.build_tree([sequence]) for sequence in sequences]),
         }
         costs = {}
         for way, trees in ways.items():

@@ -87,7 +87,7 @@ def taught_by(model: ChatModel, dialogues: Sequence[Dialogue], path: pathlib.Pat
         dialogues, model.renderer, model.config, model.parameters, compute_dtype=jnp.float32, top_k=_TOP_K
     )
     tokenizer = fingerprint(model.tokenizer)
-    with teacher.writing(path, top_k=_TOP_K, tokenizer=tokenizer, vocabulary=model.config.vocab_size) as add:
+    with teacher.write_file(path, top_k=_TOP_K, tokenizer=tokenizer, vocabulary=model.config.vocab_size) as add:
         for score in scores:
             add(score.record["id"], score.signals)
     return teacher.read_file(path, tokenizer=tokenizer)

@@ -166,7 +166,7 @@ def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, row
         filled = 0
         for number in numbers:
             tree = trees.tree(number)
-            _, nodes = prefix_tree.targets(tree)
+            _, nodes = prefix_tree.find_targets(tree)
             own = nll[filled : filled + len(nodes)]
             parts.append(Losses(np.full(len(nodes), number), nodes, tree.turn[nodes], own))
             filled += len(nodes)

@@ -130,7 +130,7 @@ def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, second
         ]
     )
     text = directory / f"{options.name}.md"
-    disk_cache.write_whole(text, "\n\n".join([head, *paragraphs, f"![{options.name}]({picture.name})"]) + "\n")
+    disk_cache.write_atomically(text, "\n\n".join([head, *paragraphs, f"![{options.name}]({picture.name})"]) + "\n")
     return [text, picture]
 
 

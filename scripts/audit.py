@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> None:
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
         )
         with rich.console.Console(stderr=True).status("reading") as status:
-            records = _counted(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), status)
+            records = _counted(inspection.iterate_dialogues(_DATA.value, split=_SPLIT.value), status)
             audit = audit_lib.audit(records, tokenizer, renderer, objective=objective, max_length=_MAX_LENGTH.value)
         if _OUT.value:
             write(audit, objective, pathlib.Path(_OUT.value))

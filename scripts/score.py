@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> None:
         with contextlib.ExitStack() as stack:
             if _TOP_K.value:
                 add = stack.enter_context(
-                    teacher.writing(
+                    teacher.write_file(
                         pathlib.Path(_TOP_K_OUT.value),
                         top_k=_TOP_K.value,
                         tokenizer=fingerprint(model.tokenizer),

@@ -31,7 +31,7 @@ from dialog_jax.rendering.sequences import MessageSpan, Renderer
 from dialog_jax.trees import objectives, prefix_tree, weighting
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.weighting import Trained
+from dialog_jax.trees.weighting import SupervisedSequence
 
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True
@@ -69,7 +69,7 @@ def find(index: int) -> Dialogue:
       UserError: that record is no dialogue, or there are not so many.
     """
     count = 0
-    for count, record in enumerate(inspection.each_dialogue(_DATA.value, split=_SPLIT.value), start=1):
+    for count, record in enumerate(inspection.iterate_dialogues(_DATA.value, split=_SPLIT.value), start=1):
         if count > index:
             if isinstance(record, ValueError):
                 raise record
@@ -90,18 +90,18 @@ def turn_weights() -> tuple[float, ...]:
         raise UserError(f"--turn_weights={given}; needed numbers, such as 0.5,1.") from None
 
 
-def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], renderer: Renderer) -> list[str]:
+def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[SupervisedSequence], renderer: Renderer) -> list[str]:
     """Whose each token of the tree is: a role, or the template's.
 
     Raises:
       UserError: the template changes more than a message's own place when the message changes.
     """
     found = [_TEMPLATE] * len(tree.tokens)
-    _, placed = prefix_tree.grow([one.tokens for one in trained])
+    _, placed = prefix_tree.build_trie([one.tokens for one in trained])
     before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the sequence before, and where its messages stand
     spans: dict[int, tuple[int, int]] = {}
     for one, nodes in zip(trained, placed, strict=True):
-        shared = prefix_tree.common_prefix(before, one.sequence.tokens) if len(before) else 0
+        shared = prefix_tree.common_prefix_length(before, one.sequence.tokens) if len(before) else 0
         spans = {message: span for message, span in spans.items() if span[1] <= shared}
         spans |= {
             one.piece.messages[place.message_index]: (place.start, place.stop)
@@ -116,7 +116,7 @@ def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[Trained], rende
     return found
 
 
-def _places(one: Trained, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
+def _places(one: SupervisedSequence, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
     """Where in a sequence the messages before its response stand, less the `known` ones."""
     messages = one.piece.dialogue.messages
     stop = one.sequence.message_index + 1 or len(messages)
@@ -162,7 +162,7 @@ def _run_lines(
 ) -> list[tuple[str, rich.text.Text]]:
     """(label, text) of each line of tokens that follow each other without a branch."""
     made = [("", rich.text.Text())]
-    special, weight = inspection.special_tokens(tokenizer), 0.0
+    special, weight = inspection.list_special_tokens(tokenizer), 0.0
 
     def close() -> None:
         if weight:  # behind a line break that is trained on, not on a line of its own
@@ -222,9 +222,9 @@ def token_lines(
         yield row.format(node, *figures, f"{tree.weight[node]:.4g}", turn, roles[node], token, text), roles[node]
 
 
-def totals(tree: Tree, trained: Sequence[Trained]) -> str:
+def totals(tree: Tree, trained: Sequence[SupervisedSequence]) -> str:
     """One line: how much of it there is."""
-    responses = weighting.responses(trained)
+    responses = weighting.select_responses(trained)
     targets = int((tree.weight > 0).sum())
     told = (
         f"tokens: {len(tree.tokens):,}; targets: {targets:,} ({targets / len(tree.tokens):.1%}); sum of their weights: "
@@ -252,10 +252,10 @@ def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.C
         chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
         allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
     )
-    (pieces,) = inspection.render([dialogue], renderer, objective)
+    (pieces,) = inspection.render_dialogues([dialogue], renderer, objective)
     if isinstance(pieces, ValueError):
         raise pieces
-    trained = weighting.trained(dialogue, [pieces], objective)[0]
+    trained = weighting.select_supervised(dialogue, [pieces], objective)[0]
     tree = weighting.build_trees([trained], objective)[0]
     if tree is None:
         raise UserError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")

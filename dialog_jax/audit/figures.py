@@ -25,10 +25,10 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering import special_tokens
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import weighting
-from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.weighting import Trained
+from dialog_jax.trees.weighting import SupervisedSequence
 
 _TOGETHER = 256  # dialogues
 
@@ -133,7 +133,9 @@ def audit(
                 tally.found.add("unreadable", str(record))
         dialogues = [record for record in batch if isinstance(record, Dialogue)]
         contents: list[tuple[str, str]] = []
-        for dialogue, pieces in zip(dialogues, inspection.render(dialogues, renderer, objective), strict=True):
+        for dialogue, pieces in zip(
+            dialogues, inspection.render_dialogues(dialogues, renderer, objective), strict=True
+        ):
             if isinstance(pieces, ValueError):
                 tally.found.add("refused", str(pieces))
             else:
@@ -149,7 +151,7 @@ def audit(
 def _setting(
     tokenizer: transformers.PreTrainedTokenizerFast, renderer: Renderer, objective: ObjectiveConfig, max_length: int
 ) -> _Setting:
-    named = inspection.special_tokens(tokenizer)
+    named = inspection.list_special_tokens(tokenizer)
     special = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
     special[list(named)] = True
     markers = "|".join(re.escape(text) for text in sorted(filter(None, named.values()), key=len, reverse=True))
@@ -171,33 +173,35 @@ def _batched(records: Iterable[Dialogue | ValueError], count: int) -> Iterator[l
         yield batch
 
 
-def _look_at(tally: _Tally, setting: _Setting, dialogue: Dialogue, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+def _look_at(tally: _Tally, setting: _Setting, dialogue: Dialogue, pieces: Sequence[Excerpt]) -> list[tuple[str, str]]:
     """Gathers what one dialogue adds; returns (role, content) of what stands around responses."""
-    trained = weighting.trained(dialogue, [pieces], setting.objective)[0]
+    trained = weighting.select_supervised(dialogue, [pieces], setting.objective)[0]
     tree = weighting.build_trees([trained], setting.objective)[0]
     _look_at_messages(tally, setting, dialogue, trained)
     if tree is None:
         tally.found.add("no_target", dialogue.name)
         return []
-    _look_at_seams(tally, setting, pieces, trained)
+    _look_at_divergences(tally, setting, pieces, trained)
     _look_at_responses(tally, setting, dialogue, trained)
     _look_at_beginning(tally, setting, dialogue, trained, tree)
     tally.fits.append(row_lengths.fits(dialogue, pieces, tree, setting.objective, setting.lengths))
     tally.tree_tokens.append((len(tree.tokens), dialogue.name))
     tally.counts["targets"] += int((tree.weight > 0).sum())
     tally.roles["responses"] += int((tree.turn >= 0).sum())
-    written, missing = inspection.contents(pieces, trained, setting.renderer)
+    written, missing = inspection.split_by_rendered(pieces, trained, setting.renderer)
     for index, message in missing:
         if message.role != "assistant":  # its reasoning may be left out of history
             tally.found.add("not_written", f"{dialogue.name}: message {index} ({message.role})")
     return [(message.role, message.content) for message in written]
 
 
-def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[Trained]) -> None:
+def _look_at_messages(
+    tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[SupervisedSequence]
+) -> None:
     """Contents that are not what they look like."""
     tally.counts["dialogues"] += 1
     tally.counts["messages"] += len(dialogue.messages)
-    responses = weighting.responses(trained)
+    responses = weighting.select_responses(trained)
     for index, message in enumerate(dialogue.messages):
         where = f"{dialogue.name}: message {index} ({message.role})"
         spelled = map(setting.markers.search, special_tokens.iterate_strings((message.content, message.fields)))
@@ -213,20 +217,31 @@ def _look_at_messages(tally: _Tally, setting: _Setting, dialogue: Dialogue, trai
         tally.found.add("unanswered", dialogue.name)
 
 
-def _look_at_seams(tally: _Tally, setting: _Setting, pieces: Sequence[Piece], trained: Sequence[Trained]) -> None:
+def _look_at_divergences(
+    tally: _Tally, setting: _Setting, pieces: Sequence[Excerpt], trained: Sequence[SupervisedSequence]
+) -> None:
     """Where messages do not meet end to end. History that is written otherwise counts once a dialogue."""
-    responses = weighting.responses(trained)
-    seams = inspection.seams(pieces, setting.backend, setting.special)
-    changed = [seam for seam in seams if seam.kind == "history"]
+    responses = weighting.select_responses(trained)
+    divergences = inspection.find_divergences(pieces, setting.backend, setting.special)
+    changed = [divergence for divergence in divergences if divergence.kind == "history"]
     tally.counts["changed"] += bool(changed)
-    merged = [seam for seam in seams if seam.kind != "history" and seam.piece.messages[seam.response] in responses]
-    for seam in [*merged, *changed[:1]]:
-        tally.found.add(seam.kind, inspection.describe(seam, setting.renderer) if tally.found.wants(seam.kind) else "")
+    merged = [
+        divergence
+        for divergence in divergences
+        if divergence.kind != "history" and divergence.piece.messages[divergence.response] in responses
+    ]
+    for divergence in [*merged, *changed[:1]]:
+        tally.found.add(
+            divergence.kind,
+            inspection.describe_divergence(divergence, setting.renderer) if tally.found.wants(divergence.kind) else "",
+        )
 
 
-def _look_at_responses(tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[Trained]) -> None:
+def _look_at_responses(
+    tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[SupervisedSequence]
+) -> None:
     """How long responses are, and with what they end."""
-    responses = weighting.responses(trained)
+    responses = weighting.select_responses(trained)
     for message, one in responses.items():
         last = int(one.sequence.tokens[max(span.stop for span in one.spans if span.turn >= 0) - 1])
         tally.last_targets[last] += 1
@@ -240,7 +255,7 @@ def _look_at_responses(tally: _Tally, setting: _Setting, dialogue: Dialogue, tra
 
 
 def _look_at_beginning(
-    tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[Trained], tree: Tree
+    tally: _Tally, setting: _Setting, dialogue: Dialogue, trained: Sequence[SupervisedSequence], tree: Tree
 ) -> None:
     """BOS, and whether an earlier dialogue is the same, or begins so."""
     first, bos = trained[0].sequence, setting.tokenizer.bos_token_id

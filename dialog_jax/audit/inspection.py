@@ -20,18 +20,18 @@ from dialog_jax.rendering.chat_template import parse_template_kwargs
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import fitting, prefix_tree, weighting
-from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.weighting import Trained
+from dialog_jax.trees.weighting import SupervisedSequence
 
 
-class Seam(NamedTuple):
+class Divergence(NamedTuple):
     """A place where the tokens of one sequence are not simply those of another, or of its prompt, with more behind."""
 
     kind: str
     """`prompt`: a token crosses from the prompt to the response, so that the two together tokenise otherwise.
     `next`: likewise from the response to the next message. `history`: the template writes it otherwise in history."""
-    piece: Piece
+    piece: Excerpt
     response: int
     """Number of the response in the piece's dialogue."""
     later: int = -1
@@ -56,13 +56,13 @@ def load_renderer(
     return loaded, Renderer(loaded, chat_template_kwargs=kwargs, allow_special_tokens=allow_special_tokens)
 
 
-def special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:
+def list_special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:
     """Id and text of every special token, those without a name such as EOS among them."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {index: token.content for index, token in added.items() if token.special}
 
 
-def each_dialogue(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue | ValueError]:
+def iterate_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue | ValueError]:
     """Each record of what `read_dialogues` reads: as a dialogue, or as what is wrong with it.
 
     Raises:
@@ -77,9 +77,9 @@ def each_dialogue(source: str | pathlib.Path, *, split: str = "train") -> Iterat
         yield found
 
 
-def render(
+def render_dialogues(
     dialogues: Sequence[Dialogue], renderer: Renderer, objective: ObjectiveConfig
-) -> Iterator[list[Piece] | ValueError]:
+) -> Iterator[list[Excerpt] | ValueError]:
     """For each dialogue its paths with all their sequences, however long, or why there are none."""
     unfolded = [fitting.unfold(dialogue, objective) for dialogue in dialogues]
     parts = [piece.dialogue for pieces in unfolded for piece in pieces]
@@ -90,10 +90,10 @@ def render(
             yield error
             return
         for dialogue in dialogues:
-            yield from render([dialogue], renderer, objective)
+            yield from render_dialogues([dialogue], renderer, objective)
         return
     for pieces in unfolded:
-        found: list[Piece] | ValueError
+        found: list[Excerpt] | ValueError
         own = [next(rendered) for _ in pieces]
         try:
             found = [piece._replace(sequences=list(some)) for piece, some in zip(pieces, own, strict=True)]
@@ -102,9 +102,9 @@ def render(
         yield found
 
 
-def seams(
-    pieces: Sequence[Piece], tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
-) -> list[Seam]:
+def find_divergences(
+    pieces: Sequence[Excerpt], tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
+) -> list[Divergence]:
     """Where messages meet otherwise than end to end; none where the dialogue is one string of tokens, cut in K places.
 
     Judged by tokens and what they decode to, so that no text is rendered again.
@@ -112,7 +112,7 @@ def seams(
     Args:
       special: whether a token is special; such a token ends what can merge.
     """
-    shown: dict[int, tuple[Piece, RenderedSequence]] = {}
+    shown: dict[int, tuple[Excerpt, RenderedSequence]] = {}
     continued: set[int] = set()
     found = []
     for piece in pieces:
@@ -123,31 +123,35 @@ def seams(
             previous = next((place for place in reversed(range(len(history))) if history[place] in shown), -1)
             if previous >= 0:
                 before = shown[history[previous]][1].tokens
-                at = prefix_tree.common_prefix(before, sequence.tokens)
+                at = prefix_tree.common_prefix_length(before, sequence.tokens)
                 if at == len(before):
                     continued.add(history[previous])
                 else:
                     same = _text(tokenizer, sequence.tokens[at:]).startswith(_text(tokenizer, before[at:]))
-                    found.append(Seam("next" if same else "history", piece, previous, sequence.message_index))
+                    found.append(Divergence("next" if same else "history", piece, previous, sequence.message_index))
             shown[piece.messages[sequence.message_index]] = piece, sequence
     # Where another sequence begins with a response, response and prompt were tokenised together there.
     crossing = {
-        message: Seam("prompt", piece, sequence.message_index)
+        message: Divergence("prompt", piece, sequence.message_index)
         for message, (piece, sequence) in shown.items()
         if message not in continued and _crosses(sequence, tokenizer, special)
     }
-    others = [seam for seam in found if seam.kind != "next" or seam.piece.messages[seam.response] not in crossing]
+    others = [
+        divergence
+        for divergence in found
+        if divergence.kind != "next" or divergence.piece.messages[divergence.response] not in crossing
+    ]
     return [*crossing.values(), *others]
 
 
-def contents(
-    pieces: Sequence[Piece], sequences: Sequence[Trained], renderer: Renderer
+def split_by_rendered(
+    pieces: Sequence[Excerpt], sequences: Sequence[SupervisedSequence], renderer: Renderer
 ) -> tuple[list[Message], list[tuple[int, Message]]]:
     """(messages of the tree, responses apart, with the content that the template writes; number and message of others).
 
     A content counts as written where the rendering has it somewhere, white space at its ends aside.
     """
-    shown = set(weighting.responses(sequences))
+    shown = set(weighting.select_responses(sequences))
     written, missing = [], []
     for piece in pieces:
         ends = [one.sequence.message_index for one in sequences if one.piece is piece]
@@ -165,22 +169,22 @@ def contents(
     return written, missing
 
 
-def describe(seam: Seam, renderer: Renderer) -> str:
-    """What stands at a seam, as text."""
-    dialogue = seam.piece.dialogue
-    whole = renderer.render_text(dialogue, seam.response + 1)
-    name = f"{dialogue.name}: message {seam.piece.messages[seam.response]}"
-    if seam.kind == "prompt":
-        cut = len(renderer.render_text(dialogue, seam.response, add_generation_prompt=True))
+def describe_divergence(divergence: Divergence, renderer: Renderer) -> str:
+    """What stands at a divergence, as text."""
+    dialogue = divergence.piece.dialogue
+    whole = renderer.render_text(dialogue, divergence.response + 1)
+    name = f"{dialogue.name}: message {divergence.piece.messages[divergence.response]}"
+    if divergence.kind == "prompt":
+        cut = len(renderer.render_text(dialogue, divergence.response, add_generation_prompt=True))
         return f"{name}: {whole[max(0, cut - 20) : cut]!r} + {whole[cut : cut + 20]!r}"
-    later = renderer.render_text(dialogue, seam.later, add_generation_prompt=True)
+    later = renderer.render_text(dialogue, divergence.later, add_generation_prompt=True)
     pairs = enumerate(zip(whole, later, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(later)))
-    if seam.kind == "next":
+    if divergence.kind == "next":
         return f"{name}: {later[max(0, at - 20) : at]!r} + {later[at : at + 20]!r}"
     return (
         f"{name}: after {whole[max(0, at - 30) : at]!r} was generated {whole[at : at + 50]!r}, but the prompt of "
-        f"message {seam.piece.messages[seam.later]} has {later[at : at + 50]!r}"
+        f"message {divergence.piece.messages[divergence.later]} has {later[at : at + 50]!r}"
     )
 
 

@@ -13,7 +13,7 @@ from dialog_jax.batching import packing
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.trees import fitting as fitting_lib
 from dialog_jax.trees import weighting
-from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 
@@ -69,7 +69,7 @@ def spread(values: Sequence[tuple[int, str]]) -> Spread | None:
 
 
 def fits(
-    dialogue: Dialogue, pieces: Sequence[Piece], tree: Tree, objective: ObjectiveConfig, lengths: Sequence[int]
+    dialogue: Dialogue, pieces: Sequence[Excerpt], tree: Tree, objective: ObjectiveConfig, lengths: Sequence[int]
 ) -> list[Fit]:
     """What is left of a dialogue at each of `lengths`, which ascend, as `prepare` does it with truncate=turns.
 
@@ -81,12 +81,14 @@ def fits(
         if made and made[-1].whole:
             made.append(full)
             continue
-        fitting = fitting_lib.that_fit([piece.sequences for piece in pieces], objective, max_length)
+        fitting = fitting_lib.select_fitting([piece.sequences for piece in pieces], objective, max_length)
         left = [piece._replace(sequences=own) for piece, own in zip(pieces, fitting, strict=True)]
         kept = sum(len(piece.responses) for piece in left)
-        if all(fitting_lib.is_whole(piece, objective) for piece in left):
+        if all(fitting_lib.is_complete(piece, objective) for piece in left):
             made.append(full)
-        elif kept and (some := weighting.build_trees(weighting.trained(dialogue, [left], objective), objective)[0]):
+        elif kept and (
+            some := weighting.build_trees(weighting.select_supervised(dialogue, [left], objective), objective)[0]
+        ):
             made.append(Fit(len(some.tokens), int((some.weight > 0).sum()), kept, False))
         else:
             made.append(Fit(0, 0, kept, False))
@@ -109,7 +111,7 @@ def fills(all_fits: Sequence[Sequence[Fit]], lengths: Sequence[int], max_length:
 def _fill(fits: Sequence[Fit], full: Sequence[Fit], max_length: int) -> Fill:
     tokens, targets, responses, whole = (np.array(column) for column in zip(*fits, strict=True))
     kept = tokens > 0
-    rows = packing.pack(
+    rows = packing.pack_trees(
         tokens[kept], targets[kept], max_length=max_length, max_targets=max_length, rng=np.random.default_rng(0)
     )
     return Fill(

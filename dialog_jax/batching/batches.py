@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int
 
 from dialog_jax.batching import load_balance, mixture, row_stream
 from dialog_jax.batching.mixture import Mixture
-from dialog_jax.batching.row_stream import Stream
+from dialog_jax.batching.row_stream import RowStream
 from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.dataset import Trees
 
@@ -61,7 +61,8 @@ def fill_rows(trees: Trees | Mixture, rows: Sequence[Sequence[int]], *, max_leng
         subtree_end  3  3  3  5  5  6        weight  1  1  1  0
         segment      1  1  1  2  2  0        turn    0  0  0 -1
 
-    Trees of a row that begin with the same `preamble` share it, as one segment. Of two tokens, twice (7 8 9 and 7 8 5):
+    Trees of a row with the same shared prefix are one segment that holds the prefix once. For 7 8 9 and 7 8 5, which
+    share 7 8:
 
         tokens       7  8  9  5  0  0
         position     0  1  2  2  0  0
@@ -86,18 +87,18 @@ def fill_rows(trees: Trees | Mixture, rows: Sequence[Sequence[int]], *, max_leng
         )
     for b, row in enumerate(rows):
         start, filled = 0, 0
-        for segment, numbers in enumerate(row_stream.together(trees, row), 1):
+        for segment, numbers in enumerate(row_stream.group_by_shared_prefix(trees, row), 1):
             root, skipped = start, 0
-            shared = trees.beginning(numbers[0])[1] if len(numbers) > 1 else 0
+            shared = trees.shared_prefix(numbers[0])[1] if len(numbers) > 1 else 0
             for number, weight in zip(numbers, _merged(trees, numbers, shared), strict=True):
                 tree = trees.tree(number)._replace(weight=weight)
-                shift = start - skipped  # of a node's number to its place in the row, but for the preamble
+                shift = start - skipped  # of a node's number to its place in the row, except in the shared prefix
                 stop = shift + len(tree.tokens)
                 batch.tokens[b, start:stop] = tree.tokens[skipped:]
                 batch.position[b, start:stop] = tree.position[skipped:]
                 batch.subtree_end[b, start:stop] = tree.subtree_end[skipped:] + shift
                 batch.segment[b, start:stop] = segment
-                sources, nodes = prefix_tree.targets(tree)
+                sources, nodes = prefix_tree.find_targets(tree)
                 end = filled + len(nodes)
                 batch.source[b, filled:end] = sources + np.where(sources < shared, root, shift)
                 batch.target[b, filled:end] = tree.tokens[nodes]
@@ -108,7 +109,7 @@ def fill_rows(trees: Trees | Mixture, rows: Sequence[Sequence[int]], *, max_leng
                     token, log_probability = trees.signal(number, nodes)
                     batch.teacher_token[b, filled:end] = token
                     batch.teacher_log_probability[b, filled:end] = log_probability
-                start, filled, skipped = stop, end, shared  # the preamble is there once
+                start, filled, skipped = stop, end, shared  # the shared prefix is stored once
             batch.subtree_end[b, root : root + shared] = start
     return batch
 
@@ -157,18 +158,19 @@ class Plan:
         self._rows, self._micro_batches, self._shards = rows, micro_batches, shards
         sets = trees.sets if isinstance(trees, Mixture) else {"": trees}
         self._streams = {
-            name: Stream(one, max_length=max_length, max_targets=max_targets, seed=seed) for name, one in sets.items()
+            name: RowStream(one, max_length=max_length, max_targets=max_targets, seed=seed)
+            for name, one in sets.items()
         }
         counts = {name: stream.rows_per_epoch for name, stream in self._streams.items()}
         self._quotas = (
-            mixture.quotas(trees.mix, counts)
+            mixture.compute_quotas(trees.mix, counts)
             if isinstance(trees, Mixture)
             else {name: Fraction(count) for name, count in counts.items()}
         )
         self.rows_per_epoch = math.ceil(sum(self._quotas.values()))
         tokens = {name: stream.tokens_per_epoch for name, stream in self._streams.items()}
         self.tokens_per_epoch = round(sum(quota * tokens[name] / counts[name] for name, quota in self._quotas.items()))
-        self.mixed = mixture.lines(trees, self._quotas, counts, tokens) if isinstance(trees, Mixture) else []
+        self.mixed = mixture.describe_mixture(trees, self._quotas, counts, tokens) if isinstance(trees, Mixture) else []
         self._dealt = functools.lru_cache(maxsize=8)(self._deal)
 
     def rows(self, step: int) -> list[list[int]]:
@@ -182,7 +184,7 @@ class Plan:
           dealt: whether rows are given to devices by their cost, as `rows` does, or as they come.
         """
         rows = self.rows(step) if dealt else self._drawn(step)
-        return load_balance.imbalance(self._costs(rows), rows=self._rows, shards=self._shards)
+        return load_balance.compute_imbalance(self._costs(rows), rows=self._rows, shards=self._shards)
 
     def batch(self, step: int, own: Sequence[int] | None = None) -> Batch:
         """The arrays [M, B, ...] of step `step`, or of each micro-batch the rows `own` only."""
@@ -206,14 +208,14 @@ class Plan:
         count = self._rows * self._micro_batches
         streams = list(self._streams.values())
         starts = self._trees.starts if isinstance(self._trees, Mixture) else [0]
-        drawn = mixture.draw(list(self._quotas.values()), step * count, count)
+        drawn = mixture.interleave(list(self._quotas.values()), step * count, count)
         return [[starts[index] + tree for tree in streams[index].row(number)] for index, number in drawn]
 
     def _deal(self, step: int) -> list[list[int]]:
         rows = self._drawn(step)
         if self._shards == 1:
             return rows
-        return [rows[row] for row in load_balance.deal(self._costs(rows), rows=self._rows, shards=self._shards)]
+        return [rows[row] for row in load_balance.assign_rows(self._costs(rows), rows=self._rows, shards=self._shards)]
 
     def _costs(self, rows: Sequence[Sequence[int]]) -> list[int]:
         return [sum(self._trees.size(tree) ** 2 for tree in row) for row in rows]
@@ -231,7 +233,7 @@ def evaluation_batches(
       limit: number of rows after which to stop, 0 for all; which rows these are depends on nothing but the trees.
       own: the rows of each batch to fill; None for all of them.
     """
-    stream = Stream(trees, max_length=max_length, max_targets=max_targets, seed=0)
+    stream = RowStream(trees, max_length=max_length, max_targets=max_targets, seed=0)
     stop = min(limit or stream.rows_per_epoch, stream.rows_per_epoch)
     for start in range(0, stop, rows):
         part = [stream.row(number) if number < stop else [] for number in range(start, start + rows)]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def deal(costs: Sequence[int], *, rows: int, shards: int) -> list[int]:
+def assign_rows(costs: Sequence[int], *, rows: int, shards: int) -> list[int]:
     """Returns the rows of a step in an order that gives every shard of a micro-batch about the same cost.
 
     The most expensive `rows` rows are one micro-batch, the next ones another; of a micro-batch each row, the most
@@ -39,7 +39,7 @@ def deal(costs: Sequence[int], *, rows: int, shards: int) -> list[int]:
     return order
 
 
-def imbalance(costs: Sequence[int], *, rows: int, shards: int) -> float:
+def compute_imbalance(costs: Sequence[int], *, rows: int, shards: int) -> float:
     """Returns the largest cost of a shard over the mean, of each micro-batch, weighted by its cost: 1 is balanced.
 
     Args:

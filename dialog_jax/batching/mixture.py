@@ -53,10 +53,10 @@ class Mixture:
         _, trees, own = self._at(number)
         return trees.size(own)
 
-    def beginning(self, number: int) -> tuple[int, int]:
-        """(number of its preamble, tokens of it) of tree `number`; the former is the set's own."""
+    def shared_prefix(self, number: int) -> tuple[int, int]:
+        """(id, length) of the shared prefix of tree `number`; ids are unique within a set."""
         _, trees, own = self._at(number)
-        return trees.beginning(own)
+        return trees.shared_prefix(own)
 
     def dialogue(self, number: int) -> str:
         """The set and the dialogue of tree `number`."""
@@ -69,7 +69,7 @@ class Mixture:
         return name, self.sets[name], number - self.starts[place]
 
 
-def check(mix: Mapping[str, Mapping[str, Any]]) -> None:
+def check_mix(mix: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises UserError unless `mix` says of each set where it is (`train`), and how much of it is taken.
 
     {"chat": {"train": "chat.jsonl", "weight": 3}, "code": {"train": "code.jsonl", "weight": 1}}
@@ -93,7 +93,7 @@ def check(mix: Mapping[str, Mapping[str, Any]]) -> None:
             raise UserError(f"data.mix.{name}.{kind} is {amount!r}; it must be a number above 0.")
 
 
-def quotas(mix: Mapping[str, Mapping[str, Any]], rows: Mapping[str, int]) -> dict[str, Fraction]:
+def compute_quotas(mix: Mapping[str, Mapping[str, Any]], rows: Mapping[str, int]) -> dict[str, Fraction]:
     """Returns how many rows of each set an epoch of the mixture has, which need not be whole numbers.
 
     With `epochs`, so many times all rows of the set. With `weight`, rows in proportion to it, as many as give the set
@@ -109,7 +109,7 @@ def quotas(mix: Mapping[str, Mapping[str, Any]], rows: Mapping[str, int]) -> dic
     return {name: weight * factor for name, weight in weights.items()}
 
 
-def draw(parts: Sequence[Fraction], start: int, count: int) -> list[tuple[int, int]]:
+def interleave(parts: Sequence[Fraction], start: int, count: int) -> list[tuple[int, int]]:
     """Returns (number of the set, number of the row in it) of rows `start` to `start + count` of a mixture.
 
     Row j of a set with share s of all rows has its place at (j + 1/2) / s; the rows of a mixture are those of its sets
@@ -140,7 +140,7 @@ def draw(parts: Sequence[Fraction], start: int, count: int) -> list[tuple[int, i
     return drawn[skipped:]
 
 
-def lines(
+def describe_mixture(
     mixture: Mixture, parts: Mapping[str, Fraction], rows: Mapping[str, int], tokens: Mapping[str, int]
 ) -> list[str]:
     """Returns a line a set: what an epoch of the mixture takes of it.

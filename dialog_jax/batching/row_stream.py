@@ -17,12 +17,12 @@ from dialog_jax.trees.dataset import Trees
 _WINDOW = 1 << 16  # trees that are packed together, at most
 
 
-class Stream:
+class RowStream:
     """The rows of a set. Each epoch packs and shuffles all trees anew, from (seed, epoch).
 
     Which trees are packed together depends on the seed alone; the windows of an epoch come in an order of its own, and
-    so do the rows of a window. A window has the same number of rows in every epoch (see `packing.pack`), which makes
-    the place of a row a matter of counting. Besides two windows of rows, memory holds a number for each tree.
+    so do the rows of a window. A window has the same number of rows in every epoch (see `packing.pack_trees`),
+    so the place of a row follows by counting. Besides two windows of rows, memory holds a number for each tree.
 
     Args:
       trees: the set.
@@ -71,27 +71,27 @@ class Stream:
         first, last = (len(trees) * number // self._windows for number in (window, window + 1))
         numbers = np.sort(self._shuffled[first:last])
         rng = np.random.default_rng([self._seed, epoch, window])
-        rows = packing.pack(
+        rows = packing.pack_trees(
             trees.offsets[numbers + 1] - trees.offsets[numbers],
             trees.targets[numbers].astype(np.int64),
             max_length=self._max_length,
             max_targets=self._max_targets,
             rng=rng,
-            preamble=trees.preamble[numbers],
-            groups=trees.groups[numbers],
+            shared_prefix_length=trees.shared_prefix_length[numbers],
+            shared_prefix_id=trees.shared_prefix_id[numbers],
         )
         return [numbers[rows[i]].tolist() for i in rng.permutation(len(rows))]
 
 
-def together(trees: Trees | Mixture, row: Sequence[int]) -> list[list[int]]:
-    """The trees of a row, those in one list that share a preamble; in the order of the first of each."""
+def group_by_shared_prefix(trees: Trees | Mixture, row: Sequence[int]) -> list[list[int]]:
+    """The trees of a row, those in one list that have the same shared prefix; in the order of the first of each."""
     found: dict[int, list[int]] = {}
     for number in row:
-        group, _ = trees.beginning(number)
+        group, _ = trees.shared_prefix(number)
         found.setdefault(group if group >= 0 else -1 - number, []).append(number)
     return list(found.values())
 
 
 def _row_tokens(trees: Trees, row: list[int]) -> int:
-    shared = [(len(some) - 1) * trees.beginning(some[0])[1] for some in together(trees, row)]
+    shared = [(len(some) - 1) * trees.shared_prefix(some[0])[1] for some in group_by_shared_prefix(trees, row)]
     return sum(trees.size(number) for number in row) - sum(shared)

@@ -124,7 +124,7 @@ def _fitting(dialogue: Dialogue, renderer: Renderer, max_length: int) -> set[int
     """The messages that are trained on in a tree of at most `max_length` tokens; renders all of them."""
     paths = fitting_lib.unfold(dialogue, _OBJECTIVE)
     sequences = [list(each) for each in renderer.render([path.dialogue for path in paths])]
-    fitting = fitting_lib.that_fit(sequences, _OBJECTIVE, max_length)
+    fitting = fitting_lib.select_fitting(sequences, _OBJECTIVE, max_length)
     return {path.messages[each.message_index] for path, some in zip(paths, fitting, strict=True) for each in some}
 
 

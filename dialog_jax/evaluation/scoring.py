@@ -24,7 +24,7 @@ from dialog_jax.training import train_step
 from dialog_jax.training.loss import TargetScores
 from dialog_jax.trees import dataset, prefix_tree, teacher
 from dialog_jax.trees import fitting as fitting_lib
-from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.teacher import Signal
@@ -130,7 +130,7 @@ def _pieces(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tup
     pieces = []
     for index, of_dialogue in enumerate(sequences):
         for group in _groups(of_dialogue, context):
-            tree, nodes = prefix_tree.grow([sequence.tokens for sequence in group])
+            tree, nodes = prefix_tree.build_trie([sequence.tokens for sequence in group])
             weight = np.zeros(len(tree.tokens), np.float32)
             for sequence, own in zip(group, nodes, strict=True):
                 weight[own[max(sequence.start, 1) :]] = 1  # a first token has no context to be predicted from
@@ -138,7 +138,7 @@ def _pieces(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tup
     return pieces, cut
 
 
-def _that_fit(path: Piece, first: list[RenderedSequence], renderer: Renderer, context: int) -> list[RenderedSequence]:
+def _that_fit(path: Excerpt, first: list[RenderedSequence], renderer: Renderer, context: int) -> list[RenderedSequence]:
     """All sequences of a path that have at most `context` tokens; `first` are those before one that has more.
 
     Where the template renders history as it was generated, later ones are longer still. Where it strips reasoning, one
@@ -159,7 +159,7 @@ def _groups(sequences: Iterable[RenderedSequence], context: int) -> Iterator[lis
     group: list[RenderedSequence] = []
     size = 0
     for sequence in sequences:
-        new = fitting_lib.new_tokens(sequence, group)
+        new = fitting_lib.count_new_tokens(sequence, group)
         if group and size + new > context:
             yield group
             group, size, new = [], 0, len(sequence.tokens)
@@ -179,7 +179,7 @@ def _rows(
     """(the pieces of each row, the scores [S, ...] of its targets)."""
     if not pieces:
         return
-    trees = dataset.of_trees([piece.tree for piece in pieces])
+    trees = dataset.concatenate_trees([piece.tree for piece in pieces])
 
     def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], TargetScores]:
         return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length, max_targets=length))
@@ -212,7 +212,7 @@ def _batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iterator[
     while len(left):
         below = length // 2 if length // 2 >= _PACKED_ROW else 0
         rng = np.random.default_rng(0)
-        packed = packing.pack(tokens[left], targets[left], max_length=length, max_targets=length, rng=rng)
+        packed = packing.pack_trees(tokens[left], targets[left], max_length=length, max_targets=length, rng=rng)
         rows = [left[part].tolist() for part in packed]
         kept = [row for row in rows if tokens[row].max() > below]
         for row in kept:
@@ -239,7 +239,7 @@ def _by_node(pieces: Sequence[_Piece], scores: TargetScores) -> Iterator[tuple[_
     filled = 0
     for piece in pieces:
         count = len(piece.tree.tokens)
-        _, nodes = prefix_tree.targets(piece.tree)
+        _, nodes = prefix_tree.find_targets(piece.tree)
 
         def spread(array, count=count, nodes=nodes, filled=filled):
             by_node = np.zeros((count, *array.shape[1:]), array.dtype)

@@ -179,7 +179,7 @@ class TrainConfig:
                 f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r} and data.teacher "
                 f"{self.data.teacher!r}; leave data.train empty, and a teacher to a single set."
             )
-        mixture.check(self.data.mix)
+        mixture.check_mix(self.data.mix)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
             raise UserError(
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "

@@ -153,9 +153,9 @@ def claim(
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
         record = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
-        disk_cache.write_whole(directory / "model.json", json.dumps(record, indent=1) + "\n")
-        disk_cache.write_whole(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        disk_cache.write_whole(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
+        disk_cache.write_atomically(directory / "model.json", json.dumps(record, indent=1) + "\n")
+        disk_cache.write_atomically(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        disk_cache.write_atomically(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
 def move_damaged_checkpoint(directory: pathlib.Path, step: int) -> str:

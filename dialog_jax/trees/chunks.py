@@ -21,7 +21,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import fitting as fitting_lib
 from dialog_jax.trees import prefix_tree, weighting
 from dialog_jax.trees import teacher as teacher_lib
-from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.teacher import TeacherFile
@@ -29,7 +29,7 @@ from dialog_jax.trees.teacher import TeacherFile
 TOO_LONG, NO_TARGET = "dropped, too long", "dropped, no target"
 TRUNCATIONS = ("turns", "drop", "split", "error")
 # What is stored of each token, and of each tree.
-OF_TOKENS: dict[str, type[np.generic]] = {
+TOKEN_COLUMNS: dict[str, type[np.generic]] = {
     "tokens": np.int32,
     "parent": np.int32,
     "position": np.int32,
@@ -37,11 +37,11 @@ OF_TOKENS: dict[str, type[np.generic]] = {
     "weight": np.float32,
     "turn": np.int32,
 }
-OF_TREES: dict[str, type[np.generic]] = {
+TREE_COLUMNS: dict[str, type[np.generic]] = {
     "size": np.int64,
     "targets": np.int32,
-    "preamble": np.int32,
-    "groups": np.int64,
+    "shared_prefix_length": np.int32,
+    "shared_prefix_id": np.int64,
 }
 _DIALOGUES = 256  # of a chunk, at most
 _CHARACTERS = 1 << 18  # of a chunk, but for its last dialogue; what a chunk needs of memory grows with them
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
     """The trees of some dialogues, end to end, and what became of those."""
 
     columns: dict[str, np.ndarray]
-    """Those of `OF_TOKENS` and `OF_TREES`, and with a teacher the token column `teacher_row`."""
+    """Those of `TOKEN_COLUMNS` and `TREE_COLUMNS`, and with a teacher the token column `teacher_row`."""
     ids: list[str | int]
     """The dialogue of each tree."""
     counts: collections.Counter[str]
@@ -74,7 +74,7 @@ class Chunk(NamedTuple):
     """The first dialogues of each reason."""
 
 
-def batched(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
+def batch_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
     """Yields the dialogues of one chunk after another: not too many, and not too much text."""
     batch: list[Dialogue] = []
     characters = 0
@@ -88,7 +88,7 @@ def batched(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
         yield batch
 
 
-def chunks(
+def build_chunks(
     batches: Iterable[list[Dialogue]], renderer: Renderer, recipe: Recipe, teacher: TeacherFile | None
 ) -> Iterator[Chunk]:
     """Yields the chunk of each batch; the next one is rendered meanwhile, since the tokenizer leaves Python to others.
@@ -106,7 +106,9 @@ def chunks(
                 yield _assembled(done, rendered.result(), renderer, recipe, teacher)
 
 
-def build(batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe, teacher: TeacherFile | None = None) -> Chunk:
+def build_chunk(
+    batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe, teacher: TeacherFile | None = None
+) -> Chunk:
     """Returns the chunk of a batch.
 
     Raises:
@@ -124,7 +126,7 @@ def add_counts(counts: collections.Counter[str], named: dict[str, list[str]], ch
         own += names[: _NAMES_KEPT - len(own)]
 
 
-def _rendered(batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe) -> list[list[Piece]]:
+def _rendered(batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe) -> list[list[Excerpt]]:
     objective = recipe.objective
     unfolded = [fitting_lib.unfold(dialogue, objective) for dialogue in batch]
     parts = [piece.dialogue for pieces in unfolded for piece in pieces]
@@ -136,7 +138,7 @@ def _rendered(batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe) -> 
 
 def _assembled(
     batch: Sequence[Dialogue],
-    rendered: Sequence[Sequence[Piece]],
+    rendered: Sequence[Sequence[Excerpt]],
     renderer: Renderer,
     recipe: Recipe,
     teacher: TeacherFile | None,
@@ -145,29 +147,31 @@ def _assembled(
     named: dict[str, list[str]] = {}
     trees: list[Tree] = []
     ids: list[str | int] = []
-    preambles: list[int] = []
+    shared_prefix_lengths: list[int] = []
     rows: list[np.ndarray] = []
     for dialogue, pieces in zip(batch, rendered, strict=True):
         counts["dialogues"] += 1
         groups, reason, detail = _fitted(dialogue, pieces, renderer, recipe, counts)
         if groups:
             made = len(trees)
-            supervised = weighting.trained(dialogue, groups, recipe.objective)
+            supervised = weighting.select_supervised(dialogue, groups, recipe.objective)
             built = weighting.build_trees(supervised, recipe.objective)
             for trained, tree in zip(supervised, built, strict=True):
                 if tree is None:
                     continue
-                counts["turns"] += len(weighting.responses(trained))
+                counts["turns"] += len(weighting.select_responses(trained))
                 trees.append(tree)
                 ids.append(dialogue.id)
-                preambles.append(_shared(tree, renderer.encode_shared_prefix(dialogue)) if recipe.share_prefixes else 0)
+                shared_prefix_lengths.append(
+                    _shared_prefix_length(tree, renderer.encode_shared_prefix(dialogue)) if recipe.share_prefixes else 0
+                )
                 if teacher is not None:
-                    rows.append(teacher_lib.rows_of_tree(teacher, dialogue, tree, trained))
+                    rows.append(teacher_lib.find_rows(teacher, dialogue, tree, trained))
             if made == len(trees):
                 _name(counts, named, NO_TARGET, dialogue.name)
         if reason:
             _name(counts, named, reason, dialogue.name + detail)
-    columns = columns_of(trees, preambles)
+    columns = trees_to_columns(trees, shared_prefix_lengths)
     if teacher is not None:
         columns["teacher_row"] = np.concatenate([np.zeros(0, np.int64), *rows])
     counts["trees"] += len(trees)
@@ -177,34 +181,34 @@ def _assembled(
     return Chunk(columns, ids, counts, named)
 
 
-def columns_of(trees: Sequence[Tree], preambles: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns the columns of trees, end to end; `preambles` says how many tokens of each others may share."""
+def trees_to_columns(trees: Sequence[Tree], shared_prefix_lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """Returns the columns of trees, end to end; `shared_prefix_lengths` has the leading tokens of each to share."""
     columns = {
         field: np.concatenate([np.zeros(0, kind), *(getattr(tree, field) for tree in trees)])
-        for field, kind in OF_TOKENS.items()
+        for field, kind in TOKEN_COLUMNS.items()
     }
-    shared = [_group(tree.tokens[:count]) for tree, count in zip(trees, preambles, strict=True)]
+    shared = [_shared_prefix_id(tree.tokens[:count]) for tree, count in zip(trees, shared_prefix_lengths, strict=True)]
     return columns | {
         "size": np.array([len(tree.tokens) for tree in trees], np.int64),
         "targets": np.array([np.count_nonzero(tree.weight > 0) for tree in trees], np.int32),
-        "preamble": np.array(preambles, np.int32),
-        "groups": np.array(shared, np.int64),
+        "shared_prefix_length": np.array(shared_prefix_lengths, np.int32),
+        "shared_prefix_id": np.array(shared, np.int64),
     }
 
 
 def _fitted(
     dialogue: Dialogue,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Excerpt],
     renderer: Renderer,
     recipe: Recipe,
     counts: collections.Counter[str],
-) -> tuple[list[list[Piece]], str, str]:
+) -> tuple[list[list[Excerpt]], str, str]:
     """(groups of pieces that fit, a tree each; why they are not the whole dialogue, or empty; more about it)."""
     objective, max_length = recipe.objective, recipe.max_length
     wanted = sum(len(piece.wanted) for piece in pieces)
-    fitting = fitting_lib.that_fit([piece.sequences for piece in pieces], objective, max_length)
+    fitting = fitting_lib.select_fitting([piece.sequences for piece in pieces], objective, max_length)
     groups = [[piece._replace(sequences=own) for piece, own in zip(pieces, fitting, strict=True)]]
-    if all(fitting_lib.is_whole(piece, objective) for piece in groups[0]):
+    if all(fitting_lib.is_complete(piece, objective) for piece in groups[0]):
         return groups, "", ""
     if recipe.truncate == "error":
         raise UserError(
@@ -212,7 +216,7 @@ def _fitted(
             "turns, split or drop."
         )
     if recipe.truncate == "split":
-        groups = fitting_lib.split_paths(pieces, renderer, objective, max_length)
+        groups = fitting_lib.split_excerpts(pieces, renderer, objective, max_length)
     kept = sum(len(piece.responses) for group in groups for piece in group)
     if recipe.truncate == "drop" or not kept:
         counts["turns cut"] += wanted
@@ -229,15 +233,15 @@ def _name(counts: collections.Counter[str], named: dict[str, list[str]], reason:
         own.append(name)
 
 
-def _shared(tree: Tree, preamble: Int32[np.ndarray, " n"]) -> int:
-    """How many tokens a tree begins with as `preamble` does, before anything branches."""
+def _shared_prefix_length(tree: Tree, prefix: Int32[np.ndarray, " n"]) -> int:
+    """How many tokens a tree begins with as `prefix` does, before anything branches."""
     branches = np.flatnonzero(tree.subtree_end != len(tree.tokens))
     path = int(branches[0]) if len(branches) else len(tree.tokens)
-    return min(prefix_tree.common_prefix(tree.tokens, preamble), path)
+    return min(prefix_tree.common_prefix_length(tree.tokens, prefix), path)
 
 
-def _group(preamble: Int32[np.ndarray, " n"]) -> int:
-    """A number in [0, 2^63) that no other preamble is likely to have, so that none is remembered; -1 of none."""
-    if not len(preamble):
+def _shared_prefix_id(prefix: Int32[np.ndarray, " n"]) -> int:
+    """A number in [0, 2^63) that no other prefix is likely to have, so that none is remembered; -1 of none."""
+    if not len(prefix):
         return -1
-    return int.from_bytes(hashlib.blake2b(preamble.astype("<i4").tobytes(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(prefix.astype("<i4").tobytes(), digest_size=8).digest(), "little") >> 1

@@ -79,15 +79,15 @@ class Trees:
     weight: Float32[np.ndarray, " N"]
     turn: Int32[np.ndarray, " N"]
     offsets: Int64[np.ndarray, " offsets"]
-    preamble: Int32[np.ndarray, " trees"]
+    shared_prefix_length: Int32[np.ndarray, " trees"]
     """Tokens at the beginning of each tree that it may share with others in a row; 0 for none."""
     ids: Sequence[str | int]
     """The dialogue of each tree."""
     report: Report
     targets: Int32[np.ndarray, " trees"]
     """Tokens of each tree that were given a weight above 0."""
-    groups: Int64[np.ndarray, " trees"]
-    """A number for each tree that is the same where the preamble is; -1 for those without one."""
+    shared_prefix_id: Int64[np.ndarray, " trees"]
+    """A number for each tree that is the same where the shared prefix is; -1 for those without one."""
     teacher_row: Int64[np.ndarray, " N"] | None = None
     """Of each token that a teacher says something of, its row in `teacher`; else -1."""
     teacher: TeacherFile | None = None
@@ -109,9 +109,9 @@ class Trees:
         """Tokens of tree `number`."""
         return int(self.offsets[number + 1] - self.offsets[number])
 
-    def beginning(self, number: int) -> tuple[int, int]:
-        """(group, preamble) of tree `number`."""
-        return int(self.groups[number]), int(self.preamble[number])
+    def shared_prefix(self, number: int) -> tuple[int, int]:
+        """(id, length) of the shared prefix of tree `number`."""
+        return int(self.shared_prefix_id[number]), int(self.shared_prefix_length[number])
 
     def dialogue(self, number: int) -> str:
         """The dialogue of tree `number`."""
@@ -158,27 +158,29 @@ def prepare(
     counts: collections.Counter[str] = collections.Counter()
     named: dict[str, list[str]] = {}
     parts = []
-    for chunk in chunks.chunks(chunks.batched(dialogues), renderer, recipe, teacher):
+    for chunk in chunks.build_chunks(chunks.batch_dialogues(dialogues), renderer, recipe, teacher):
         chunks.add_counts(counts, named, chunk)
         parts.append(chunk)
-    report = report_of(counts, named)
-    check_any(report, recipe)
+    report = make_report(counts, named)
+    check_not_empty(report, recipe)
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
     return _trees(columns, [name for part in parts for name in part.ids], report, teacher)
 
 
-def of_trees(trees: Sequence[Tree], *, ids: Sequence[str | int] = (), preambles: Sequence[int] = ()) -> Trees:
+def concatenate_trees(
+    trees: Sequence[Tree], *, ids: Sequence[str | int] = (), shared_prefix_lengths: Sequence[int] = ()
+) -> Trees:
     """Returns trees that stand in no file, with an empty report.
 
     Args:
       ids: their dialogues'; numbers if left out.
-      preambles: tokens at the beginning of each that it may share with others; none if left out.
+      shared_prefix_lengths: tokens at the beginning of each that it may share with others; none if left out.
     """
-    columns = chunks.columns_of(trees, preambles or [0] * len(trees))
-    return _trees(columns, ids or range(len(trees)), report_of({}, {}), None)
+    columns = chunks.trees_to_columns(trees, shared_prefix_lengths or [0] * len(trees))
+    return _trees(columns, ids or range(len(trees)), make_report({}, {}), None)
 
 
-def check_any(report: Report, recipe: Recipe) -> None:
+def check_not_empty(report: Report, recipe: Recipe) -> None:
     """Raises UserError if there is no tree."""
     if not report.trees:
         raise UserError(
@@ -187,7 +189,7 @@ def check_any(report: Report, recipe: Recipe) -> None:
         )
 
 
-def report_of(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Report:
+def make_report(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Report:
     """Returns the report of what chunks have counted."""
     fields = [field.name for field in dataclasses.fields(Report) if field.name != "named"]
     reasons = {"turns_cut": "turns cut", "dropped_too_long": chunks.TOO_LONG, "dropped_no_target": chunks.NO_TARGET}

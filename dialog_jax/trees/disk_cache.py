@@ -2,8 +2,8 @@
 
 A set of trees is a directory named by a hash of all that determines them:
 
-    tokens, parent, ...    a column each, without header: those of `building.OF_TOKENS`, and per tree `offsets` (one
-                           more than trees), `targets`, `preamble`, `groups`
+    tokens, parent, ...    a column each, without header: those of `building.TOKEN_COLUMNS`, and per tree `offsets` (one
+                           more than trees), `targets`, `shared_prefix_length`, `shared_prefix_id`
     ids, id_offsets        the JSON of each tree's dialogue's id, end to end, and where each begins
     journal.json           the length of every column in bytes, and what was counted
     report.json, key.json  for people to read
@@ -37,11 +37,11 @@ from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.teacher import TeacherFile
 from dialog_jax.trees.worker_pool import Preparation
 
-FORMAT = 5  # raise whenever the same input gives other trees, or other files
-MOST_WORKERS = 16  # started unless more are asked for; so many are given work by one process that reads
+FORMAT = 6  # raise whenever the same input gives other trees, or other files
+MAX_WORKERS = 16  # started unless more are asked for; so many are given work by one process that reads
 _TYPES: dict[str, type[np.generic]] = {
-    **chunks.OF_TOKENS,
-    **{name: kind for name, kind in chunks.OF_TREES.items() if name != "size"},
+    **chunks.TOKEN_COLUMNS,
+    **{name: kind for name, kind in chunks.TREE_COLUMNS.items() if name != "size"},
     "offsets": np.int64,
     "ids": np.uint8,
     "id_offsets": np.int64,
@@ -83,7 +83,7 @@ def load_or_build(
       key: all that determines the trees, as JSON values.
       dialogues: read only if there is something to build.
       workers: processes that build; 0 for none but this one, -1 for as many as there are processors, but at most
-        `MOST_WORKERS`. The trees are the same.
+        `MAX_WORKERS`. The trees are the same.
       seconds: of work that an interruption may cost.
 
     Raises:
@@ -101,7 +101,7 @@ def load_or_build(
 
 
 def _processes(workers: int) -> int:
-    return workers if workers >= 0 else min(MOST_WORKERS, os.cpu_count() or 1)
+    return workers if workers >= 0 else min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def _build(
@@ -121,23 +121,23 @@ def _build(
         rest = itertools.islice(dialogues, counts["dialogues"], None)
         written = time.monotonic()
         try:
-            for chunk in worker_pool.build(chunks.batched(rest), preparation, workers=processes):
+            for chunk in worker_pool.build_chunks(chunks.batch_dialogues(rest), preparation, workers=processes):
                 chunks.add_counts(counts, named, chunk)
                 _append(files, chunk)
                 if time.monotonic() - written >= seconds:
                     _write_journal(unfinished, files, counts, named)
                     written = time.monotonic()
-            report = dataset.report_of(counts, named)
-            dataset.check_any(report, preparation.recipe)
+            report = dataset.make_report(counts, named)
+            dataset.check_not_empty(report, preparation.recipe)
         except ValueError as error:
             if not isinstance(error, worker_pool.WorkerError):  # but of the data: once corrected, they have another key
                 shutil.rmtree(unfinished)
             raise
         _write_journal(unfinished, files, counts, named)
-    write_whole(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
-    write_whole(unfinished / "key.json", key)
+    write_atomically(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
+    write_atomically(unfinished / "key.json", key)
     unfinished.rename(directory)
-    _synchronise(directory.parent)
+    _fsync_directory(directory.parent)
 
 
 def _resume(
@@ -184,10 +184,10 @@ def _write_journal(
         file.flush()
         os.fsync(file.fileno())
     sizes = {name: file.tell() for name, file in files.items()}
-    write_whole(
+    write_atomically(
         directory / "journal.json", json.dumps({"bytes": sizes, "counts": counts, "named": named}, sort_keys=True)
     )
-    _synchronise(directory)
+    _fsync_directory(directory)
 
 
 def _load(directory: pathlib.Path, teacher: TeacherFile | None) -> Trees:
@@ -204,7 +204,7 @@ def _load(directory: pathlib.Path, teacher: TeacherFile | None) -> Trees:
             )
         columns[name] = np.memmap(file, _TYPES[name], "r")
     ids = Ids(columns.pop("ids"), columns.pop("id_offsets"))
-    report = dataset.report_of(journal["counts"], journal["named"])
+    report = dataset.make_report(journal["counts"], journal["named"])
     return Trees(**columns, ids=ids, report=report, teacher=teacher)
 
 
@@ -218,7 +218,7 @@ def _locked(file: pathlib.Path) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def write_whole(file: pathlib.Path, text: str) -> None:
+def write_atomically(file: pathlib.Path, text: str) -> None:
     """Writes a file that is whole or as it was before, even after a loss of power."""
     unfinished = file.with_name(f"{file.name}.unfinished")
     with unfinished.open("w", encoding="utf-8") as stream:
@@ -228,7 +228,7 @@ def write_whole(file: pathlib.Path, text: str) -> None:
     unfinished.replace(file)
 
 
-def _synchronise(directory: pathlib.Path) -> None:
+def _fsync_directory(directory: pathlib.Path) -> None:
     """Waits until the names in a directory are on the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

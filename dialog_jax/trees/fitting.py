@@ -14,7 +14,7 @@ from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 
-class Piece(NamedTuple):
+class Excerpt(NamedTuple):
     """A list of messages that are rendered together: a path of a dialogue, or a part of one that is too long."""
 
     dialogue: Dialogue
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
         return {self.messages[s.message_index]: self.first_turn + s.turn for s in self.sequences if s.turn >= 0}
 
 
-def unfold(dialogue: Dialogue, objective: ObjectiveConfig) -> list[Piece]:
+def unfold(dialogue: Dialogue, objective: ObjectiveConfig) -> list[Excerpt]:
     """The paths of a dialogue, without sequences yet; a list of messages is its one path.
 
     With `merge_weights=max`, what one path trains is history in the later ones; under `last`, all is history in a tree
@@ -48,7 +48,7 @@ def unfold(dialogue: Dialogue, objective: ObjectiveConfig) -> list[Piece]:
     """
     paths = dialogue.paths()
     if len(paths) == 1:
-        return [Piece(dialogue, paths[0], [])]
+        return [Excerpt(dialogue, paths[0], [])]
     once = objective.merge_weights == "max"
     pieces = []
     seen: set[int] = set()
@@ -62,11 +62,11 @@ def unfold(dialogue: Dialogue, objective: ObjectiveConfig) -> list[Piece]:
         seen |= new
         messages = tuple(dialogue.messages[i] if i in new else _history(dialogue.messages[i]) for i in path)
         part = dataclasses.replace(dialogue, messages=messages, parents=())
-        pieces.append(Piece(part, path, [], path=number, trained=trained))
+        pieces.append(Excerpt(part, path, [], path=number, trained=trained))
     return pieces
 
 
-def that_fit(
+def select_fitting(
     paths: Sequence[Iterable[RenderedSequence]], objective: ObjectiveConfig, max_length: int
 ) -> list[list[RenderedSequence]]:
     """For each path the longest prefix of its sequences such that the tree of all has at most `max_length` tokens."""
@@ -78,7 +78,7 @@ def that_fit(
         for sequence in sequences:
             if objective.name == "last" and len(paths) == 1:  # the tree will hold the last one only
                 counted, size = [], 0
-            new = new_tokens(sequence, counted)
+            new = count_new_tokens(sequence, counted)
             if size + new > max_length:
                 break
             size += new
@@ -87,46 +87,50 @@ def that_fit(
     return all_fitting
 
 
-def new_tokens(sequence: RenderedSequence, others: Sequence[RenderedSequence]) -> int:
+def count_new_tokens(sequence: RenderedSequence, others: Sequence[RenderedSequence]) -> int:
     """How many tokens a sequence adds to the trie of others."""
     shared = 0
     for other in reversed(others):  # in a path, only the last is looked at
         if len(other.tokens) > shared:
-            shared = max(shared, prefix_tree.common_prefix(other.tokens, sequence.tokens))
+            shared = max(shared, prefix_tree.common_prefix_length(other.tokens, sequence.tokens))
     return len(sequence.tokens) - shared
 
 
-def split_paths(
-    pieces: Sequence[Piece], renderer: Renderer, objective: ObjectiveConfig, max_length: int
-) -> list[list[Piece]]:
+def split_excerpts(
+    pieces: Sequence[Excerpt], renderer: Renderer, objective: ObjectiveConfig, max_length: int
+) -> list[list[Excerpt]]:
     """The pieces of a dialogue that is too large for a tree, in groups that each fit one.
 
     Paths go together, in order, as long as they fit whole; one that does not fit by itself is split as a list is.
     """
 
-    def fit(group: list[Piece]) -> bool:
-        fitting = that_fit([piece.sequences for piece in group], objective, max_length)
+    def fit(group: list[Excerpt]) -> bool:
+        fitting = select_fitting([piece.sequences for piece in group], objective, max_length)
         return all(len(some) == len(piece.sequences) for some, piece in zip(fitting, group, strict=True))
 
-    groups: list[list[Piece]] = []
+    groups: list[list[Excerpt]] = []
     for piece in pieces:
-        if groups and is_whole(piece, objective) and fit([*groups[-1], piece]):
+        if groups and is_complete(piece, objective) and fit([*groups[-1], piece]):
             groups[-1].append(piece)
-        elif is_whole(piece, objective) and fit([piece]):
+        elif is_complete(piece, objective) and fit([piece]):
             groups.append([piece])
         else:
-            (fitting,) = that_fit([piece.sequences], objective, max_length)
-            groups += [[part] for part in split(piece._replace(sequences=fitting), renderer, objective, max_length)]
+            (fitting,) = select_fitting([piece.sequences], objective, max_length)
+            groups += [
+                [part] for part in split_excerpt(piece._replace(sequences=fitting), renderer, objective, max_length)
+            ]
     return groups
 
 
-def is_whole(piece: Piece, objective: ObjectiveConfig) -> bool:
+def is_complete(piece: Excerpt, objective: ObjectiveConfig) -> bool:
     """Whether nothing of what the objective trains on is missing from a piece's sequences."""
     rendered = bool(piece.sequences) and piece.sequences[-1].turn < 0
     return len(piece.responses) == len(piece.wanted) and (rendered or not objective.whole)
 
 
-def schedules(dialogue: Dialogue, pieces: Sequence[Piece], objective: ObjectiveConfig) -> list[dict[int, float]]:
+def compute_factors(
+    dialogue: Dialogue, pieces: Sequence[Excerpt], objective: ObjectiveConfig
+) -> list[dict[int, float]]:
     """For each piece, what multiplies the weights of its responses, by their number in the piece.
 
     A response that several paths share may be their last turn, or the last but one; `merge_weights=max` takes the
@@ -140,7 +144,7 @@ def schedules(dialogue: Dialogue, pieces: Sequence[Piece], objective: ObjectiveC
     turns = {message: turn for piece in pieces for message, turn in piece.responses.items()}
     lasts = [max((turns[message] for message in path if message in turns), default=-1) for path in paths]
 
-    def factor(piece: Piece, message: int) -> float:
+    def factor(piece: Excerpt, message: int) -> float:
         own = [piece.path] if objective.merge_weights == "sum" else through[message]
         return max(objective.schedule(turns[message], lasts[path]) for path in own)
 
@@ -150,7 +154,7 @@ def schedules(dialogue: Dialogue, pieces: Sequence[Piece], objective: ObjectiveC
     ]
 
 
-def split(whole: Piece, renderer: Renderer, objective: ObjectiveConfig, max_length: int) -> list[Piece]:
+def split_excerpt(whole: Excerpt, renderer: Renderer, objective: ObjectiveConfig, max_length: int) -> list[Excerpt]:
     """The pieces of a list of messages that is too long, the first of which holds the sequences of `whole`.
 
     Each of the others has the system prompt and begins with a user message: as much history as leaves half of the row
@@ -190,9 +194,9 @@ def split(whole: Piece, renderer: Renderer, objective: ObjectiveConfig, max_leng
         dropped = sum(message.role == "assistant" for message in messages[system:best])
         new = max(done if pieces else 0, whole.trained)
         trained = min(new, system) + max(0, new - best)
-        (fitting,) = that_fit([rendered], objective, max_length)
+        (fitting,) = select_fitting([rendered], objective, max_length)
         numbers = whole.messages[:system] + whole.messages[best:]
-        pieces.append(Piece(dialogue, numbers, fitting, whole.path, dropped, trained))
+        pieces.append(Excerpt(dialogue, numbers, fitting, whole.path, dropped, trained))
         done = max(sequence.message_index for sequence in fitting) + len(messages) - len(dialogue.messages) + 1
     return pieces
 

@@ -14,7 +14,7 @@ from dialog_jax.dialogues.schemas import ROLES
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import RenderedSequence
 from dialog_jax.rendering.token_spans import MessageSpan
-from dialog_jax.trees.prefix_tree import Span, common_prefix
+from dialog_jax.trees.prefix_tree import Span, common_prefix_length
 
 NAMES = ("conditional", "joint", "last", "roles")
 UNITS = ("token", "turn", "dialogue")
@@ -121,7 +121,7 @@ def supervise(
         own: list[Span] = []
         if objective.name == "joint":
             # What the sequence shares with the one before it has its weight from there.
-            start = common_prefix(previous.tokens, sequence.tokens) if previous else 1
+            start = common_prefix_length(previous.tokens, sequence.tokens) if previous else 1
             for other in sequence.message_spans:
                 if other.message_index >= trained:
                     own.append(Span(start, other.start, 1.0, -1))

@@ -65,7 +65,7 @@ def build_tree(
       paths: for each sequence a number, in ascending order; all this is so for each number by itself, and the weights
         of different numbers add up.
     """
-    tree, nodes = grow([tokens for tokens, _ in sequences])
+    tree, nodes = build_trie([tokens for tokens, _ in sequences])
     size = len(tree.tokens)
     weight, responses, others = np.zeros(size), np.zeros(size), np.zeros(size)
     turn = np.full(size, -1, np.int32)
@@ -86,7 +86,7 @@ def build_tree(
     return tree._replace(weight=weight, turn=turn)
 
 
-def grow(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[Int[np.ndarray, " _"]]]:
+def build_trie(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[Int[np.ndarray, " _"]]]:
     """Returns (the trie of token strings, with weight 0 and turn -1; for each string, the nodes of its tokens)."""
     assert sequences, "a tree needs a sequence"
     paths: list[_Path] = []
@@ -96,7 +96,7 @@ def grow(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[Int[np.
     for tokens in sequences:
         shared, depth, extends = None, 0, -1
         for number, path in enumerate(paths):
-            common = common_prefix(path.tokens, tokens)
+            common = common_prefix_length(path.tokens, tokens)
             if shared is None or common > depth:
                 shared, depth, extends = path, common, number
         new = np.arange(size, size + len(tokens) - depth, dtype=np.int32)
@@ -128,7 +128,7 @@ def grow(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[Int[np.
     return tree, [rank[nodes] for nodes in placed]
 
 
-def targets(tree: Tree) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " s"]]:
+def find_targets(tree: Tree) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " s"]]:
     """Returns (source, target) nodes of the supervised tokens: hidden state `source` predicts token `target`."""
     target = np.flatnonzero(tree.weight > 0).astype(np.int32)
     return tree.parent[target], target
@@ -152,7 +152,7 @@ def normalise(trees: Sequence[Tree], unit: str) -> list[Tree]:
     ]
 
 
-def common_prefix(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " m"]) -> int:
+def common_prefix_length(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " m"]) -> int:
     """Number of leading tokens that two strings share."""
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]

@@ -35,7 +35,7 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.weighting import Trained
+from dialog_jax.trees.weighting import SupervisedSequence
 
 _TYPES = {
     "response_prompt": "I64",
@@ -95,7 +95,7 @@ def checksum(tokens: Int[np.ndarray, " n"]) -> int:
 
 
 @contextlib.contextmanager
-def writing(
+def write_file(
     path: pathlib.Path, *, top_k: int, tokenizer: str, vocabulary: int
 ) -> Iterator[Callable[[str | int, Sequence[Signal]], None]]:
     """Gives a function to call with each dialogue's id and signals; afterwards the file is there, whole, or nothing is.
@@ -148,7 +148,7 @@ def writing(
 
 
 def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
-    """Returns a file that `writing` left, checked, its large arrays mapped rather than read.
+    """Returns a file that `write_file` left, checked, its large arrays mapped rather than read.
 
     Args:
       tokenizer: fingerprint of the tokenizer of the data.
@@ -186,8 +186,8 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
     )
 
 
-def rows_of_tree(
-    file: TeacherFile, dialogue: Dialogue, tree: Tree, trained: Sequence[Trained]
+def find_rows(
+    file: TeacherFile, dialogue: Dialogue, tree: Tree, trained: Sequence[SupervisedSequence]
 ) -> Int64[np.ndarray, " N"]:
     """Returns for each node of a tree its row in the file; -1 where it is no target in a response.
 
@@ -198,7 +198,7 @@ def rows_of_tree(
       UserError: the file has nothing of a response, or other tokens. Names the dialogue, the message and the token.
     """
     rows = np.full(len(tree.tokens), -1, np.int64)
-    _, nodes = prefix_tree.grow([one.tokens for one in trained])
+    _, nodes = prefix_tree.build_trie([one.tokens for one in trained])
     for one, own in zip(trained, nodes, strict=True):
         sequence, message = one.sequence, one.message
         start = max(sequence.start, 1)
@@ -242,7 +242,7 @@ def _find(
     own, taught = tokens[start:], file.token[begin:end]
     changed = "the chat template or the dialogue is not what it was" if file.same_tokenizer else "the tokenizer differs"
     remedy = f"since the teacher scored it, {changed}. Score again with what is trained on."
-    at = prefix_tree.common_prefix(own, taught)
+    at = prefix_tree.common_prefix_length(own, taught)
     if at < max(len(own), len(taught)):
         here, there = (f"is {ids[at]}" if at < len(ids) else "is missing" for ids in (own, taught))
         raise UserError(f"{where}, token {at}: its id {here} here, but {there} in {file.name}; {remedy}")

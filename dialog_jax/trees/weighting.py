@@ -12,15 +12,15 @@ from jaxtyping import Int32
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.rendering.sequences import RenderedSequence
 from dialog_jax.trees import fitting, objectives, prefix_tree
-from dialog_jax.trees.fitting import Piece
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Span, Tree
 
 
-class Trained(NamedTuple):
+class SupervisedSequence(NamedTuple):
     """A sequence with its supervised spans, of which there is at least one; turns are those of the whole dialogue."""
 
-    piece: Piece
+    piece: Excerpt
     sequence: RenderedSequence
     spans: list[Span]
 
@@ -35,14 +35,16 @@ class Trained(NamedTuple):
         return self.sequence.tokens[: max(span.stop for span in self.spans)]
 
 
-def trained(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: ObjectiveConfig) -> list[list[Trained]]:
+def select_supervised(
+    dialogue: Dialogue, groups: Sequence[Sequence[Excerpt]], objective: ObjectiveConfig
+) -> list[list[SupervisedSequence]]:
     """Returns the sequences of each group of pieces of which something is trained on.
 
     Args:
       groups: all pieces of the dialogue that are kept: which turn is the last one depends on all of them.
     """
-    factors = iter(fitting.schedules(dialogue, [piece for group in groups for piece in group], objective))
-    found: list[list[Trained]] = []
+    factors = iter(fitting.compute_factors(dialogue, [piece for group in groups for piece in group], objective))
+    found: list[list[SupervisedSequence]] = []
     for group in groups:
         found.append([])
         for piece in group:
@@ -52,16 +54,16 @@ def trained(dialogue: Dialogue, groups: Sequence[Sequence[Piece]], objective: Ob
             for sequence, own in zip(piece.sequences, spans, strict=True):
                 if max((span.stop for span in own), default=0) > 1:  # the first token is nobody's target
                     turned = [s if s.turn < 0 else s._replace(turn=s.turn + piece.first_turn) for s in own]
-                    found[-1].append(Trained(piece, sequence, turned))
+                    found[-1].append(SupervisedSequence(piece, sequence, turned))
     return found
 
 
-def responses(sequences: Sequence[Trained]) -> dict[int, Trained]:
+def select_responses(sequences: Sequence[SupervisedSequence]) -> dict[int, SupervisedSequence]:
     """Those that train a response, by its number in the whole dialogue."""
     return {one.message: one for one in sequences if any(span.turn >= 0 for span in one.spans)}
 
 
-def build_trees(groups: Sequence[Sequence[Trained]], objective: ObjectiveConfig) -> list[Tree | None]:
+def build_trees(groups: Sequence[Sequence[SupervisedSequence]], objective: ObjectiveConfig) -> list[Tree | None]:
     """Returns the weighted tree of each group of a dialogue; None where there is nothing to train on.
 
     Every token is a target of weight above 0, or an ancestor of one.

@@ -52,7 +52,7 @@ class Preparation(NamedTuple):
         return Renderer(self.tokenizer, **self.renderer_options)
 
 
-def build(
+def build_chunks(
     batches: Iterable[list[Dialogue]],
     preparation: Preparation,
     *,
@@ -75,7 +75,7 @@ def build(
     first = list(itertools.islice(batches, 2))
     batches = itertools.chain(first, batches)
     if not workers or len(first) < 2:
-        yield from chunks.chunks(batches, preparation.renderer(), preparation.recipe, preparation.teacher)
+        yield from chunks.build_chunks(batches, preparation.renderer(), preparation.recipe, preparation.teacher)
         return
     with contextlib.ExitStack() as stack:
         working: collections.deque[_Worker] = collections.deque()  # the one whose chunk is next stands first
@@ -187,7 +187,7 @@ def _serve(connection: Connection, memory: int) -> NoReturn:
         batch = connection.recv()
         answer: Chunk | ValueError | MemoryError
         try:
-            answer = chunks.build(batch, renderer, preparation.recipe, teacher)
+            answer = chunks.build_chunk(batch, renderer, preparation.recipe, teacher)
         except ValueError as error:
             answer = ValueError(str(error))
         except MemoryError:

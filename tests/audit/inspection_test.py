@@ -31,7 +31,7 @@ class EachDialogueTest(absltest.TestCase):
             json.dumps({**_GOOD, "prompt": "a\u2028b"}, ensure_ascii=False).encode() + b"\r",
         ]
         self.path.write_bytes(b"\n".join(lines))
-        found = list(inspection.each_dialogue(self.path))
+        found = list(inspection.iterate_dialogues(self.path))
         self.assertEqual([isinstance(one, Dialogue) for one in found], [True, False, False, False, True])
         self.assertEqual([one.where for one in (found[0], found[4])], ["data.jsonl:1", "data.jsonl:6"])
         self.assertEqual([one.id for one in (found[0], found[4])], [0, 4])
@@ -45,15 +45,15 @@ class EachDialogueTest(absltest.TestCase):
         array = self.path.with_suffix(".json")
         array.write_text(json.dumps(records))
         for path in (self.path, array):
-            self.assertEqual(list(inspection.each_dialogue(path)), list(read_dialogues(path)))
+            self.assertEqual(list(inspection.iterate_dialogues(path)), list(read_dialogues(path)))
 
     def test_file_that_is_not_there_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "no such file"):
-            list(inspection.each_dialogue(self.path))
+            list(inspection.iterate_dialogues(self.path))
 
     def test_empty_file_has_no_records(self):
         self.path.write_text("\n")
-        self.assertEmpty(list(inspection.each_dialogue(self.path)))
+        self.assertEmpty(list(inspection.iterate_dialogues(self.path)))
 
 
 class RenderTest(absltest.TestCase):
@@ -62,7 +62,7 @@ class RenderTest(absltest.TestCase):
         path = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory())) / "data.jsonl"
         unanswered = {"messages": [{"role": "assistant", "content": "Hi"}]}
         path.write_text("\n".join(map(json.dumps, [_GOOD, unanswered, _GOOD])))
-        good, refused, again = inspection.render(list(read_dialogues(path)), renderer, ObjectiveConfig())
+        good, refused, again = inspection.render_dialogues(list(read_dialogues(path)), renderer, ObjectiveConfig())
         self.assertRegex(str(refused), r"dialogue 1 \(data\.jsonl:2\)")
         self.assertEqual(good[0].sequences[0].tokens.tolist(), again[0].sequences[0].tokens.tolist())
 
@@ -74,7 +74,7 @@ class RenderTest(absltest.TestCase):
         twice = [*messages[:1], {"role": "assistant", "content": [*parts, *parts]}]
         think = [*messages[:1], {"role": "assistant", "content": [{"type": "text", "text": "</think>x", "weight": 0}]}]
         path.write_text("\n".join(json.dumps({"messages": some}) for some in (messages, think, twice)))
-        good, refused, fine = inspection.render(list(read_dialogues(path)), renderer, ObjectiveConfig())
+        good, refused, fine = inspection.render_dialogues(list(read_dialogues(path)), renderer, ObjectiveConfig())
         self.assertLen(good[0].sequences, 1)
         self.assertRegex(str(refused), r"dialogue 1 \(data\.jsonl:2\): message 1 has parts with weights")
         self.assertLen(fine[0].sequences, 1)

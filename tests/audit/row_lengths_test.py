@@ -14,8 +14,8 @@ from tests.rendering import chat_templates
 def looked_at(dialogues, renderer, objective, lengths):
     """The `fits` of each dialogue with a tree."""
     made = []
-    for dialogue, pieces in zip(dialogues, inspection.render(dialogues, renderer, objective), strict=True):
-        tree = weighting.build_trees(weighting.trained(dialogue, [pieces], objective), objective)[0]
+    for dialogue, pieces in zip(dialogues, inspection.render_dialogues(dialogues, renderer, objective), strict=True):
+        tree = weighting.build_trees(weighting.select_supervised(dialogue, [pieces], objective), objective)[0]
         if tree is not None:
             made.append(row_lengths.fits(dialogue, pieces, tree, objective, lengths))
     return made

@@ -10,8 +10,8 @@ from dialog_jax.batching import batches
 from dialog_jax.trees import dataset, prefix_tree
 
 
-def stored(*trees, preamble=0):
-    return dataset.of_trees(trees, preambles=[preamble] * len(trees))
+def stored(*trees, shared_prefix_length=0):
+    return dataset.concatenate_trees(trees, shared_prefix_lengths=[shared_prefix_length] * len(trees))
 
 
 def path(tokens, start, weight=1.0, turn=0):
@@ -198,7 +198,7 @@ class EvaluationTest(parameterized.TestCase):
             self.assertEqual(numbers, all_numbers)
 
 
-def common_beginning(number, seed):
+def tree_with_shared_prefix(number, seed):
     """A tree that begins with 50 + number, 1, 2 and then branches: two responses."""
     rng = np.random.default_rng(seed)
     head = np.array([50 + number, 1, 2], np.int32)
@@ -235,7 +235,9 @@ def targets_of(batch, b):
 
 class PreambleTest(parameterized.TestCase):
     def test_picture(self):
-        trees = stored(path([7, 8, 9], 2), path([7, 8, 5], 2), path([4, 4], 1), path([7, 8, 6, 6], 3), preamble=2)
+        trees = stored(
+            path([7, 8, 9], 2), path([7, 8, 5], 2), path([4, 4], 1), path([7, 8, 6, 6], 3), shared_prefix_length=2
+        )
         batch = batches.fill_rows(trees, [[0, 2, 1, 3]], max_length=9, max_targets=5)
         # fmt: off
         np.testing.assert_array_equal(batch.tokens,      [[7, 8, 9, 5, 6, 6, 4, 4, 0]])
@@ -249,8 +251,8 @@ class PreambleTest(parameterized.TestCase):
     @parameterized.parameters(range(10))
     def test_targets_are_those_of_the_trees_alone_and_shared_ones_add_up(self, seed):
         rng = np.random.default_rng(seed)
-        made = [common_beginning(int(rng.integers(3)), (seed, n)) for n in range(8)]
-        trees = stored(*made, preamble=3)
+        made = [tree_with_shared_prefix(int(rng.integers(3)), (seed, n)) for n in range(8)]
+        trees = stored(*made, shared_prefix_length=3)
         row = rng.permutation(8).tolist()
         batch = batches.fill_rows(trees, [row], max_length=120, max_targets=120)
         expected = {}
@@ -266,9 +268,9 @@ class PreambleTest(parameterized.TestCase):
         kinds = len({int(tree.tokens[0]) for tree in made})
         self.assertEqual((batch.segment > 0).sum(), sum(len(tree.tokens) for tree in made) - 3 * (8 - kinds))
 
-    def test_plan_counts_a_shared_preamble_once(self):
-        made = [common_beginning(n % 2, (0, n)) for n in range(40)]
-        plan = plan_of(stored(*made, preamble=3), max_length=64, max_targets=64, rows=1)
+    def test_plan_counts_a_shared_prefix_once(self):
+        made = [tree_with_shared_prefix(n % 2, (0, n)) for n in range(40)]
+        plan = plan_of(stored(*made, shared_prefix_length=3), max_length=64, max_targets=64, rows=1)
         alone = plan_of(stored(*made), max_length=64, max_targets=64, rows=1)
         self.assertLess(plan.rows_per_epoch, alone.rows_per_epoch)
         for some in (plan, alone):

@@ -20,11 +20,11 @@ def figure(costs, rows, shards):
 class DealTest(parameterized.TestCase):
     def test_picture(self):
         costs = [1, 8, 2, 7, 3, 6, 4, 5]
-        order = load_balance.deal(costs, rows=4, shards=2)
+        order = load_balance.assign_rows(costs, rows=4, shards=2)
         self.assertEqual(order, [1, 7, 3, 5, 6, 0, 4, 2])
         self.assertEqual([costs[row] for row in order], [8, 5, 7, 6, 4, 1, 3, 2])
-        self.assertEqual(load_balance.imbalance([8, 5, 7, 6, 4, 1, 3, 2], rows=4, shards=2), 1.0)
-        self.assertEqual(load_balance.imbalance([3, 1], rows=2, shards=2), 1.5)
+        self.assertEqual(load_balance.compute_imbalance([8, 5, 7, 6, 4, 1, 3, 2], rows=4, shards=2), 1.0)
+        self.assertEqual(load_balance.compute_imbalance([3, 1], rows=2, shards=2), 1.5)
 
     @parameterized.product(rows=(4, 16, 64), shards=(2, 4), micro_batches=(1, 3))
     def test_random_costs_are_balanced_better_and_none_is_lost(self, rows, shards, micro_batches):
@@ -32,11 +32,11 @@ class DealTest(parameterized.TestCase):
         before, after = [], []
         for _ in range(30):
             costs = rng.lognormal(10, 1, rows * micro_batches).astype(int).tolist()
-            order = load_balance.deal(costs, rows=rows, shards=shards)
+            order = load_balance.assign_rows(costs, rows=rows, shards=shards)
             self.assertCountEqual(order, range(len(costs)))
             dealt = [costs[row] for row in order]
             for own, given in ((before, costs), (after, dealt)):
-                own.append(load_balance.imbalance(given, rows=rows, shards=shards))
+                own.append(load_balance.compute_imbalance(given, rows=rows, shards=shards))
                 self.assertAlmostEqual(own[-1], figure(given, rows, shards), places=9)
         if (rows, micro_batches) == (shards, 1):  # each shard has a row, whichever it is
             self.assertEqual(np.mean(after), np.mean(before))
@@ -44,7 +44,7 @@ class DealTest(parameterized.TestCase):
             self.assertLess(np.mean(after), np.mean(before))
 
     def test_one_shard_is_balanced(self):
-        self.assertEqual(load_balance.imbalance([5, 1, 9, 2], rows=2, shards=1), 1.0)
+        self.assertEqual(load_balance.compute_imbalance([5, 1, 9, 2], rows=2, shards=1), 1.0)
 
 
 class PlanTest(parameterized.TestCase):

@@ -31,7 +31,7 @@ class DrawTest(parameterized.TestCase):
     def test_picture(self):
         parts = [Fraction(2), Fraction(1), Fraction(1)]
         self.assertEqual(
-            mixture_lib.draw(parts, 0, 8), [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (2, 1), (0, 3)]
+            mixture_lib.interleave(parts, 0, 8), [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1), (2, 1), (0, 3)]
         )
 
     @parameterized.parameters(([1],), ([1, 1],), ([5, 1, 1],), ([100, 3, 7, 29],), ([0.3, 0.3, 0.4, 1.7, 2],))
@@ -44,36 +44,36 @@ class DrawTest(parameterized.TestCase):
             for number in range(int(400 * share) + 3)
         )
         straight = [(index, number) for _, index, number in places][:400]
-        self.assertEqual(mixture_lib.draw(parts, 0, 400), straight)
+        self.assertEqual(mixture_lib.interleave(parts, 0, 400), straight)
         for start, count in ((0, 1), (1, 1), (17, 30), (200, 7), (399, 1)):
-            self.assertEqual(mixture_lib.draw(parts, start, count), straight[start : start + count])
+            self.assertEqual(mixture_lib.interleave(parts, start, count), straight[start : start + count])
 
     @parameterized.parameters(range(8))
     def test_every_stretch_has_near_its_share(self, seed):
         rng = np.random.default_rng(seed)
         parts = [Fraction(int(part)) for part in rng.integers(1, 1000, int(rng.integers(2, 7)))]
         for start, count in rng.integers(1, 5000, (20, 2)).tolist():
-            given = collections.Counter(index for index, _ in mixture_lib.draw(parts, start, count))
+            given = collections.Counter(index for index, _ in mixture_lib.interleave(parts, start, count))
             for index, part in enumerate(parts):
                 share = part / sum(parts)
                 self.assertLessEqual(abs(given[index] - count * share), 1 + len(parts) * share)
 
     def test_far_rows_are_as_near_as_the_first(self):
         parts = [Fraction(1, 3), Fraction(1, 7)]
-        (first, second) = mixture_lib.draw(parts, 10**12, 2)
-        self.assertEqual(mixture_lib.draw(parts, 10**12 + 1, 1), [second])
+        (first, second) = mixture_lib.interleave(parts, 10**12, 2)
+        self.assertEqual(mixture_lib.interleave(parts, 10**12 + 1, 1), [second])
         self.assertAlmostEqual(first[1] / 10**12, 0.7 if first[0] == 0 else 0.3, places=9)
 
 
 class QuotasTest(absltest.TestCase):
     def test_weights_end_with_the_set_that_runs_out_first(self):
         mix = {"a": {"train": "a", "weight": 1}, "b": {"train": "b", "weight": 0.5}}
-        self.assertEqual(mixture_lib.quotas(mix, {"a": 10, "b": 30}), {"a": 10, "b": 5})
-        self.assertEqual(mixture_lib.quotas(mix, {"a": 100, "b": 30}), {"a": 60, "b": 30})
+        self.assertEqual(mixture_lib.compute_quotas(mix, {"a": 10, "b": 30}), {"a": 10, "b": 5})
+        self.assertEqual(mixture_lib.compute_quotas(mix, {"a": 100, "b": 30}), {"a": 60, "b": 30})
 
     def test_epochs_are_passes(self):
         mix = {"a": {"train": "a", "epochs": 1.5}, "b": {"train": "b", "epochs": 2}}
-        self.assertEqual(mixture_lib.quotas(mix, {"a": 10, "b": 30}), {"a": 15, "b": 60})
+        self.assertEqual(mixture_lib.compute_quotas(mix, {"a": 10, "b": 30}), {"a": 15, "b": 60})
 
     def test_what_is_no_mixture_is_refused(self):
         for mix, message in (
@@ -89,9 +89,9 @@ class QuotasTest(absltest.TestCase):
             ({"a": {"train": "a", "epochs": 2, "x": 1}}, "data.mix.a has epochs, train, x"),
         ):
             with self.assertRaisesRegex(ValueError, message):
-                mixture_lib.check(mix)
-        mixture_lib.check({})
-        mixture_lib.check({"a": {"train": "a", "weight": 1}, "b": {"train": "b", "weight": 0.5}})
+                mixture_lib.check_mix(mix)
+        mixture_lib.check_mix({})
+        mixture_lib.check_mix({"a": {"train": "a", "weight": 1}, "b": {"train": "b", "weight": 0.5}})
 
 
 class PlanTest(parameterized.TestCase):

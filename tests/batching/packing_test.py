@@ -11,7 +11,7 @@ from dialog_jax.batching import packing
 def pack(tokens, targets, *, max_length, max_targets=None, seed=0):
     tokens, targets = np.array(tokens), np.array(targets)
     rng = np.random.default_rng(seed)
-    return packing.pack(tokens, targets, max_length=max_length, max_targets=max_targets or max_length, rng=rng)
+    return packing.pack_trees(tokens, targets, max_length=max_length, max_targets=max_targets or max_length, rng=rng)
 
 
 class PackTest(parameterized.TestCase):
@@ -55,15 +55,15 @@ class PackTest(parameterized.TestCase):
 class PreambleTest(parameterized.TestCase):
     """Trees of one group begin alike; a row holds what they begin with once."""
 
-    def pack(self, tokens, targets, preamble, groups, *, max_length, max_targets=None, seed=0):
-        return packing.pack(
+    def pack(self, tokens, targets, shared_prefix_length, shared_prefix_id, *, max_length, max_targets=None, seed=0):
+        return packing.pack_trees(
             np.array(tokens),
             np.array(targets),
             max_length=max_length,
             max_targets=max_targets or max_length,
             rng=np.random.default_rng(seed),
-            preamble=np.array(preamble),
-            groups=np.array(groups),
+            shared_prefix_length=np.array(shared_prefix_length),
+            shared_prefix_id=np.array(shared_prefix_id),
         )
 
     def test_picture(self):
@@ -77,39 +77,52 @@ class PreambleTest(parameterized.TestCase):
     @parameterized.parameters(range(20))
     def test_random_trees_each_stand_once_within_both_budgets(self, seed):
         rng = np.random.default_rng(seed)
-        groups = rng.integers(-1, 1 + seed, 300)
-        preamble = np.where(groups >= 0, 3 + groups % 9, 0)
-        tokens = preamble + rng.integers(1, 50, 300)
-        targets = rng.integers(0, tokens - preamble + 1).clip(max=40)
-        rows = self.pack(tokens, targets, preamble, groups, max_length=64, max_targets=40, seed=seed)
+        shared_prefix_id = rng.integers(-1, 1 + seed, 300)
+        shared_prefix_length = np.where(shared_prefix_id >= 0, 3 + shared_prefix_id % 9, 0)
+        tokens = shared_prefix_length + rng.integers(1, 50, 300)
+        targets = rng.integers(0, tokens - shared_prefix_length + 1).clip(max=40)
+        rows = self.pack(
+            tokens, targets, shared_prefix_length, shared_prefix_id, max_length=64, max_targets=40, seed=seed
+        )
         self.assertCountEqual([tree for row in rows for tree in row], range(300))
         for row in rows:
-            heads = {int(groups[tree]): int(preamble[tree]) for tree in row}
-            self.assertLessEqual((tokens[row] - preamble[row]).sum() + sum(heads.values()), 64)
+            heads = {int(shared_prefix_id[tree]): int(shared_prefix_length[tree]) for tree in row}
+            self.assertLessEqual((tokens[row] - shared_prefix_length[row]).sum() + sum(heads.values()), 64)
             self.assertLessEqual(targets[row].sum(), 40)
 
     @parameterized.parameters(range(10))
     def test_seeds_change_the_neighbours_but_not_the_rows_sizes(self, seed):
         rng = np.random.default_rng(seed)
-        groups = rng.integers(-1, 4, 300)
-        preamble = np.where(groups >= 0, 5 + groups % 2, 0)
-        tokens = preamble + rng.integers(1, 12, 300)  # many are of the same size
+        shared_prefix_id = rng.integers(-1, 4, 300)
+        shared_prefix_length = np.where(shared_prefix_id >= 0, 5 + shared_prefix_id % 2, 0)
+        tokens = shared_prefix_length + rng.integers(1, 12, 300)  # many are of the same size
         targets = rng.integers(0, 4, 300)
         packed = [
-            self.pack(tokens, targets, preamble, groups * 10**15, max_length=40, max_targets=15, seed=other)
+            self.pack(
+                tokens,
+                targets,
+                shared_prefix_length,
+                shared_prefix_id * 10**15,
+                max_length=40,
+                max_targets=15,
+                seed=other,
+            )
             for other in range(12)
         ]
         self.assertLen({tuple(map(tuple, rows)) for rows in packed}, 12)
-        sizes = [[sorted(zip(tokens[row], targets[row], groups[row], strict=True)) for row in rows] for rows in packed]
+        sizes = [
+            [sorted(zip(tokens[row], targets[row], shared_prefix_id[row], strict=True)) for row in rows]
+            for rows in packed
+        ]
         for other in sizes[1:]:
             self.assertEqual(other, sizes[0])
 
     def test_fewer_rows_than_without(self):
         rng = np.random.default_rng(0)
-        groups = rng.integers(0, 5, 2000)
-        preamble = np.full(2000, 30)
-        tokens = preamble + rng.integers(5, 200, 2000)
-        shared = self.pack(tokens, tokens // 2, preamble, groups, max_length=512)
+        shared_prefix_id = rng.integers(0, 5, 2000)
+        shared_prefix_length = np.full(2000, 30)
+        tokens = shared_prefix_length + rng.integers(5, 200, 2000)
+        shared = self.pack(tokens, tokens // 2, shared_prefix_length, shared_prefix_id, max_length=512)
         self.assertLess(len(shared), 0.85 * len(pack(tokens, tokens // 2, max_length=512)))
 
 

@@ -7,12 +7,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import row_stream
-from tests.batching.batches_test import common_beginning, random_trees, stored
+from tests.batching.batches_test import random_trees, stored, tree_with_shared_prefix
 
 
 def stream_of(trees, *, window=1 << 16, length=32, max_targets=32, seed=0):
     with mock.patch.object(row_stream, "_WINDOW", window):
-        return row_stream.Stream(trees, max_length=length, max_targets=max_targets, seed=seed)
+        return row_stream.RowStream(trees, max_length=length, max_targets=max_targets, seed=seed)
 
 
 def epoch_of(stream, epoch):
@@ -34,8 +34,8 @@ class StreamTest(parameterized.TestCase):
 
     @parameterized.parameters(range(5))
     def test_every_tree_comes_once_in_every_epoch_where_beginnings_are_shared(self, seed):
-        made = [common_beginning(n % 5, (seed, n)) for n in range(120)]
-        trees = stored(*made, preamble=3)
+        made = [tree_with_shared_prefix(n % 5, (seed, n)) for n in range(120)]
+        trees = stored(*made, shared_prefix_length=3)
         stream = stream_of(trees, window=50, length=24, max_targets=20, seed=seed)
         for epoch in range(6):
             self.assertCountEqual(itertools.chain(*epoch_of(stream, epoch)), range(120))
@@ -62,7 +62,7 @@ class StreamTest(parameterized.TestCase):
 
     def test_two_windows_are_in_memory(self):
         stream = stream_of(random_trees(3, 200), window=20)
-        with mock.patch.object(row_stream.packing, "pack", wraps=row_stream.packing.pack) as pack:
+        with mock.patch.object(row_stream.packing, "pack_trees", wraps=row_stream.packing.pack_trees) as pack:
             epoch_of(stream, 1)
         self.assertEqual(pack.call_count, 10)
         self.assertEqual(stream._packed.cache_info().maxsize, 2)

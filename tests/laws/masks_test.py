@@ -37,14 +37,14 @@ class MaskTest(parameterized.TestCase):
     @budget.cases(80)
     @hypothesis.given(data=st.data())
     def test_trees_that_share_a_beginning_see_it_and_not_each_other(self, data):
-        trees = strategies.stored(data.draw(strategies.forests(max_trees=5, preambles=True)))
+        trees = strategies.stored(data.draw(strategies.forests(max_trees=5, shared_prefixes=True)))
         length = int(trees.offsets[-1])
         batch = batches.fill_rows(trees, [range(len(trees))], max_length=length, max_targets=length)
         # What a token sees is the string that it ends; the tokens of a shared beginning stand there once.
         expected, heads = [], set()
         for number in range(len(trees)):
             tree = trees.tree(number)
-            head = tuple(tree.tokens[: trees.preamble[number]].tolist())
+            head = tuple(tree.tokens[: trees.shared_prefix_length[number]].tolist())
             strings = [tuple(tree.tokens[oracles.context(tree, node)].tolist()) for node in range(len(tree.tokens))]
             expected += [string for string in strings if len(string) > len(head) or head not in heads]
             heads.add(head)

@@ -175,7 +175,7 @@ class CausalityTest(absltest.TestCase):
     @budget.cases(25)
     @hypothesis.given(data=st.data())
     def test_another_token_moves_its_descendants_only(self, data):
-        trees = strategies.stored(data.draw(strategies.forests(max_trees=5, preambles=True)))
+        trees = strategies.stored(data.draw(strategies.forests(max_trees=5, shared_prefixes=True)))
         row = list(range(len(trees)))
         batch = batches.fill_rows(trees, [row], max_length=_LENGTH, max_targets=_LENGTH)
         used = int((batch.segment > 0).sum())

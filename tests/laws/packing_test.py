@@ -19,25 +19,29 @@ class PackTest(parameterized.TestCase):
         tokens = rng.integers(2, length + 1, count)
         targets = np.minimum(rng.integers(1, length + 1, count), tokens)
         most = max(int(targets.max()), int(rng.integers(1, length + 1)))
-        groups = rng.integers(-1, 3, count) if grouped else np.full(count, -1)
-        preamble = np.where(groups >= 0, rng.integers(1, 6, 3)[groups], 0)
-        groups[preamble >= tokens] = -1
-        preamble[groups < 0] = 0
+        shared_prefix_id = rng.integers(-1, 3, count) if grouped else np.full(count, -1)
+        shared_prefix_length = np.where(shared_prefix_id >= 0, rng.integers(1, 6, 3)[shared_prefix_id], 0)
+        shared_prefix_id[shared_prefix_length >= tokens] = -1
+        shared_prefix_length[shared_prefix_id < 0] = 0
         counts = set()
         for epoch in range(3):
-            rows = packing.pack(
+            rows = packing.pack_trees(
                 tokens,
                 targets,
                 max_length=length,
                 max_targets=most,
                 rng=np.random.default_rng(epoch),
-                preamble=preamble,
-                groups=groups,
+                shared_prefix_length=shared_prefix_length,
+                shared_prefix_id=shared_prefix_id,
             )
             self.assertCountEqual([tree for row in rows for tree in row], range(count))
             for row in rows:
-                shared = {int(groups[tree]): int(preamble[tree]) for tree in row if groups[tree] >= 0}
-                own = sum(int(tokens[tree] - preamble[tree]) for tree in row)
+                shared = {
+                    int(shared_prefix_id[tree]): int(shared_prefix_length[tree])
+                    for tree in row
+                    if shared_prefix_id[tree] >= 0
+                }
+                own = sum(int(tokens[tree] - shared_prefix_length[tree]) for tree in row)
                 self.assertLessEqual(own + sum(shared.values()), length)
                 self.assertLessEqual(targets[row].sum(), most)
             counts.add(len(rows))

@@ -174,12 +174,12 @@ def strings(draw, *, min_length=2, max_length=8, tokens=3):
 
 
 @st.composite
-def forests(draw, *, max_trees=12, preambles=False):
-    """Trees as (length of a beginning that may be shared, sequences); with `preambles`, some begin alike."""
+def forests(draw, *, max_trees=12, shared_prefixes=False):
+    """Trees as (length of a prefix that may be shared, sequences); with `shared_prefixes`, some trees share one."""
     heads = [[0, 1, 2], [0, 1], [0, 1, 2, 2, 1]]
     made = []
     for _ in range(draw(st.integers(1, max_trees))):
-        head = draw(st.sampled_from(heads)) if preambles and draw(st.integers(0, 3)) else []
+        head = draw(st.sampled_from(heads)) if shared_prefixes and draw(st.integers(0, 3)) else []
         weight = draw(st.sampled_from([0, 0.5, 1.0])) if head else 0
         sequences = []
         for string, spans in draw(st.lists(strings(), min_size=1, max_size=3)):
@@ -200,4 +200,4 @@ def built(sequences, paths=None):
 def stored(forest) -> dataset.Trees:
     """The trees of a forest."""
     made = [built(sequences) for _, sequences in forest]
-    return dataset.of_trees(made, preambles=[shared for shared, _ in forest])
+    return dataset.concatenate_trees(made, shared_prefix_lengths=[shared for shared, _ in forest])

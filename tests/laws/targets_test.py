@@ -85,7 +85,7 @@ class LeavesTest(parameterized.TestCase):
         pieces = fitting.unfold(dialogue, config)
         rendered = renderer.render([p.dialogue for p in pieces], full=config.whole, locate=config.locates)
         pieces = [piece._replace(sequences=list(own)) for piece, own in zip(pieces, rendered, strict=True)]
-        factors = fitting.schedules(dialogue, pieces, config)
+        factors = fitting.compute_factors(dialogue, pieces, config)
         found = []
         for piece, own in zip(pieces, factors, strict=True):
             spans = objectives.supervise(piece.sequences, piece.dialogue, config, own, trained=piece.trained)
@@ -169,8 +169,8 @@ class EpochTest(parameterized.TestCase):
     @parameterized.parameters(False, True)
     @budget.cases(80)
     @hypothesis.given(data=st.data())
-    def test_an_epoch_has_every_target_of_every_tree_once(self, preambles, data):
-        trees = strategies.stored(data.draw(strategies.forests(preambles=preambles)))
+    def test_an_epoch_has_every_target_of_every_tree_once(self, shared_prefixes, data):
+        trees = strategies.stored(data.draw(strategies.forests(shared_prefixes=shared_prefixes)))
         plan = plan_of(
             trees,
             **data.draw(budgets(trees)),
@@ -191,7 +191,7 @@ class EpochTest(parameterized.TestCase):
             batch = batch.map(lambda array, left=plan.rows_per_epoch - taken: array[:left])
             found += oracles.row_targets(batch)
             taken, step = taken + rows, step + 1
-        if not preambles:
+        if not shared_prefixes:
             self.assertCountEqual(found, expected)
         got, wanted = oracles.added_up(found), oracles.added_up(expected)
         self.assertEqual(got.keys(), wanted.keys())
@@ -232,7 +232,7 @@ class HostsTest(absltest.TestCase):
     @budget.cases(60)
     @hypothesis.given(data=st.data())
     def test_hosts_together_have_the_whole_batch(self, data):
-        trees = strategies.stored(data.draw(strategies.forests(preambles=True)))
+        trees = strategies.stored(data.draw(strategies.forests(shared_prefixes=True)))
         rows = data.draw(st.sampled_from([1, 2, 4, 6]))
         options = data.draw(budgets(trees)) | {"rows": rows, "micro_batches": data.draw(st.integers(1, 3)), "seed": 5}
         cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
@@ -250,7 +250,7 @@ class PlanTest(absltest.TestCase):
     @budget.cases(60)
     @hypothesis.given(data=st.data())
     def test_a_batch_is_a_function_of_seed_and_step(self, data):
-        trees = strategies.stored(data.draw(strategies.forests(preambles=True)))
+        trees = strategies.stored(data.draw(strategies.forests(shared_prefixes=True)))
         options = data.draw(budgets(trees)) | {"rows": 2, "micro_batches": 2, "seed": data.draw(st.integers(0, 9))}
         asked = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
         plan = plan_of(trees, **options)

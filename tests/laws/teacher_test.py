@@ -57,7 +57,7 @@ class TeacherFileTest(absltest.TestCase):
         (dialogue,) = strategies.parsed([_RECORD])
         self.directory = pathlib.Path(self.create_tempdir().full_path)
         self.path = self.directory / "teacher.safetensors"
-        with teacher.writing(self.path, top_k=_TOP, tokenizer="t", vocabulary=512) as add:
+        with teacher.write_file(self.path, top_k=_TOP, tokenizer="t", vocabulary=512) as add:
             add("a", [signal(oracles.response(dialogue, message, "chatml")) for message in (1, 3)])
         self.whole = self.path.read_bytes()
 

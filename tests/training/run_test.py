@@ -109,7 +109,7 @@ class RunTest(parameterized.TestCase):
             dialogues, renderer, model, tiny.parameters(model, seed=1), compute_dtype=jnp.float32, top_k=8
         )
         told = {"top_k": 8, "tokenizer": fingerprint(tokenizer), "vocabulary": model.vocab_size}
-        with teacher.writing(self.directory / name, **told) as add:
+        with teacher.write_file(self.directory / name, **told) as add:
             for score in scores:
                 add(score.record["id"], score.signals)
         data = dataclasses.replace(self.config.data, teacher=str(self.directory / name))
@@ -137,7 +137,7 @@ class RunTest(parameterized.TestCase):
         signal = teacher.Signal(
             1, 0, np.zeros(1, np.int32), np.full((1, 1), 600, np.int32), np.zeros((1, 1), np.float32)
         )
-        with teacher.writing(self.directory / "t", top_k=1, tokenizer="", vocabulary=600) as add:
+        with teacher.write_file(self.directory / "t", top_k=1, tokenizer="", vocabulary=600) as add:
             add("train-0", [signal])
         data = dataclasses.replace(self.config.data, teacher=str(self.directory / "t"))
         with self.assertRaisesRegex(ValueError, "t names token 600, but the model's vocabulary has 512"):

@@ -155,9 +155,9 @@ class StorageTest(parameterized.TestCase):
                     column.write(bytes(7))
             journal = json.loads((unfinished / "journal.json").read_text())
             self.assertGreater(journal["counts"]["dialogues"], 20)
-            batched = chunks_lib.batched
+            batched = chunks_lib.batch_dialogues
             with mock.patch.object(
-                chunks_lib, "batched", lambda rest: given.append(rest := list(rest)) or batched(rest)
+                chunks_lib, "batch_dialogues", lambda rest: given.append(rest := list(rest)) or batched(rest)
             ):
                 trees = self.load(iter(dialogues), workers=processes)
         self.assertLen(given[0], 60 - journal["counts"]["dialogues"])
@@ -258,7 +258,7 @@ class StorageTest(parameterized.TestCase):
         dialogues = [teacher_test.turns(1 + n % 3, id=n) for n in range(12)]
         saying = teacher_test.Saying()
         path = self.directory / "teacher.safetensors"
-        with teacher.writing(path, top_k=3, tokenizer="T", vocabulary=512) as add:
+        with teacher.write_file(path, top_k=3, tokenizer="T", vocabulary=512) as add:
             for dialogue in dialogues:
                 add(dialogue.id, saying.signals(dialogue, "chatml"))
         given = preparation(file=teacher.read_file(path, tokenizer="T"))
@@ -292,7 +292,7 @@ class BoundedMemoryTest(absltest.TestCase):
 
 class WorkersTest(parameterized.TestCase):
     def build(self, batches, given, **options):
-        return list(worker_pool.build(batches, given, workers=2, **options))
+        return list(worker_pool.build_chunks(batches, given, workers=2, **options))
 
     def test_a_template_that_does_not_end_is_ended_and_its_dialogues_named(self):
         loop = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
@@ -311,7 +311,7 @@ class WorkersTest(parameterized.TestCase):
             self.build([[turns(1)], [huge], [turns(1, id=2)]], preparation(max_length=10**8), memory=300 << 20)
 
     def test_no_process_stays(self):
-        chunks = worker_pool.build([[turns(1, id=n)] for n in range(9)], preparation(), workers=2)
+        chunks = worker_pool.build_chunks([[turns(1, id=n)] for n in range(9)], preparation(), workers=2)
         next(chunks)
         chunks.close()
         self.assertEmpty(multiprocessing.active_children())

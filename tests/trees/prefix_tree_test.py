@@ -61,7 +61,7 @@ class BuildTreeTest(parameterized.TestCase):
         rng = np.random.default_rng(0)
         for _ in range(50):
             sequences = random_sequences(rng, 6)
-            tree, nodes = prefix_tree.grow(sequences)
+            tree, nodes = prefix_tree.build_trie(sequences)
             for tokens, own in zip(sequences, nodes, strict=True):
                 np.testing.assert_array_equal(tree.tokens[own], tokens)
                 np.testing.assert_array_equal(own, ancestors(tree, int(own[-1])))
@@ -147,7 +147,7 @@ class NormaliseTest(absltest.TestCase):
         np.testing.assert_allclose(weight, np.array([0, 2, 1, 1, 1, 0, 2, 0.5]) / 7.5, rtol=1e-6)
 
     def test_without_weights_nothing_changes(self):
-        tree, _ = prefix_tree.grow([np.arange(3, dtype=np.int32)])
+        tree, _ = prefix_tree.build_trie([np.arange(3, dtype=np.int32)])
         for unit in ("token", "turn", "dialogue"):
             np.testing.assert_array_equal(prefix_tree.normalise([tree], unit)[0].weight, [0, 0, 0])
 

@@ -118,7 +118,7 @@ class TeacherTest(parameterized.TestCase):
     def write(self, dialogues, family="chatml"):
         """What the teacher said of which string of tokens."""
         saying = Saying()
-        with teacher.writing(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add:
+        with teacher.write_file(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add:
             for dialogue in dialogues:
                 add(dialogue.id, saying.signals(dialogue, family))
         return saying.of_context
@@ -171,7 +171,7 @@ class FileTest(TeacherTest):
         self.path.write_text("earlier")
         with (
             self.assertRaisesRegex(ValueError, "two dialogues have the id 'a', so teacher.safetensors could not"),
-            teacher.writing(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add,
+            teacher.write_file(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add,
         ):
             add("a", Saying().signals(two_turns(), "chatml"))
             add("a", [])
@@ -244,7 +244,7 @@ class PrepareTest(TeacherTest):
         trees = self.prepare([dialogue], max_length=90, truncate="split")
         self.assertGreater(len(trees), 1)
         rows = [
-            trees.teacher_row[trees.offsets[number] + prefix_tree.targets(trees.tree(number))[1]]
+            trees.teacher_row[trees.offsets[number] + prefix_tree.find_targets(trees.tree(number))[1]]
             for number in range(len(trees))
         ]
         np.testing.assert_array_equal(np.concatenate(rows), np.arange(len(trees.teacher.token)))
