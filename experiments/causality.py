@@ -39,8 +39,8 @@ from dialog_jax.batching.batches import Batch
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
-from dialog_jax.inference import chat
-from dialog_jax.inference.chat import ChatModel
+from dialog_jax.inference import loading
+from dialog_jax.inference.loading import Model
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
@@ -105,7 +105,7 @@ class Influence(NamedTuple):
         return float(self.norm[~self.context].max(initial=0.0))
 
 
-def response_losses(model: ChatModel, dialogues: Sequence[Dialogue]) -> list[list[Float[np.ndarray, " tokens"]]]:
+def response_losses(model: Model, dialogues: Sequence[Dialogue]) -> list[list[Float[np.ndarray, " tokens"]]]:
     """For each dialogue, the loss of each token of each of its responses; all dialogues in rows of one length.
 
     Raises:
@@ -125,7 +125,7 @@ def response_losses(model: ChatModel, dialogues: Sequence[Dialogue]) -> list[lis
     return found
 
 
-def replace_messages(model: ChatModel, dialogue: Dialogue, content: str) -> Replaced:
+def replace_messages(model: Model, dialogue: Dialogue, content: str) -> Replaced:
     """What becomes of the losses of all responses when one user message has another content, for each of these."""
     messages = dialogue.messages
     users = [index for index, message in enumerate(messages) if message.role == "user"]
@@ -289,7 +289,7 @@ def _one_tree(renderer: Renderer, dialogue: Dialogue) -> Trees:
 
 def main(options: Options) -> None:
     started = time.perf_counter()
-    model = chat.load(options.model)
+    model = loading.load_model(options.model)
     dialogue = _chosen(options.validation)
     replaced = replace_messages(model, dialogue, _OTHER_MESSAGE)
     linear = influence(model.config, model.parameters, _one_tree(model.renderer, dialogue))

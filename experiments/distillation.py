@@ -33,8 +33,8 @@ from report import Options
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.evaluation import scoring
-from dialog_jax.inference import chat
-from dialog_jax.inference.chat import ChatModel
+from dialog_jax.inference import loading
+from dialog_jax.inference.loading import Model
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
@@ -60,14 +60,14 @@ _WARMUP_STEPS = 5
 _EVALUATIONS = 5  # of each training, besides the one before
 
 
-def student_of(model: ChatModel) -> ChatModel:
+def student_of(model: Model) -> Model:
     """Every fifth layer of a model, from the first on, between its own embedding and final norm."""
     layers = jax.tree.map(lambda leaf: leaf[::_EVERY], model.parameters["layers"])
     config = dataclasses.replace(model.config, layers=len(jax.tree.leaves(layers)[0]))
     return model._replace(config=config, parameters={**model.parameters, "layers": layers})
 
 
-def dialogues_that_fit(model: ChatModel, path: str) -> list[Dialogue]:
+def dialogues_that_fit(model: Model, path: str) -> list[Dialogue]:
     """The first dialogues of a file that fit a row whole."""
     read = list(itertools.islice(read_dialogues(path), _READ))
     trees = _prepare(read, model, truncate="drop")
@@ -75,13 +75,13 @@ def dialogues_that_fit(model: ChatModel, path: str) -> list[Dialogue]:
     return [dialogue for dialogue in read if dialogue.id in fitting]
 
 
-def _prepare(dialogues: Iterable[Dialogue], model: ChatModel, **options: Any) -> Trees:
+def _prepare(dialogues: Iterable[Dialogue], model: Model, **options: Any) -> Trees:
     return dataset.prepare(
         dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, **options
     )
 
 
-def taught_by(model: ChatModel, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
+def taught_by(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
     """What the model says of the dialogues' responses, in a file at `path`, as scripts/score.py --top_k writes it."""
     scores = scoring.score_dialogues(
         dialogues, model.renderer, model.config, model.parameters, compute_dtype=jnp.float32, top_k=_TOP_K
@@ -94,7 +94,7 @@ def taught_by(model: ChatModel, dialogues: Sequence[Dialogue], path: pathlib.Pat
 
 
 def train(
-    student: ChatModel, name: str, trees: Trees, held_out: Trees, before: Losses, options: Options
+    student: Model, name: str, trees: Trees, held_out: Trees, before: Losses, options: Options
 ) -> dict[int, Losses]:
     """The held-out losses after some steps of one training; those `before` are given."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -191,7 +191,7 @@ def _table(losses: Mapping[str, Mapping[int, Losses]]) -> str:
 
 def main(options: Options) -> None:
     started = time.perf_counter()
-    model = chat.load(options.model)
+    model = loading.load_model(options.model)
     dialogues = dialogues_that_fit(model, options.train)
     held_out = _prepare(read_dialogues(options.validation), model)
     with tempfile.TemporaryDirectory() as directory:

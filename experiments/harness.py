@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from dialog_jax.batching import batches
 from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
-from dialog_jax.inference.chat import ChatModel
+from dialog_jax.inference.loading import Model
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
@@ -72,7 +72,7 @@ class Mean(NamedTuple):
 
 
 def compare(
-    model: ChatModel,
+    model: Model,
     trainings: Mapping[str, Trees],
     held_out: Trees,
     *,

@@ -39,7 +39,7 @@ from dialog_jax.batching.batches import Batch
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss
@@ -226,7 +226,7 @@ def _gradient_table(gradients: dict[str, Compared]) -> str:
 
 def main(options: Options) -> None:
     started = time.perf_counter()
-    model = chat.load(options.model)
+    model = loading.load_model(options.model)
     train, validation = list(read_dialogues(options.train)), list(read_dialogues(options.validation))
 
     def trees(dialogues: list[Dialogue], **objective: Any) -> Trees:

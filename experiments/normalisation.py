@@ -31,7 +31,7 @@ from report import Options
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.trees import dataset
 from dialog_jax.trees.objectives import UNITS, ObjectiveConfig
 
@@ -147,7 +147,7 @@ def _lengths_table(before: Losses, after: Mapping[str, Losses]) -> str:
 
 def main(options: Options) -> None:
     started = time.perf_counter()
-    model = chat.load(options.model)
+    model = loading.load_model(options.model)
     train, validation = uneven(read_dialogues(options.train)), uneven(read_dialogues(options.validation))
     trees = {
         unit: dataset.prepare(

@@ -40,7 +40,7 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.model import decoder
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
@@ -111,7 +111,7 @@ def add_gradient(model, parameters, gradient, batch):
     def weighted(parameters):
         hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
         matrix = decoder.unembedding(model, parameters)
-        return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
+        return loss.weighted_loss(hidden, matrix, batch.source, batch.target, batch.weight)[0]
 
     value, own = jax.value_and_grad(weighted)(parameters)
     return value, jax.tree.map(jnp.add, gradient, own)
@@ -164,7 +164,7 @@ def cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dic
     return figures, value, gradient
 
 
-def measure(model: chat.ChatModel, dialogue: Dialogue, name: str) -> dict[str, Any]:
+def measure(model: loading.Model, dialogue: Dialogue, name: str) -> dict[str, Any]:
     """Returns the costs of both ways, and how far one pass is from `training.k_passes`."""
     config, parameters = model.config, model.parameters
     of_k, _, _ = cost(config, parameters, rows(alone(dialogue), model.renderer), f"{name}, K passes")
@@ -249,7 +249,7 @@ def _draw(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def main(options: Options, turns: Sequence[int] = TURNS) -> None:
     started = time.perf_counter()
-    model = chat.load(options.model)
+    model = loading.load_model(options.model)
     tokenizer = load_tokenizer(options.model, chat_template=str(_REASONING))
     stripping = model._replace(tokenizer=tokenizer, renderer=Renderer(tokenizer))
     long = [dialogue for dialogue in read_dialogues(options.train) if len(_responses(dialogue)) >= turns[-1]]

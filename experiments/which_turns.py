@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from report import Options
 
 from dialog_jax.dialogues.parsing import read_dialogues
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.trees import dataset
 from dialog_jax.trees.objectives import ObjectiveConfig
 
@@ -143,7 +143,7 @@ def _table(before: Losses, after: Mapping[str, Losses]) -> str:
 
 def main(options: Options) -> None:
     started = time.perf_counter()
-    model = chat.load(options.model)
+    model = loading.load_model(options.model)
     dialogues = list(read_dialogues(options.train))
     trees = {
         name: dataset.prepare(dialogues, model.renderer, objective=objective, max_length=harness.MAX_LENGTH)

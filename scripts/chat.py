@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from dialog_jax.dialogues.dialogue import Message
-from dialog_jax.inference import chat, generation
+from dialog_jax.inference import chat, generation, loading
 from dialog_jax.rendering import chat_template as chat_template_lib
 from dialog_jax.training import compilation_cache
 
@@ -40,7 +40,7 @@ _ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
 )
 
 
-def speak(model: chat.ChatModel, session: generation.Session, messages: Sequence[Message]) -> str:
+def speak(model: loading.Model, session: generation.Session, messages: Sequence[Message]) -> str:
     """Prints the reply to `messages` as it comes and returns it. Ctrl-C ends it early."""
     said = []
     end = "interrupted"
@@ -68,7 +68,7 @@ def speak(model: chat.ChatModel, session: generation.Session, messages: Sequence
     return "".join(said)
 
 
-def converse(model: chat.ChatModel, opening: Sequence[Message]) -> None:
+def converse(model: loading.Model, opening: Sequence[Message]) -> None:
     """Reads messages and replies until the user leaves."""
     session = generation.Session(model.config, model.parameters)
     messages = list(opening)
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     compilation_cache.enable(lambda line: print(f"chat.py: {line}", file=sys.stderr))
     try:
-        model = chat.load(
+        model = loading.load_model(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,
             chat_template_kwargs=chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),

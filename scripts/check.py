@@ -26,7 +26,7 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.evaluation import agreement
 from dialog_jax.evaluation.differences import Agreement, Finding
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.rendering import chat_template as chat_template_lib
 
 _MODEL = flags.DEFINE_string(
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
     try:
         dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
         kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-        model = chat.load(
+        model = loading.load_model(
             _MODEL.value,
             chat_template=_CHAT_TEMPLATE.value,
             chat_template_kwargs=kwargs,

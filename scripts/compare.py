@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
-from dialog_jax.inference import chat
+from dialog_jax.inference import chat, loading
 from dialog_jax.rendering import chat_template
 from dialog_jax.training import compilation_cache
 
@@ -55,7 +55,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = chat.load(
+        model = loading.load_model(
             name,
             chat_template_kwargs=chat_template.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,

@@ -38,7 +38,7 @@ from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.rendering import chat_template as chat_template_lib
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import compilation_cache
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
         dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
         kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-        model = chat.load(
+        model = loading.load_model(
             _MODEL.value,
             dtype=dtype,
             chat_template=_CHAT_TEMPLATE.value,

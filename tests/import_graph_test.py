@@ -26,7 +26,7 @@ _ROOMS = {
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "attention": ("cached", "padding", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": ("rotary", "decoder", "tensor_files", "hf_config", "pretrained"),
-    "inference": ("generation", "chat"),
+    "inference": ("loading", "generation", "chat"),
     "training": (
         "config", "loss", "optimizer", "sharding", "sharded_loss", "train_step", "distributed", "signals",
         "checkpoints", "metrics", "run_inputs", "run_directory", "compilation_cache", "console", "loop", "run",

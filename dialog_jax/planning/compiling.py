@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from dialog_jax.attention import blockwise
 from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
+from dialog_jax.inference import loading
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
@@ -104,10 +105,7 @@ def compile_step(
       UserError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
         suit the steps, or the program has a loop of unknown length.
     """
-    if config.data.max_length > model.max_length:
-        raise UserError(
-            f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
-        )
+    loading.check_context(model, config.data.max_length)
     # The schedule's numbers change no shape: any number of steps after the warm-up does.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or config.optimizer.warmup_steps + 1)
     state, shardings = step_lib.abstract_state(model, mesh, transform)

@@ -19,10 +19,10 @@ from dialog_jax.batching.mixture import Mixture
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
+from dialog_jax.inference import loading
 from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.rendering.tokenizers import check_vocabulary, fingerprint, load_tokenizer
+from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.trees import disk_cache
 from dialog_jax.trees import teacher as teacher_lib
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
     model_path: pathlib.Path
     model: DecoderConfig
     tokenizer: transformers.PreTrainedTokenizerFast
-    stop_tokens: set[int]
+    stop_tokens: frozenset[int]
     """Ids of the tokens at which a reply ends."""
     train: Trees | Mixture
     held_out: Trees
@@ -66,41 +66,35 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     Raises:
       UserError: something is missing or broken, or model, tokenizer and data do not go together.
     """
-    model_path = pretrained.resolve(config.model)
-    model = pretrained.load_config(model_path)
-    tokenizer = load_tokenizer(config.tokenizer or str(model_path), chat_template=config.data.chat_template)
-    check_vocabulary(tokenizer, model.vocab_size)
-    if config.data.max_length > model.max_length:
-        raise UserError(
-            f"data.max_length is {config.data.max_length:,}, but the model's context is {model.max_length:,} tokens."
-        )
     options: dict[str, Any] = {
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "allow_special_tokens": config.data.allow_special_tokens,
     }
-    renderer = Renderer(tokenizer, **options)
+    model = loading.open_model(
+        config.model, tokenizer=config.tokenizer, chat_template=config.data.chat_template, **options
+    )
+    loading.check_context(model.config, config.data.max_length)
     recipe = Recipe(
         objective=config.objective,
         max_length=config.data.max_length,
         truncate=config.data.truncate,
         share_prefixes=config.data.share_prefixes,
     )
-    untaught = Preparation(recipe, tokenizer, options)
-    taught = untaught._replace(teacher=_teacher(config, tokenizer, model))
+    untaught = Preparation(recipe, model.tokenizer, options)
+    taught = untaught._replace(teacher=_teacher(config, model.tokenizer, model.config))
     sources = {f"data.mix.{name}": entry["train"] for name, entry in config.data.mix.items()}
     sets: dict[str, Trees] = {}
-    hashes = {"model": pretrained.fingerprint(model_path)}
+    hashes = {"model": pretrained.fingerprint(model.path)}
     for field, source in (sources or {"data.train": config.data.train}).items():
         sets[field], hashes[field] = _trees(config, source, config.data.train_split, taught, directory, console)
     held_out, hashes["data.validation"] = _trees(
         config, config.data.validation, config.data.validation_split, untaught, directory, console
     )
-    ends = pretrained.stop_tokens(model_path) | {renderer.end_of_turn, tokenizer.eos_token_id}
     return Inputs(
-        model_path=model_path,
-        model=model,
-        tokenizer=tokenizer,
-        stop_tokens={token for token in ends if token is not None},
+        model_path=model.path,
+        model=model.config,
+        tokenizer=model.tokenizer,
+        stop_tokens=model.stop_tokens,
         train=Mixture(dict(zip(config.data.mix, sets.values(), strict=True)), config.data.mix)
         if config.data.mix
         else sets["data.train"],

@@ -26,10 +26,10 @@ from dialog_jax.attention import dispatch
 from dialog_jax.batching import batches
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
+from dialog_jax.inference import loading
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.planning import hlo
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import metrics, optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
@@ -69,8 +69,9 @@ def main(arguments: list[str]) -> None:
 
 def _measure(command: str) -> None:
     """Prints the figures and writes the files that were asked for."""
-    model = pretrained.load_config(_MODEL.value)
-    trees, plan, figures = _prepare()
+    opened = loading.open_model(_MODEL.value)
+    model = opened.config
+    trees, plan, figures = _prepare(opened.renderer)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     compiled, state = _compile(model, mesh, plan.batch(0), trees.branching, figures)
     seconds, token_counts, flop_rates = [], [], []
@@ -111,9 +112,8 @@ def _measure(command: str) -> None:
         pathlib.Path(_PROFILE.value).write_text(page, encoding="utf-8")
 
 
-def _prepare() -> tuple[dataset.Trees, batches.Plan, dict[str, Any]]:
+def _prepare(renderer: Renderer) -> tuple[dataset.Trees, batches.Plan, dict[str, Any]]:
     """Returns (trees, rows of all steps, figures so far)."""
-    renderer = Renderer(load_tokenizer(_MODEL.value))
     dialogues = [dialogue for _, dialogue in zip(range(_DIALOGUES.value), read_dialogues(_DATA.value), strict=False)]
     start = time.perf_counter()
     trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_MAX_LENGTH.value)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dialog_jax.inference import chat
+from dialog_jax.inference import loading
 from dialog_jax.model import decoder, pretrained
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -26,7 +26,7 @@ def save_model(directory, **changes):
     tokenizer = chat_templates.train_tokenizer("chatml")
     model = tiny.config(len(tokenizer), **changes)
     pretrained.save_pretrained(directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
-    return chat.load(directory / "model")
+    return loading.load_model(directory / "model")
 
 
 def records(count, seed=0):

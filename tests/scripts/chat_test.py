@@ -14,7 +14,7 @@ import numpy as np
 from absl.testing import absltest
 
 from dialog_jax.dialogues.dialogue import Message
-from dialog_jax.inference import chat, generation
+from dialog_jax.inference import chat, generation, loading
 from dialog_jax.model import decoder, pretrained
 from tests.rendering import chat_templates
 from tests.scripts import running
@@ -43,7 +43,7 @@ class ChatTest(absltest.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         config = tiny.config(len(tokenizer), max_length=96)
         pretrained.save_pretrained(cls.path, config, tiny.parameters(config), tokenizer=tokenizer)
-        cls.model = chat.load(cls.path)
+        cls.model = loading.load_model(cls.path)
 
     def greedy(self, tokens, count):
         """The `count` likeliest ids that follow, each from a whole forward pass."""
@@ -71,7 +71,7 @@ class ChatTest(absltest.TestCase):
         end = self.model.renderer.end_of_turn
         system_and_user = 2
         self.assertEqual(chat.prompt(self.model, [typed]).count(end), system_and_user)
-        allowing = chat.load(self.path, allow_special_tokens=True)
+        allowing = loading.load_model(self.path, allow_special_tokens=True)
         self.assertEqual(chat.prompt(allowing, [typed]).count(end), system_and_user + 2)
 
     def test_reply_stops_before_a_stop_token(self):
@@ -85,7 +85,7 @@ class ChatTest(absltest.TestCase):
     def test_stop_tokens_are_the_end_of_turn_and_the_published_ends(self):
         self.assertIn(self.model.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.model.stop_tokens)
         (self.path / "generation_config.json").write_text('{"eos_token_id": [5, 9]}')
-        self.assertContainsSubset({5, 9}, chat.load(self.path).stop_tokens)
+        self.assertContainsSubset({5, 9}, loading.load_model(self.path).stop_tokens)
 
     def test_characters_of_several_tokens_come_whole(self):
         text = "naïve 🐙 好的, déjà vu 👾"  # the last is cut below
