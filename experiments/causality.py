@@ -169,14 +169,14 @@ def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> 
     """The gradient of a row's loss with respect to what each of its tokens gives to the first layer."""
     length = row.tokens.shape[1]
     one_token_a_place = dataclasses.replace(config, vocab_size=length)
-    matrix = decoder.unembedding(config, parameters)
+    unembedding = decoder.unembedding(config, parameters)
 
     def loss_of(embedded):
         # A table of embeddings with a line a position makes the input of every position a variable of its own.
         own = parameters | {"embedding": embedded}
         places = jnp.arange(length)[None, :]
         hidden = decoder.hidden_states(one_token_a_place, own, places, row.position, row.subtree_end)
-        return loss.weighted_nll(hidden, matrix, row.source, row.target, row.weight)
+        return loss.weighted_loss(hidden, unembedding, loss.Targets(row.source, row.target, row.weight))[0]
 
     return jax.grad(loss_of)(parameters["embedding"][row.tokens[0]])
 

@@ -72,8 +72,8 @@ class Compared(NamedTuple):
 def log_probability(config: DecoderConfig, parameters: dict, batch: Batch) -> Float[Array, ""]:
     """The sum of weight * log p over the targets of [B, ...] rows, in nats."""
     hidden = decoder.hidden_states(config, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
-    matrix = decoder.unembedding(config, parameters)
-    return -loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
+    targets = loss.Targets(batch.source, batch.target, batch.weight)
+    return -loss.weighted_loss(hidden, decoder.unembedding(config, parameters), targets)[0]
 
 
 def compare_gradients(

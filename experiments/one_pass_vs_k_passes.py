@@ -110,8 +110,8 @@ def add_gradient(model, parameters, gradient, batch):
 
     def weighted(parameters):
         hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
-        matrix = decoder.unembedding(model, parameters)
-        return loss.weighted_loss(hidden, matrix, batch.source, batch.target, batch.weight)[0]
+        targets = loss.Targets(batch.source, batch.target, batch.weight)
+        return loss.weighted_loss(hidden, decoder.unembedding(model, parameters), targets)[0]
 
     value, own = jax.value_and_grad(weighted)(parameters)
     return value, jax.tree.map(jnp.add, gradient, own)

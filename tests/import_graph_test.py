@@ -28,7 +28,7 @@ _ROOMS = {
     "model": ("rotary", "decoder", "tensor_files", "hf_config", "pretrained"),
     "inference": ("loading", "generation", "chat"),
     "training": (
-        "config", "loss", "optimizer", "sharding", "sharded_loss", "train_step", "distributed", "signals",
+        "config", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",
         "checkpoints", "metrics", "run_inputs", "run_directory", "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "disguises", "k_passes", "differences", "agreement"),

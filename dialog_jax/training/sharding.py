@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, and one table of rules from a parameter's path and shape to its PartitionSpec."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -159,3 +159,43 @@ def place_rows(mesh: Mesh, array: np.ndarray, own: Sequence[int], rows: int) -> 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the layout of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def map_local_rows(mesh: Mesh | None, function: Callable) -> Callable:
+    """Returns function(hidden, unembedding, rows), called on each device with its own rows; it returns arrays of rows.
+
+    Left to itself, XLA runs one loop over tiles of targets for all devices, as long as the fullest row of all needs,
+    and reduces the gradient of the unembedding in every iteration. Here each device has its own loop; the unembedding
+    is gathered before it, and its gradient reduced after it. Over `tensor` it stays sharded by vocabulary.
+
+    Args:
+      mesh: None for one device, on which `function` is called as it is.
+      function: `rows` is a pytree of arrays whose first axis is that of rows, as it is in `hidden`.
+    """
+    axes = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) if mesh is not None else ()
+    if mesh is None or not axes:
+        return function
+    by_row = PartitionSpec(axes)
+
+    def over_devices(hidden, unembedding, rows):
+        # For each axis of the unembedding, those of `axes` over which it is sharded.
+        spec = parameter_sharding(mesh, ["lm_head"], unembedding.shape).spec
+        parts = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
+        shards = [tuple(axis for axis in part if axis in axes) for part in parts]
+
+        def on_device(hidden, unembedding, rows):
+            for axis, names in enumerate(shards):
+                if names:  # an explicit gather, so that the gradient is scattered as it is reduced
+                    unembedding = jax.lax.all_gather(unembedding, names, axis=axis, tiled=True)
+            return function(hidden, unembedding, rows)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(by_row, PartitionSpec(*shards), by_row),
+            out_specs=by_row,
+            axis_names=set(axes),
+            check_vma=False,
+        )(hidden, unembedding, rows)
+
+    return over_devices

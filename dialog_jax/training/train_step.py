@@ -22,7 +22,7 @@ from dialog_jax.attention.dispatch import Attend
 from dialog_jax.batching.batches import Batch
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import loss, sharded_loss, sharding
+from dialog_jax.training import loss, sharding
 from dialog_jax.training.config import LossConfig
 
 OPTIMIZER_SCOPE = "optimizer"  # what follows the gradient, as it is called in compiled programs and profiles
@@ -141,13 +141,8 @@ def make_train_step(
             place=lambda x: jax.lax.with_sharding_constraint(x, stream),
             attend_trees=attend or dispatch.sharded(blockwise.attend, mesh),
         )
-        matrix = decoder.unembedding(model, parameters)
-        teacher = None
-        if batch.teacher_token is not None and batch.teacher_log_probability is not None:
-            teacher = loss.Teacher(batch.teacher_token, batch.teacher_log_probability)
-        value, nll = sharded_loss.weighted_loss(
-            mesh, hidden, matrix, batch.source, batch.target, batch.weight, teacher, loss_config
-        )
+        unembedding = decoder.unembedding(model, parameters)
+        value, nll = loss.weighted_loss(hidden, unembedding, _targets(batch), loss_config, mesh)
         return value / total_weight, nll / total_weight
 
     gradient_of = jax.value_and_grad(micro_batch_loss, has_aux=True)
@@ -221,7 +216,7 @@ def make_evaluation_step(
       attend: how to attend over the mesh, as `attention.dispatch` says; None for blockwise attention.
     """
     attend = attend or dispatch.sharded(blockwise.attend, mesh)
-    score = functools.partial(sharded_loss.score_targets, mesh)
+    score = functools.partial(loss.score_targets, mesh=mesh)
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
@@ -276,5 +271,11 @@ def _scores(
         compute_dtype=compute_dtype,
         attend_trees=attend,
     )
-    matrix = decoder.unembedding(model, parameters)
-    return score(hidden, matrix, batch.source, batch.target, batch.weight)
+    return score(hidden, decoder.unembedding(model, parameters), _targets(batch))
+
+
+def _targets(batch: Batch) -> loss.Targets:
+    teacher = None
+    if batch.teacher_token is not None and batch.teacher_log_probability is not None:
+        teacher = loss.Teacher(batch.teacher_token, batch.teacher_log_probability)
+    return loss.Targets(batch.source, batch.target, batch.weight, teacher)

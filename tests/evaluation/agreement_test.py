@@ -194,10 +194,10 @@ class AgreementTest(parameterized.TestCase):
         self.assertTrue(outcome.passed)
 
     def test_wrong_gradient_of_a_right_loss_fails_and_the_parameter_is_named(self):
-        def without_matrix(hidden, matrix, *rest, **kwargs):
-            return _weighted_loss(hidden, jax.lax.stop_gradient(matrix), *rest, **kwargs)
+        def without_unembedding(hidden, unembedding, *rest, **kwargs):
+            return _weighted_loss(hidden, jax.lax.stop_gradient(unembedding), *rest, **kwargs)
 
-        with mock.patch.object(loss, "weighted_loss", without_matrix):
+        with mock.patch.object(loss, "weighted_loss", without_unembedding):
             outcome = compare()
         beyond = [what for what, finding in outcome.findings.items() if finding.beyond]
         self.assertEqual(beyond, ["gradient norm", "gradient direction", "gradient by parameter"])

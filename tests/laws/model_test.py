@@ -38,8 +38,8 @@ def parameters():
 def packed(parameters, batch):
     """Sum of weighted loss of [B, ...] rows."""
     hidden = decoder.hidden_states(_MODEL, parameters, batch.tokens, batch.position, batch.subtree_end)
-    matrix = decoder.unembedding(_MODEL, parameters)
-    return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
+    targets = loss.Targets(batch.source, batch.target, batch.weight)
+    return loss.weighted_loss(hidden, decoder.unembedding(_MODEL, parameters), targets)[0]
 
 
 @jax.jit

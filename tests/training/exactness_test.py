@@ -79,8 +79,8 @@ def plain_dialogue(seed=0, turns=4):
 def packed_loss(model, parameters, batch):
     """Sum of weighted loss of [B, ...] rows."""
     hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
-    matrix = decoder.unembedding(model, parameters)
-    return loss.weighted_nll(hidden, matrix, batch.source, batch.target, batch.weight)
+    targets = loss.Targets(batch.source, batch.target, batch.weight)
+    return loss.weighted_loss(hidden, decoder.unembedding(model, parameters), targets)[0]
 
 
 def alone_nll(model, parameters, tokens):
@@ -299,9 +299,8 @@ class CausalityTest(absltest.TestCase):
         def by_turn(tree):
             batch = tiny.rows(prepared, [[tree]], max_length=_LENGTH)
             hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
-            scores = loss.score_targets(
-                hidden, decoder.unembedding(model, parameters), batch.source, batch.target, batch.weight
-            )
+            targets = loss.Targets(batch.source, batch.target, batch.weight)
+            scores = loss.score_targets(hidden, decoder.unembedding(model, parameters), targets)
             return [scores.nll[0][(batch.turn[0] == turn) & (batch.weight[0] > 0)] for turn in (0, 1)]
 
         first, second = by_turn(0), by_turn(1)

@@ -26,23 +26,23 @@ def problem(seed, *, rows=2, length=37, width=8, vocabulary=53, targets=40, fill
     )
 
 
-def reference(hidden, matrix, source, target, weight):
-    """(loss, gradient for hidden, gradient for matrix, nll [B, S], best token [B, S]), target by target."""
-    hidden, matrix = hidden.astype(np.float64), matrix.astype(np.float64)
-    total, d_hidden, d_matrix = 0.0, np.zeros_like(hidden), np.zeros_like(matrix)
+def reference(hidden, unembedding, source, target, weight):
+    """(loss, gradient for hidden, gradient for unembedding, nll [B, S], best token [B, S]), target by target."""
+    hidden, unembedding = hidden.astype(np.float64), unembedding.astype(np.float64)
+    total, d_hidden, d_unembedding = 0.0, np.zeros_like(hidden), np.zeros_like(unembedding)
     nll, best = np.zeros(source.shape), np.zeros(source.shape, int)
     for b in range(source.shape[0]):
         for s in range(source.shape[1]):
             h = hidden[b, source[b, s]]
-            logits = matrix @ h
+            logits = unembedding @ h
             p = np.exp(logits - logits.max())
             p /= p.sum()
             nll[b, s], best[b, s] = -np.log(p[target[b, s]]), int(p.argmax())
             total += weight[b, s] * nll[b, s]
             error = weight[b, s] * (p - np.eye(len(p))[target[b, s]])
-            d_hidden[b, source[b, s]] += error @ matrix
-            d_matrix += np.outer(error, h)
-    return total, d_hidden, d_matrix, nll, best
+            d_hidden[b, source[b, s]] += error @ unembedding
+            d_unembedding += np.outer(error, h)
+    return total, d_hidden, d_unembedding, nll, best
 
 
 def teacher_of(seed, *, vocabulary=53, slots=6, shape=(2, 40), taught=0.7, mass=(0.2, 1.0)):
@@ -59,11 +59,11 @@ def teacher_of(seed, *, vocabulary=53, slots=6, shape=(2, 40), taught=0.7, mass=
     return loss.Teacher(token, log_probability)
 
 
-def reference_loss(config, hidden, matrix, source, target, weight, teacher=None):
+def reference_loss(config, hidden, unembedding, source, target, weight, teacher=None):
     """sum(weight * loss) in float64, by the definition: whole distributions, outcome by outcome."""
     total = 0.0
     for b, s in zip(*np.nonzero(weight), strict=True):
-        logits = matrix @ hidden[b, source[b, s]]
+        logits = unembedding @ hidden[b, source[b, s]]
         log_z = np.log(np.sum(np.exp(logits)))
         log_q = logits - log_z
         goal = np.full(len(logits), config.label_smoothing / len(logits))
@@ -108,9 +108,21 @@ def on_device(arrays):
     return jax.tree.map(jnp.asarray, arrays)
 
 
+def weighted_loss(hidden, unembedding, source, target, weight, teacher=None, config=loss.PLAIN):
+    return loss.weighted_loss(hidden, unembedding, loss.Targets(source, target, weight, teacher), config)
+
+
+def weighted_nll(*arrays):
+    return weighted_loss(*arrays)[0]
+
+
+def score_targets(hidden, unembedding, source, target, weight, *, top_k=0):
+    return loss.score_targets(hidden, unembedding, loss.Targets(source, target, weight), top_k=top_k)
+
+
 def value_and_gradient(arrays, teacher, config):
-    """((loss, cross-entropy), (gradient for hidden, gradient for matrix))."""
-    run = jax.jit(jax.value_and_grad(loss.weighted_loss, argnums=(0, 1), has_aux=True), static_argnums=6)
+    """((loss, cross-entropy), (gradient for hidden, gradient for unembedding))."""
+    run = jax.jit(jax.value_and_grad(weighted_loss, argnums=(0, 1), has_aux=True), static_argnums=6)
     return jax.device_get(run(*on_device(arrays), on_device(teacher), config))
 
 
@@ -136,38 +148,38 @@ class ExtrasTest(parameterized.TestCase):
     def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile):
         arrays, teacher = problem(7), teacher_of(8)
         self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
-        (value, nll), (d_hidden, d_matrix) = value_and_gradient(arrays, teacher, config)
-        hidden, matrix, *targets = arrays
-        hidden, matrix = hidden.astype(np.float64), matrix.astype(np.float64)
-        np.testing.assert_allclose(value, reference_loss(config, hidden, matrix, *targets, teacher), rtol=2e-6)
+        (value, nll), (d_hidden, d_unembedding) = value_and_gradient(arrays, teacher, config)
+        hidden, unembedding, *targets = arrays
+        hidden, unembedding = hidden.astype(np.float64), unembedding.astype(np.float64)
+        np.testing.assert_allclose(value, reference_loss(config, hidden, unembedding, *targets, teacher), rtol=2e-6)
         np.testing.assert_allclose(nll, reference(*arrays)[0], rtol=1e-6)
 
         rng = np.random.default_rng(9)
         places = [(row, targets[0][row, rng.integers(12)], rng.integers(8)) for row in (0, 1) * 6]
-        wanted = slopes(lambda moved: reference_loss(config, moved, matrix, *targets, teacher), hidden, places)
+        wanted = slopes(lambda moved: reference_loss(config, moved, unembedding, *targets, teacher), hidden, places)
         np.testing.assert_allclose([d_hidden[place] for place in places], wanted, atol=3e-5)
         places = [(rng.integers(53), rng.integers(8)) for _ in range(12)]
-        wanted = slopes(lambda moved: reference_loss(config, hidden, moved, *targets, teacher), matrix, places)
-        np.testing.assert_allclose([d_matrix[place] for place in places], wanted, atol=3e-5)
+        wanted = slopes(lambda moved: reference_loss(config, hidden, moved, *targets, teacher), unembedding, places)
+        np.testing.assert_allclose([d_unembedding[place] for place in places], wanted, atol=3e-5)
 
     @parameterized.parameters(*EXTRAS)
     def test_value_without_gradient_is_the_same(self, config):
         arrays, teacher = problem(10), teacher_of(11)
-        alone = loss.weighted_loss(*on_device(arrays), teacher=on_device(teacher), config=config)
+        alone = weighted_loss(*on_device(arrays), on_device(teacher), config)
         np.testing.assert_allclose(alone, value_and_gradient(arrays, teacher, config)[0], rtol=1e-6)
 
     def test_plain_loss_is_cross_entropy_and_reads_no_teacher(self):
         arrays = problem(12)
         (value, nll), gradient = value_and_gradient(arrays, teacher_of(13), loss.PLAIN)
         self.assertEqual(value, nll)
-        np.testing.assert_allclose(value, loss.weighted_nll(*on_device(arrays)), rtol=1e-6)
+        np.testing.assert_allclose(value, weighted_nll(*on_device(arrays)), rtol=1e-6)
         (alone, _), gradient_alone = value_and_gradient(arrays, None, loss.PLAIN)
         self.assertEqual(value, alone)
         jax.tree.map(np.testing.assert_array_equal, gradient, gradient_alone)
 
     def test_the_cross_entropy_that_is_reported_has_no_gradient(self):
         arrays = on_device(problem(14))
-        for gradient in jax.grad(lambda *args: loss.weighted_loss(*args)[1], argnums=(0, 1))(*arrays):
+        for gradient in jax.grad(lambda *args: weighted_loss(*args)[1], argnums=(0, 1))(*arrays):
             np.testing.assert_array_equal(gradient, 0)
 
     def test_padding_and_rows_without_targets_add_nothing(self):
@@ -182,13 +194,15 @@ class DistillationTest(parameterized.TestCase):
     """What the divergence from a teacher has to be, whatever the formula."""
 
     def divergence(self, arrays, teacher):
-        """(value, gradient for hidden, gradient for matrix) of the divergence alone."""
+        """(value, gradient for hidden, gradient for unembedding) of the divergence alone."""
         (value, _), gradients = value_and_gradient(arrays, teacher, LossConfig(distillation=1.0))
         return float(value), *gradients
 
     def log_softmax(self, arrays):
-        hidden, matrix, source, _, _ = arrays
-        logits = np.take_along_axis(hidden, source[..., None], axis=1).astype(np.float64) @ matrix.T.astype(np.float64)
+        hidden, unembedding, source, _, _ = arrays
+        logits = np.take_along_axis(hidden, source[..., None], axis=1).astype(np.float64) @ unembedding.T.astype(
+            np.float64
+        )
         return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
     @parameterized.parameters(1, 4, 52, 53)
@@ -197,10 +211,10 @@ class DistillationTest(parameterized.TestCase):
         log_q = self.log_softmax(arrays)
         token = np.argsort(-log_q, axis=-1)[..., :slots]
         teacher = loss.Teacher(token.astype(np.int32), np.take_along_axis(log_q, token, axis=-1).astype(np.float32))
-        value, d_hidden, d_matrix = self.divergence(arrays, teacher)
+        value, d_hidden, d_unembedding = self.divergence(arrays, teacher)
         self.assertLess(abs(value), 1e-4)
         np.testing.assert_allclose(d_hidden, 0, atol=1e-5)
-        np.testing.assert_allclose(d_matrix, 0, atol=1e-5)
+        np.testing.assert_allclose(d_unembedding, 0, atol=1e-5)
 
     def test_any_other_student_has_a_loss(self):
         for seed in range(5):
@@ -214,22 +228,22 @@ class DistillationTest(parameterized.TestCase):
         order = rng.permuted(np.broadcast_to(np.arange(53), p.shape), axis=-1)
         teacher = loss.Teacher(order.astype(np.int32), np.log(np.take_along_axis(p, order, axis=-1)).astype(np.float32))
         value, d_hidden, _ = self.divergence(arrays, teacher)
-        hidden, matrix, source, _, weight = arrays
+        hidden, unembedding, source, _, weight = arrays
         log_q = self.log_softmax(arrays)
         np.testing.assert_allclose(value, np.sum(weight * np.sum(p * (np.log(p) - log_q), axis=-1)), rtol=1e-5)
         wanted = np.zeros(hidden.shape)
         for b, s in np.ndindex(*weight.shape):
-            wanted[b, source[b, s]] += weight[b, s] * ((np.exp(log_q[b, s]) - p[b, s]) @ matrix)
+            wanted[b, source[b, s]] += weight[b, s] * ((np.exp(log_q[b, s]) - p[b, s]) @ unembedding)
         np.testing.assert_allclose(d_hidden, wanted, atol=1e-5)
 
     def test_a_sure_student_keeps_its_digits(self):
         """The model's mass outside the support is about 1e-17: 1 - sum(q) would be 0, and its logarithm -inf."""
         logits = np.zeros(53, np.float32)
         logits[5] = 43.0
-        hidden, matrix = logits[None, None, :], np.eye(53, dtype=np.float32)
+        hidden, unembedding = logits[None, None, :], np.eye(53, dtype=np.float32)
         one = np.zeros((1, 1), np.int32)
         teacher = loss.Teacher(np.full((1, 1, 1), 5, np.int32), np.full((1, 1, 1), np.log(0.75), np.float32))
-        value, d_hidden, _ = self.divergence((hidden, matrix, one, one, np.ones((1, 1), np.float32)), teacher)
+        value, d_hidden, _ = self.divergence((hidden, unembedding, one, one, np.ones((1, 1), np.float32)), teacher)
         log_z = np.log(np.exp(43.0) + 52)
         wanted = 0.75 * (np.log(0.75) - 43 + log_z) + 0.25 * (np.log(0.25) - np.log(52) + log_z)
         np.testing.assert_allclose(value, wanted, rtol=1e-6)
@@ -257,56 +271,56 @@ class DistillationTest(parameterized.TestCase):
     def test_masses_that_rounding_carries_beyond_one_stay_finite(self):
         arrays = problem(25, filled=(3, 0))
         teacher = teacher_of(26, taught=1.0, mass=(1.0, 1.0 + 1e-6))
-        value, d_hidden, d_matrix = self.divergence(arrays, teacher)
+        value, d_hidden, d_unembedding = self.divergence(arrays, teacher)
         self.assertTrue(np.isfinite(value))
-        for gradient in (d_hidden, d_matrix):
+        for gradient in (d_hidden, d_unembedding):
             self.assertTrue(np.isfinite(gradient).all())
 
 
-class WeightedNllTest(parameterized.TestCase):
+class PlainLossTest(parameterized.TestCase):
     @parameterized.parameters(1, 8, 16, 256)
     def test_value_and_gradient_equal_float64_for_any_tile(self, tile):
         arrays = problem(0)
-        expected, d_hidden, d_matrix, _, _ = reference(*arrays)
+        expected, d_hidden, d_unembedding, _, _ = reference(*arrays)
         self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
-        value, (got_hidden, got_matrix) = jax.value_and_grad(loss.weighted_nll, argnums=(0, 1))(
+        value, (got_hidden, got_unembedding) = jax.value_and_grad(weighted_nll, argnums=(0, 1))(
             *map(jnp.asarray, arrays)
         )
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         np.testing.assert_allclose(got_hidden, d_hidden, atol=1e-5)
-        np.testing.assert_allclose(got_matrix, d_matrix, atol=1e-5)
+        np.testing.assert_allclose(got_unembedding, d_unembedding, atol=1e-5)
 
     def test_value_without_gradient_is_the_same(self):
         arrays = list(map(jnp.asarray, problem(1)))
-        with_gradient, _ = jax.value_and_grad(loss.weighted_nll)(*arrays)
-        np.testing.assert_allclose(loss.weighted_nll(*arrays), with_gradient, rtol=1e-6)
+        with_gradient, _ = jax.value_and_grad(weighted_nll)(*arrays)
+        np.testing.assert_allclose(weighted_nll(*arrays), with_gradient, rtol=1e-6)
 
     def test_scale_of_the_cotangent_reaches_both_gradients(self):
         arrays = list(map(jnp.asarray, problem(2)))
-        once = jax.grad(loss.weighted_nll, argnums=(0, 1))(*arrays)
-        thrice = jax.grad(lambda *args: 3 * loss.weighted_nll(*args), argnums=(0, 1))(*arrays)
+        once = jax.grad(weighted_nll, argnums=(0, 1))(*arrays)
+        thrice = jax.grad(lambda *args: 3 * weighted_nll(*args), argnums=(0, 1))(*arrays)
         for a, b in zip(once, thrice, strict=True):
             np.testing.assert_allclose(3 * a, b, rtol=1e-6)
 
     def test_rows_without_targets_have_no_loss_and_no_gradient(self):
         arrays = list(map(jnp.asarray, problem(3, filled=(0, 0))))
-        value, (d_hidden, d_matrix) = jax.value_and_grad(loss.weighted_nll, argnums=(0, 1))(*arrays)
+        value, (d_hidden, d_unembedding) = jax.value_and_grad(weighted_nll, argnums=(0, 1))(*arrays)
         self.assertEqual(value, 0)
         self.assertEqual(float(jnp.abs(d_hidden).max()), 0)
-        self.assertEqual(float(jnp.abs(d_matrix).max()), 0)
+        self.assertEqual(float(jnp.abs(d_unembedding).max()), 0)
 
     def test_bfloat16_hidden_states_keep_a_float32_loss(self):
         hidden, *rest = problem(4)
         expected = reference(np.asarray(jnp.asarray(hidden, jnp.bfloat16).astype(jnp.float32)), *rest)[0]
-        value = loss.weighted_nll(jnp.asarray(hidden, jnp.bfloat16), *map(jnp.asarray, rest))
+        value = weighted_nll(jnp.asarray(hidden, jnp.bfloat16), *map(jnp.asarray, rest))
         self.assertEqual(value.dtype, jnp.float32)
         np.testing.assert_allclose(value, expected, rtol=1e-2)
 
-    def test_bfloat16_matrix_has_a_bfloat16_gradient(self):
-        hidden, matrix, *rest = (jnp.asarray(array) for array in problem(4))
-        gradient = jax.grad(loss.weighted_nll, argnums=1)
-        needed = gradient(hidden, matrix, *rest)
-        got = gradient(hidden, matrix.astype(jnp.bfloat16), *rest)
+    def test_bfloat16_unembedding_has_a_bfloat16_gradient(self):
+        hidden, unembedding, *rest = (jnp.asarray(array) for array in problem(4))
+        gradient = jax.grad(weighted_nll, argnums=1)
+        needed = gradient(hidden, unembedding, *rest)
+        got = gradient(hidden, unembedding.astype(jnp.bfloat16), *rest)
         self.assertEqual(got.dtype, jnp.bfloat16)
         apart = jnp.linalg.norm(got.astype(jnp.float32) - needed) / jnp.linalg.norm(needed)
         self.assertLess(float(apart), 2e-2)
@@ -315,14 +329,15 @@ class WeightedNllTest(parameterized.TestCase):
     def test_bfloat16_gradients_are_float64_s_to_its_rounding(self, sources):
         """A number of 8 bits is off by at most 2^-8 of itself, and by 0.4 of that in the root mean square.
 
-        On its way to a gradient a number is rounded three times: the error, its product with the matrix, the sum of
-        the targets of one source. These are independent, so 0.7 * 2^-8; twelve tiles or 96 targets add no rounding.
+        On its way to a gradient a number is rounded three times: the gradient to a logit, its product with the
+        unembedding, the sum of the targets of one source. These are independent, so 0.7 * 2^-8; twelve tiles or 96
+        targets add no rounding.
         """
-        hidden, matrix, source, target, weight = problem(28, targets=96, filled=(96, 61))
-        hidden, matrix = hidden.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16)
-        arrays = hidden, matrix, source % sources, target, weight
+        hidden, unembedding, source, target, weight = problem(28, targets=96, filled=(96, 61))
+        hidden, unembedding = hidden.astype(jnp.bfloat16), unembedding.astype(jnp.bfloat16)
+        arrays = hidden, unembedding, source % sources, target, weight
         self.enter_context(absltest.mock.patch.object(loss, "TILE", 8))
-        got = jax.jit(jax.grad(loss.weighted_nll, argnums=(0, 1)))(*arrays)
+        got = jax.jit(jax.grad(weighted_nll, argnums=(0, 1)))(*arrays)
         for gradient, needed in zip(got, reference(*arrays)[1:3], strict=True):
             self.assertEqual(gradient.dtype, jnp.bfloat16)
             apart = np.linalg.norm(np.asarray(gradient, np.float64) - needed) / np.linalg.norm(needed)
@@ -332,13 +347,13 @@ class WeightedNllTest(parameterized.TestCase):
         """The largest array holds a tile of logits, not [B, T, V]."""
         length, vocabulary = 2048, 4096
         arrays = problem(5, rows=1, length=length, vocabulary=vocabulary, targets=length, filled=(900,))
-        compiled = jax.jit(jax.grad(loss.weighted_nll, argnums=(0, 1))).lower(*arrays).compile()
+        compiled = jax.jit(jax.grad(weighted_nll, argnums=(0, 1))).lower(*arrays).compile()
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, length * vocabulary * 4)
         teacher = teacher_of(6, vocabulary=vocabulary, shape=(1, length))
 
-        def with_extras(hidden, matrix):
+        def with_extras(hidden, unembedding):
             config = LossConfig(z_loss=0.1, label_smoothing=0.1, distillation=0.5)
-            return loss.weighted_loss(hidden, matrix, *on_device(arrays[2:]), on_device(teacher), config)[0]
+            return weighted_loss(hidden, unembedding, *on_device(arrays[2:]), on_device(teacher), config)[0]
 
         compiled = jax.jit(jax.grad(with_extras, argnums=(0, 1))).lower(*arrays[:2]).compile()
         self.assertLess(compiled.memory_analysis().temp_size_in_bytes, length * vocabulary * 4)
@@ -349,7 +364,7 @@ class ScoreTargetsTest(parameterized.TestCase):
         arrays = problem(6)
         _, _, _, nll, best = reference(*arrays)
         self.enter_context(absltest.mock.patch.object(loss, "TILE", 16))
-        scores = loss.score_targets(*map(jnp.asarray, arrays))
+        scores = score_targets(*map(jnp.asarray, arrays))
         valid = arrays[4] > 0
         np.testing.assert_allclose(scores.nll, np.where(valid, nll, 0), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(scores.correct, (best == arrays[3]) & valid)
@@ -357,13 +372,13 @@ class ScoreTargetsTest(parameterized.TestCase):
 
     @parameterized.parameters((1, 16), (5, 7), (53, 256))
     def test_likeliest_tokens_equal_float64_and_padding_has_none(self, top_k, tile):
-        hidden, matrix, source, _, weight = arrays = problem(27)
+        hidden, unembedding, source, _, weight = arrays = problem(27)
         self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
-        scores = loss.score_targets(*on_device(arrays), top_k=top_k)
+        scores = score_targets(*on_device(arrays), top_k=top_k)
         self.assertEqual(scores.top_token.shape, (2, 40, top_k))
         for b, s in np.ndindex(*weight.shape):
             if weight[b, s]:
-                logits = matrix.astype(np.float64) @ hidden[b, source[b, s]]
+                logits = unembedding.astype(np.float64) @ hidden[b, source[b, s]]
                 best = np.argsort(-logits)[:top_k]
                 np.testing.assert_array_equal(scores.top_token[b, s], best)
                 np.testing.assert_allclose(

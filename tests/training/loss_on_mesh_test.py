@@ -7,9 +7,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dialog_jax.training import loss, sharded_loss, sharding
+from dialog_jax.training import loss, sharding
 from dialog_jax.training.config import LossConfig, MeshConfig
-from dialog_jax.training.loss import Teacher
+from dialog_jax.training.loss import Targets, Teacher
 from dialog_jax.training.sharding import ROW_AXES
 
 _MESHES = {
@@ -22,30 +22,31 @@ _MESHES = {
 
 
 def problem(teacher=False, vocabulary=64, width=16):
-    """Rows with 1 to 48 targets: some have one tile of 16, some three."""
+    """Rows with 1 to 48 targets, so with one to three tiles of 16: (hidden, unembedding, targets)."""
     rng = np.random.default_rng(0)
     rows, length, most = 8, 32, 48
     hidden = rng.standard_normal((rows, length, width)).astype(np.float32)
-    matrix = rng.standard_normal((vocabulary, width)).astype(np.float32)
+    unembedding = rng.standard_normal((vocabulary, width)).astype(np.float32)
     source = rng.integers(0, length, (rows, most)).astype(np.int32)
     target = rng.integers(0, vocabulary, (rows, most)).astype(np.int32)
     weight = rng.random((rows, most)).astype(np.float32) + 0.1
     for row, count in enumerate((1, 48, 5, 17, 16, 33, 2, 40)):
         weight[row, count:] = 0
-    arrays = [jnp.asarray(array) for array in (hidden, matrix, source, target, weight)]
-    if not teacher:
-        return [*arrays, None]
-    likely = np.argsort(rng.random((rows, most, vocabulary)))[..., :3].astype(np.int32)
-    return [*arrays, Teacher(jnp.asarray(likely), jnp.log(jnp.full(likely.shape, 0.3)))]
+    targets = Targets(source, target, weight)
+    if teacher:
+        likely = np.argsort(rng.random((rows, most, vocabulary)))[..., :3].astype(np.int32)
+        targets = targets._replace(teacher=Teacher(likely, np.log(np.full(likely.shape, 0.3, np.float32))))
+    return jax.tree.map(jnp.asarray, (hidden, unembedding, targets))
 
 
-def numpy_loss(hidden, matrix, source, target, weight, teacher):
+def numpy_loss(hidden, unembedding, targets):
     """Target by target in float64, without a teacher."""
-    assert teacher is None
-    hidden, matrix, weight = (np.asarray(array, np.float64) for array in (hidden, matrix, weight))
+    assert targets.teacher is None
+    source, target, weight = (np.asarray(array) for array in targets[:3])
+    hidden, unembedding = np.asarray(hidden, np.float64), np.asarray(unembedding, np.float64)
     total = 0.0
     for row, slot in np.argwhere(weight > 0):
-        logits = matrix @ hidden[row, source[row, slot]]
+        logits = unembedding @ hidden[row, source[row, slot]]
         peak = logits.max()
         nll = peak + np.log(np.exp(logits - peak).sum()) - logits[target[row, slot]]
         total += weight[row, slot] * nll
@@ -55,18 +56,18 @@ def numpy_loss(hidden, matrix, source, target, weight, teacher):
 def on_mesh(name, teacher=False, config=loss.PLAIN, **sizes):
     """(the jitted value and gradients of the first two arguments, the arguments) laid out as in training."""
     mesh = sharding.make_mesh(_MESHES[name])
-    arrays = problem(teacher, **sizes)
     rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
-    places = [rows, sharding.parameter_sharding(mesh, ["embedding"], arrays[1].shape), rows, rows, rows]
+    hidden, unembedding, targets = problem(teacher, **sizes)
+    places = rows, sharding.parameter_sharding(mesh, ["embedding"], unembedding.shape)
 
-    def value(hidden, matrix, *rest):
-        return sharded_loss.weighted_loss(mesh, hidden, matrix, *rest, config)
+    def value(hidden, unembedding, targets):
+        return loss.weighted_loss(hidden, unembedding, targets, config, mesh)
 
-    both = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), out_shardings=(None, tuple(places[:2])))
-    return both, [*jax.device_put(arrays[:5], places), None if arrays[5] is None else jax.device_put(arrays[5], rows)]
+    both = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), out_shardings=(None, places))
+    return both, jax.device_put((hidden, unembedding, targets), (*places, rows))
 
 
-class ShardedLossTest(parameterized.TestCase):
+class LossOnMeshTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.enter_context(mock.patch.object(loss, "TILE", 16))
@@ -77,19 +78,18 @@ class ShardedLossTest(parameterized.TestCase):
         (value, nll), gradients = both(*arrays)
         np.testing.assert_allclose(value, numpy_loss(*problem()), rtol=1e-5)
         np.testing.assert_allclose(nll, value, rtol=1e-6)
-        alone = jax.grad(lambda hidden, matrix: loss.weighted_loss(hidden, matrix, *problem()[2:])[0], argnums=(0, 1))
-        for got, needed in zip(gradients, alone(*problem()[:2]), strict=True):
+        alone = jax.grad(lambda *arrays: loss.weighted_loss(*arrays)[0], argnums=(0, 1))
+        for got, needed in zip(gradients, alone(*problem()), strict=True):
             np.testing.assert_allclose(got, needed, atol=1e-5)
 
     @parameterized.product(
         mesh=("fsdp", "all"), sizes=(dict(width=15), dict(vocabulary=63), dict(width=15, vocabulary=63))
     )
-    def test_matrix_that_does_not_divide_evenly_is_right(self, mesh, sizes):
+    def test_unembedding_that_does_not_divide_evenly_is_right(self, mesh, sizes):
         both, arrays = on_mesh(mesh, **sizes)
         (value, _), gradients = both(*arrays)
-        hidden, matrix, *rest = problem(**sizes)
-        np.testing.assert_allclose(value, numpy_loss(hidden, matrix, *rest), rtol=1e-5)
-        needed = jax.grad(lambda h, m: loss.weighted_loss(h, m, *rest)[0], argnums=(0, 1))(hidden, matrix)
+        np.testing.assert_allclose(value, numpy_loss(*problem(**sizes)), rtol=1e-5)
+        needed = jax.grad(lambda *arrays: loss.weighted_loss(*arrays)[0], argnums=(0, 1))(*problem(**sizes))
         for got, wanted in zip(gradients, needed, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
 
@@ -98,9 +98,8 @@ class ShardedLossTest(parameterized.TestCase):
         config = LossConfig(distillation=0.5, z_loss=1e-3, label_smoothing=0.1)
         both, arrays = on_mesh(mesh, teacher=True, config=config)
         (value, _), gradients = both(*arrays)
-        hidden, matrix, *rest = problem(teacher=True)
-        needed = jax.value_and_grad(lambda h, m: loss.weighted_loss(h, m, *rest, config)[0], argnums=(0, 1))
-        expected, of_one = needed(hidden, matrix)
+        alone = jax.value_and_grad(lambda *arrays: loss.weighted_loss(*arrays, config)[0], argnums=(0, 1))
+        expected, of_one = alone(*problem(teacher=True))
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         for got, wanted in zip(gradients, of_one, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -108,9 +107,8 @@ class ShardedLossTest(parameterized.TestCase):
     @parameterized.parameters(*_MESHES)
     def test_scores_are_those_of_one_device(self, mesh):
         built = sharding.make_mesh(_MESHES[mesh])
-        arrays = problem()[:5]
-        got = jax.jit(lambda *arrays: sharded_loss.score_targets(built, *arrays))(*arrays)
-        needed = loss.score_targets(*arrays)
+        got = jax.jit(lambda *arrays: loss.score_targets(*arrays, mesh=built))(*problem())
+        needed = loss.score_targets(*problem())
         np.testing.assert_allclose(got.nll, needed.nll, atol=1e-5)
         np.testing.assert_array_equal(got.correct, needed.correct)
 
