@@ -13,7 +13,8 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["dialog_jax", "dialog_jax.*"]),
-    package_data={"dialog_jax": ["py.typed"]},
+    package_data={"dialog_jax": ["py.typed", "planning/shapes/*.json"]},
+    entry_points={"console_scripts": ["dialog_jax = dialog_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.3.1",
         "flax>=0.12.8",

@@ -82,7 +82,7 @@ def _prepare(dialogues: Iterable[Dialogue], model: Model, **options: Any) -> Tre
 
 
 def taught_by(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
-    """What the model says of the dialogues' responses, in a file at `path`, as scripts/score.py --top_k writes it."""
+    """What the model says of the dialogues' responses, in a file at `path`, as dialog_jax score --top_k writes it."""
     scores = scoring.score_dialogues(
         dialogues, model.renderer, model.config, model.parameters, compute_dtype=jnp.float32, top_k=_TOP_K
     )

@@ -299,7 +299,7 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string(
         "write_reasoning",
         "",
-        "Only write the dialogues of --train with reasoning to this .jsonl, for scripts/check.py.",
+        "Only write the dialogues of --train with reasoning to this .jsonl, for dialog_jax check.",
     )
     report.run_script(
         lambda options: _write_reasoning(options.train, _OUT.value) if _OUT.value else main(options),

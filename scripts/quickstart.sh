@@ -16,6 +16,7 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 run=runs/quickstart
 python=.venv/bin/python
+command=.venv/bin/dialog_jax
 held_out=assets/chitchat/validation.jsonl
 
 step() { printf '\n== %s\n' "$*"; }
@@ -28,17 +29,17 @@ step "2/6 model and dialogues"
 "$python" scripts/prepare_demo.py --assets_dir=assets
 
 step "3/6 training"
-"$python" scripts/train.py --config=experiments/quickstart.py --output_dir="$run"
+"$command" train --config=experiments/quickstart.py --output_dir="$run"
 
 step "4/6 export"
-"$python" scripts/export.py --checkpoint="$run" --out="$run/model"
+"$command" export --checkpoint="$run" --out="$run/model"
 
 step "5/6 plot"
-"$python" scripts/plot.py --run="$run"
+"$command" plot --run="$run"
 
 step "6/6 one held-out dialogue, before and after"
 if [[ ! -f $run/compare.txt || $run/compare.txt -ot $run/model/export.json ]]; then
-  "$python" scripts/compare.py --models="assets/smollm2-135m-instruct,$run/model" --data="$held_out" \
+  "$command" compare --models="assets/smollm2-135m-instruct,$run/model" --data="$held_out" \
     --index=36 --turn=2 >"$run/compare.unfinished"
   mv "$run/compare.unfinished" "$run/compare.txt"
 fi
@@ -54,10 +55,10 @@ cat <<END
   $run/checkpoints/       to go on from
 
 Next:
-  chat with it      $python scripts/chat.py --model=$run/model
-  score a file      $python scripts/score.py --model=$run/model --data=$held_out --out=scores.jsonl
-  train your own    $python scripts/train.py --config=experiments/quickstart.py --output_dir=runs/mine \\
+  chat with it      $command chat --model=$run/model
+  score a file      $command score --model=$run/model --data=$held_out --out=scores.jsonl
+  train your own    $command train --config=experiments/quickstart.py --output_dir=runs/mine \\
                       --config.data.train=my_train.jsonl --config.data.validation=my_validation.jsonl
-  the full run      $python scripts/train.py --config=experiments/chitchat.py --output_dir=runs/chitchat
+  the full run      $command train --config=experiments/chitchat.py --output_dir=runs/chitchat
                       (for a GPU or TPU; the README says how to install for one)
 END

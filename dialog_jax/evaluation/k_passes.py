@@ -1,6 +1,6 @@
 """The K passes that one pass stands for: each response by itself, behind its prompt, as a plain causal sequence.
 
-Kept as naive as can be, since it is what the rest is held against (`training.agreement`, `scripts/score.py
+Kept as naive as can be, since it is what the rest is held against (`training.agreement`, `dialog_jax score
 --passes=k`): text from the tokenizer's `apply_chat_template`, tokens from the tokenizer's own call, the logits of all
 positions and their log-softmax. Knows no trie, row, target list or fused loss; shares with training the decoder only.
 """

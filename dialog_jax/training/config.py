@@ -33,7 +33,7 @@ class DataConfig:
     validation: str = ""
     """Held-out dialogues, as `train`."""
     teacher: str = ""
-    """What a teacher says of the training data: a file that scripts/score.py --top_k=N wrote, for loss.distillation."""
+    """What a teacher says of the training data: a file that dialog_jax score --top_k=N wrote, for loss.distillation."""
     train_split: str = "train"
     """Of a hub data set; files have none."""
     validation_split: str = "validation"
@@ -170,10 +170,6 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        needed = {"model": self.model, "data.train": self.data.train or self.data.mix}
-        for field, value in {**needed, "data.validation": self.data.validation}.items():
-            if not value:
-                raise UserError(f"{field} is empty; a run needs it (--config.{field}=...).")
         if self.data.mix and (self.data.train or self.data.teacher):
             raise UserError(
                 f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r} and data.teacher "
@@ -218,6 +214,18 @@ class TrainConfig:
             )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
+
+
+def require_fields(config: TrainConfig, user: str, *fields: str) -> None:
+    """Raises UserError if one of the fields, such as `data.train`, is empty; `user` is what needs it."""
+    values = {
+        "model": config.model,
+        "data.train": config.data.train or config.data.mix,
+        "data.validation": config.data.validation,
+    }
+    for field in fields:
+        if not values[field]:
+            raise UserError(f"{field} is empty; {user} needs it: --config.{field}=...")
 
 
 def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:

@@ -38,7 +38,7 @@ from dialog_jax.training import (
 from dialog_jax.training import loop as steps_lib
 from dialog_jax.training import train_step as step_lib
 from dialog_jax.training.checkpoints import DamagedError
-from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.config import TrainConfig, require_fields
 from dialog_jax.training.console import Startup
 from dialog_jax.training.loop import Run
 from dialog_jax.training.run_inputs import Inputs
@@ -80,6 +80,7 @@ def run(
       SaveError: a checkpoint could not be written; those before stay.
       StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
+    require_fields(config, "training", "model", "data.train", "data.validation")
     startup = Startup(start_time)
     console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_primary())
     directory = pathlib.Path(output_dir)

@@ -185,7 +185,7 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
     """
     file = directory / "model.json"
     if not file.exists():
-        raise UserError(f"{directory} holds no run: model.json is missing. Name the --output_dir of scripts/train.py.")
+        raise UserError(f"{directory} holds no run: model.json is missing. Name the --output_dir of dialog_jax train.")
     read = json.loads(file.read_text(encoding="utf-8"))
     decoder_fields = read["decoder"]
     if decoder_fields["rope_scaling"] is not None:

@@ -158,12 +158,12 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{file.name} is no file. Make it with scripts/score.py --top_k=N --top_k_out=FILE.")
+        raise UserError(f"{file.name} is no file. Make it with dialog_jax score --top_k=N --top_k_out=FILE.")
     try:
         with safetensors.safe_open(file, framework="numpy") as checked:
             metadata = checked.metadata() or {}
             if {*checked.keys()} != {*_TYPES} or "ids" not in metadata:
-                raise UserError(f"{file.name} holds no teacher's signals. Make it with scripts/score.py --top_k=N.")
+                raise UserError(f"{file.name} holds no teacher's signals. Make it with dialog_jax score --top_k=N.")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{file.name} is not a whole safetensors file: {error}. Make it again.") from error
     arrays = _mapped(file)
@@ -276,7 +276,7 @@ def _mapped(file: pathlib.Path) -> dict[str, np.ndarray]:
     for name, kind in _TYPES.items():
         entry = header[name]
         if entry["dtype"] != kind:
-            raise UserError(f"{file.name}: {name} is {entry['dtype']}, not {kind}. Make it with scripts/score.py.")
+            raise UserError(f"{file.name}: {name} is {entry['dtype']}, not {kind}. Make it with dialog_jax score.")
         shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
         if 0 in shape:  # cannot be mapped
             arrays[name] = np.empty(shape, _NUMPY[kind])

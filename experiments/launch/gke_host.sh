@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What each host of a JobSet runs: scripts/train.py, with its flags. Started by gke_jobset_tpu.yaml and others.
+# What each host of a JobSet runs: dialog_jax train, with its flags. Started by gke_jobset_tpu.yaml and others.
 #
 # A pod that is told to end, because its node is drained or taken back, must not end with code 0, though the run has
 # saved and did: Kubernetes would take the work for done and start no other pod. So it ends with 143 here, the job
 # fails, and the JobSet starts all hosts anew, which go on from the last checkpoint.
 set -euo pipefail
 
-"${PYTHON:-python}" scripts/train.py --distributed "$@" &
+"${PYTHON:-python}" -m dialog_jax train --distributed "$@" &
 training=$!
 
 told_to_end=

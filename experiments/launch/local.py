@@ -1,15 +1,14 @@
-"""Starts scripts/train.py as N processes of one run on this machine, joined over loopback.
+"""Starts dialog_jax train as N processes of one run on this machine, joined over loopback.
 
     python experiments/launch/local.py --processes=4 -- --config=experiments/quickstart.py --output_dir=runs/four
 
-What follows `--` are flags of train.py. Each line that a process prints is shown with its number before it. SIGINT and
-SIGTERM are passed on to all. When one process fails, the others are given a few seconds to end and are then killed; the
-exit code is that of the first failure, or 128 + N for signal N. On a machine with GPUs give each process its own by
-starting them with a cluster's launcher instead: here all processes see all devices.
+The arguments after `--` are flags of dialog_jax train. Each line of output is prefixed with the number of its process.
+SIGINT and SIGTERM are passed on to all processes. When one fails, the others get a few seconds to finish and are then
+killed; the exit code is that of the first failure, or 128 + N for signal N. Here all processes see all devices; on a
+machine with GPUs use a cluster's launcher instead, which gives each process its own.
 """
 
 import argparse
-import pathlib
 import signal
 import socket
 import subprocess
@@ -18,7 +17,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-_TRAIN = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"
 _GRACE = 5.0  # seconds that the others are given after a failure
 
 
@@ -93,11 +91,11 @@ def _wait(started: Sequence[subprocess.Popen]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, required=True, help="how many")
-    parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="of scripts/train.py")
+    parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="of dialog_jax train")
     asked = parser.parse_args()
     if asked.processes < 1:
         parser.error(f"--processes is {asked.processes}; it must be at least 1")
-    sys.exit(launch([sys.executable, str(_TRAIN), *asked.flags], asked.processes))
+    sys.exit(launch([sys.executable, "-m", "dialog_jax", "train", *asked.flags], asked.processes))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 #
 # Trains on GPUs of one or many nodes of a Slurm cluster.
 #
-# Start, in the repository's root, with the flags of scripts/train.py; options of sbatch replace those above:
+# Start, in the repository's root, with the flags of dialog_jax train; options of sbatch replace those above:
 #
 #   sbatch --nodes=4 experiments/launch/slurm.sh --config=experiments/chitchat.py --output_dir=runs/chitchat \
 #       --config.rows=32 --config.gradient_accumulation=1
@@ -30,14 +30,14 @@
 # Not run on a cluster by us. tests/experiments/launch_test.py runs this script with stand-ins for srun and scontrol.
 set -euo pipefail
 
-if [[ ! -f scripts/train.py ]]; then
-  echo "slurm.sh: $PWD has no scripts/train.py. Call sbatch in the root of the repository." >&2
+if [[ ! -f dialog_jax/__main__.py ]]; then
+  echo "slurm.sh: $PWD has no dialog_jax/__main__.py. Call sbatch in the root of the repository." >&2
   exit 2
 fi
 
 # One task that fails ends the others, which would wait for it forever.
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  "${PYTHON:-.venv/bin/python}" scripts/train.py --distributed "$@" &
+  "${PYTHON:-.venv/bin/python}" -m dialog_jax train --distributed "$@" &
 step=$!
 
 # USR1 comes from --signal above, and to this shell alone. It is not TERM, so that a cancelled job is not requeued.

@@ -66,7 +66,7 @@ train() {
       echo 'a training is running here; stop it first' >&2
       exit 1
     fi
-    nohup .venv/bin/python scripts/train.py --distributed$flags >>train.log 2>&1 </dev/null &
+    nohup .venv/bin/python -m dialog_jax train --distributed$flags >>train.log 2>&1 </dev/null &
     echo \$! >train.pid"
 }
 

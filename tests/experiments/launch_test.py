@@ -8,18 +8,18 @@ import signal
 import string
 import subprocess
 import sys
-from unittest import mock
 
 import yaml
 from absl.testing import absltest, parameterized
 
-from dialog_jax.training import config
+from dialog_jax.commands import config_flag
+from tests.commands import running
 from tests.experiments.stand_ins import SRUN, TRAINING, StandInsTest
-from tests.scripts import running
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _LAUNCH = _ROOT / "experiments" / "launch"
 _DISTRIBUTED = ("distributed", "coordinator_address", "num_processes", "process_id")
+_TRAIN = ["-m", "dialog_jax", "train"]
 _FLAGS = ["--config=experiments/chitchat.py", "--output_dir=runs/a run", "--config.data.chat_template_kwargs={'a': 1}"]
 
 # As gcloud with a TPU VM of one host, whose home is $HOST.
@@ -35,13 +35,12 @@ esac
 
 
 def parse(arguments):
-    """(TrainConfig, {flag of several hosts: its text}) of arguments of scripts/train.py, as it reads them itself."""
+    """(TrainConfig, {flag of several hosts: its text}) of arguments of dialog_jax train, as it reads them itself."""
     # Kubernetes puts the host's number there.
-    argv = ["train.py", *(argument.replace("$(JOB_COMPLETION_INDEX)", "0") for argument in arguments)]
+    argv = [argument.replace("$(JOB_COMPLETION_INDEX)", "0") for argument in arguments]
     argv = [argument.replace("--config=experiments", f"--config={_ROOT}/experiments") for argument in argv]
-    with running.loaded("train") as script, mock.patch.object(sys, "argv", argv):
-        assert script.parse_flags(argv) == argv[:1]
-        asked = config.from_config_dict(script._CONFIG.value.copy_and_resolve_references())
+    with running.loaded("train", *argv) as command:
+        asked = config_flag.read(command._CONFIG)
     given = {argument.partition("=")[0].removeprefix("--"): argument.partition("=")[2] for argument in arguments}
     return asked, {name: given[name] for name in _DISTRIBUTED if name in given}
 
@@ -57,8 +56,9 @@ class SlurmTest(StandInsTest):
         code, told = self.run_script("slurm.sh", *_FLAGS)
         self.assertEqual(code, 0, told)
         for task in (0, 1):
-            script, *arguments = self.noted(f"train.{task}")
-            self.assertEqual(script, "scripts/train.py")
+            arguments = self.noted(f"train.{task}")
+            self.assertEqual(arguments[:3], _TRAIN)
+            arguments = arguments[3:]
             self.assertEqual(arguments, ["--distributed", *_FLAGS])
         asked, hosts = parse(arguments)
         self.assertEqual(asked.data.chat_template_kwargs, {"a": 1})
@@ -117,7 +117,7 @@ class HostOfJobSetTest(StandInsTest):
     def test_finished_training_ends_the_pod_with_success(self):
         code, _ = self.run_script("gke_host.sh", *_FLAGS)
         self.assertEqual(code, 0)
-        self.assertEqual(self.noted("train.0"), ["scripts/train.py", "--distributed", *_FLAGS])
+        self.assertEqual(self.noted("train.0"), [*_TRAIN, "--distributed", *_FLAGS])
 
     def test_failure_of_the_training_is_that_of_the_pod(self):
         self.assertEqual(self.run_script("gke_host.sh", CODE="7")[0], 7)
@@ -210,7 +210,7 @@ class TpuVmTest(StandInsTest):
         code, told = self.call("train", *_FLAGS)
         self.assertEqual(code, 0, told)
         self.wait_for("train.0")
-        self.assertEqual(self.noted("train.0"), ["scripts/train.py", "--distributed", *_FLAGS])
+        self.assertEqual(self.noted("train.0"), [*_TRAIN, "--distributed", *_FLAGS])
         *command, run = self.noted("gcloud")
         self.assertEqual(command, ["compute", "tpus", "tpu-vm", "ssh", "a-tpu", "--zone=a-zone", "--worker=all"])
         self.assertStartsWith(run, "--command=")
@@ -228,13 +228,13 @@ class TpuVmTest(StandInsTest):
         self.assertIn("no training is running here", self.call("stop")[1])
 
     def test_setup_unpacks_the_repository_and_installs_it_for_tpus(self):
-        self.stand_in("git", f"tar -czf ${{3#--output=}} -C {_ROOT} scripts")
+        self.stand_in("git", f"tar -czf ${{3#--output=}} -C {_ROOT} dialog_jax")
         uv = self.host / ".local" / "bin"
         uv.mkdir(parents=True)
         self.stand_in("uv", "exit 3", uv)  # the environment is there already
         code, told = self.call("setup")
         self.assertEqual(code, 0, told)
-        self.assertTrue((self.host / "dialog_jax" / "scripts" / "train.py").exists())
+        self.assertTrue((self.host / "dialog_jax" / "dialog_jax" / "__main__.py").exists())
         self.assertEqual(self.noted("train.0"), ["-m", "pip", "install", "--quiet", "--editable", ".[tpu]"])
 
     def test_command_runs_in_the_repository_of_all_hosts(self):

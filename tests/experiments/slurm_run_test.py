@@ -1,4 +1,4 @@
-"""Real processes of scripts/train.py under experiments/launch/slurm.sh, with a stand-in for srun that starts two."""
+"""Real processes of dialog_jax train under experiments/launch/slurm.sh, with a stand-in for srun that starts two."""
 
 import os
 import pathlib

@@ -1,7 +1,10 @@
 """The two forms of a config, and what they refuse."""
 
+import dataclasses
+
 from absl.testing import absltest, parameterized
 
+from dialog_jax.errors import UserError
 from dialog_jax.model import decoder
 from dialog_jax.training import config
 from dialog_jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -73,9 +76,13 @@ class ConfigTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, message):
             example(**changes)
 
-    def test_missing_source_names_its_flag(self):
-        with self.assertRaisesRegex(ValueError, "--config.data.train="):
-            TrainConfig(model="m")
+    def test_defaults_are_a_config_and_what_is_missing_is_named_when_it_is_needed(self):
+        defaults = TrainConfig()
+        config.require_fields(dataclasses.replace(defaults, model="m"), "chat", "model")
+        with self.assertRaisesRegex(UserError, "model is empty; train needs it: --config.model=..."):
+            config.require_fields(defaults, "train", "model", "data.train")
+        with self.assertRaisesRegex(UserError, "data.train is empty; audit needs it: --config.data.train=..."):
+            config.require_fields(dataclasses.replace(defaults, model="m"), "audit", "model", "data.train")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command scripts/train.py in processes that are killed, asked to stop, or find the disk full; and started again.
+"""The command `dialog_jax train` in processes that are killed, asked to stop, or find the disk full; and started again.
 
 All start from one server process that has imported the package, which saves seconds a start; each is a process of its
 own from before JAX finds its devices.
@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pathlib
 import resource
-import runpy
 import shutil
 import signal
 import sys
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
+from dialog_jax.commands import entry
 from dialog_jax.model import decoder
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory
 from dialog_jax.training import train_step as step_lib
@@ -41,8 +41,7 @@ def _train(argv, log, file_limit):
     jax.config.update("jax_num_cpu_devices", 2)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.argv = ["train.py", *argv]
-    runpy.run_path(str(_ROOT / "scripts" / "train.py"), run_name="__main__")
+    sys.exit(entry.run("train", argv))
 
 
 def _lock(directory, answer):
@@ -218,7 +217,7 @@ class KillTest(absltest.TestCase):
         (self.directory / "asked" / "metrics.jsonl").open("a").write('{"step": 9, "lo')  # a torn line
         self.stopped("asked", signal.SIGINT, exit_code=130)
         self.assertRegex(
-            self.told("asked"), r"going on from step \d+\n(.*\n)*train.py: stopped by SIGINT after step \d+"
+            self.told("asked"), r"going on from step \d+\n(.*\n)*dialog_jax train: stopped by SIGINT after step \d+"
         )
         self.run_whole("asked")
         self.assert_like_whole("asked")
@@ -233,7 +232,9 @@ class KillTest(absltest.TestCase):
         told = pipe.read_text(encoding="utf-8")
         process.join()
         self.assertEqual(process.exitcode, 1, told)
-        self.assertRegex(told, r"train.py: a checkpoint could not be written: .*\. Those before it stay\. Make room")
+        self.assertRegex(
+            told, r"dialog_jax train: a checkpoint could not be written: .*\. Those before it stay\. Make room"
+        )
         kept = [path.name for path in (self.directory / "full" / "checkpoints").iterdir() if "tmp" not in path.name]
         self.assertContainsSubset(before, kept)
         self.run_whole("full")

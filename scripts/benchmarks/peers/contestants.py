@@ -194,7 +194,9 @@ def compute_our_loss(settings: Settings, out: pathlib.Path) -> tuple[float, int]
     """
     score = [
         sys.executable,
-        str(REPOSITORY / "scripts" / "score.py"),
+        "-m",
+        "dialog_jax",
+        "score",
         f"--model={settings.model}",
         f"--data={settings.inputs / 'compared.jsonl'}",
         f"--out={out}",

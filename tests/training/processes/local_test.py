@@ -12,7 +12,7 @@ import time
 
 from absl.testing import absltest, parameterized
 
-_FILE = pathlib.Path(__file__).parents[2] / "experiments" / "launch" / "local.py"
+_FILE = pathlib.Path(__file__).parents[3] / "experiments" / "launch" / "local.py"
 
 
 def launched(code, processes=2):

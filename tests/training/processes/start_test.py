@@ -7,7 +7,7 @@ import sys
 from absl.testing import absltest, parameterized
 
 from dialog_jax.training import distributed
-from tests.scripts import running
+from tests.commands import running
 
 
 class StartTest(parameterized.TestCase):
@@ -42,7 +42,9 @@ class StartTest(parameterized.TestCase):
             f"--output_dir={self.create_tempdir().full_path}/run",
             "--num_processes=2",
         )
-        self.assertRegex(error, "train.py: --coordinator_address, .* are for runs on many hosts. Add --distributed")
+        self.assertRegex(
+            error, "dialog_jax train: --coordinator_address, .* are for runs on many hosts. Add --distributed"
+        )
 
 
 if __name__ == "__main__":

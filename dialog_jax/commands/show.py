@@ -1,6 +1,6 @@
 """Shows one dialogue as training sees it: the text of its tree, what of it is trained on, and where it branches.
 
-    python scripts/show.py --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --index=7
+    dialog_jax show --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --index=7
 
     ⟦ ⟧     trained on; ⟦0.5: ⟧ with that weight, if it is not 1
     ⏎ ⇥     a line break and a tab of the text; a line that ends without ⏎ goes on in the next
@@ -15,14 +15,13 @@ token is visible to those from itself to before its `end`.
 import collections
 import dataclasses
 import itertools
-import sys
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import rich.console
 import rich.text
 import transformers
-from absl import app, flags
+from absl import flags
 
 from dialog_jax.audit import inspection
 from dialog_jax.dialogues.dialogue import Dialogue
@@ -278,22 +277,13 @@ def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.C
     console.print(f"\n{totals(tree, trained)}", soft_wrap=True)
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
-    try:
-        objective = ObjectiveConfig(
-            name=_OBJECTIVE.value,
-            roles=tuple(_ROLES.value),
-            turn_discount=_TURN_DISCOUNT.value,
-            turn_weights=turn_weights(),
-            normalise=_NORMALISE.value,
-            merge_weights=_MERGE_WEIGHTS.value,
-        )
-        show(find(_INDEX.value), objective, rich.console.Console(highlight=False))
-    except (ValueError, OSError) as error:
-        sys.exit(f"show.py: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+def main() -> None:
+    objective = ObjectiveConfig(
+        name=_OBJECTIVE.value,
+        roles=tuple(_ROLES.value),
+        turn_discount=_TURN_DISCOUNT.value,
+        turn_weights=turn_weights(),
+        normalise=_NORMALISE.value,
+        merge_weights=_MERGE_WEIGHTS.value,
+    )
+    show(find(_INDEX.value), objective, rich.console.Console(highlight=False))

@@ -1,16 +1,15 @@
 """Draws a run: loss over steps, and held-out loss by turn before and after.
 
-    python scripts/plot.py --run=runs/quickstart
+    dialog_jax plot --run=runs/quickstart
 
-Writes plot.png into the directory of the run, which is the --output_dir of scripts/train.py.
+Writes plot.png into the directory of the run, which is the --output_dir of dialog_jax train.
 """
 
 import pathlib
-import sys
 from typing import Any
 
 import matplotlib
-from absl import app, flags, logging
+from absl import flags, logging
 
 matplotlib.use("Agg")  # no window, and none needed
 
@@ -18,10 +17,11 @@ import matplotlib.pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
+from dialog_jax.commands import entry
 from dialog_jax.errors import UserError
 from dialog_jax.training import metrics
 
-_RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of scripts/train.py.", required=True)
+_RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of dialog_jax train.")
 
 _TRAIN, _HELD_OUT, _BEFORE, _AFTER = "#9aa5b1", "#3d4852", "#c2681f", "#1f5fa8"
 _FEWEST_TARGETS = 100  # a turn with fewer held-out tokens is not drawn: its mean says little
@@ -36,7 +36,7 @@ def plot(run: pathlib.Path) -> pathlib.Path:
     steps = metrics.read_records(run / "metrics.jsonl")
     evaluations = metrics.read_records(run / "evaluation.jsonl")
     if not steps or not evaluations:
-        raise UserError(f"{run} has no figures to draw. Name the --output_dir of scripts/train.py, after a step.")
+        raise UserError(f"{run} has no figures to draw. Name the --output_dir of dialog_jax train, after a step.")
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), dpi=150, layout="constrained")
         _draw_steps(left, steps, evaluations)
@@ -103,7 +103,7 @@ def _frame(axes: Axes) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _label(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def _label(axes: Axes, ends: list[tuple[int | float, float, str, str]]) -> None:
     """Writes (x, y, text, colour) right of where lines end, far enough apart to be read."""
     low, high = axes.get_ylim()
     apart = 0.06 * (high - low)
@@ -116,15 +116,6 @@ def _label(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
-    try:
-        print(plot(pathlib.Path(_RUN.value)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"plot.py: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+    print(plot(pathlib.Path(entry.required(_RUN, "runs/mine"))))

@@ -1,20 +1,16 @@
-"""scripts/check.py on tiny models in directories: what it prints, and what it exits with."""
+"""dialog_jax check on tiny models in directories: what it prints, and what it exits with."""
 
-import contextlib
-import io
 import json
 import pathlib
-import sys
 import tempfile
 from unittest import mock
 
-from absl import flags
 from absl.testing import absltest
 
 from dialog_jax.batching import batches
 from dialog_jax.model import pretrained
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 from tests.training import tiny
 
 _THOUGHT = "<think>\nten and nine\n</think>\n\n"
@@ -41,19 +37,9 @@ class CheckTest(absltest.TestCase):
             pretrained.save_pretrained(self.directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
         data = self.directory / "data.jsonl"
         data.write_text("".join(json.dumps(each) + "\n" for each in records))
-        argv = ["check.py", f"--model={self.directory / 'model'}", f"--data={data}", *arguments]
-        out, error, code = io.StringIO(), io.StringIO(), 0
-        with running.loaded("check") as module, mock.patch.object(sys, "argv", argv):
-            rest = flags.FLAGS(argv)
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-                try:
-                    module.main(rest)
-                except SystemExit as stop:
-                    code = stop.code
-        if isinstance(code, str):  # as the interpreter does with a sentence
-            error.write(code)
-            code = 1
-        return code, out.getvalue(), error.getvalue()
+        told, error = running.run("check", f"--model={self.directory / 'model'}", f"--data={data}", *arguments)
+        code = int(error.rpartition("[exit code ")[2].rstrip("]")) if "[exit code " in error else 0
+        return code, told, error
 
     def test_dialogues_that_spell_special_tokens_agree(self):
         spelled = record(1)
@@ -119,10 +105,10 @@ class CheckTest(absltest.TestCase):
     def test_user_errors_exit_with_1_and_a_sentence(self):
         code, told, error = self.check([record(1)], f"--data={self.directory / 'none.jsonl'}")
         self.assertEqual((code, told), (1, ""))
-        self.assertIn("check.py: none.jsonl: no such file.", error)
+        self.assertIn("dialog_jax check: none.jsonl: no such file.", error)
         code, _, error = self.check([record(1)], f"--model={self.directory / 'none'}")
         self.assertEqual(code, 1)
-        self.assertStartsWith(error, "check.py: ")
+        self.assertStartsWith(error, "dialog_jax check: ")
         code, _, error = self.check([record(1)], "--chat_template_kwargs={")
         self.assertEqual(code, 1)
         self.assertIn("--chat_template_kwargs is not JSON", error)

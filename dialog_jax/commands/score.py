@@ -1,6 +1,6 @@
 """Scores dialogues: how many nats a model needs for each response, given what stands before it.
 
-    python scripts/score.py --model=runs/quickstart/model --data=assets/chitchat/validation.jsonl --out=scores.jsonl
+    dialog_jax score --model=runs/quickstart/model --data=assets/chitchat/validation.jsonl --out=scores.jsonl
 
 Writes one line of JSON a dialogue, in the order of the input:
 
@@ -17,7 +17,7 @@ log-probabilities, in the place of every token that is scored: what a student ne
 this model as its teacher (`data.teacher`). Dialogues then need different ids.
 
 `--passes=one` reads a dialogue once for all of its responses. `--passes=k` reads each response with its own history, as
-slowly and simply as it can be done; the two must agree to rounding, which scripts/check.py looks into.
+slowly and simply as it can be done; the two must agree to rounding, which dialog_jax check looks into.
 """
 
 import collections
@@ -26,14 +26,14 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import rich.console
-from absl import app, flags, logging
+from absl import flags, logging
 
+from dialog_jax.commands import entry
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
@@ -122,62 +122,53 @@ def _warning(score: Score, context: int) -> str:
     return ""
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
-    compilation_cache.enable(lambda line: print(f"score.py: {line}", file=sys.stderr))
+    compilation_cache.enable(entry.print_message)
     dtype = jnp.dtype(_DTYPE.value)
-    try:
-        for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):
-            if file and pathlib.Path(file).is_dir():
-                raise UserError(f"--{flag}={file} is a directory; name a file.")
-        if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
-            raise UserError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
-        files = [pathlib.Path(file).resolve() for file in (_DATA.value, _OUT.value, _TOP_K_OUT.value) if file]
-        if len(set(files)) < len(files):
-            raise UserError("--data, --out and --top_k_out are files of their own; two of them are the same.")
-        if _TOP_K.value and _PASSES.value == "k":
-            raise UserError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
-        dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
-        kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-        model = loading.load_model(
-            _MODEL.value,
-            dtype=dtype,
-            chat_template=_CHAT_TEMPLATE.value,
+    for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):
+        if file and pathlib.Path(file).is_dir():
+            raise UserError(f"--{flag}={file} is a directory; name a file.")
+    if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
+        raise UserError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
+    files = [pathlib.Path(file).resolve() for file in (_DATA.value, _OUT.value, _TOP_K_OUT.value) if file]
+    if len(set(files)) < len(files):
+        raise UserError("--data, --out and --top_k_out are files of their own; two of them are the same.")
+    if _TOP_K.value and _PASSES.value == "k":
+        raise UserError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
+    dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
+    kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+    model = loading.load_model(
+        _MODEL.value,
+        dtype=dtype,
+        chat_template=_CHAT_TEMPLATE.value,
+        chat_template_kwargs=kwargs,
+        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+    )
+    if _PASSES.value == "k":
+        scores = k_passes.score_dialogues(
+            dialogues,
+            model.tokenizer,
+            model.config,
+            model.parameters,
             chat_template_kwargs=kwargs,
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+            compute_dtype=dtype,
         )
-        if _PASSES.value == "k":
-            scores = k_passes.score_dialogues(
-                dialogues,
-                model.tokenizer,
-                model.config,
-                model.parameters,
-                chat_template_kwargs=kwargs,
-                allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-                compute_dtype=dtype,
-            )
-        else:
-            scores = scoring.score_dialogues(
-                dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
-            )
-        console = rich.console.Console(stderr=True, highlight=False)
-        with contextlib.ExitStack() as stack:
-            if _TOP_K.value:
-                add = stack.enter_context(
-                    teacher.write_file(
-                        pathlib.Path(_TOP_K_OUT.value),
-                        top_k=_TOP_K.value,
-                        tokenizer=fingerprint(model.tokenizer),
-                        vocabulary=model.config.vocab_size,
-                    )
+    else:
+        scores = scoring.score_dialogues(
+            dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
+        )
+    console = rich.console.Console(stderr=True, highlight=False)
+    with contextlib.ExitStack() as stack:
+        if _TOP_K.value:
+            add = stack.enter_context(
+                teacher.write_file(
+                    pathlib.Path(_TOP_K_OUT.value),
+                    top_k=_TOP_K.value,
+                    tokenizer=fingerprint(model.tokenizer),
+                    vocabulary=model.config.vocab_size,
                 )
-                scores = _recorded(scores, add)
-            print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"score.py: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+            )
+            scores = _recorded(scores, add)
+        print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))

@@ -1,6 +1,6 @@
 """Tells what training would see of a file of dialogues, before any accelerator is rented.
 
-    python scripts/audit.py --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --out=audit.json
+    dialog_jax audit --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --out=audit.json
 
 Figures first: what is trained on, whether the chat template writes history as it was generated, with what responses
 end, how many tokens are whose, and what rows of several lengths would hold. Then what was found, the worst first:
@@ -12,20 +12,19 @@ end, how many tokens are whose, and what rows of several lengths would hold. The
 each with the first places and what to do. A bad record or dialogue is counted and named, and the rest is looked at.
 `--out` has the same as JSON, with up to ten places of each kind; the file appears when it is complete.
 
-The exit code is 0 without errors, 1 with errors in the data, and 2 if nothing could be looked at.
+Exit code: 0 without errors, 2 with errors in the data, 1 if the audit could not be made.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterable, Iterator
 
 import rich.console
 import rich.status
 import rich.table
-from absl import app, flags
+from absl import flags
 
 from dialog_jax.audit import figures as audit_lib
 from dialog_jax.audit import inspection
@@ -54,6 +53,7 @@ _ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
 _OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
 _ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
 
+_ERRORS = 2  # exit code
 _SHOWN = 3  # places of each kind
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -197,29 +197,18 @@ def _counted(records: Iterable[Dialogue | ValueError], status: rich.status.Statu
         yield record
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
-    try:
-        objective = ObjectiveConfig(name=_OBJECTIVE.value, roles=tuple(_ROLES.value))
-        tokenizer, renderer = inspection.load_renderer(
-            _TOKENIZER.value,
-            chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
-            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-        )
-        with rich.console.Console(stderr=True).status("reading") as status:
-            records = _counted(inspection.iterate_dialogues(_DATA.value, split=_SPLIT.value), status)
-            audit = audit_lib.audit(records, tokenizer, renderer, objective=objective, max_length=_MAX_LENGTH.value)
-        if _OUT.value:
-            write(audit, objective, pathlib.Path(_OUT.value))
-    except (ValueError, OSError) as error:
-        print(f"audit.py: {error}", file=sys.stderr)
-        sys.exit(2)
+def main() -> int:
+    objective = ObjectiveConfig(name=_OBJECTIVE.value, roles=tuple(_ROLES.value))
+    tokenizer, renderer = inspection.load_renderer(
+        _TOKENIZER.value,
+        chat_template=_CHAT_TEMPLATE.value,
+        chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
+        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+    )
+    with rich.console.Console(stderr=True).status("reading") as status:
+        records = _counted(inspection.iterate_dialogues(_DATA.value, split=_SPLIT.value), status)
+        audit = audit_lib.audit(records, tokenizer, renderer, objective=objective, max_length=_MAX_LENGTH.value)
+    if _OUT.value:
+        write(audit, objective, pathlib.Path(_OUT.value))
     show(audit, rich.console.Console(highlight=False))
-    if any(finding.level == "error" for finding in audit.findings):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    app.run(main)
+    return _ERRORS if any(finding.level == "error" for finding in audit.findings) else 0

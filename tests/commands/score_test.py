@@ -1,4 +1,4 @@
-"""scripts/score.py against one forward pass a response, on tiny random models.
+"""dialog_jax score against one forward pass a response, on tiny random models.
 
 The oracle renders and tokenises every turn with the tokenizer's own chat interface and runs prompt ++ response alone.
 """
@@ -19,9 +19,9 @@ from absl.testing import absltest, parameterized
 from dialog_jax.evaluation import scoring
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.trees import dataset, prefix_tree
+from tests.commands import running
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
-from tests.scripts import running
 from tests.training import tiny
 
 _OTHER = {"role": "assistant", "content": "<think>\nlong ago\n</think>\n\nFine.", "weight": 2.0}
@@ -303,7 +303,7 @@ class ScoreTest(parameterized.TestCase):
         written, told, error = self.score([_DIALOGUES[0], '{"messages": [{"role": "user", "content": "Hi"}'])
         self.assertIsNone(written)
         self.assertEmpty(told)
-        self.assertRegex(error, r"score\.py: data\.jsonl:2: not JSON")
+        self.assertRegex(error, r"dialog_jax score: data\.jsonl:2: not JSON")
         self.assertEqual(sorted(path.name for path in self.directory.iterdir()), sorted([*before, "data.jsonl"]))
         self.out.write_text('{"id": "earlier"}\n')
         written, _, error = self.score([{"messages": [{"role": "bot", "content": "Hi"}]}])

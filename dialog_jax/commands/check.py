@@ -1,6 +1,6 @@
 """Checks on your model, template and data that one pass over a dialogue equals a pass for each of its responses.
 
-    python scripts/check.py --model=assets/smollm2-135m-instruct --data=assets/chitchat/validation.jsonl
+    dialog_jax check --model=assets/smollm2-135m-instruct --data=assets/chitchat/validation.jsonl
 
 Takes a random sample of dialogues, packs them into rows and runs training's own update on them; then runs every
 response by itself behind its prompt, as the tokenizer's chat interface gives the two. Compared are the token ids and
@@ -8,19 +8,17 @@ positions that each response token sees, weights, the loss of every response, an
 and every parameter's own. All in float32. The end is a table of the largest differences and where they are, and a
 verdict.
 
-The program exits with 0 if the two agree, with 2 if they do not or if there was nothing to compare, and with 1 if it
-could not be run.
+Exit code: 0 if the two agree, 2 if they do not or if nothing was compared, 1 if the check could not be run.
 """
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from absl import app, flags, logging
+from absl import flags, logging
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
@@ -113,34 +111,29 @@ def _row(what: str, finding: Finding) -> list[str]:
     return [what, f"{finding.compared:,}", shown, allowed, f"{where}\n{one_pass} | {k_passes}"]
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+def main() -> int:
     logging.set_verbosity(logging.WARNING)
     console = rich.console.Console(stderr=True, highlight=False)
-    try:
-        dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
-        kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-        model = loading.load_model(
-            _MODEL.value,
-            chat_template=_CHAT_TEMPLATE.value,
+    dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
+    kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
+    model = loading.load_model(
+        _MODEL.value,
+        chat_template=_CHAT_TEMPLATE.value,
+        chat_template_kwargs=kwargs,
+        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+    )
+    chosen = draw(dialogues, _DIALOGUES.value, _SEED.value)
+    with console.status("rendering") as status:
+        outcome = agreement.compare(
+            chosen,
+            model.tokenizer,
+            model.config,
+            model.parameters,
             chat_template_kwargs=kwargs,
             allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+            max_length=_MAX_LENGTH.value or min(_LONGEST_ROW, model.config.max_length),
+            tell=status.update,
         )
-        chosen = draw(dialogues, _DIALOGUES.value, _SEED.value)
-        with console.status("rendering") as status:
-            outcome = agreement.compare(
-                chosen,
-                model.tokenizer,
-                model.config,
-                model.parameters,
-                chat_template_kwargs=kwargs,
-                allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-                max_length=_MAX_LENGTH.value or min(_LONGEST_ROW, model.config.max_length),
-                tell=status.update,
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"check.py: {error}")
     name = pathlib.PurePath(_DATA.value).name
     out = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     if not out.is_terminal:
@@ -148,9 +141,4 @@ def main(arguments: list[str]) -> None:
     out.print(f"sample     {len(chosen):,} of the {len(dialogues):,} dialogues of {name}, seed {_SEED.value}")
     show(outcome, out)
     print(verdict(outcome))
-    if not outcome.passed:
-        sys.exit(_DISAGREE)
-
-
-if __name__ == "__main__":
-    app.run(main)
+    return 0 if outcome.passed else _DISAGREE

@@ -1,4 +1,4 @@
-"""scripts/export.py on a run directory made by hand: the chosen step's parameters, bit for bit, and no overwriting."""
+"""dialog_jax export on a run directory made by hand: the chosen step's parameters, bit for bit, and no overwriting."""
 
 import json
 import pathlib
@@ -15,8 +15,8 @@ from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, run_directory
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.train_step import make_state
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 from tests.training import tiny
 
 

@@ -1,4 +1,4 @@
-"""What scripts/plot.py draws is what the run wrote."""
+"""What dialog_jax plot draws is what the run wrote."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import tempfile
 import matplotlib.pyplot as plt
 from absl.testing import absltest
 
-from tests.scripts import running
+from tests.commands import running
 
 
 def _evaluation(step, losses, targets):

@@ -1,15 +1,16 @@
 """Shows one held-out dialogue up to a response, what the human wrote there, and what each model writes.
 
-    python scripts/compare.py --models=assets/smollm2-135m-instruct,runs/quickstart/model \\
+    dialog_jax compare --models=assets/smollm2-135m-instruct,runs/quickstart/model \\
         --data=assets/chitchat/validation.jsonl --index=103 --turn=1
 """
 
+import itertools
 import pathlib
-import sys
 import textwrap
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from dialog_jax.commands import entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
@@ -87,21 +88,11 @@ def _print(label: str, text: str, width: int) -> None:
         print(f"{label if number == 0 else '':>{width}}  {line}")
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
-    compilation_cache.enable(lambda line: print(f"compare.py: {line}", file=sys.stderr))
-    try:
-        found = next(
-            (d for n, d in enumerate(read_dialogues(_DATA.value, split=_SPLIT.value)) if n == _INDEX.value), None
-        )
-        if found is None:
-            raise UserError(f"{_DATA.value} has no dialogue {_INDEX.value}; --index counts them from 0.")
-        compare(_MODELS.value, found, _TURN.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"compare.py: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+    compilation_cache.enable(entry.print_message)
+    dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
+    dialogue = next(itertools.islice(dialogues, _INDEX.value, None), None)
+    if dialogue is None:
+        raise UserError(f"{_DATA.value} has no dialogue {_INDEX.value}; --index counts them from 0.")
+    compare(_MODELS.value, dialogue, _TURN.value)

@@ -1,4 +1,4 @@
-"""scripts/compare.py shows the history, the human and each model, and nothing of what comes after."""
+"""dialog_jax compare shows the history, the human and each model, and nothing of what comes after."""
 
 import json
 import pathlib
@@ -7,8 +7,8 @@ import tempfile
 from absl.testing import absltest
 
 from dialog_jax.model import pretrained
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 from tests.training import tiny
 
 _MESSAGES = [

@@ -1,4 +1,4 @@
-"""scripts/plan.py from flags to text, and the shapes that it knows."""
+"""dialog_jax plan from flags to text, and the shapes that it knows."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.model import decoder, hf_config, pretrained
 from dialog_jax.training.config import MeshConfig
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -74,7 +74,13 @@ class PlanTest(absltest.TestCase):
 
     def test_more_devices_than_this_process_has_are_simulated(self):
         ran = subprocess.run(
-            [sys.executable, "scripts/plan.py", *self.flags("--devices=16", "--kind=tpu-v5e", "--config.rows=16")],
+            [
+                sys.executable,
+                "-m",
+                "dialog_jax",
+                "plan",
+                *self.flags("--devices=16", "--kind=tpu-v5e", "--config.rows=16"),
+            ],
             cwd=_ROOT,
             env={name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
             | {"PYTHONPATH": str(_ROOT)},
@@ -88,11 +94,16 @@ class PlanTest(absltest.TestCase):
 
     def test_errors_are_explained(self):
         for flags, message in (
-            (["--devices=4"], "plan.py: JAX shows 8 devices of 4: it was started before this script."),
-            (["--devices=8", "--config.rows=3"], "plan.py: rows is 3, but rows are divided as"),
-            (["--devices=8", "--config.mesh.fsdp=3"], "plan.py: mesh sizes .* do not multiply to the 8 devices"),
-            (["--devices=8", "--config.model=no/such"], "plan.py: model 'no/such' is no directory or file here"),
-            (["--devices=8", "--config.steps=-1"], "plan.py: steps is -1"),
+            (["--devices=8", "--config.rows=3"], "dialog_jax plan: rows is 3, but rows are divided as"),
+            (
+                ["--devices=8", "--config.mesh.fsdp=3"],
+                "dialog_jax plan: mesh sizes .* do not multiply to the 8 devices",
+            ),
+            (
+                ["--devices=8", "--config.model=no/such"],
+                "dialog_jax plan: model 'no/such' is no directory or file here",
+            ),
+            (["--devices=8", "--config.steps=-1"], "dialog_jax plan: steps is -1"),
         ):
             with self.subTest(flags):
                 told, error = self.run_plan("--kind=h100", *flags)
@@ -102,7 +113,7 @@ class PlanTest(absltest.TestCase):
     def test_experiment_that_is_not_there_is_named(self):
         with mock.patch.dict(os.environ):
             _, error = running.run("plan", "--config=experiments/nope.py", "--devices=8", "--kind=cpu")
-        self.assertRegex(error, r"(?s)the experiment cannot be read.*experiments/nope\.py")
+        self.assertRegex(error, r"--config=experiments/nope.py: no such file")
 
 
 class ShapesTest(parameterized.TestCase):

@@ -1,4 +1,4 @@
-"""scripts/show.py: the picture must give back the text it shows, and each token's line what the tree is."""
+"""dialog_jax show: the picture must give back the text it shows, and each token's line what the tree is."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 
 _GUTTER = 9
 
@@ -266,10 +266,13 @@ class ShowTest(parameterized.TestCase):
         records = [{"prompt": "Hi"}, good]
         self.assertIn("⟦Hello!", self.picture(records, "--index=1"))
         for flags, told in (
-            (["--index=0"], r"show\.py: dialogue 0 \(data\.jsonl:1\): has the keys 'prompt'"),
-            (["--index=2"], r"show\.py: --index=2: the data has 2 records, counted from 0"),
-            (["--index=1", "--turn_weights=0"], r"show\.py: dialogue 1 \(data.jsonl:2\) has nothing to train on"),
-            (["--index=1", "--turn_weights=a"], r"show\.py: --turn_weights=a"),
+            (["--index=0"], r"dialog_jax show: dialogue 0 \(data\.jsonl:1\): has the keys 'prompt'"),
+            (["--index=2"], r"dialog_jax show: --index=2: the data has 2 records, counted from 0"),
+            (
+                ["--index=1", "--turn_weights=0"],
+                r"dialog_jax show: dialogue 1 \(data.jsonl:2\) has nothing to train on",
+            ),
+            (["--index=1", "--turn_weights=a"], r"dialog_jax show: --turn_weights=a"),
         ):
             out, error = self.show(records, *flags)
             self.assertRegex(error, told)

@@ -1,8 +1,8 @@
 """Writes a model that a run has trained as a Hugging Face directory, for transformers, vLLM and the scripts here.
 
-    python scripts/export.py --checkpoint=runs/quickstart --out=runs/quickstart/model
+    dialog_jax export --checkpoint=runs/quickstart --out=runs/quickstart/model
 
---checkpoint is the --output_dir of scripts/train.py. The directory appears when it is complete: float32 safetensors,
+--checkpoint is the --output_dir of dialog_jax train. The directory appears when it is complete: float32 safetensors,
 config.json, the tokenizer with its chat template, and export.json, which names the checkpoint it was made of. If it is
 there already and was made of the same checkpoint, nothing is done.
 """
@@ -11,12 +11,11 @@ import hashlib
 import json
 import pathlib
 import shutil
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
@@ -24,7 +23,7 @@ from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, metrics, run_directory
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Directory of a run: the --output_dir of scripts/train.py.", required=True
+    "checkpoint", None, "Directory of a run: the --output_dir of dialog_jax train.", required=True
 )
 _OUT = flags.DEFINE_string(
     "out", None, "Directory to write; must not exist, or be empty, or hold this very export.", required=True
@@ -92,15 +91,6 @@ def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == source
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
-    try:
-        print(export(pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value), step=_STEP.value))
-    except (ValueError, OSError) as error:
-        sys.exit(f"export.py: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+    print(export(pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value), step=_STEP.value))

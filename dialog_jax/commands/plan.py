@@ -1,24 +1,23 @@
 """Says before anything is rented whether a run fits its devices and about how fast it would be.
 
-    python scripts/plan.py --config=experiments/llama_8b.py --devices=8 --kind=h100
+    dialog_jax plan --config=experiments/llama_8b.py --devices=8 --kind=h100
 
-Takes an experiment and overrides as scripts/train.py does. The train step is compiled for that many simulated devices
+Takes an experiment and overrides as dialog_jax train does. The train step is compiled for that many simulated devices
 on the CPU; nothing is allocated, and of the model only config.json is read. Counts are those of the partitioned
 program, before the CPU's own passes. Sizes are in GB of 1e9 bytes.
 """
 
 import os
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
+from dialog_jax.commands import config_flag, entry
 from dialog_jax.errors import UserError
 from dialog_jax.model import hf_config, pretrained, tensor_files
 from dialog_jax.model.decoder import DecoderConfig
@@ -26,12 +25,12 @@ from dialog_jax.planning import compiling, estimating, hlo, workload
 from dialog_jax.planning.compiling import StepPlan
 from dialog_jax.planning.estimating import Chip
 from dialog_jax.planning.workload import Workload
-from dialog_jax.training import config, metrics, sharding
+from dialog_jax.training import metrics, sharding
 from dialog_jax.training.config import TrainConfig
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as experiments/llama_8b.py.")
-_DEVICES = flags.DEFINE_integer("devices", None, "How many devices.", lower_bound=1, required=True)
-_KIND = flags.DEFINE_enum("kind", None, [*estimating.CHIPS, "cpu"], "What they are; cpu gives no times.", required=True)
+_CONFIG = config_flag.define()
+_DEVICES = flags.DEFINE_integer("devices", None, "How many devices.", lower_bound=1)
+_KIND = flags.DEFINE_enum("kind", None, [*estimating.CHIPS, "cpu"], "What they are; cpu gives no times.")
 _EFFICIENCY = flags.DEFINE_float(
     "efficiency", 0.5, "Share of the published peak that matrix products reach.", lower_bound=0.01, upper_bound=1.0
 )
@@ -50,47 +49,28 @@ _TARGETS = flags.DEFINE_float(
     upper_bound=1,
 )
 _DIALOGUES = flags.DEFINE_integer("sample", 1000, "Dialogues of the data to look at, at most.", lower_bound=1)
-flags.mark_flag_as_required("config")
 
-_SHAPES = pathlib.Path(__file__).parents[1] / "experiments" / "shapes"
-
-
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """Parses the command line."""
-    try:
-        return app.parse_flags_with_usage(list(arguments))
-    except (AttributeError, KeyError) as error:
-        sys.exit(f"plan.py: {error}; scripts/train.py --help lists the fields of --config")
+_SHAPES = pathlib.Path(__file__).parents[1] / "planning" / "shapes"
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
-    _simulate(_DEVICES.value)
-    try:
-        asked = config.from_config_dict(_CONFIG.value.copy_and_resolve_references())
-    except OSError as error:  # what ml_collections keeps until the config is read
-        sys.exit(f"plan.py: the experiment cannot be read. {str(error).rpartition('Failed loading ')[2].strip()}")
-    except ValueError as error:
-        sys.exit(f"plan.py: {error}")
-    try:
-        _plan(asked)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan.py: {error}")
+def main() -> None:
+    devices, kind = entry.required(_DEVICES, "8"), entry.required(_KIND, "h100")
+    config = config_flag.read(_CONFIG)
+    _simulate(devices)
+    _plan(config, kind)
 
 
 def _simulate(devices: int) -> None:
     # Read when JAX looks for devices, which importing it does not do.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     jax.config.update("jax_platforms", "cpu")
-    if jax.device_count() != devices:
-        sys.exit(f"plan.py: JAX shows {jax.device_count()} devices of {devices}: it was started before this script.")
+    assert jax.device_count() == devices, f"JAX was initialized before: it has {jax.device_count()} devices."
 
 
-def _plan(asked: TrainConfig) -> None:
+def _plan(asked: TrainConfig, kind: str) -> None:
     model = _shape(asked.model)
     mesh = sharding.make_mesh(asked.mesh)
-    chip = estimating.CHIPS.get(_KIND.value)
+    chip = estimating.CHIPS.get(kind)
     if chip:  # slices may be smaller than the largest there are
         chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
     narrow = asked.compute_dtype == "bfloat16" or (asked.compute_dtype == "auto" and chip is not None)
@@ -106,7 +86,7 @@ def _plan(asked: TrainConfig) -> None:
         attention_pairs=-(-work.attention_pairs // (asked.rows * asked.gradient_accumulation)),
     )
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    print(f"{asked.model} on {mesh.size} x {_KIND.value}: {axes}; compiled in {step.seconds:.0f} s")
+    print(f"{asked.model} on {mesh.size} x {kind}: {axes}; compiled in {step.seconds:.0f} s")
     for line in step.uneven_layouts:
         print(f"on the mesh: {line}")
     sections = [
@@ -123,23 +103,24 @@ def _plan(asked: TrainConfig) -> None:
 
 
 def _shape(name: str) -> DecoderConfig:
-    """The shape of the model: of a directory or file here, of experiments/shapes, or of config.json on the Hub."""
+    """The shape of the model: of a directory or file here, of planning/shapes, or of config.json on the Hub."""
     path = pathlib.Path(name).expanduser()
     if path.exists():
         return pretrained.load_config(path)
     file = _SHAPES / f"{path.name}.json"
     if not file.exists():
+        known = ", ".join(sorted(path.stem for path in _SHAPES.glob("*.json")))
         try:
             file = pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
         except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
             raise UserError(
-                f"model {name!r} is no directory or file here, {file.name} is not in experiments/shapes, and its "
+                f"model {name!r} is no directory or file here, the shapes that are known are {known}, and its "
                 f"config.json could not be had from the Hugging Face Hub ({type(error).__name__})."
             ) from error
     return hf_config.from_json(file, tensor_files.read_json(file))
 
 
-def _gigabytes(size: float) -> str:
+def _gigabytes(size: int | float) -> str:
     return f"{size / 1e9:12.3f}"
 
 
@@ -216,7 +197,3 @@ def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, 
         yield f"  {hours * best:,.1f} to {hours * worst:,.1f} hours for {work.updates:,} steps"
     else:
         yield f"  hours unknown: {asked.epochs:g} epochs of data that is not here. Give --config.steps."
-
-
-if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)

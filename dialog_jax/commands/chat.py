@@ -1,7 +1,7 @@
 """Chats with a model in the terminal.
 
-    python scripts/chat.py --model=runs/quickstart/model
-    python scripts/chat.py --model=runs/quickstart/model --message="How was your weekend?"
+    dialog_jax chat --model=runs/quickstart/model
+    dialog_jax chat --model=runs/quickstart/model --message="How was your weekend?"
 
 Type a message and press return; the reply appears as it is written, and Ctrl-C stops it. `/reset` starts a new
 dialogue, `/quit` (or Ctrl-D) leaves. With --message there is one reply, and nothing else on standard output. What the
@@ -12,8 +12,9 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from dialog_jax.commands import entry
 from dialog_jax.dialogues.dialogue import Message
 from dialog_jax.inference import chat, generation, loading
 from dialog_jax.rendering import chat_template as chat_template_lib
@@ -104,27 +105,18 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
-    compilation_cache.enable(lambda line: print(f"chat.py: {line}", file=sys.stderr))
-    try:
-        model = loading.load_model(
-            _MODEL.value,
-            chat_template=_CHAT_TEMPLATE.value,
-            chat_template_kwargs=chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
-            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-        )
-        opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
-        if _MESSAGE.value is not None:
-            session = generation.Session(model.config, model.parameters)
-            speak(model, session, [*opening, Message(role="user", content=_MESSAGE.value)])
-        else:
-            converse(model, opening)
-    except (ValueError, OSError) as error:
-        sys.exit(f"chat.py: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+    compilation_cache.enable(entry.print_message)
+    model = loading.load_model(
+        _MODEL.value,
+        chat_template=_CHAT_TEMPLATE.value,
+        chat_template_kwargs=chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
+        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
+    )
+    opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
+    if _MESSAGE.value is not None:
+        session = generation.Session(model.config, model.parameters)
+        speak(model, session, [*opening, Message(role="user", content=_MESSAGE.value)])
+    else:
+        converse(model, opening)

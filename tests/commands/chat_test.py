@@ -16,8 +16,8 @@ from absl.testing import absltest
 from dialog_jax.dialogues.dialogue import Message
 from dialog_jax.inference import chat, generation, loading
 from dialog_jax.model import decoder, pretrained
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 from tests.training import tiny
 
 _HELLO = [Message(role="user", content="Hello!")]
@@ -118,7 +118,7 @@ class ChatTest(absltest.TestCase):
     def test_script_reports_a_model_that_is_not_there(self):
         out, error = running.run("chat", "--model=./nowhere", "--message=Hi")
         self.assertEmpty(out)
-        self.assertRegex(error, "^chat.py: model .*nowhere")
+        self.assertRegex(error, "^dialog_jax chat: model .*nowhere")
 
     def test_conversation_keeps_its_history_until_reset(self):
         typed = ["Hello!", "/what", "", "And?", "/reset", "Hello!", "/quit", "never read"]
@@ -128,8 +128,7 @@ class ChatTest(absltest.TestCase):
             shown.append([(message.role, message.content) for message in messages])
             return iter([chat.ReplyChunk("Fi"), chat.ReplyChunk("ne.", "turn")])
 
-        with running.loaded("chat") as script:
-            script.flags.FLAGS(["chat.py", f"--model={self.path}"])
+        with running.loaded("chat", f"--model={self.path}") as script:
             out = io.StringIO()
             with (
                 mock.patch.object(builtins, "input", side_effect=typed),

@@ -1,4 +1,4 @@
-"""scripts/audit.py: what it prints, writes and returns."""
+"""dialog_jax audit: what it prints, writes and returns."""
 
 import json
 import pathlib
@@ -7,8 +7,8 @@ from unittest import mock
 
 from absl.testing import absltest
 
+from tests.commands import running
 from tests.rendering import chat_templates
-from tests.scripts import running
 
 _GOOD = [{"id": f"d{i}", "prompt": f"{i}?", "completion": "Hello!"} for i in range(3)]
 _THINKS = {
@@ -61,9 +61,9 @@ class AuditTest(absltest.TestCase):
         (role,) = [line for line in told.splitlines() if line.strip().startswith("user messages")]
         self.assertIn(f" {written['roles']['user']} ", role)
 
-    def test_errors_exit_with_1_and_the_rest_is_looked_at(self):
+    def test_errors_exit_with_2_and_the_rest_is_looked_at(self):
         told, error, written = self.audit([_GOOD[0], '{"prompt": "Hi', {"prompt": "Hi"}, _GOOD[1]])
-        self.assertEqual(error, "1")
+        self.assertEqual(error, "[exit code 2]")
         self.assertIn("4 records, 2 of them refused; 2 dialogues have something to train on", told)
         self.assertRegex(told, r"error    records that are no dialogue: 2 of 4\. .*\n {9}data\.jsonl:2: not JSON at ")
         self.assertIn("\n         dialogue 2 (data.jsonl:3): has the keys 'prompt'", told)
@@ -73,7 +73,7 @@ class AuditTest(absltest.TestCase):
 
     def test_only_bad_records_have_no_tables(self):
         told, error, written = self.audit(['{"prompt": "Hi'])
-        self.assertEqual(error, "1")
+        self.assertEqual(error, "[exit code 2]")
         self.assertIn("no dialogue has anything to train on. Give assistant messages a weight above 0", told)
         self.assertNotIn("max_length", told)
         self.assertEqual(written["fills"], [])
@@ -110,7 +110,7 @@ class AuditTest(absltest.TestCase):
         _, _, written = self.audit([_GOOD[0], long], *flags)
         self.assertEqual(written["targets"], written["roles"]["responses"])
 
-    def test_nothing_that_can_be_read_exits_with_2_and_writes_nothing(self):
+    def test_nothing_that_can_be_read_exits_with_1_and_writes_nothing(self):
         for records, flags, told in (
             ([], (), "there is no record"),
             (_GOOD, ("--data=nowhere.jsonl",), "no such file"),
@@ -118,7 +118,7 @@ class AuditTest(absltest.TestCase):
             (_GOOD, ("--objective=roles", "--roles=bot"), "objective.roles"),
         ):
             out, error, written = self.audit(records, *flags)
-            self.assertRegex(error, rf"(?s)^audit\.py: .*{told}.*2$")
+            self.assertRegex(error, rf"(?s)^dialog_jax audit: .*{told}.*\[exit code 1\]$")
             self.assertEmpty(out)
             self.assertIsNone(written)
 
@@ -130,7 +130,7 @@ class AuditTest(absltest.TestCase):
         chat_templates.train_tokenizer("chatml").save_pretrained(tokenizer)
         with mock.patch.object(pathlib.Path, "replace", side_effect=OSError("disk full")):
             _, error = running.run("audit", f"--tokenizer={tokenizer}", f"--data={data}", f"--out={self.out}")
-        self.assertRegex(error, r"(?s)audit\.py: disk full.*2$")
+        self.assertRegex(error, r"(?s)dialog_jax audit: disk full.*\[exit code 1\]$")
         self.assertEqual(self.out.read_text(), '{"earlier": 1}')
         self.assertLen(list(self.out.parent.iterdir()), 1)
 

@@ -1,0 +1,76 @@
+"""`--config=FILE` and `--config.FIELD=VALUE`, with the same meaning in every command that looks at data or a model.
+
+FILE is a Python file with a function `get_config()`, as in experiments/; without it, the defaults of `TrainConfig`
+apply. FIELD is the path of a field, such as `optimizer.learning_rate`.
+"""
+
+import importlib.util
+import pathlib
+import re
+import sys
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from dialog_jax.errors import UserError
+from dialog_jax.training import config
+from dialog_jax.training.config import TrainConfig
+
+
+def define() -> flags.FlagHolder:
+    """Defines both flags; `read` returns what they say. Takes `--config=FILE` out of sys.argv.
+
+    Raises:
+      UserError: there is no such file, its config is refused, or a field that a flag names does not exist.
+    """
+    parser = flags.FlagValues()
+    parser.set_gnu_getopt(True)
+    file = flags.DEFINE_string("config", None, "", flag_values=parser)
+    sys.argv = parser(sys.argv, known_only=True)
+    fields = _load(pathlib.Path(file.value)) if file.value else config.to_config_dict(TrainConfig())
+    for argument in sys.argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            _check_field(match[1], fields)
+    return config_flags.DEFINE_config_dict("config", fields, "Overrides a field of the config.", sys_argv=sys.argv)
+
+
+def read(flag: flags.FlagHolder) -> TrainConfig:
+    """Returns the config, with its overrides.
+
+    Raises:
+      UserError: a field has a value that it cannot have.
+    """
+    return config.from_config_dict(flag.value.copy_and_resolve_references())
+
+
+def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config of a file. What its code raises, other than a UserError, is a bug in it and propagates."""
+    if not file.is_file():
+        raise UserError(
+            f"--config={file}: no such file. Name a Python file with a function get_config(), such as "
+            "experiments/finetune.py, or leave --config out for the defaults."
+        )
+    spec = importlib.util.spec_from_file_location("dialog_jax_config", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={file}: not a Python file. Its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={file}: has no function get_config(). Copy experiments/finetune.py.")
+    return module.get_config()
+
+
+def _check_field(path: str, fields: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the config has no field of this path, and names those that are there."""
+    place: Any = fields
+    names = path.split(".")
+    for depth, name in enumerate(names):
+        if not isinstance(place, ml_collections.ConfigDict) or name not in place:
+            parent = ".".join(["config", *names[:depth]])
+            there = ", ".join(place) if isinstance(place, ml_collections.ConfigDict) else ""
+            raise UserError(
+                f"--config.{path}: {parent} has no field {name!r}; it has {there or 'none'}. --help describes them."
+            )
+        place = place[name]
