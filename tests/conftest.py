@@ -1,1 +1,34 @@
-"""Makes pytest import `tests` in its first process, which makes the directory of compiled programs for its workers."""
+"""Which tests are `full`: those so marked, those of some directories, and those of most template families.
+
+Importing `tests` in pytest's first process also makes the directory of compiled programs that its workers share.
+"""
+
+import pathlib
+
+import pytest
+
+_TESTS = pathlib.Path(__file__).parent
+_FULL_DIRECTORIES = ("benchmarks", "experiments")
+# One byte-level, one that strips reasoning from the history, one with SentencePiece's spaces.
+_QUICK_FAMILIES = ("chatml", "qwen3", "mistral")
+_FULL_FAMILIES = ("llama3", "gemma", "plain", "phi3")
+
+
+def _in_full_directory(item: pytest.Item) -> bool:
+    return item.path.relative_to(_TESTS).parts[0] in _FULL_DIRECTORIES
+
+
+def _is_of_full_families(item: pytest.Item) -> bool:
+    """Whether all families among a parameterized test's parameters are of the full tier."""
+    parameters = getattr(getattr(item, "function", None), "__x_params_repr__", "")  # what absl shows of them
+    quick, full = (any(f"'{name}'" in parameters for name in names) for names in (_QUICK_FAMILIES, _FULL_FAMILIES))
+    return full and not quick
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A file runs in one worker. The longest are those of the full tier: they start first, so that no worker ends alone.
+    long_files = {item.path for item in items if item.get_closest_marker("full") or _in_full_directory(item)}
+    items.sort(key=lambda item: item.path not in long_files)
+    for item in items:
+        if _in_full_directory(item) or _is_of_full_families(item):
+            item.add_marker(pytest.mark.full)
