@@ -1,17 +1,17 @@
-"""Does what comes later in a dialogue change the loss of an earlier response, when all are computed in one pass?
+"""Does what comes later in a dialogue change the loss of an earlier response, if all are computed in one pass?
 
-Question:  in one concatenated pass the whole dialogue is there at once, so one may think that later messages reach the
-           losses of earlier responses. (a) How much does each response's loss change when a user message is replaced?
+Question:  one pass reads the whole dialogue at once, so one may think that later messages influence the losses of
+           earlier responses. (a) How much does the loss of each response change when a user message is replaced?
            (b) How strongly does it depend on the input at each position, before and after it?
 Command:   python experiments/causality.py
 Hardware:  two cores of an AMD EPYC with AVX-512; 1.9 GB of memory.
-Time:      1.0 min on a machine shared with other work, 0.9 min of CPU time.
-Result:    no. (a) In a held-out ChitChat dialogue of 6 responses, replacing one user message after the other left all
-           603 losses of response tokens before it equal in all bits, and moved the response right after it by +1.4 to
-           +18.7 nats. (b) Of 1,537 gradients at tokens in the context of a response none is 0; the 1,049 at later
-           tokens are all exactly 0. With reasoning stripped from history, so are all 215 at tokens that come later or
-           stand on another branch, among them reasoning that stands before the response in the row. What one pass adds
-           up over responses is the gradient of the parameters, as K separate passes do.
+Time:      1.0 min on a shared machine, 0.9 min of CPU time.
+Result:    no. (a) In a held-out ChitChat dialogue of 6 responses, each user message was replaced in turn. All 603
+           losses of response tokens before the replaced messages stayed equal in all bits; the next response changed by
+           +1.4 to +18.7 nats. (b) All 1,537 gradients with respect to tokens in the context of a response are nonzero;
+           all 1,049 with respect to later tokens are exactly 0. With reasoning stripped from history, so are all 215
+           with respect to tokens that are later or on another branch, including reasoning that precedes the response in
+           the row. The gradients of the parameters are summed over responses, as in K separate passes.
            experiments/results/causality.md, causality.png
 """
 
@@ -51,13 +51,13 @@ from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 
-_RESPONSES = 6  # of the dialogue that is looked at: the first held-out one that has so many
+_RESPONSES = 6  # the experiment uses the first held-out dialogue with this many
 _OTHER_MESSAGE = "Let us speak of something else. Which mountain is the highest one in Europe?"
 
-# The least influence must not look like none, which is white.
+# The weakest influence must be distinguishable from none, which is white.
 _SHADES = colors.ListedColormap(colormaps["Blues"](np.linspace(0.15, 1, 256)))
 
-# History is rendered without reasoning, as templates of reasoning models do.
+# Renders history without reasoning, like the templates of reasoning models.
 _STRIPPING_TEMPLATE = """\
 {%- for message in messages -%}
 {%- set content = message.content if loop.last else message.content.split('</think>')[-1] | trim -%}
@@ -79,37 +79,37 @@ _REASONED = Dialogue(
 
 
 class Replaced(NamedTuple):
-    """How the losses of K responses change when one of M user messages is replaced."""
+    """Changes of the losses of K responses when one of M user messages is replaced."""
 
     changes: Float[np.ndarray, "M K"]
-    """In nats, summed over the response."""
+    """Nats, summed over the response."""
     earlier: int
-    """Number of pairs of a replaced message and a response's token before it."""
+    """Number of pairs of a replaced message and a response token before it."""
     largest_earlier: float
-    """The largest change of the loss of such a token, in nats."""
+    """Largest change of the loss of such a token, in nats."""
 
 
 class Influence(NamedTuple):
-    """How strongly each of K responses depends on each of N tokens of a tree."""
+    """Dependence of K responses on the N tokens of a tree."""
 
     norm: Float[np.ndarray, "K N"]
-    """Of the gradient of the response's loss, in nats, with respect to the token's input embedding."""
+    """Norm of the gradient of the response's loss, in nats, with respect to the token's input embedding."""
     context: Bool[np.ndarray, "K N"]
     """Whether the token is in the context of the response: an ancestor of one of its tokens."""
     response: Bool[np.ndarray, "K N"]
-    """Whether it belongs to the response."""
+    """Whether the token belongs to the response."""
 
     @property
     def outside(self) -> float:
-        """The largest norm at a token that is not in the context."""
+        """Largest norm over the tokens outside the context."""
         return float(self.norm[~self.context].max(initial=0.0))
 
 
 def response_losses(model: Model, dialogues: Sequence[Dialogue]) -> list[list[Float[np.ndarray, " tokens"]]]:
-    """For each dialogue, the loss of each token of each of its responses; all dialogues in rows of one length.
+    """Returns the loss of each token, per dialogue and response; all rows have the same length.
 
     Raises:
-      UserError: a dialogue does not fit a row.
+      UserError: a dialogue is longer than a row.
     """
     trees = dataset.prepare(
         dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
@@ -126,7 +126,7 @@ def response_losses(model: Model, dialogues: Sequence[Dialogue]) -> list[list[Fl
 
 
 def replace_messages(model: Model, dialogue: Dialogue, content: str) -> Replaced:
-    """What becomes of the losses of all responses when one user message has another content, for each of these."""
+    """Returns the changes of the losses of all responses when the content of each user message is replaced in turn."""
     messages = dialogue.messages
     users = [index for index, message in enumerate(messages) if message.role == "user"]
     responses = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -150,7 +150,7 @@ def replace_messages(model: Model, dialogue: Dialogue, content: str) -> Replaced
 
 
 def influence(config: DecoderConfig, parameters: dict, trees: Trees) -> Influence:
-    """How strongly each response of the first tree depends on each of its tokens."""
+    """Returns the dependence of each response of the first tree on each of its tokens."""
     tree = trees.tree(0)
     size = len(tree.tokens)
     norms, contexts, responses = [], [], []
@@ -166,13 +166,13 @@ def influence(config: DecoderConfig, parameters: dict, trees: Trees) -> Influenc
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> Float[Array, "T D"]:
-    """The gradient of a row's loss with respect to what each of its tokens gives to the first layer."""
+    """Returns the gradient of a row's loss with respect to the input of the first layer at each token."""
     length = row.tokens.shape[1]
     one_token_a_place = dataclasses.replace(config, vocab_size=length)
     unembedding = decoder.unembedding(config, parameters)
 
     def loss_of(embedded):
-        # A table of embeddings with a line a position makes the input of every position a variable of its own.
+        # With one embedding per position, the input of each position is a separate variable.
         own = parameters | {"embedding": embedded}
         places = jnp.arange(length)[None, :]
         hidden = decoder.hidden_states(one_token_a_place, own, places, row.position, row.subtree_end)
@@ -182,7 +182,7 @@ def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> 
 
 
 def _ancestors(tree: Tree, nodes: Iterable[int]) -> Bool[np.ndarray, " N"]:
-    """Which tokens are proper ancestors of one of `nodes`."""
+    """Returns which tokens are proper ancestors of one of `nodes`."""
     found = np.zeros(len(tree.tokens), bool)
     for node in nodes:
         above = int(tree.parent[node])
@@ -277,7 +277,7 @@ def _influence_table(found: Mapping[str, Influence]) -> str:
         inside, outside = int(own.context.sum()), int((~own.context).sum())
         reached = int((own.norm[own.context] > 0).sum())
         rows.append([name, *(f"{count:,}" for count in (tokens, turns, inside, reached, outside)), f"{own.outside:g}"])
-    header = ["", "tokens", "responses", "pairs in the context", "of them above 0", "other pairs", "largest of them"]
+    header = ["", "tokens", "responses", "pairs in the context", "nonzero", "other pairs", "largest of these"]
     return report.table(header, rows)
 
 
@@ -299,18 +299,18 @@ def main(options: Options) -> None:
         options,
         _draw(replaced, linear, branching),
         [
-            f'Dialogue {dialogue.id}. Each of its user messages was replaced by "{_OTHER_MESSAGE}", and the loss of '
-            f"every response computed again, in one pass over a row of {harness.MAX_LENGTH} tokens. Change in nats:",
+            f'Dialogue {dialogue.id}. Each user message in turn was replaced by "{_OTHER_MESSAGE}", and the loss of '
+            f"every response was recomputed in one pass over a row of {harness.MAX_LENGTH} tokens. Change in nats:",
             _changes_table(replaced.changes),
-            f"Before a replaced message stand {replaced.earlier:,} losses of single tokens in all; "
+            f"Losses of tokens before a replaced message: {replaced.earlier:,} in all; "
             + (
-                "each is equal in all bits to what it was."
+                "each is equal in all bits to the original."
                 if replaced.largest_earlier == 0
                 else f"the largest difference is {replaced.largest_earlier:.1e} nats."
             ),
             "Influence: the norm of the gradient of a response's loss with respect to the input embedding of a token, "
             "for every pair of a response and a token. The token is in the context of the response if it is an "
-            "ancestor of one of its tokens; the others come later, or stand on another branch.",
+            "ancestor of one of its tokens; the other tokens are later or on another branch.",
             _influence_table({"the dialogue": linear, "reasoning stripped from history": branching}),
         ],
         seconds=time.perf_counter() - started,

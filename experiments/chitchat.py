@@ -1,8 +1,8 @@
-"""How well does SmolLM2-135M-Instruct learn to write like the people of ChitChat, given all of their dialogues?
+"""How well does SmolLM2-135M-Instruct learn to write like the people of ChitChat from all of their dialogues?
 
 Command:   dialog_jax train --config=experiments/chitchat.py --output_dir=runs/chitchat
 Hardware:  one GPU of 16 GB or more, or a Colab TPU. 3 epochs read about 11 M tokens.
-           On a TPU of several cores, rows of a micro-batch must be a multiple of the cores: 8 suits all of them.
+           On a TPU with several cores, `rows` must be a multiple of the number of cores; 8 works for all sizes.
 Time:      not run yet.
 Result:    not run yet.
 """

@@ -1,14 +1,14 @@
-"""How does cost grow: with the row, with the turns of a dialogue, with the data set, and with the vocabulary?
+"""How does cost grow with the row length, the turns of a dialogue, the size of the data and the vocabulary?
 
-Question:  Packed short dialogues should cost the same in long rows as in short ones, a dialogue of many turns the same
-           as one of few that is as long, a data set should be prepared in time proportional to it and in bounded
-           memory, and no array of rows x tokens x vocabulary should ever exist. Do they?
+Question:  the time per token of packed short dialogues should not depend on the row length, the time of a dialogue
+           should not depend on its number of turns, preparing data should take time proportional to its size in bounded
+           memory, and no array of size rows x tokens x vocabulary should exist. Is that so?
 Command:   python experiments/cost_growth.py
 Hardware:  two cores of an AMD EPYC with AVX-512.
 Time:      3.7 min.
-Result:    a token's time grows as T^0.09 from rows of 512 to 8,192; an update's as K^0.03 in one pass and K^0.74 in K;
-           1,000 to 16,000 dialogues take 4.1 to 25.7 s and 0.29 GB; with a vocabulary of 262,144, temporaries are
-           0.87 GB where the logits alone would be 4.3.
+Result:    the time per token grows as T^0.09 for rows of 512 to 8,192 tokens, the time of an update as K^0.03 in one
+           pass and as K^0.74 in K passes; 1,000 to 16,000 dialogues are prepared in 4.1 to 25.7 s and 0.29 GB; with a
+           vocabulary of 262,144, temporaries are 0.87 GB where the logits alone would be 4.3 GB.
 """
 
 import dataclasses
@@ -51,22 +51,22 @@ _BENCHMARK = pathlib.Path(__file__).parents[1] / "scripts" / "benchmarks" / "dat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is varied, and what stays."""
+    """Values of the varied sizes, and of the fixed ones."""
 
     lengths: Sequence[int] = (512, 1024, 2048, 4096, 8192)
-    """Of a row; dialogues are no longer than the first of them, and a step has the tokens of the last."""
+    """Tokens per row. Dialogues have at most the first of these lengths; a step has as many tokens as the last."""
     turns: Sequence[int] = (1, 2, 4, 8, 16, 32)
     dialogue: int = 2048
-    """Tokens of the dialogue that has so many turns."""
+    """Tokens of the dialogue whose turns are varied."""
     data_sets: Sequence[int] = (1000, 2000, 4000, 8000, 16000)
-    """Dialogues."""
+    """Number of dialogues."""
     vocabularies: Sequence[int] = (8192, 16384, 32768, 65536, 131072, 262144)
     rows: tuple[int, int] = (1, 4096)
-    """B and T of the step whose memory is looked at; the loss holds the logits of a tile of targets of each row."""
+    """B and T of the step whose memory is measured; the loss holds the logits of one tile of targets per row."""
     width: int = 128
-    """Of the model: two layers, so that attention and the loss are most of the work."""
+    """Width of the model, which has two layers, so that attention and the loss dominate."""
     repeats: int = 5
-    """Steps that are timed, of which the median is told."""
+    """Timed steps; the median is reported."""
 
     def model(self, vocabulary: int = 2048) -> DecoderConfig:
         """Returns a small decoder."""
@@ -86,14 +86,14 @@ class Sizes:
 
 
 class Point(NamedTuple):
-    """One measurement: what was varied, and what it cost."""
+    """The costs at one value of the varied size."""
 
     x: int
     costs: dict[str, float]
 
 
 def step_seconds(model: DecoderConfig, batch: Batch, *, repeats: int) -> float:
-    """Returns the median seconds of an update on `batch`, [M, B, ...], compilation and the first one left out."""
+    """Returns the median seconds of an update on `batch`, [M, B, ...], without compilation and the first update."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     transform = optimizer.make_optimizer(OptimizerConfig(), repeats + 1)
     state, shardings = train_step.initialize_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
@@ -107,27 +107,27 @@ def step_seconds(model: DecoderConfig, batch: Batch, *, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def of_lengths(sizes: Sizes, trees: Trees) -> Iterator[Point]:
-    """Yields the cost of a step of about as many tokens, of the same dialogues, in rows of each length."""
+def measure_lengths(sizes: Sizes, trees: Trees) -> Iterator[Point]:
+    """Yields the cost of a step on the same dialogues, with about as many tokens, for each row length."""
     model = sizes.model()
     for length in sizes.lengths:
         count = sizes.lengths[-1] // length
         plan = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=count, seed=0)
-        # An epoch's last row may be half empty. The vocabulary is not what is asked about, so a small one will do.
+        # The last row of an epoch may be half empty. A small vocabulary is enough here.
         batch = max(map(plan.batch, range(3)), key=lambda batch: int((batch.segment > 0).sum()))
         batch = batch._replace(tokens=batch.tokens % model.vocab_size, target=batch.target % model.vocab_size)
         seconds = step_seconds(model, batch, repeats=sizes.repeats)
         tokens = int((batch.segment > 0).sum())
-        yield Point(length, {"seconds": seconds, "tokens": tokens, "microseconds a token": 1e6 * seconds / tokens})
+        yield Point(length, {"seconds": seconds, "tokens": tokens, "microseconds per token": 1e6 * seconds / tokens})
 
 
-def of_turns(sizes: Sizes) -> Iterator[Point]:
-    """Yields the cost of a dialogue of one length with more and more turns: in one pass, and in one for each turn."""
+def measure_turns(sizes: Sizes) -> Iterator[Point]:
+    """Yields the cost of a dialogue of fixed length for each number of turns, in one pass and in K passes."""
     model, length = sizes.model(), sizes.dialogue
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, length).astype(np.int32)
     for count in sizes.turns:
         stops = [length * (turn + 1) // count for turn in range(count)]
-        starts = [stop - length // count // 2 for stop in stops]  # half of a turn is its response
+        starts = [stop - length // count // 2 for stop in stops]  # half of each turn is the response
         sequences = [
             (tokens[:stop], [Span(start, stop, 1.0, turn)])
             for turn, (start, stop) in enumerate(zip(starts, stops, strict=True))
@@ -147,8 +147,8 @@ def of_turns(sizes: Sizes) -> Iterator[Point]:
         yield Point(count, costs)
 
 
-def of_data_sets(sizes: Sizes, options: Options) -> Iterator[Point]:
-    """Yields what preparing so many dialogues takes: those of the data, again and again under new ids."""
+def measure_data_sets(sizes: Sizes, options: Options) -> Iterator[Point]:
+    """Yields the cost of preparing each number of dialogues: those of the data, repeated under new ids."""
     lines = [line for line in pathlib.Path(options.train).read_text(encoding="utf-8").splitlines() if line.strip()]
     for count in sizes.data_sets:
         with tempfile.TemporaryDirectory() as directory:
@@ -156,7 +156,7 @@ def of_data_sets(sizes: Sizes, options: Options) -> Iterator[Point]:
             with file.open("w", encoding="utf-8") as stream:
                 for number, line in enumerate(itertools.islice(itertools.cycle(lines), count)):
                     stream.write(json.dumps({**json.loads(line), "id": str(number)}) + "\n")
-            told = subprocess.run(
+            process = subprocess.run(
                 [
                     *(sys.executable, str(_BENCHMARK), f"--data={file}", f"--tokenizer={options.model}"),
                     *(f"--max_length={sizes.lengths[0]}", "--steps=1"),
@@ -165,13 +165,13 @@ def of_data_sets(sizes: Sizes, options: Options) -> Iterator[Point]:
                 capture_output=True,
                 text=True,
             )
-        figures = json.loads(told.stdout)
+        figures = json.loads(process.stdout)
         names = {"seconds": "prepare_seconds", "GB": "peak_memory_gb", "GB of a worker": "peak_memory_of_a_worker_gb"}
         yield Point(count, {name: figures[key] for name, key in names.items()})
 
 
-def of_vocabularies(sizes: Sizes) -> Iterator[Point]:
-    """Yields the temporaries of a compiled update, and what the logits of all its tokens would take, in bytes."""
+def measure_vocabularies(sizes: Sizes) -> Iterator[Point]:
+    """Yields bytes: the temporaries of a compiled update, and what the logits of all its tokens would take."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     transform = optimizer.make_optimizer(OptimizerConfig(), 2)
     shape = (1, *sizes.rows)
@@ -192,13 +192,13 @@ def of_vocabularies(sizes: Sizes) -> Iterator[Point]:
 
 
 def exponent(points: Sequence[Point], name: str) -> float:
-    """Returns the slope of log(cost) over log(x), by least squares: 0 is flat, 1 linear."""
+    """Returns the least-squares slope of log(cost) over log(x): 0 is constant, 1 linear."""
     x, y = np.log([(point.x, point.costs[name]) for point in points]).T
     return float(np.polyfit(x, y, 1)[0])
 
 
 def _table(what: str, points: Sequence[Point], styles: dict[str, tuple[str, float]]) -> str:
-    """Styles: for each cost its format, and what it is divided by."""
+    """Returns a table; `styles` has the format and the unit of each cost."""
     lines = [
         [f"{point.x:,}", *(format(point.costs[name] / unit, style) for name, (style, unit) in styles.items())]
         for point in points
@@ -208,7 +208,7 @@ def _table(what: str, points: Sequence[Point], styles: dict[str, tuple[str, floa
 
 
 def _lines(axes: Axes, points: Sequence[Point], lines: dict[str, tuple[str, str]], unit: float = 1.0) -> None:
-    """Lines: for each cost its colour and its words."""
+    """Plots each cost with its color and label in `lines`."""
     x = [point.x for point in points]
     for name, (color, words) in lines.items():
         axes.plot(x, [point.costs[name] / unit for point in points], color=color, marker="o", ms=3.5, label=words)
@@ -223,16 +223,16 @@ def _lines(axes: Axes, points: Sequence[Point], lines: dict[str, tuple[str, str]
 def _draw(measured: dict[str, list[Point]], sizes: Sizes) -> Figure:
     with report.style():
         figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
-        _lines(first, measured["lengths"], {"microseconds a token": (report.BLUE, "an update")})
+        _lines(first, measured["lengths"], {"microseconds per token": (report.BLUE, "an update")})
         title = f"Short dialogues, {sizes.lengths[-1]:,} tokens a step, in rows of T"
-        first.set(xlabel="T", ylabel="microseconds a token", title=title)
+        first.set(xlabel="T", ylabel="microseconds per token", title=title)
         ways = {"one pass": (report.BLUE, "one pass"), "K passes": (report.ORANGE, "K passes, packed")}
         _lines(second, measured["turns"], ways)
         second.set(xlabel="turns K", ylabel="seconds", title=f"A dialogue of {sizes.dialogue:,} tokens")
         _lines(third, measured["data"], {"seconds": (report.BLUE, "seconds")})
         third.set(xlabel="dialogues", title="Preparing a data set")
         third.set_xscale("linear")
-        third.get_legend().remove()  # the axes say it, in the lines' colours
+        third.get_legend().remove()  # the colors of the axis labels identify the lines
         third.set_ylabel("seconds", color=report.BLUE)
         memory = third.twinx()
         x = [point.x for point in measured["data"]]
@@ -258,14 +258,14 @@ def main(options: Options, sizes: Sizes | None = None) -> None:
     sizes = sizes or Sizes()
     started = time.perf_counter()
     renderer = Renderer(load_tokenizer(options.model))
-    needed = 2 * sizes.lengths[-1] // 100  # dialogues of a hundred tokens and more
+    needed = 2 * sizes.lengths[-1] // 100  # dialogues have a hundred tokens and more
     dialogues = list(itertools.islice(read_dialogues(options.train), needed))
     trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=sizes.lengths[0])
     ways = {
-        "vocabularies": of_vocabularies(sizes),
-        "lengths": of_lengths(sizes, trees),
-        "turns": of_turns(sizes),
-        "data": of_data_sets(sizes, options),
+        "vocabularies": measure_vocabularies(sizes),
+        "lengths": measure_lengths(sizes, trees),
+        "turns": measure_turns(sizes),
+        "data": measure_data_sets(sizes, options),
     }
     measured: dict[str, list[Point]] = {}
     for name, points in ways.items():
@@ -278,24 +278,24 @@ def main(options: Options, sizes: Sizes | None = None) -> None:
         options,
         _draw(measured, sizes),
         [
-            f"The model has random parameters, two layers of width {sizes.width} and a vocabulary of 2,048 where that "
-            f"is not what is varied; seconds are the median of {sizes.repeats} updates in float32. The last line of "
-            "each table has the exponent p of cost ~ x^p: 0 is flat, 1 is linear.",
-            "## The row: the same dialogues, as many tokens a step, in longer rows",
+            f"The model has random parameters, two layers of width {sizes.width} and, unless it is varied, a "
+            f"vocabulary of 2,048. Seconds are medians of {sizes.repeats} updates in float32. The last line of each "
+            "table is the exponent p of cost ~ x^p: 0 is constant, 1 is linear.",
+            "## Row length: the same dialogues, as many tokens per step, in longer rows",
             _table(
                 "T",
                 measured["lengths"],
-                {"seconds": (".3f", 1), "tokens": (",.0f", 1), "microseconds a token": (".1f", 1)},
+                {"seconds": (".3f", 1), "tokens": (",.0f", 1), "microseconds per token": (".1f", 1)},
             ),
-            "## Turns: a dialogue of the same length, half of it responses",
+            "## Turns: a dialogue of fixed length, half of it responses",
             _table("turns K", measured["turns"], {"one pass": (".3f", 1), "K passes": (".3f", 1)}),
-            f"## The data set: prepared in as many processes as there are processors, to {sizes.lengths[0]:,} tokens",
+            f"## Data: prepared with one process per processor, at most {sizes.lengths[0]:,} tokens per dialogue",
             _table(
                 "dialogues",
                 measured["data"],
                 {"seconds": (".1f", 1), "GB": (".3f", 1), "GB of a worker": (".3f", 1)},
             ),
-            "## The vocabulary: what XLA sets aside for an update besides parameters and moments, in GB",
+            "## Vocabulary: memory that XLA reserves for an update besides parameters and moments, in GB",
             _table("vocabulary", measured["vocabularies"], gigabytes),
         ],
         seconds=time.perf_counter() - started,

@@ -1,14 +1,14 @@
-"""Does the signal of a weak teacher train a student, with the data's own tokens and without them?
+"""Does a weak teacher help a student, with and without the tokens of the data?
 
-Question:  the teacher is SmolLM2-135M-Instruct as published, which ChitChat surprises much; the student is every fifth
-           of its layers with its embedding. At the same start and on the same rows, what does the student learn from
-           the tokens of the data alone, from the teacher's 32 likeliest tokens alone, and from half of each?
+Question:  the teacher is SmolLM2-135M-Instruct as published, which predicts ChitChat poorly; the student consists of
+           every fifth of its layers and its embedding. From the same start and on the same rows, what does the student
+           learn from the tokens of the data, from the teacher's top 32 tokens, and from half of each?
 Command:   python experiments/distillation.py
 Hardware:  two cores of an AMD EPYC with AVX-512, shared with other work.
 Time:      29.0 min, 12.1 min of CPU time over all cores.
-Result:    held-out loss after 40 steps: 6.51 nats a token with tokens alone, 6.27 with the teacher alone
-           (-0.23 +- 0.14) and 6.09 with half of each (-0.41 +- 0.07), from 17.56; the teacher itself has 3.99. In the
-           first 8 steps tokens alone are ahead. One seed.
+Result:    held-out loss after 40 steps: 6.51 nats per token from the tokens alone, 6.27 from the teacher alone
+           (-0.23 +- 0.14) and 6.09 from half of each (-0.41 +- 0.07); 17.56 before; the teacher itself has 3.99. In the
+           first 8 steps, the tokens alone are ahead. One seed.
 """
 
 import dataclasses
@@ -52,23 +52,23 @@ CHOICES = {
 _BASE = "tokens alone"
 _COLORS = {"tokens alone": report.BLUE, "half and half": report.GREEN, "teacher alone": report.ORANGE}
 _TOP_K = 32
-_READ = 1000  # dialogues of the training file, of which the first that fit a row whole are used
+_READ = 1000  # dialogues read from the training file; the first that fit in a row are used
 _DIALOGUES = 128
-_EVERY = 5  # of the teacher's layers one is the student's
+_EVERY = 5  # the student has every fifth layer of the teacher
 _LEARNING_RATE = 1e-3
 _WARMUP_STEPS = 5
-_EVALUATIONS = 5  # of each training, besides the one before
+_EVALUATIONS = 5  # per training, without the one before it
 
 
-def student_of(model: Model) -> Model:
-    """Every fifth layer of a model, from the first on, between its own embedding and final norm."""
+def make_student(model: Model) -> Model:
+    """Returns a model with every fifth layer, starting with the first, and the same embedding and final norm."""
     layers = jax.tree.map(lambda leaf: leaf[::_EVERY], model.parameters["layers"])
     config = dataclasses.replace(model.config, layers=len(jax.tree.leaves(layers)[0]))
     return model._replace(config=config, parameters={**model.parameters, "layers": layers})
 
 
-def dialogues_that_fit(model: Model, path: str) -> list[Dialogue]:
-    """The first dialogues of a file that fit a row whole."""
+def select_fitting_dialogues(model: Model, path: str) -> list[Dialogue]:
+    """Returns the first dialogues of a file that fit in a row without truncation."""
     read = list(itertools.islice(read_dialogues(path), _READ))
     trees = _prepare(read, model, truncate="drop")
     fitting = set(trees.ids[:_DIALOGUES])
@@ -81,8 +81,8 @@ def _prepare(dialogues: Iterable[Dialogue], model: Model, **options: Any) -> Tre
     )
 
 
-def taught_by(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
-    """What the model says of the dialogues' responses, in a file at `path`, as dialog_jax score --top_k writes it."""
+def write_teacher(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
+    """Writes the model's top-k tokens for all responses to `path`, as `dialog_jax score --top_k` does, and opens it."""
     scores = scoring.score_dialogues(
         dialogues, model.renderer, model.config, model.parameters, compute_dtype=jnp.float32, top_k=_TOP_K
     )
@@ -96,7 +96,7 @@ def taught_by(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -
 def train(
     student: Model, name: str, trees: Trees, held_out: Trees, before: Losses, options: Options
 ) -> dict[int, Losses]:
-    """The held-out losses after some steps of one training; those `before` are given."""
+    """Returns {step: held-out losses} of one training, with `before` at step 0."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     adam = OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=min(_WARMUP_STEPS, options.steps - 1))
     transform = optimizer.make_optimizer(adam, options.steps)
@@ -111,7 +111,7 @@ def train(
         loss_config=CHOICES[name],
     )
     score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
-    plan = harness.plan_of(trees, options.seed)
+    plan = harness.make_plan(trees, options.seed)
     evaluated = np.linspace(0, options.steps, _EVALUATIONS + 1).astype(int)
     losses = {0: before}
     for number, batch in enumerate(plan.batches(0, options.steps), 1):
@@ -124,7 +124,7 @@ def train(
 
 
 def _mean(losses: Losses, other: Losses | None = None) -> Mean:
-    """Of the losses, or of their differences to another model's of the same targets."""
+    """Returns the mean of the losses, or of their differences from another model's on the same targets."""
     values = losses.nll if other is None else losses.nll - other.nll
     return harness.mean_over(values, np.ones(len(values)), losses.tree)
 
@@ -152,7 +152,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Losses]], of_teac
     before = _mean(losses[_BASE][0]).value
     axes.set(
         title=f"The student's held-out loss, by what it learns from ({before:.1f} before)",
-        ylabel="held-out loss (nats a token)",
+        ylabel="held-out loss (nats per token)",
     )
     report.label_ends(axes, ends)
 
@@ -170,12 +170,12 @@ def _draw_differences(axes: Axes, losses: Mapping[str, Mapping[int, Losses]]) ->
             marker="o",
             markersize=3.5,
             linewidth=1.4,
-            capsize=0 if name == _BASE else 2,  # against itself it has no error
+            capsize=0 if name == _BASE else 2,  # the baseline has no error
         )
         ends.append((steps[-1], means[-1].value, name, _COLORS[name]))
     axes.set(
         title=f"Against {_BASE}",
-        ylabel="difference of held-out loss (nats a token)\nabove 0 is worse; bars: 95 % intervals",
+        ylabel="difference of held-out loss (nats per token)\nabove 0 is worse; bars: 95 % intervals",
     )
     report.label_ends(axes, ends)
 
@@ -192,31 +192,31 @@ def _table(losses: Mapping[str, Mapping[int, Losses]]) -> str:
 def main(options: Options) -> None:
     started = time.perf_counter()
     model = loading.load_model(options.model)
-    dialogues = dialogues_that_fit(model, options.train)
+    dialogues = select_fitting_dialogues(model, options.train)
     held_out = _prepare(read_dialogues(options.validation), model)
     with tempfile.TemporaryDirectory() as directory:
-        file = taught_by(model, dialogues, pathlib.Path(directory) / "teacher.safetensors")
-        print(f"the teacher has read {len(dialogues)} dialogues: {time.perf_counter() - started:.0f} s", flush=True)
+        file = write_teacher(model, dialogues, pathlib.Path(directory) / "teacher.safetensors")
+        print(f"the teacher has scored {len(dialogues)} dialogues: {time.perf_counter() - started:.0f} s", flush=True)
         trees = _prepare(dialogues, model, teacher=file)
         score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
         of_teacher = harness.held_out_losses(score_step, model.parameters, held_out)
-        student = student_of(model)
+        student = make_student(model)
         del model
         score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
         before = harness.held_out_losses(score_step, student.parameters, held_out)
         losses = {name: train(student, name, trees, held_out, before, options) for name in CHOICES}
-        left = 1 - np.exp(file.top_log_probability.astype(np.float64)).sum(axis=-1).mean()
-    epochs = options.steps * harness.ROWS / harness.plan_of(trees, options.seed).rows_per_epoch
+        rest = 1 - np.exp(file.top_log_probability.astype(np.float64)).sum(axis=-1).mean()
+    epochs = options.steps * harness.ROWS / harness.make_plan(trees, options.seed).rows_per_epoch
     report.write(
         options,
         _draw(losses, of_teacher),
         [
             f"The student has {student.config.layers} layers. Three trainings from the same start on the same rows: "
             f"{options.steps} steps of {harness.ROWS} rows of {harness.MAX_LENGTH} tokens, {epochs:.1f} epochs of "
-            f"{len(dialogues)} dialogues. They differ in the loss only: cross-entropy with the tokens of the data, "
-            f"divergence from the teacher's {_TOP_K} likeliest tokens, which leave {left:.1%} of its probability to "
-            "the others, or half of each. The teacher alone never names the data's token as the one to predict.",
-            f"Held-out loss in nats a token; that of the teacher itself is {_mean(of_teacher).value:.3f}. "
+            f"{len(dialogues)} dialogues. They differ in the loss only: cross-entropy with the tokens of the data, KL "
+            f"divergence from the teacher on its top {_TOP_K} tokens, which leave {rest:.1%} of its probability to "
+            "the rest, or half of each. With the teacher alone, the tokens of the data are not used as targets.",
+            f"Held-out loss in nats per token; that of the teacher itself is {_mean(of_teacher).value:.3f}. "
             f"{harness.SPREAD}",
             _table(losses),
         ],

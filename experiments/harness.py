@@ -1,8 +1,8 @@
-"""Several trainings from one start, on the same rows, and what each says of the same held-out dialogues.
+"""Runs several trainings from one start on the same rows, and evaluates them on the same held-out dialogues.
 
-Enters: a loaded model, a set of trees for each training, held-out trees. Leaves: the loss of every held-out target, by
-itself, at some steps of each training; and weighted means of these with their spread over dialogues. The step of a
-training is that of `dialog_jax.training`; trainings differ in nothing but the weights in their trees.
+Enters: a loaded model, a set of trees for each training, held-out trees. Leaves: the loss of every held-out target at
+some steps of each training, and weighted means of these losses with their standard error over dialogues. The step is
+that of `dialog_jax.training`; trainings differ only in the weights in their trees.
 """
 
 import math
@@ -24,26 +24,26 @@ from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.dataset import Trees
 
-MAX_LENGTH = 512  # tokens of a row
-ROWS = 2  # of an update, one a micro-batch
+MAX_LENGTH = 512  # tokens per row
+ROWS = 2  # per update, one per micro-batch
 HELD_OUT_ROWS = 16
 LEARNING_RATE = 1e-4
 WARMUP_STEPS = 3
 
-# What stands below a table of differences.
+# Explains the errors in a table of differences.
 SPREAD = (
-    "± is 1.96 standard errors of the paired difference over held-out dialogues; what another order of the training "
-    "data would change is not in it."
+    "± is 1.96 standard errors of the paired difference over held-out dialogues; it does not include the variation "
+    "between orders of the training data."
 )
 
 
 class Losses(NamedTuple):
-    """The loss of every target of some trees, in an order that depends on the trees alone."""
+    """The loss of every target of some trees, in an order that depends only on the trees."""
 
     tree: Int[np.ndarray, " n"]
-    """Its number among the held-out trees."""
+    """Index among the held-out trees."""
     node: Int[np.ndarray, " n"]
-    """The target's place in its tree."""
+    """Index of the target in its tree."""
     turn: Int[np.ndarray, " n"]
     """-1 outside responses."""
     nll: Float[np.ndarray, " n"]
@@ -51,12 +51,12 @@ class Losses(NamedTuple):
 
 
 class Training(NamedTuple):
-    """One training."""
+    """The outcome of one training."""
 
     targets: int
-    """Trained on, counted once for every time that they were."""
+    """Number of targets over all steps."""
     losses: dict[int, Losses]
-    """Of the held-out trees after so many steps; 0 is before training."""
+    """{step: losses of the held-out trees}; step 0 is before training."""
 
 
 class Mean(NamedTuple):
@@ -79,23 +79,23 @@ def compare(
     steps: int,
     seed: int,
     evaluate_every: int = 0,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Training]:
-    """Trains `model` once for each of `trainings`, always from the same start and on the same rows.
+    """Trains `model` once for each of `trainings`, from the same start and on the same rows.
 
     Args:
-      trainings: trees of the same dialogues under several objectives. The rows are those that the first one's sizes
-        give, so no other may have more tokens in a tree.
-      evaluate_every: steps between evaluations; 0 for one before and one after. The one before is made once.
-      tell: given a line at every evaluation.
+      trainings: trees of the same dialogues under several objectives. The first one determines the rows, so no tree of
+        the others may have more tokens.
+      evaluate_every: steps between evaluations; 0 for one before and one after training.
+      log: called with a line at every evaluation.
 
     Raises:
-      UserError: the trainings are of different dialogues.
+      UserError: the trainings have different dialogues.
       FloatingPointError: a held-out loss is not finite.
     """
     first = next(iter(trainings.values()))
     _check_same_dialogues(trainings)
-    plan = plan_of(first, seed)
+    plan = make_plan(first, seed)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     adam = OptimizerConfig(learning_rate=LEARNING_RATE, warmup_steps=min(WARMUP_STEPS, steps - 1))
     transform = optimizer.make_optimizer(adam, steps)
@@ -105,13 +105,13 @@ def compare(
     def evaluate(name: str, number: int, parameters: dict) -> Losses:
         losses = held_out_losses(score_step, parameters, held_out)
         mean = losses.nll[losses.turn >= 0].mean()
-        tell(f"{name}, step {number}: held-out response loss {mean:.4f}")
+        log(f"{name}, step {number}: held-out response loss {mean:.4f}")
         if not math.isfinite(losses.nll.sum()):
             raise FloatingPointError(f"{name}, step {number}: a held-out loss is not finite. Lower the learning rate.")
         return losses
 
     before = evaluate("before training", 0, model.parameters)
-    done = {}
+    results = {}
     for name, trees in trainings.items():
         state, shardings = train_step_lib.initialize_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
         if train_step is None:
@@ -120,14 +120,14 @@ def compare(
             )
         targets, losses = 0, {0: before}
         for number in range(1, steps + 1):
-            batch = rows_of(trees, plan, number - 1)
+            batch = fill_step(trees, plan, number - 1)
             state, measured = train_step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
             targets += int(measured.targets)
             if number == steps or (evaluate_every and number % evaluate_every == 0):
                 losses[number] = evaluate(name, number, state.parameters)
-        done[name] = Training(targets, losses)
+        results[name] = Training(targets, losses)
         del state
-    return done
+    return results
 
 
 def _check_same_dialogues(trainings: Mapping[str, Trees]) -> None:
@@ -135,27 +135,27 @@ def _check_same_dialogues(trainings: Mapping[str, Trees]) -> None:
     for name, trees in trainings.items():
         if trees.ids != first.ids or (trees.sizes()[0] > first.sizes()[0]).any():
             raise UserError(
-                f"the trees of {name!r} are not of the same dialogues as those of {first_name!r}, or larger. Prepare "
-                "both from one list, and name the objective with the largest trees first."
+                f"the trees of {name!r} have other dialogues than those of {first_name!r}, or more tokens. Prepare "
+                "both from one list, and put the objective with the largest trees first."
             )
 
 
-def plan_of(trees: Trees, seed: int) -> batches.Plan:
-    """Which trees share a row, and which rows a step."""
+def make_plan(trees: Trees, seed: int) -> batches.Plan:
+    """Returns the assignment of trees to rows and of rows to steps."""
     return batches.Plan(trees, max_length=MAX_LENGTH, max_targets=MAX_LENGTH, rows=1, micro_batches=ROWS, seed=seed)
 
 
-def rows_of(trees: Trees, plan: batches.Plan, number: int) -> Batch:
-    """The batch [M, 1, ...] of step `number`: the rows of `plan`, filled with `trees`, which need not be the plan's."""
+def fill_step(trees: Trees, plan: batches.Plan, number: int) -> Batch:
+    """Returns the batch [M, 1, ...] of a step: the rows of `plan`, filled with `trees` instead of the plan's trees."""
     filled = batches.fill_rows(trees, plan.rows(number), max_length=MAX_LENGTH, max_targets=MAX_LENGTH)
     return filled.map(lambda array: array[:, None])
 
 
 def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, rows: int = HELD_OUT_ROWS) -> Losses:
-    """The loss of every target of the first `rows` rows of `trees`; which these are depends on the trees alone.
+    """Returns the loss of every target in the first `rows` rows of `trees`, which depend only on the trees.
 
     Args:
-      score_step: what `step.make_score_step` returns.
+      score_step: returned by `train_step.make_score_step`.
     """
     parts = []
     for batch, (numbers,) in batches.evaluation_batches(
@@ -167,19 +167,19 @@ def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, row
         for number in numbers:
             tree = trees.tree(number)
             _, nodes = prefix_tree.find_targets(tree)
-            own = nll[filled : filled + len(nodes)]
-            parts.append(Losses(np.full(len(nodes), number), nodes, tree.turn[nodes], own))
+            tree_nll = nll[filled : filled + len(nodes)]
+            parts.append(Losses(np.full(len(nodes), number), nodes, tree.turn[nodes], tree_nll))
             filled += len(nodes)
     return Losses(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def mean_over(values: Float[np.ndarray, " n"], weight: Float[np.ndarray, " n"], cluster: Int[np.ndarray, " n"]) -> Mean:
-    """sum(weight * values) / sum(weight), with its standard error if the clusters (dialogues) were drawn at random.
+    """Returns sum(weight * values) / sum(weight) and its standard error over clusters (dialogues) drawn at random.
 
-    Given the differences of two models' losses of the same targets, the error is that of the paired difference. How
-    much another order of the training data would have changed is not in it.
+    For differences of two models' losses on the same targets, this is the error of the paired difference. It does not
+    include the variation between orders of the training data.
 
-    Source: the linearised variance of a ratio of sums over clusters, as in Cochran, Sampling Techniques, chapter 6.
+    Source: linearized variance of a ratio of sums over clusters, as in Cochran, Sampling Techniques, chapter 6.
     """
     if not len(values):
         return Mean(math.nan, math.nan)
@@ -192,20 +192,20 @@ def mean_over(values: Float[np.ndarray, " n"], weight: Float[np.ndarray, " n"], 
     return Mean(mean, float(error))
 
 
-def seen(losses: Losses) -> str:
-    """How much a held-out loss is a mean of, as a sentence."""
+def describe_evaluation(losses: Losses) -> str:
+    """Returns a sentence about the number of held-out rows and dialogues."""
     return (
-        f"Evaluated are {HELD_OUT_ROWS} rows of {MAX_LENGTH} tokens: {len(np.unique(losses.tree))} held-out dialogues."
+        f"Evaluated on {HELD_OUT_ROWS} rows of {MAX_LENGTH} tokens: {len(np.unique(losses.tree))} held-out dialogues."
     )
 
 
 def response_sizes(losses: Losses) -> Int[np.ndarray, " n"]:
-    """For each target, how many targets its response has (for one outside responses: how many there are outside)."""
+    """Returns, for each target, the number of targets in its response, or outside of responses in its dialogue."""
     _, which, count = np.unique(np.stack([losses.tree, losses.turn]), axis=1, return_inverse=True, return_counts=True)
     return count[which.ravel()]
 
 
 def dialogue_sizes(losses: Losses) -> Int[np.ndarray, " n"]:
-    """For each target, how many targets its dialogue has."""
+    """Returns, for each target, the number of targets in its dialogue."""
     _, which, count = np.unique(losses.tree, return_inverse=True, return_counts=True)
     return count[which]

@@ -1,19 +1,19 @@
-"""Is training on log Pr(x, y) the same as on log Pr(y | x), and what is different in practice?
+"""Is training on log Pr(x, y) the same as on log Pr(y | x), and how do they differ in practice?
 
-Question:  log Pr(x, y) = log Pr(x) + log Pr(y | x), with x what stands outside the responses y. (a) If Pr(x) does not
-           depend on the parameters, do both have the same gradient? (b) In a model it does depend on them. What does
-           training on one or the other do to held-out responses, and to held-out prompts?
+Question:  log Pr(x, y) = log Pr(x) + log Pr(y | x), where x is everything outside the responses y. (a) If Pr(x) does
+           not depend on the parameters, do both have the same gradient? (b) In a model it does depend on them. What
+           does training on one or the other do to held-out responses and held-out prompts?
 Command:   python experiments/joint_vs_conditional.py
 Hardware:  two cores of an AMD EPYC with AVX-512; 4.7 GB of memory.
-Time:      24.5 min on a machine shared with other work, 14.4 min of CPU time over both cores.
-Result:    (a) yes: with Pr(x) by a frozen copy, no entry of the gradient differs from that of log Pr(y | x) by more
-           than 1e-8 of the largest. The plain gradient of log Pr(x, y) is another: 2.6 times the norm, cosine 0.65.
-           (b) 20 steps bring held-out responses from 3.950 to 3.490 with `conditional` and to 3.472 with `joint`
-           (-0.018 ± 0.017, barely more than its spread), which has 2.7 times as many targets: users of ChitChat are
-           people like those whose responses are learned, so that their messages may well teach the same. These fall
-           from 3.862 to 3.536 and 3.464 (-0.073 ± 0.017). The template and the system message, 23 %
-           of the held-out tokens, fall from 1.82 to 0.06 with `joint` and stay at 1.84 without. One order of the
-           training data.
+Time:      24.5 min on a shared machine, 14.4 min of CPU time over both cores.
+Result:    (a) yes: with Pr(x) from a frozen copy, no entry of the gradient differs from that of log Pr(y | x) by more
+           than 1e-8 of the largest. The plain gradient of log Pr(x, y) is different: 2.6 times the norm, cosine 0.65.
+           (b) 20 steps reduce the loss of held-out responses from 3.950 to 3.490 with `conditional` and to 3.472 with
+           `joint` (-0.018 ± 0.017, barely significant), which has 2.7 times as many targets. The users of ChitChat are
+           people like those whose responses are trained, so their messages may well teach the same. The loss of user
+           messages falls from 3.862 to 3.536 and 3.464 (-0.073 ± 0.017). The template and the system message, 23 % of
+           the held-out tokens, fall from 1.82 to 0.06 with `joint` and stay at 1.84 with `conditional`. One order of
+           the training data.
            experiments/results/joint_vs_conditional.md, joint_vs_conditional.png
 """
 
@@ -47,7 +47,7 @@ from dialog_jax.trees import dataset
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.objectives import ObjectiveConfig
 
-_EVALUATIONS = 4  # of each training, besides the one before
+_EVALUATIONS = 4  # per training, without the one before it
 _COLORS = {"conditional": report.BLUE, "joint": report.ORANGE}
 _PARTS = {
     "responses": "responses, y",
@@ -58,19 +58,19 @@ _PARTS = {
 
 
 class Compared(NamedTuple):
-    """The gradient of a log-probability, beside that of log Pr(y | x)."""
+    """The gradient of a log-probability, compared with that of log Pr(y | x)."""
 
     targets: int
-    """Tokens whose log-probability it is."""
+    """Number of tokens in the log-probability."""
     norm: float
     cosine: float
     largest_difference: float
-    """Of any entry, relative to the largest entry of the other gradient."""
+    """Largest difference of an entry, relative to the largest entry of the other gradient."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_probability(config: DecoderConfig, parameters: dict, batch: Batch) -> Float[Array, ""]:
-    """The sum of weight * log p over the targets of [B, ...] rows, in nats."""
+    """Returns the sum of weight * log p over the targets of [B, ...] rows, in nats."""
     hidden = decoder.hidden_states(config, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
     targets = loss.Targets(batch.source, batch.target, batch.weight)
     return -loss.weighted_loss(hidden, decoder.unembedding(config, parameters), targets)[0]
@@ -79,13 +79,13 @@ def log_probability(config: DecoderConfig, parameters: dict, batch: Batch) -> Fl
 def compare_gradients(
     config: DecoderConfig, parameters: dict, joint: Trees, conditional: Trees, rows: list[list[int]]
 ) -> dict[str, Compared]:
-    """Gradients of four log-probabilities of `rows`, each beside that of log Pr(y | x), which is among them.
+    """Returns four log-probabilities of `rows` with their gradients, each compared with that of log Pr(y | x).
 
-    Pr(x) by frozen parameters is computed by the same model, from an argument that is not differentiated.
+    Pr(x) with frozen parameters is computed by the same model from an argument that is not differentiated.
 
     Args:
-      joint: trees under the objective `joint`; what it trains on outside responses is x.
-      conditional: the same dialogues under `conditional`.
+      joint: trees with the objective `joint`; its targets outside responses are x.
+      conditional: the same dialogues with the objective `conditional`.
     """
 
     def fill(trees: Trees, keep: Bool[np.ndarray, " N"]) -> Batch:
@@ -98,24 +98,24 @@ def compare_gradients(
     only_responses = fill(conditional, np.ones_like(conditional.turn, bool))
     frozen = parameters
 
-    def with_frozen_prompts(trained):
-        return log_probability(config, frozen, prompts) + log_probability(config, trained, responses)
+    def with_frozen_prompts(parameters):
+        return log_probability(config, frozen, prompts) + log_probability(config, parameters, responses)
 
-    def of(batch):
+    def gradient_of(batch):
         return jax.grad(functools.partial(log_probability, config))(parameters, batch)
 
-    base = of(only_responses)
+    base = gradient_of(only_responses)
     targets = {"x": int((prompts.weight > 0).sum()), "y": int((responses.weight > 0).sum())}
     both = targets["x"] + targets["y"]
     return {
-        "log Pr(y given x)": _beside(base, base, int((only_responses.weight > 0).sum())),
-        "log Pr(x, y), Pr(x) by a frozen copy": _beside(jax.grad(with_frozen_prompts)(parameters), base, both),
-        "log Pr(x, y)": _beside(of(everything), base, both),
-        "log Pr(x)": _beside(of(prompts), base, targets["x"]),
+        "log Pr(y given x)": _compare(base, base, int((only_responses.weight > 0).sum())),
+        "log Pr(x, y), Pr(x) by a frozen copy": _compare(jax.grad(with_frozen_prompts)(parameters), base, both),
+        "log Pr(x, y)": _compare(gradient_of(everything), base, both),
+        "log Pr(x)": _compare(gradient_of(prompts), base, targets["x"]),
     }
 
 
-def _beside(gradient: dict, base: dict, targets: int) -> Compared:
+def _compare(gradient: dict, base: dict, targets: int) -> Compared:
     product = squares = base_squares = largest = scale = 0.0
     for own, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(base), strict=True):
         a, b = np.asarray(own, np.float64).ravel(), np.asarray(other, np.float64).ravel()
@@ -124,30 +124,30 @@ def _beside(gradient: dict, base: dict, targets: int) -> Compared:
     return Compared(targets, squares**0.5, product / (squares * base_squares) ** 0.5, largest / scale)
 
 
-def parts_of(losses: Losses, held_out: Trees, of_messages: Trees) -> dict[str, Bool[np.ndarray, " n"]]:
-    """Which targets belong to responses, to users' messages, and to neither.
+def split_targets(losses: Losses, held_out: Trees, messages: Trees) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Returns which targets belong to responses, to user messages, and to neither.
 
     Args:
-      held_out: the trees of `losses`, under `joint`.
-      of_messages: the same dialogues, with weight on the messages of users and assistants only.
+      held_out: the trees of `losses`, with the objective `joint`.
+      messages: the same dialogues with weight only on messages of users and assistants.
 
     Raises:
-      UserError: the chat template renders history anew, so that the trees differ.
+      UserError: the trees differ because the chat template does not render history as generated.
     """
     of_users = np.zeros(len(held_out.tokens), bool)
     for number in range(len(held_out)):
-        own, whole = of_messages.tree(number), held_out.tree(number)
+        own, whole = messages.tree(number), held_out.tree(number)
         size = len(own.tokens)
         if own.parent.tolist() != list(range(-1, size - 1)) or (own.tokens != whole.tokens[:size]).any():
-            raise UserError("the chat template renders history otherwise than it was generated; use another --model")
+            raise UserError("the chat template does not render history as it was generated; use another --model.")
         start = held_out.offsets[number]
         of_users[start : start + size] = (own.weight > 0) & (own.turn < 0)
     by_user = of_users[held_out.offsets[losses.tree] + losses.node]
     return {"responses": losses.turn >= 0, "users": by_user, "template": (losses.turn < 0) & ~by_user}
 
 
-def mean_of(losses: Losses, part: Bool[np.ndarray, " n"], other: Losses | None = None) -> Mean:
-    """The mean loss of a part, or its difference to another model's on the same targets."""
+def mean_loss(losses: Losses, part: Bool[np.ndarray, " n"], other: Losses | None = None) -> Mean:
+    """Returns the mean loss of a part, or its difference from another model's on the same targets."""
     values = losses.nll if other is None else losses.nll - other.nll
     return harness.mean_over(values[part], np.ones(int(part.sum())), losses.tree[part])
 
@@ -168,14 +168,14 @@ def _draw(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarray, " n"
 def _draw_part(
     axes: Axes, trainings: dict[str, Training], part: Bool[np.ndarray, " n"], dashes: str, suffix: str
 ) -> list[tuple[float, float, str, str]]:
-    """Draws the loss of a part over steps; returns the labels of the lines' ends."""
+    """Draws the loss of a part over steps and returns the labels for the ends of the lines."""
     ends = []
     for name, training in trainings.items():
         steps = sorted(training.losses)
-        means = [mean_of(training.losses[number], part).value for number in steps]
+        means = [mean_loss(training.losses[number], part).value for number in steps]
         axes.plot(steps, means, color=_COLORS[name], marker="o", markersize=4, linewidth=1.6, linestyle=dashes)
         ends.append((float(steps[-1]), means[-1], name + suffix, _COLORS[name]))
-    axes.set(xlabel="step (updates of the weights)", ylabel="held-out loss (nats a token)")
+    axes.set(xlabel="step (updates of the weights)", ylabel="held-out loss (nats per token)")
     axes.set_xticks(steps)
     axes.grid(axis="y", alpha=0.25)
     return ends
@@ -184,8 +184,8 @@ def _draw_part(
 def _summary(trainings: dict[str, Training], part: Bool[np.ndarray, " n"]) -> str:
     last = max(trainings["joint"].losses)
     joint, conditional = (trainings[name].losses[last] for name in ("joint", "conditional"))
-    before = mean_of(trainings["joint"].losses[0], part).value
-    return f"{before:.2f} before; joint - conditional after it {mean_of(joint, part, conditional).signed}"
+    before = mean_loss(trainings["joint"].losses[0], part).value
+    return f"{before:.2f} before; joint - conditional after it {mean_loss(joint, part, conditional).signed}"
 
 
 def _loss_table(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarray, " n"]], steps: int) -> str:
@@ -193,10 +193,10 @@ def _loss_table(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarray
     conditional = trainings["conditional"].losses[steps]
     rows = []
     for name, part in {**parts, "x": ~parts["responses"]}.items():
-        means = [f"{mean_of(losses, part).value:.3f}" for losses in (before, conditional, joint)]
-        rows.append([_PARTS[name], f"{int(part.sum()):,}", *means, mean_of(joint, part, conditional).signed])
+        means = [f"{mean_loss(losses, part).value:.3f}" for losses in (before, conditional, joint)]
+        rows.append([_PARTS[name], f"{int(part.sum()):,}", *means, mean_loss(joint, part, conditional).signed])
     return report.table(
-        ["held-out loss, nats a token", "tokens", "before", "conditional", "joint", "joint - conditional"], rows
+        ["held-out loss, nats per token", "tokens", "before", "conditional", "joint", "joint - conditional"], rows
     )
 
 
@@ -204,7 +204,7 @@ def _steps_table(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarra
     rows = []
     for number in sorted(trainings["joint"].losses):
         cells = [
-            f"{mean_of(trainings[name].losses[number], parts[part]).value:.3f}"
+            f"{mean_loss(trainings[name].losses[number], parts[part]).value:.3f}"
             for part in ("responses", "users")
             for name in ("conditional", "joint")
         ]
@@ -236,8 +236,8 @@ def main(options: Options) -> None:
 
     joint, conditional = trees(train, name="joint"), trees(train)
     held_out = trees(validation, name="joint")
-    of_messages = trees(validation, name="roles", roles=("user", "assistant"))
-    rows = harness.plan_of(joint, options.seed).rows(0)
+    messages = trees(validation, name="roles", roles=("user", "assistant"))
+    rows = harness.make_plan(joint, options.seed).rows(0)
     gradients = compare_gradients(model.config, model.parameters, joint, conditional, rows)
     trainings = harness.compare(
         model,
@@ -247,18 +247,19 @@ def main(options: Options) -> None:
         seed=options.seed,
         evaluate_every=max(1, options.steps // _EVALUATIONS),
     )
-    parts = parts_of(trainings["joint"].losses[0], held_out, of_messages)
+    parts = split_targets(trainings["joint"].losses[0], held_out, messages)
     report.write(
         options,
         _draw(trainings, parts),
         [
-            f"Gradients at the start, of {len(rows)} rows of {harness.MAX_LENGTH} tokens, float32, summed over "
-            "targets. In the second, Pr(x) is that of a frozen copy of the model. Differences are the largest of any "
-            "entry, relative to the largest entry of the first gradient.",
+            f"Gradients before training, on {len(rows)} rows of {harness.MAX_LENGTH} tokens, in float32, summed over "
+            "targets. In the second, Pr(x) is computed by a frozen copy of the model. The last column is the largest "
+            "difference of an entry, relative to the largest entry of the first gradient.",
             _gradient_table(gradients),
             f"Two trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows: "
             f"`conditional` on {trainings['conditional'].targets:,} targets, `joint` on "
-            f"{trainings['joint'].targets:,}. {harness.seen(trainings['joint'].losses[0])} {harness.SPREAD}",
+            f"{trainings['joint'].targets:,}. {harness.describe_evaluation(trainings['joint'].losses[0])} "
+            f"{harness.SPREAD}",
             _loss_table(trainings, parts, options.steps),
             _steps_table(trainings, parts),
         ],

@@ -1,7 +1,7 @@
-"""How well does Llama-3.2-1B-Instruct learn to answer as UltraChat does, from some 260 million tokens of it?
+"""How well does Llama-3.2-1B-Instruct learn to answer as UltraChat does, from about 260 million of its tokens?
 
 Command:   dialog_jax train --config=experiments/llama_1b.py --output_dir=runs/llama_1b
-           Look first: dialog_jax plan --config=experiments/llama_1b.py --devices=1 --kind=h100
+           Before: dialog_jax plan --config=experiments/llama_1b.py --devices=1 --kind=h100
 Hardware:  planned for one H100 of 80 GB.
 Time:      not run yet.
 Result:    not run yet.

@@ -1,7 +1,7 @@
-"""How well does Llama-3.1-70B-Instruct learn to answer as UltraChat does, from some 260 million tokens of it?
+"""How well does Llama-3.1-70B-Instruct learn to answer as UltraChat does, from about 260 million of its tokens?
 
 Command:   dialog_jax train --config=experiments/llama_70b.py --output_dir=runs/llama_70b
-           Look first: dialog_jax plan --config=experiments/llama_70b.py --devices=256 --kind=tpu-v5e
+           Before: dialog_jax plan --config=experiments/llama_70b.py --devices=256 --kind=tpu-v5e
 Hardware:  planned for a v5e slice of 256 chips.
 Time:      not run yet.
 Result:    not run yet.

@@ -1,7 +1,7 @@
-"""How well does Llama-3.1-8B-Instruct learn to answer as UltraChat does, from some 260 million tokens of it?
+"""How well does Llama-3.1-8B-Instruct learn to answer as UltraChat does, from about 260 million of its tokens?
 
 Command:   dialog_jax train --config=experiments/llama_8b.py --output_dir=runs/llama_8b
-           Look first: dialog_jax plan --config=experiments/llama_8b.py --devices=8 --kind=h100
+           Before: dialog_jax plan --config=experiments/llama_8b.py --devices=8 --kind=h100
 Hardware:  planned for one node of 8 H100 of 80 GB.
 Time:      not run yet.
 Result:    not run yet.

@@ -1,17 +1,17 @@
-"""What do token, turn and dialogue means favour, on dialogues of very uneven turns?
+"""What do token, turn and dialogue means favor, on dialogues with very uneven turns?
 
-Question:  `normalise` makes every token, every response or every dialogue count the same. On a set in which responses
-           are very short and very long, and dialogues of one or two turns stand beside such of a dozen, which held-out
-           responses gain from which?
+Question:  `normalise` gives the same total weight to every token, every response or every dialogue. On data with very
+           short and very long responses, and with dialogues of one or two turns next to dialogues of a dozen, which
+           held-out responses gain from which choice?
 Command:   python experiments/normalisation.py
 Hardware:  two cores of an AMD EPYC with AVX-512; 4.6 GB of memory.
-Time:      26.4 min on a machine shared with other work, 14.0 min of CPU time over both cores.
-Result:    `turn` favours short responses, `token` long ones. After 20 steps `turn` has, against `token`, a lower loss
-           on responses of at most 4 tokens (-0.51 ± 0.33 nats a token, on 55 tokens only) and a higher one on those of
-           17 and more (+0.04 ± 0.02, ± 0.03); a lower mean over responses (-0.047 ± 0.042) and a higher one over tokens
-           (+0.024 ± 0.015). `dialogue` has a higher mean over tokens as well (+0.030 ± 0.014); the mean over dialogues,
-           which it trains for, is not told apart from that of `token` by 39 held-out dialogues (-0.005 ± 0.073). One
-           order of the training data.
+Time:      26.4 min on a shared machine, 14.0 min of CPU time over both cores.
+Result:    `turn` favors short responses, `token` long ones. After 20 steps, `turn` has, compared with `token`, a lower
+           loss on responses of at most 4 tokens (-0.51 ± 0.33 nats per token, on 55 tokens only) and a higher one on
+           those of 17 and more (+0.04 ± 0.02, ± 0.03); a lower mean over responses (-0.047 ± 0.042) and a higher one
+           over tokens (+0.024 ± 0.015). `dialogue` also has a higher mean over tokens (+0.030 ± 0.014); 39 held-out
+           dialogues are too few to distinguish its mean over dialogues, which it optimizes, from that of `token`
+           (-0.005 ± 0.073). One order of the training data.
            experiments/results/normalisation.md, normalisation.png
 """
 
@@ -36,17 +36,17 @@ from dialog_jax.trees import dataset
 from dialog_jax.trees.objectives import UNITS, ObjectiveConfig
 
 _COLORS = {"token": report.BLUE, "turn": report.ORANGE, "dialogue": report.GREEN}
-# Tokens of a response, its end of turn included: the first and the last of each bucket.
+# Tokens of a response, end of turn included: the smallest and largest number in each bucket.
 BUCKETS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, harness.MAX_LENGTH))
 _FEW_RESPONSES, _MANY_RESPONSES = 2, 12
 _SHORT_RESPONSE, _LONG_RESPONSE = 3, 20  # words
 
 
-def uneven(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
-    """As many dialogues of one or two responses as there are of a dozen and more with very uneven ones, in turn.
+def select_uneven(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
+    """Returns equal numbers of dialogues with few responses and with many uneven ones, alternating.
 
-    Very uneven is a dialogue that has a response of at most 3 words and one of at least 20. Those that are neither are
-    left out, and so is what one kind has more of than the other.
+    Few is one or two. Many is a dozen or more, of which one has at most 3 words and one at least 20. Other dialogues
+    are left out, as is the surplus of the more frequent kind.
     """
     few: list[Dialogue] = []
     many: list[Dialogue] = []
@@ -60,20 +60,20 @@ def uneven(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
 
 
 def weights(losses: Losses, unit: str) -> Float[np.ndarray, " n"]:
-    """For each target its weight in the mean over tokens, over responses' means or over dialogues' means."""
+    """Returns the weight of each target in the mean over tokens, over response means or over dialogue means."""
     if unit == "token":
         return np.ones(len(losses.nll))
     return 1.0 / (harness.response_sizes(losses) if unit == "turn" else harness.dialogue_sizes(losses))
 
 
 def by_unit(losses: Losses, other: Losses | None = None) -> dict[str, Mean]:
-    """The token, turn and dialogue mean of the loss, or of its difference to another model's on the same targets."""
+    """Returns the token, turn and dialogue mean of the loss, or of its difference from another model's."""
     values = losses.nll if other is None else losses.nll - other.nll
     return {unit: harness.mean_over(values, weights(losses, unit), losses.tree) for unit in UNITS}
 
 
 def by_length(losses: Losses, other: Losses | None = None) -> list[Mean]:
-    """The token mean in each of `BUCKETS`, by the length of the target's response."""
+    """Returns the token mean in each of `BUCKETS`, by the length of the target's response."""
     values = losses.nll if other is None else losses.nll - other.nll
     sizes = harness.response_sizes(losses)
     means = []
@@ -106,7 +106,7 @@ def _draw(after: Mapping[str, Losses]) -> Figure:
         right.set(
             title=f"By length of the response.\n{_bucket(*BUCKETS[0])} tokens: {shortest}",
             xlabel="length of the response (tokens)",
-            ylabel="loss above that with normalise=token\n(nats a token)",
+            ylabel="loss above that with normalise=token\n(nats per token)",
         )
         right.legend(frameon=False, loc="lower right")
     return figure
@@ -115,10 +115,10 @@ def _draw(after: Mapping[str, Losses]) -> Figure:
 def _draw_bars(axes: Axes, groups: Mapping[str, list[Mean]]) -> None:
     width = 0.8 / len(groups)
     for place, (name, means) in enumerate(groups.items()):
-        at = np.arange(len(means)) + width * (place - (len(groups) - 1) / 2)
+        x = np.arange(len(means)) + width * (place - (len(groups) - 1) / 2)
         heights = [mean.value for mean in means]
         errors = [1.96 * mean.error for mean in means]
-        axes.bar(at, heights, 0.9 * width, yerr=errors, color=_COLORS[name], capsize=2, label=f"normalise={name}")
+        axes.bar(x, heights, 0.9 * width, yerr=errors, color=_COLORS[name], capsize=2, label=f"normalise={name}")
     axes.axhline(0, color=_COLORS["token"], linewidth=1.4, label="normalise=token")
     axes.grid(axis="y", alpha=0.25)
 
@@ -148,7 +148,7 @@ def _lengths_table(before: Losses, after: Mapping[str, Losses]) -> str:
 def main(options: Options) -> None:
     started = time.perf_counter()
     model = loading.load_model(options.model)
-    train, validation = uneven(read_dialogues(options.train)), uneven(read_dialogues(options.validation))
+    train, validation = select_uneven(read_dialogues(options.train)), select_uneven(read_dialogues(options.validation))
     trees = {
         unit: dataset.prepare(
             train, model.renderer, objective=ObjectiveConfig(normalise=unit), max_length=harness.MAX_LENGTH
@@ -163,13 +163,13 @@ def main(options: Options) -> None:
         options,
         _draw(after),
         [
-            f"{len(train):,} dialogues to train on and {len(validation):,} held out: half of them have one or two "
+            f"{len(train):,} training dialogues and {len(validation):,} held-out ones. Half of them have one or two "
             "responses, the other half a dozen or more, of which one has at most 3 words and one at least 20.",
             f"Three trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows of "
             f"{harness.MAX_LENGTH} tokens, {trainings['token'].targets:,} targets each; they differ in `normalise` "
-            f"only. {harness.seen(before)} {harness.SPREAD}",
+            f"only. {harness.describe_evaluation(before)} {harness.SPREAD}",
             _means_table(before, after),
-            "By length of the response, nats a token:",
+            "By length of the response, nats per token:",
             _lengths_table(before, after),
         ],
         seconds=time.perf_counter() - started,

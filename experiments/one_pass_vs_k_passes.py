@@ -1,17 +1,17 @@
-"""What do K passes over a dialogue cost, and what does one pass that gives the same loss and gradient?
+"""What do K passes over a dialogue cost, and what does one pass with the same loss and gradient cost?
 
-Question:  A human dialogue is cut to its first K turns and goes forward and backward, in one pass over its tree, and
+Question:  a human dialogue, truncated to its first K turns, is run forward and backward in one pass over its tree, and
            in K passes, one for each response behind its prompt, with the same code. How do tokens, FLOPs, time and
-           memory grow with K, for a template that keeps history as it was, and for one that strips reasoning from it?
-           And is the one pass exact, held against `training.k_passes`, which shares no code with it but the decoder?
+           memory grow with K, for a template that keeps history unchanged and for one that strips reasoning from it?
+           And is the one pass exact, compared with `evaluation.k_passes`, which shares only the decoder with it?
 Command:   python experiments/one_pass_vs_k_passes.py
-Hardware:  two cores of an AMD EPYC with AVX-512, shared with other work that yielded while something was timed.
-Time:      43 min, most of it the K passes of 16 and 32 turns, each run once for the time and once to be compared with.
+Hardware:  two cores of an AMD EPYC with AVX-512, shared with other work that paused during measurements.
+Time:      43 min, mostly the K passes of 16 and 32 turns, each run once for timing and once for comparison.
 Result:    32 turns: 1,663 tokens and 11.5 s in one pass, 26,660 tokens and 179.8 s in K passes; tokens grow as K^1.11
-           and K^1.99, seconds as K^1.00 and K^1.82. Over all 536 dialogues that are long enough, 16.3 times the tokens.
-           Reasoning stripped: 3,988 tokens and 48.4 s, against 28,331 and 194.4 s. The one pass gains less in time than
-           in tokens there, since attention also computes the pairs that the mask takes away, and its row is longer
-           than any of the passes', which costs memory: 4.1 GB of temporaries against 1.9.
+           and K^1.99, seconds as K^1.00 and K^1.82. Over all 536 dialogues that are long enough, K passes read 16.3
+           times as many tokens. Reasoning stripped: 3,988 tokens and 48.4 s, against 28,331 tokens and 194.4 s. There
+           the one pass saves less time than tokens, because attention also computes pairs that the mask discards, and
+           its row is longer than that of any of the passes, which costs memory: 4.1 GB of temporaries against 1.9.
            One pass differs from K passes by at most 1.6e-7 in the loss and 2.8e-6 in the gradient.
 """
 
@@ -50,8 +50,8 @@ from dialog_jax.trees.objectives import ObjectiveConfig
 
 TURNS = (1, 2, 4, 8, 16, 32)
 _REASONING = pathlib.Path(__file__).parent / "templates" / "reasoning.jinja"
-_MULTIPLE = 64  # to which rows are padded, tokens and targets
-_FITTED_FROM = 4  # turns; with fewer, the system prompt is much of a pass
+_MULTIPLE = 64  # rows are padded to a multiple of this, in tokens and targets
+_FITTED_FROM = 4  # turns; with fewer, the system prompt dominates
 _REPEATED_FOR = 5.0  # seconds
 _NO_LIMIT = 2**20  # tokens
 _WAYS = {"one_pass": ("one pass", report.BLUE), "k_passes": ("K passes", report.ORANGE)}
@@ -63,13 +63,13 @@ _COSTS = {
 }
 
 
-def cut(dialogue: Dialogue, turns: int) -> Dialogue:
-    """Returns the dialogue up to its response number `turns`, counted from 1."""
+def truncate(dialogue: Dialogue, turns: int) -> Dialogue:
+    """Returns the dialogue up to its response number `turns`, counting from 1."""
     return dataclasses.replace(dialogue, messages=dialogue.messages[: _responses(dialogue)[turns - 1] + 1])
 
 
-def alone(dialogue: Dialogue) -> list[Dialogue]:
-    """Returns a dialogue for each response, which ends with it and has weight 0 on the earlier ones."""
+def separate_responses(dialogue: Dialogue) -> list[Dialogue]:
+    """Returns one dialogue per response, which ends with it and has weight 0 on earlier responses."""
     history = [dataclasses.replace(message, weight=0.0) for message in dialogue.messages]
     return [
         dataclasses.replace(dialogue, messages=(*history[:index], dialogue.messages[index]))
@@ -78,7 +78,7 @@ def alone(dialogue: Dialogue) -> list[Dialogue]:
 
 
 def with_reasoning(dialogue: Dialogue) -> Dialogue:
-    """Returns the dialogue with a thought before every response, made of what was said before and of the response."""
+    """Returns the dialogue with reasoning before every response, built from the previous message and the response."""
     messages: list[Message] = []
     for message in dialogue.messages:
         if message.role == "assistant" and messages:
@@ -94,19 +94,19 @@ def _responses(dialogue: Dialogue) -> list[int]:
     return [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
 
 
-def rows(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[Batch]:
-    """Returns a batch of one row for each dialogue, padded to the next multiple."""
+def fill_rows(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[Batch]:
+    """Returns a batch of one row per dialogue, padded to a multiple of `_MULTIPLE`."""
     trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
-    made = []
+    filled = []
     for number, sizes in enumerate(zip(*trees.sizes(), strict=True)):
         length, targets = (-(-int(size) // _MULTIPLE) * _MULTIPLE for size in sizes)
-        made.append(batches.fill_rows(trees, [[number]], max_length=length, max_targets=targets))
-    return made
+        filled.append(batches.fill_rows(trees, [[number]], max_length=length, max_targets=targets))
+    return filled
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def add_gradient(model, parameters, gradient, batch):
-    """(weighted loss of a batch, `gradient` with its own added): forward and backward pass as in training."""
+    """Returns (weighted loss of a batch, `gradient` plus its gradient), computed as in training."""
 
     def weighted(parameters):
         hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end, remat="dots")
@@ -117,11 +117,11 @@ def add_gradient(model, parameters, gradient, batch):
     return value, jax.tree.map(jnp.add, gradient, own)
 
 
-def cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dict[str, Any], float, dict]:
-    """Returns (what running the batches one after another costs, the sum of their losses, that of their gradients).
+def measure_cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dict[str, Any], float, dict]:
+    """Returns (cost of running the batches one after another, sum of their losses, sum of their gradients).
 
-    `seconds` is the least of as many runs as begin within `_REPEATED_FOR`, and counts no compilation. `temporary_bytes`
-    is what XLA sets aside for the largest batch besides parameters and gradient.
+    `seconds` is the minimum over the runs that start within `_REPEATED_FOR`, without compilation. `temporary_bytes` is
+    the memory that XLA reserves for the largest batch besides parameters and gradient.
     """
 
     def run() -> tuple[float, dict, float]:
@@ -146,7 +146,7 @@ def cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dic
     while sum(seconds) < _REPEATED_FOR:
         value, gradient, taken = run()
         seconds.append(taken)
-    print(f"{name}: {min(seconds):.2f} s, the least of {len(seconds)} runs", flush=True)
+    print(f"{name}: {min(seconds):.2f} s, minimum of {len(seconds)} runs", flush=True)
     figures = {
         "tokens": sum(int((batch.segment > 0).sum()) for batch in many),
         "flops": sum(
@@ -165,10 +165,14 @@ def cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dic
 
 
 def measure(model: loading.Model, dialogue: Dialogue, name: str) -> dict[str, Any]:
-    """Returns the costs of both ways, and how far one pass is from `training.k_passes`."""
+    """Returns the costs of one pass and of K passes, and the difference of one pass from `evaluation.k_passes`."""
     config, parameters = model.config, model.parameters
-    of_k, _, _ = cost(config, parameters, rows(alone(dialogue), model.renderer), f"{name}, K passes")
-    of_one, value, gradient = cost(config, parameters, rows([dialogue], model.renderer), f"{name}, one pass")
+    of_k, _, _ = measure_cost(
+        config, parameters, fill_rows(separate_responses(dialogue), model.renderer), f"{name}, K passes"
+    )
+    of_one, value, gradient = measure_cost(
+        config, parameters, fill_rows([dialogue], model.renderer), f"{name}, one pass"
+    )
     nll, expected = k_passes.compute_nll_and_gradient(
         config, parameters, k_passes.make_passes(dialogue, model.tokenizer)
     )
@@ -184,7 +188,7 @@ def measure(model: loading.Model, dialogue: Dialogue, name: str) -> dict[str, An
 
 
 def exponent(turns: Sequence[int], values: Sequence[float]) -> float:
-    """Returns the slope of log(value) over log(turns), by least squares, from `_FITTED_FROM` turns on."""
+    """Returns the least-squares slope of log(value) over log(turns), from `_FITTED_FROM` turns on."""
     used = [(math.log(k), math.log(value)) for k, value in zip(turns, values, strict=True) if k >= _FITTED_FROM]
     if len(used) < 2:
         return math.nan
@@ -192,7 +196,7 @@ def exponent(turns: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def typical(dialogues: Sequence[Dialogue], renderer: Renderer) -> Dialogue:
+def select_median(dialogues: Sequence[Dialogue], renderer: Renderer) -> Dialogue:
     """Returns the dialogue whose tree has the median number of tokens."""
     trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
     tokens, _ = trees.sizes()
@@ -216,17 +220,17 @@ def _table(measured: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table_of_all(dialogues: Sequence[Dialogue], renderer: Renderer, turns: Sequence[int]) -> str:
-    """Mean numbers of tokens over many dialogues."""
+    """Returns a table of mean numbers of tokens over many dialogues."""
     cells, means = [], []
     for count in turns:
-        shorter = [cut(dialogue, count) for dialogue in dialogues]
+        shorter = [truncate(dialogue, count) for dialogue in dialogues]
         trees = dataset.prepare(shorter, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
         separate = sum(len(sequence.tokens) for sequences in renderer.render(shorter) for sequence in sequences)
         means.append((trees.report.tokens / len(shorter), separate / len(shorter)))
         one, many = means[-1]
         cells.append([str(count), f"{one:,.0f}", f"{many:,.0f}", f"{many / one:.1f}"])
     fitted = [f"{exponent(turns, column):.2f}" for column in zip(*means, strict=True)]
-    return report.table(["turns K", "one pass", "K passes", "times as many"], [*cells, ["exponent", *fitted, ""]])
+    return report.table(["turns K", "one pass", "K passes", "ratio"], [*cells, ["exponent", *fitted, ""]])
 
 
 def _draw(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -255,31 +259,32 @@ def main(options: Options, turns: Sequence[int] = TURNS) -> None:
     long = [dialogue for dialogue in read_dialogues(options.train) if len(_responses(dialogue)) >= turns[-1]]
     if not long:
         raise UserError(f"{options.train} has no dialogue of {turns[-1]} responses; give --train another file.")
-    long = [cut(dialogue, turns[-1]) for dialogue in long]
-    dialogue = typical(long, model.renderer)
+    long = [truncate(dialogue, turns[-1]) for dialogue in long]
+    dialogue = select_median(long, model.renderer)
     with jax.default_matmul_precision("highest"):
         measured = {
-            "history kept": [measure(model, cut(dialogue, k), f"{k} turns, history kept") for k in turns],
+            "history kept": [measure(model, truncate(dialogue, k), f"{k} turns, history kept") for k in turns],
             "reasoning stripped": [
-                measure(stripping, cut(with_reasoning(dialogue), k), f"{k} turns, reasoning stripped") for k in turns
+                measure(stripping, truncate(with_reasoning(dialogue), k), f"{k} turns, reasoning stripped")
+                for k in turns
             ],
         }
     report.write(
         options,
         _draw(measured),
         [
-            f"Measured on {dialogue.name}: of {len(long):,} with {turns[-1]} responses and more, the median in tokens. "
-            "K passes read one response after another with the same code as the one pass. Rows are padded to "
-            f"multiples of {_MULTIPLE} tokens. Seconds are the least of the runs that begin within "
-            f"{_REPEATED_FOR:.0f} s, without compilation. TFLOPs are those that the work needs, without padding, from "
-            "the model's shape (`metrics.count_flops`). GB are temporaries: what XLA sets aside for the largest row "
-            "besides parameters and gradient (`memory_analysis`). The differences are those of one pass from "
-            "`training.k_passes`: of the loss, and the norm of the gradients' difference over the norm. The last line "
-            f"has the exponents p of cost ~ K^p, fitted from {_FITTED_FROM} turns on.",
-            "## The model's own template keeps history as it was",
+            f"Measured on {dialogue.name}, the median in tokens of the {len(long):,} dialogues with at least "
+            f"{turns[-1]} responses. K passes run one response after another with the same code as the one pass. "
+            f"Rows are padded to multiples of {_MULTIPLE} tokens. Seconds are the minimum over the runs that start "
+            f"within {_REPEATED_FOR:.0f} s, without compilation. TFLOPs are those that are needed, without padding, "
+            "from the model's shape (`metrics.count_flops`). GB are temporaries: the memory that XLA reserves for the "
+            "largest row besides parameters and gradient (`memory_analysis`). The last two columns are the relative "
+            "differences of loss and gradient (in norm) between one pass and `evaluation.k_passes`. The last line "
+            f"is the exponent p of cost ~ K^p, fitted from {_FITTED_FROM} turns on.",
+            "## The template of the model keeps history unchanged",
             _table(measured["history kept"]),
-            "## A template strips reasoning from history: the tree branches at every turn",
-            "The same dialogue with a thought put before every response.",
+            "## A template that strips reasoning from history: the tree branches at every turn",
+            "The same dialogue with reasoning inserted before every response.",
             _table(measured["reasoning stripped"]),
             "## Tokens, mean over all of these dialogues, history kept",
             _table_of_all(long, model.renderer, turns),

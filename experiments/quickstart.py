@@ -1,10 +1,10 @@
-"""Does a small chat model come to write more like real people in a few minutes on two CPU cores?
+"""Does a small chat model learn to write more like real people in a few minutes on two CPU cores?
 
 Command:   ./scripts/quickstart.sh
 Hardware:  two cores of an AMD EPYC with AVX-512; at most 3.9 GB of memory.
 Time:      4 min 55 s and 5 min 18 s (two runs) from a fresh clone; training itself 3.0 min.
-Result:    held-out loss 3.985 -> 3.547 nats a token, accuracy 27.1 % -> 31.0 % (3,250 targets); lower at every turn.
-           Time and memory are from when its two rows were micro-batches of their own.
+Result:    held-out loss 3.985 -> 3.547 nats per token, accuracy 27.1 % -> 31.0 % (3,250 targets); lower at every turn.
+           Time and memory were measured when the two rows of a step were separate micro-batches.
 """
 
 import ml_collections

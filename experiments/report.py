@@ -1,6 +1,6 @@
-"""An experiment's flags, and its numbers as files: a table in Markdown and a picture, with how they came to be.
+"""Flags of an experiment, and its results as files: a Markdown table and a plot, with command, versions and machine.
 
-Knows nothing of what is measured.
+Does not know what is measured.
 """
 
 import dataclasses
@@ -18,12 +18,13 @@ import jax
 import matplotlib
 from absl import app, flags, logging
 
-matplotlib.use("Agg")  # no window, and none needed
+matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dialog_jax.errors import UserError
 from dialog_jax.trees import disk_cache
 
 GREY, BLUE, ORANGE, GREEN = "#6b7682", "#1f5fa8", "#c2681f", "#3a7d44"
@@ -33,26 +34,26 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What an experiment is told."""
+    """Settings of an experiment."""
 
     name: str
-    """Of the script and of its results."""
+    """Name of the script and of its result files."""
     model: str = "assets/smollm2-135m-instruct"
-    """A Hugging Face model directory, a .gguf file, or a hub name."""
+    """Hugging Face model directory, .gguf file or Hub name."""
     train: str = "assets/chitchat/train.jsonl"
-    """Dialogues to train on."""
+    """File of training dialogues."""
     validation: str = "assets/chitchat/validation.jsonl"
-    """Held-out dialogues."""
+    """File of held-out dialogues."""
     results_dir: str = "experiments/results"
-    """Where the table and the picture go; made if missing."""
+    """Directory for table and plot, created if missing."""
     steps: int = 0
-    """Updates of each training; 0 where nothing is trained."""
+    """Updates of each training; 0 if nothing is trained."""
     seed: int = 0
-    """Of the order of the training data."""
+    """Seed of the order of the training data."""
 
     @property
     def command(self) -> str:
-        """The command line, without what is as usual; absolute paths by their last part, since the file is shared."""
+        """The command line without defaults; absolute paths are shortened to their last part."""
         shown = [f"--steps={self.steps}", f"--seed={self.seed}"] if self.steps else []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -66,17 +67,17 @@ def run_script(main: Callable[[Options], None], name: str, *, steps: int = 0) ->
     """Runs an experiment from the command line.
 
     Args:
-      steps: the default of --steps; 0 for an experiment that trains nothing and has no such flag.
+      steps: default of --steps; 0 for an experiment that does not train and has no such flag.
     """
     defaults = Options(name=name, steps=steps)
-    flags.DEFINE_string("model", defaults.model, "A Hugging Face model directory, a .gguf file, or a hub name.")
-    flags.DEFINE_string("train", defaults.train, "Dialogues to train on.")
-    flags.DEFINE_string("validation", defaults.validation, "Held-out dialogues.")
-    flags.DEFINE_string("results_dir", defaults.results_dir, "Where the table and the picture go; made if missing.")
+    flags.DEFINE_string("model", defaults.model, "Hugging Face model directory, .gguf file or Hub name.")
+    flags.DEFINE_string("train", defaults.train, "File of training dialogues.")
+    flags.DEFINE_string("validation", defaults.validation, "File of held-out dialogues.")
+    flags.DEFINE_string("results_dir", defaults.results_dir, "Directory for table and plot, created if missing.")
     names = ["model", "train", "validation", "results_dir"]
     if steps:
         flags.DEFINE_integer("steps", steps, "Updates of each training.", lower_bound=1)
-        flags.DEFINE_integer("seed", defaults.seed, "Of the order of the training data.", lower_bound=0)
+        flags.DEFINE_integer("seed", defaults.seed, "Seed of the order of the training data.", lower_bound=0)
         names += ["steps", "seed"]
 
     def run(arguments: list[str]) -> None:
@@ -84,34 +85,33 @@ def run_script(main: Callable[[Options], None], name: str, *, steps: int = 0) ->
             raise app.UsageError(f"got {' '.join(arguments[1:])!r}; this script takes flags only, see --help")
         logging.set_verbosity(logging.WARNING)
         try:
-            given: dict[str, Any] = {flag: flags.FLAGS[flag].value for flag in names}
-            main(Options(name=name, **given))
-        except (ValueError, FloatingPointError, OSError) as error:
+            values: dict[str, Any] = {flag: flags.FLAGS[flag].value for flag in names}
+            main(Options(name=name, **values))
+        except (UserError, FloatingPointError, OSError) as error:
             sys.exit(f"{name}.py: {error}")
 
     app.run(run)
 
 
 def style():
-    """A context in which figures look alike."""
+    """Returns a context with the common style of figures."""
     return plt.rc_context(
         {"font.size": 10, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False}
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first are numbers and stand to the right."""
+    """Returns a Markdown table; all columns but the first are right-aligned."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, seconds: float) -> list[pathlib.Path]:
-    """Writes NAME.md and NAME.png into the directory of results, and returns them.
+    """Writes NAME.md and NAME.png into the results directory and returns their paths.
 
     Args:
-      paragraphs: what follows the lines that say how the numbers came to be.
-      seconds: of wall time that the experiment took. CPU time is given beside it, since it is much the same on a
-        machine that is shared.
+      paragraphs: text after the head with command, date, versions, machine and time.
+      seconds: wall time of the experiment. CPU time is reported as well, since it depends less on other load.
     """
     directory = pathlib.Path(options.results_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,20 +135,20 @@ def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, second
 
 
 def versions() -> str:
-    """Python 3.11.9, JAX 0.10.2, ..."""
+    """Returns the versions of Python and packages: `Python 3.11.9, jax 0.10.2, ...`."""
     packages = ("jax", "flax", "optax", "transformers", "numpy")
     shown = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return ", ".join([f"Python {platform.python_version()}", *shown])
 
 
 def machine() -> str:
-    """What computes, in words that name no machine: `two cores of an AMD EPYC with AVX-512`."""
+    """Returns a description such as `two cores of an AMD EPYC with AVX-512`."""
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{_count(len(devices))} {devices[0].device_kind}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    described = pathlib.Path("/proc/cpuinfo")
-    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     kind = fields.get("model name") or platform.machine()
     vectors = " with AVX-512" if "avx512f" in fields.get("flags", "").split() else ""
@@ -161,13 +161,13 @@ def _count(number: int) -> str:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes (x, y, text, colour) right of where lines end, far enough apart to be read."""
+    """Writes labels (x, y, text, color) to the right of line ends, spaced so that they do not overlap."""
     low, high = axes.get_ylim()
-    apart = 0.065 * (high - low)
+    spacing = 0.065 * (high - low)
     right = max(x for x, _, _, _ in ends)
     lowest = -float("inf")
     for _, y, text, color in sorted(ends, key=lambda end: end[1]):
-        lowest = max(y, lowest + apart)
+        lowest = max(y, lowest + spacing)
         axes.annotate(
             text, (right, lowest), (8, 0), textcoords="offset points", va="center", color=color, annotation_clip=False
         )

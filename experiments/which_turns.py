@@ -1,14 +1,14 @@
-"""Which responses of a dialogue should be trained on: all, the last one, or all with the later ones weighing more?
+"""Which responses of a dialogue should be trained: all, the last one, or all with more weight on later ones?
 
-Question:  what does each choice do to the held-out loss of each turn, at the same number of tokens read?
+Question:  what does each choice do to the held-out loss of each turn, for the same number of tokens read?
 Command:   python experiments/which_turns.py
 Hardware:  two cores of an AMD EPYC with AVX-512; 4.6 GB of memory.
-Time:      22.8 min on a machine shared with other work, 14.1 min of CPU time over both cores.
-Result:    all; no turn has a lower loss after another choice. Held-out loss 3.985 before; after 20 steps 3.564 on all
-           responses, 3.592 with turn_discount 0.7 (+0.028 ± 0.015), 3.674 on the last one only (+0.110 ± 0.033). The
-           last one only is trained on a fifth as many targets (1,559, not 7,737) at the same cost, and loses most at
-           the first turn (+0.21 ± 0.12). Weighing later turns more gains nothing on them: its differences at turns 9 to
-           11 are within the spread, and none is below 0. One order of the training data.
+Time:      22.8 min on a shared machine, 14.1 min of CPU time over both cores.
+Result:    all; no turn has a lower loss with another choice. Held-out loss before: 3.985; after 20 steps: 3.564 with
+           all responses, 3.592 with turn_discount 0.7 (+0.028 ± 0.015), 3.674 with the last response only
+           (+0.110 ± 0.033). The last response only has a fifth of the targets (1,559 instead of 7,737) for the same
+           cost, and loses most at the first turn (+0.21 ± 0.12). More weight on later turns does not help them: its
+           differences at turns 9 to 11 are within the error, and none is below 0. One order of the training data.
            experiments/results/which_turns.md, which_turns.png
 """
 
@@ -42,15 +42,15 @@ _COLORS = {
     "discount 0.7": report.GREEN,
     "last response": report.ORANGE,
 }
-_WHOLE = (0, 1_000_000)  # turns of every dialogue
-_FEWEST_TARGETS = 100  # a turn with fewer held-out tokens does not stand by itself: its mean says little
+_WHOLE = (0, 1_000_000)  # all turns
+_FEWEST_TARGETS = 100  # turns with fewer held-out tokens are merged, since their mean is noisy
 
 
 def turn_bins(turn: Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
-    """[(first turn, last turn)]: each turn by itself, and from the first rare one on all together.
+    """Returns [(first turn, last turn)]: one bin per turn, and one bin from the first rare turn on.
 
-    With 300, 200, 80 and 30 targets in turns 0 to 3: [(0, 0), (1, 1), (2, 3)]. Where those together are too few as
-    well, they are joined to the turn before.
+    With 300, 200, 80 and 30 targets in turns 0 to 3: [(0, 0), (1, 1), (2, 3)]. If the last bin has too few targets, it
+    is merged with the turn before.
     """
     counts = np.bincount(turn[turn >= 0])
     last = len(counts) - 1
@@ -62,7 +62,7 @@ def turn_bins(turn: Int[np.ndarray, " n"]) -> list[tuple[int, int]]:
 
 
 def by_turn(losses: Losses, bins: Sequence[tuple[int, int]], other: Losses | None = None) -> list[Mean]:
-    """The mean loss of each bin, or its difference to another model's on the same targets."""
+    """Returns the mean loss of each bin, or its difference from another model's on the same targets."""
     values = losses.nll if other is None else losses.nll - other.nll
     means = []
     for first, last in bins:
@@ -97,7 +97,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Losses], bins: Sequence[tuple[
     before, after = (by_turn(losses[name], [_WHOLE])[0].value for name in ("before", _BASE))
     axes.set(
         title=f"Held-out loss by turn.\nOver all turns: {before:.3f} before, {after:.3f} after {_BASE}",
-        ylabel="held-out loss (nats a token)",
+        ylabel="held-out loss (nats per token)",
     )
     report.label_ends(axes, ends)
 
@@ -123,7 +123,7 @@ def _draw_differences(axes: Axes, after: Mapping[str, Losses], bins: Sequence[tu
     whole = [f"{name} {by_turn(after[name], [_WHOLE], after[_BASE])[0].signed}" for name in others]
     axes.set(
         title=f"Loss above that after training on {_BASE}.\nOver all turns: {', '.join(whole)}",
-        ylabel="difference of loss (nats a token)\nabove 0 is worse; bars: 95 % intervals",
+        ylabel="difference of loss (nats per token)\nabove 0 is worse; bars: 95 % intervals",
     )
     report.label_ends(axes, ends)
 
@@ -163,7 +163,7 @@ def main(options: Options) -> None:
             f"Three trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows of "
             f"{harness.MAX_LENGTH} tokens; they differ in the weights of the responses only.",
             report.table(["trained on", "targets over all steps"], targets),
-            f"Held-out loss in nats a token. {harness.seen(before)} {harness.SPREAD}",
+            f"Held-out loss in nats per token. {harness.describe_evaluation(before)} {harness.SPREAD}",
             _table(before, after),
         ],
         seconds=time.perf_counter() - started,

@@ -54,7 +54,7 @@ class CostGrowthTest(absltest.TestCase):
     def test_batches_of_turns_are_a_row_and_as_many_rows_as_the_passes_fill(self):
         seen = []
         with mock.patch.object(experiment, "step_seconds", lambda model, batch, repeats: seen.append(batch) or 1.0):
-            points = list(experiment.of_turns(_SIZES))
+            points = list(experiment.measure_turns(_SIZES))
         self.assertEqual([point.x for point in points], [1, 4])
         tokens = [int((batch.segment > 0).sum()) for batch in seen]
         self.assertEqual(tokens, [64, 64, 64, 16 + 32 + 48 + 64])

@@ -23,7 +23,7 @@ class DistillationTest(absltest.TestCase):
         tiny_run.save_dialogues(cls.directory)
 
     def test_student_is_every_fifth_layer(self):
-        student = distillation.student_of(self.model)
+        student = distillation.make_student(self.model)
         self.assertEqual(student.config.layers, 2)
         for leaf, whole in zip(*(jax.tree.leaves(m.parameters["layers"]) for m in (student, self.model)), strict=True):
             np.testing.assert_array_equal(leaf, np.stack([whole[0], whole[5]]))
@@ -31,7 +31,7 @@ class DistillationTest(absltest.TestCase):
 
     def test_dialogues_that_exceed_a_row_are_left_out(self):
         path = self.directory / "train.jsonl"
-        fitting = distillation.dialogues_that_fit(self.model, str(path))
+        fitting = distillation.select_fitting_dialogues(self.model, str(path))
         whole = [
             dialogue.id
             for dialogue in read_dialogues(path)

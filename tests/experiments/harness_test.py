@@ -55,10 +55,10 @@ class CompareTest(absltest.TestCase):
         weigh = {"all": lambda turn, turns: 1.0, "last": lambda turn, turns: float(turn == turns - 1)}
         prepared = {"all": trees(self.model, train), "last": trees(self.model, train, name="last")}
         done = harness.compare(
-            self.model, prepared, trees(self.model, held_out), steps=2, seed=5, evaluate_every=1, tell=lambda line: None
+            self.model, prepared, trees(self.model, held_out), steps=2, seed=5, evaluate_every=1, log=lambda line: None
         )
         self.assertEqual(list(done), ["all", "last"])
-        plan = harness.plan_of(prepared["all"], 5)
+        plan = harness.make_plan(prepared["all"], 5)
         expected_tokens, expected_weight = tiny_run.passes(tokenizer, held_out)
         adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8))
         update = jax.jit(lambda gradient, state: adam.update(gradient, state))
@@ -83,7 +83,7 @@ class CompareTest(absltest.TestCase):
 
     def test_trees_of_other_dialogues_are_refused(self):
         prepared = {"a": trees(self.model, dialogues(8)), "b": trees(self.model, dialogues(4))}
-        with self.assertRaisesRegex(ValueError, "'b' are not of the same dialogues as those of 'a'"):
+        with self.assertRaisesRegex(ValueError, "the trees of 'b' have other dialogues than those of 'a'"):
             harness.compare(self.model, prepared, prepared["a"], steps=1, seed=0)
 
     def test_smaller_trees_may_not_come_first(self):

@@ -72,7 +72,7 @@ class GradientsTest(absltest.TestCase):
         turns = np.concatenate([joint.tree(n).turn[1:] for n in range(2)])
         size = len(turns)
         losses = Losses(np.repeat([0, 1], [len(own) for own in nodes]), np.concatenate(nodes), turns, np.zeros(size))
-        parts = joint_vs_conditional.parts_of(losses, joint, of_messages)
+        parts = joint_vs_conditional.split_targets(losses, joint, of_messages)
         tokens = np.concatenate([joint.tree(n).tokens[1:] for n in range(2)])
         texts = {name: self.model.tokenizer.decode(tokens[part]) for name, part in parts.items()}
         messages = [message for dialogue in chosen for message in dialogue.messages]
@@ -85,8 +85,8 @@ class GradientsTest(absltest.TestCase):
         losses = Losses(np.array([0, 0, 1]), np.arange(3), np.array([0, -1, 0]), np.array([1.0, 50.0, 3.0]))
         other = losses._replace(nll=np.array([0.5, 2.0, 1.5]))
         part = losses.turn >= 0
-        self.assertEqual(joint_vs_conditional.mean_of(losses, part).value, 2.0)
-        self.assertEqual(joint_vs_conditional.mean_of(losses, part, other).value, 1.0)
+        self.assertEqual(joint_vs_conditional.mean_loss(losses, part).value, 2.0)
+        self.assertEqual(joint_vs_conditional.mean_loss(losses, part, other).value, 1.0)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class NormalisationTest(absltest.TestCase):
             dialogue("none long", *[3] * 11, 19),
             dialogue("eleven", *[1] * 10, 30),
         ]
-        chosen = normalisation.uneven([*others[:3], *many, *others[3:], *few])
+        chosen = normalisation.select_uneven([*others[:3], *many, *others[3:], *few])
         self.assertEqual([one.id for one in chosen], ["a", "d", "b", "e"])
 
     def test_means_equal_loops(self):

@@ -31,11 +31,11 @@ class OnePassVsKPassesTest(absltest.TestCase):
         return list(parse_records(tiny_run.records(3)))[2]
 
     def test_cut_dialogue_ends_with_its_last_response(self):
-        shorter = experiment.cut(self.dialogue(), 4)
+        shorter = experiment.truncate(self.dialogue(), 4)
         self.assertEqual(shorter.messages, self.dialogue().messages[:8])
 
     def test_rows_alone_are_the_passes(self):
-        found = experiment.rows(experiment.alone(self.dialogue()), self.model.renderer)
+        found = experiment.fill_rows(experiment.separate_responses(self.dialogue()), self.model.renderer)
         expected = k_passes.make_passes(self.dialogue(), self.model.tokenizer)
         self.assertLen(found, 6)
         for batch, one in zip(found, expected, strict=True):
@@ -71,7 +71,7 @@ class OnePassVsKPassesTest(absltest.TestCase):
         with mock.patch.object(experiment, "_REPEATED_FOR", 0.01):
             experiment.main(options, turns=(2, 4, 6))
         text = (self.directory / "results" / f"{name}.md").read_text()
-        for part in ("of 12 with 6 responses and more", "history kept", "strips reasoning", "| exponent |"):
+        for part in ("the 12 dialogues with at least 6 responses", "history kept", "strips reasoning", "| exponent |"):
             self.assertIn(part, text)
         differences = [line.split("|")[-3:-1] for line in text.splitlines() if line.startswith(("| 2 |", "| 4 |"))]
         self.assertLen(differences, 6)

@@ -38,7 +38,7 @@ class RunTest(parameterized.TestCase):
     @parameterized.parameters(
         (joint_vs_conditional, 2, ["frozen copy", "messages of users", "joint - conditional"]),
         (which_turns, 2, ["discount 0.7", "last response - all responses", "| all |"]),
-        (normalisation, 2, ["12 dialogues to train on and 6 held out", "dialogue mean", "33 and more"]),
+        (normalisation, 2, ["12 training dialogues and 6 held-out ones", "dialogue mean", "33 and more"]),
         (causality, 0, ["equal in all bits", "reasoning stripped from history"]),
     )
     def test_experiment_writes_table_and_picture(self, module, steps, expected):
