@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-_GRACE = 5.0  # seconds that the others are given after a failure
+_GRACE = 5.0  # seconds for the other processes to finish after a failure
 
 
 def launch(command: Sequence[str], processes: int, *, environment: Mapping[str, str] | None = None) -> int:
-    """Runs `command` once for each process, with the flags that join them, and returns the exit code of the launch."""
+    """Runs `command` once per process, with the flags that join them, and returns the exit code of the launch."""
     address = f"127.0.0.1:{_free_port()}"
     started = [
         subprocess.Popen(
@@ -37,7 +37,7 @@ def launch(command: Sequence[str], processes: int, *, environment: Mapping[str, 
             text=True,
             errors="replace",
             env=environment,
-            start_new_session=True,  # a Ctrl-C of the terminal comes once, from here
+            start_new_session=True,  # Ctrl-C reaches the processes only through `forward`
         )
         for process in range(processes)
     ]
@@ -77,10 +77,10 @@ def _show(process: int, child: subprocess.Popen) -> None:
 
 
 def _wait(started: Sequence[subprocess.Popen]) -> int:
-    """Waits for all, or for the first failure and a little longer; the exit code."""
+    """Waits for all processes, or for `_GRACE` seconds after the first failure; returns the exit code."""
     code, deadline = 0, float("inf")
     while None in (codes := [child.poll() for child in started]) and time.monotonic() < deadline:
-        failed = [one for one in codes if one]
+        failed = [code for code in codes if code]
         if failed and not code:
             code, deadline = failed[0], time.monotonic() + _GRACE
         time.sleep(0.05)
@@ -90,12 +90,12 @@ def _wait(started: Sequence[subprocess.Popen]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, required=True, help="how many")
+    parser.add_argument("--processes", type=int, required=True, help="number of processes")
     parser.add_argument("flags", nargs="+", metavar="-- FLAGS", help="of dialog_jax train")
-    asked = parser.parse_args()
-    if asked.processes < 1:
-        parser.error(f"--processes is {asked.processes}; it must be at least 1")
-    sys.exit(launch([sys.executable, "-m", "dialog_jax", "train", *asked.flags], asked.processes))
+    arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes is {arguments.processes}; it must be at least 1")
+    sys.exit(launch([sys.executable, "-m", "dialog_jax", "train", *arguments.flags], arguments.processes))
 
 
 if __name__ == "__main__":

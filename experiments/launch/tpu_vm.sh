@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, of one or many hosts.
+# Trains on a Cloud TPU VM with one or many hosts.
 #
 #   export TPU=my-tpu ZONE=us-west4-a
 #   experiments/launch/tpu_vm.sh setup                  # the committed repository and its environment, on all hosts
 #   experiments/launch/tpu_vm.sh run .venv/bin/python scripts/prepare_demo.py        # any command, on all hosts
 #   experiments/launch/tpu_vm.sh train --config=experiments/chitchat.py --output_dir=/mnt/shared/runs/chitchat
-#   experiments/launch/tpu_vm.sh log                    # what host 0 prints; Ctrl-C leaves the training alone
-#   experiments/launch/tpu_vm.sh stop                   # the run finishes its step and saves
+#   experiments/launch/tpu_vm.sh log                    # output of host 0; Ctrl-C does not stop the training
+#   experiments/launch/tpu_vm.sh stop                   # finishes the step and saves
 #
-# Costs    nothing is made or deleted here. A TPU VM costs from when it is there until it is deleted:
+# Costs    this script creates and deletes nothing. A TPU VM is billed from its creation until it is deleted:
 #            gcloud compute tpus queued-resources create $TPU --node-id=$TPU --zone=$ZONE \
-#              --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite     # and --spot to pay less
+#              --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite     # --spot is cheaper
 #            gcloud compute tpus queued-resources delete $TPU --zone=$ZONE --force
-# Set      TPU and ZONE; NFS=ADDRESS:/SHARE (Filestore's, say) for `setup` to mount as /mnt/shared. Several hosts need
-#          it: output_dir must be one directory for all of them. One host (v5litepod-8 and smaller) needs none.
-#          rows must be a multiple of all chips, unless mesh.tensor is set.
-# Hosts    find each other: JAX asks the VM's metadata. gcloud wants your key in the agent for several hosts:
+# Set      TPU and ZONE; NFS=ADDRESS:/SHARE (such as Filestore's), which `setup` mounts as /mnt/shared. Several hosts
+#          need it, because output_dir must be one directory for all of them; one host (up to v5litepod-8) does not.
+#          rows must be a multiple of the number of chips, unless mesh.tensor is set.
+# Hosts    find each other through the VM's metadata. For several hosts, gcloud needs your key in the SSH agent:
 #            ssh-add ~/.ssh/google_compute_engine
-# Resume   the same `train` command goes on from the last checkpoint. After a spot TPU was taken back: delete it, create
-#          it again, `setup`, and the same `train`, if output_dir is on NFS.
+# Resume   the same `train` command resumes from the last checkpoint. After a spot TPU was preempted: delete it, create
+#          it again, run `setup` and the same `train`; this requires output_dir on NFS.
 #
-# Not run on a TPU by us. tests/experiments/launch_test.py runs this script with a stand-in for gcloud.
+# Not tested on a TPU. tests/experiments/launch_test.py runs this script with a stand-in for gcloud.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -33,7 +33,7 @@ on_hosts() { # WORKER COMMAND
   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="$1" --command="$2"
 }
 
-# Python 3.12 from uv, since the VM's own may be older than 3.11.
+# Python 3.12 from uv, since the VM's Python may be older than 3.11.
 readonly INSTALL='set -e
 mkdir -p dialog_jax
 tar -xzf dialog_jax.tar.gz -C dialog_jax
@@ -71,7 +71,7 @@ train() {
 }
 
 stop() {
-  # shellcheck disable=SC2016 # the hosts expand it
+  # shellcheck disable=SC2016 # expanded on the hosts
   on_hosts all 'cd dialog_jax || exit
     pid=$(cat train.pid) || exit
     kill -TERM "$pid" 2>/dev/null || echo "no training is running here"

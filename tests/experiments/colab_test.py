@@ -161,7 +161,7 @@ class CellsTest(parameterized.TestCase):
         self.assertEqual(pathlib.Path.cwd(), self.directory / "dialog_jax")
 
     def test_missing_repository_is_explained(self):
-        with self.assertRaisesRegex(ValueError, "Say in the settings where it is"):
+        with self.assertRaisesRegex(ValueError, "Set REPOSITORY in the settings"):
             self.execute("repository", REPOSITORY="", OUTPUT_DIR="run")
 
     @parameterized.parameters(
