@@ -61,7 +61,7 @@ class SharedInputsTest(absltest.TestCase):
     def read(self, name):
         return [json.loads(line) for line in (self.directory / "inputs" / name).read_text().splitlines()]
 
-    def test_targets_are_those_of_our_trees(self):
+    def test_write_inputs_targets_equal_those_of_our_trees(self):
         written = self.write()
         renderer = Renderer(load_tokenizer(str(self.directory / "model")))
         trees = dataset.prepare(
@@ -73,7 +73,7 @@ class SharedInputsTest(absltest.TestCase):
         self.assertEqual(peers, ours)
         self.assertEqual(written["targets"], sum(map(len, ours)))
 
-    def test_compared_dialogues_fit_a_row(self):
+    def test_write_inputs_compared_dialogues_fit_a_row(self):
         written = self.write()
         sizes = [len(one["input_ids"]) for one in self.read("tokens.jsonl")]
         self.assertGreater(sizes[3], 100)
@@ -82,11 +82,11 @@ class SharedInputsTest(absltest.TestCase):
         self.assertEqual((written["compared_dialogues"], written["longer_than_max_length"]), (3, 1))
         self.assertEqual(written["tokens"], sum(sizes))
 
-    def test_padding_peers_read_a_sample_of_all_lengths_longest_first(self):
+    def test_write_inputs_spread_samples_all_lengths_longest_first(self):
         self.write()
-        whole, spread = self.read("tokens.jsonl"), self.read("spread_tokens.jsonl")
-        order = sorted(range(4), key=lambda number: -len(whole[number]["input_ids"]))
-        self.assertEqual(spread, [whole[order[number]] for number in (1, 1, 1, 3)])
+        dialogues, spread = self.read("tokens.jsonl"), self.read("spread_tokens.jsonl")
+        order = sorted(range(4), key=lambda number: -len(dialogues[number]["input_ids"]))
+        self.assertEqual(spread, [dialogues[order[number]] for number in (1, 1, 1, 3)])
         rng = np.random.default_rng(0)
         lengths = rng.integers(10, 2000, 256).tolist()
         chosen = [lengths[place] for place in shared_inputs.sample_lengths(lengths, 8)]
@@ -94,11 +94,11 @@ class SharedInputsTest(absltest.TestCase):
         self.assertLen(set(chosen), 8)
         self.assertAlmostEqual(np.mean(chosen) / np.mean(lengths), 1, delta=0.03)
 
-    def test_too_few_dialogues_is_an_error(self):
+    def test_write_inputs_with_too_few_dialogues_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "has 4 dialogues, 5 are needed"):
             self.write(dialogues=5)
 
-    def test_a_template_that_strips_history_is_an_error(self):
+    def test_write_inputs_with_a_stripping_template_is_an_error(self):
         chat_templates.train_tokenizer("qwen3").save_pretrained(self.directory / "model")
         roles, texts = ("user", "assistant") * 2, ("Hi", "<think>\na b\n</think>\n\nyes", "And you?", "yes")
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
@@ -110,19 +110,19 @@ class SharedInputsTest(absltest.TestCase):
 class FiguresTest(absltest.TestCase):
     def test_add_speeds_uses_all_steps(self):
         written = {"seconds": [10.0, 20.0, 70.0], "real_tokens": [100, 400, 700], "response_tokens": [10, 80, 60]}
-        found = contestants.add_speeds(written | {"peak_memory_gb": 1.0, "real_tokens_per_second": 99.0})
-        self.assertEqual((found["seconds_a_step"], found["tokens_a_step"]), (20.0, 400))
-        self.assertEqual((found["real_tokens_per_second"], found["response_tokens_per_second"]), (12.0, 1.5))
-        self.assertEqual(found["peak_memory_gb"], 1.0)
+        figures = contestants.add_speeds(written | {"peak_memory_gb": 1.0, "real_tokens_per_second": 99.0})
+        self.assertEqual((figures["seconds_a_step"], figures["tokens_a_step"]), (20.0, 400))
+        self.assertEqual((figures["real_tokens_per_second"], figures["response_tokens_per_second"]), (12.0, 1.5))
+        self.assertEqual(figures["peak_memory_gb"], 1.0)
 
-    def test_a_step_without_its_tokens_is_an_error(self):
+    def test_add_speeds_with_missing_tokens_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "2 seconds, 1 real_tokens"):
             contestants.add_speeds({"seconds": [1.0, 2.0], "real_tokens": [5], "response_tokens": [1, 2]})
 
     def test_add_speeds_without_steps_changes_nothing(self):
         self.assertEqual(contestants.add_speeds(_PEER), _PEER)
 
-    def test_a_contestant_that_ends_badly_has_failed(self):
+    def test_run_command_that_fails_returns_the_reason(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         out = directory / "a.json"
         writes = [sys.executable, "-c", f"open({str(out)!r}, 'w').write('{{\"seconds\": [1], \"real_tokens\": []')"]
@@ -132,11 +132,11 @@ class FiguresTest(absltest.TestCase):
             (["/bin/true"], "ended with 0; see a.log"),
             (writes, "Expecting"),
         ):
-            found = contestants.run_command("tunix", command, out, seconds=2)
-            self.assertEqual(list(found), ["failed"])
-            self.assertStartsWith(found["failed"], why)
+            figures = contestants.run_command("tunix", command, out, seconds=2)
+            self.assertEqual(list(figures), ["failed"])
+            self.assertStartsWith(figures["failed"], why)
 
-    def test_each_contestant_is_started_with_the_same_settings(self):
+    def test_measure_command_passes_the_same_settings_to_all(self):
         here = pathlib.Path("inputs")
         settings = contestants.Settings(model=pathlib.Path("m"), inputs=here, max_length=77, rows=3, warmup=1, steps=5)
         for name in contestants.CONTESTANTS:
@@ -158,27 +158,29 @@ class SummaryTest(absltest.TestCase):
             a_round("trl_padded", 300.0),
             a_round("trl_packed_logits", 400.0),
         ]
-        self.found = summary.summarize(rounds, _COMPARED)
+        self.figures = summary.summarize(rounds, _COMPARED)
 
-    def test_medians_and_spread_are_over_rounds(self):
-        ours, peer = self.found["ours"], self.found["trl_packed"]
+    def test_summarize_takes_medians_and_spread_over_rounds(self):
+        ours, peer = self.figures["ours"], self.figures["trl_packed"]
         self.assertEqual((ours["real_tokens_per_second"], ours["spread"]), (170.0, [150.0, 250.0]))
         self.assertEqual((peer["real_tokens_per_second"], peer["spread"]), (100.0, [90.0, 110.0]))
         self.assertEqual(ours["response_tokens_per_second"], 42.5)
         self.assertEqual((ours["rounds"], peer["rounds"]), (3, 2))
         self.assertEqual((ours["peak_memory_gb"], ours["compile_seconds"]), (3.2, 30.0))
         self.assertEqual((ours["compared_loss"], peer["compared_loss"], peer["first_loss"]), (2.5, 2.5001, 3.0))
-        self.assertEqual(self.found["tunix"], {"failed": "not done after 9 s"})
+        self.assertEqual(self.figures["tunix"], {"failed": "not done after 9 s"})
 
-    def test_contestant_with_another_loss_is_not_compared(self):
-        told = "it computes another loss on the same dialogues: 2.50200 on 40 targets; dialog_jax 2.50000 on 40 targets"
-        self.assertEqual(self.found["trl_padded"], {"failed": told})
-        self.assertEqual(self.found["trl_packed_logits"], {"failed": "no memory"})
-        found = summary.summarize([a_round("tunix", 500.0)], _COMPARED)
-        self.assertIn("on 41 targets; dialog_jax 2.50000 on 40 targets", found["tunix"]["failed"])
+    def test_summarize_excludes_contestants_with_another_loss(self):
+        reason = (
+            "it computes another loss on the same dialogues: 2.50200 on 40 targets; dialog_jax 2.50000 on 40 targets"
+        )
+        self.assertEqual(self.figures["trl_padded"], {"failed": reason})
+        self.assertEqual(self.figures["trl_packed_logits"], {"failed": "no memory"})
+        figures = summary.summarize([a_round("tunix", 500.0)], _COMPARED)
+        self.assertIn("on 41 targets; dialog_jax 2.50000 on 40 targets", figures["tunix"]["failed"])
 
-    def test_table_is_sorted_by_speed_and_names_the_missing(self):
-        lines = summary.make_table(self.found, self.labels, {"Other": "no network"}).splitlines()
+    def test_make_table_is_sorted_by_speed_and_names_the_missing(self):
+        lines = summary.make_table(self.figures, self.labels, {"Other": "no network"}).splitlines()
         self.assertEqual(
             lines[2],
             f"| {self.labels['ours']} | 170.0 | 150.0 to 250.0 | 42.5 | 2.4 | 2,046 | 3.20 | 30.0 | 3.0000 | 2.5000 |",
@@ -189,8 +191,8 @@ class SummaryTest(absltest.TestCase):
             lines[lines.index("Not measured:") :],
         )
 
-    def test_verdict_compares_with_the_fastest_peer(self):
-        text = summary.make_verdict(self.found, self.labels)
+    def test_make_verdict_compares_with_the_fastest_peer(self):
+        text = summary.make_verdict(self.figures, self.labels)
         self.assertIn(
             "1.70 times as many real tokens per second as the fastest peer (TRL, packed (bfd), malloc tuned)", text
         )
@@ -198,11 +200,11 @@ class SummaryTest(absltest.TestCase):
         self.assertIn("all losses on the same 40 targets are within 1.0e-04 nats", text)
         for alone in ("ours", "trl_packed"):
             with self.assertRaisesRegex(ValueError, "nothing to compare"):
-                summary.make_verdict({alone: self.found[alone]}, self.labels)
+                summary.make_verdict({alone: self.figures[alone]}, self.labels)
 
     def test_write_results_writes_table_plot_and_json(self):
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        seen = {
+        measured = {
             "command": "python run.py",
             "date": "2026-01-02",
             "machine": "2 cores",
@@ -217,13 +219,13 @@ class SummaryTest(absltest.TestCase):
             "rounds": [a_round("ours", 150.0), a_round("trl_packed", 100.0)],
         }
         with running.loaded("benchmarks/peers/run") as script:
-            text = script.write_results(seen, directory)
+            text = script.write_results(measured, directory)
             self.assertEqual(
                 script.rotate_orders(["a", "b", "c"], 4), [list("abc"), list("bca"), list("cab"), list("abc")]
             )
         self.assertIn("trl: torch 2.13.0  \n", text)
         self.assertEqual((directory / "peers.md").read_text(), text)
-        self.assertEqual(json.loads((directory / "peers.json").read_text())["rounds"], seen["rounds"])
+        self.assertEqual(json.loads((directory / "peers.json").read_text())["rounds"], measured["rounds"])
         self.assertEqual((directory / "peers.png").read_bytes()[:4], b"\x89PNG")
 
 
