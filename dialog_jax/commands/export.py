@@ -38,23 +38,20 @@ def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
       UserError: there is no run, or no such step, or something else is in `out`.
     """
     model, stop_tokens = run_directory.read_model(run)
-    with checkpoints.open_reader(run / "checkpoints") as manager:
-        number = _choose(run, step, list(manager.all_steps()))
-        source = _identity(run, number)
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out} is a file; give a directory.")
-        if out.exists() and any(out.iterdir()):
-            if _is_made_of(out, source):
-                return f"{out}: already there, made of step {number:,}"
-            raise UserError(
-                f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out."
-            )
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
-            decoder.abstract_parameters(model),
-        )
-        parameters = checkpoints.restore_parameters(manager, number, like)
+    number = _choose(run, step, checkpoints.list_steps(run / "checkpoints"))
+    source = _identity(run, number)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a directory.")
+    if out.exists() and any(out.iterdir()):
+        if _is_made_of(out, source):
+            return f"{out}: already there, made of step {number:,}"
+        raise UserError(f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out.")
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
+        decoder.abstract_parameters(model),
+    )
+    parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
     # All of it, export.json included, appears by one rename.
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

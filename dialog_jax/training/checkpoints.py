@@ -1,7 +1,7 @@
-"""Train states on disk, by orbax: saved in the background, the newest few kept and the best by held-out loss.
+"""Train states on disk, written by orbax in the background. The newest few stay, and the best by held-out loss.
 
-A checkpoint holds, beside the arrays, a checksum of each, computed where the array lives. Orbax notices files that are
-missing or cut off, but not a byte of an array that has changed; the checksums do, on any mesh.
+A checkpoint also holds a checksum of each array, computed where the array lives. Orbax detects files that are missing
+or cut off, but not a changed byte of an array; the checksums do, on any mesh.
 """
 
 import contextlib
@@ -19,16 +19,15 @@ from dialog_jax.errors import UserError
 from dialog_jax.training import distributed
 from dialog_jax.training.train_step import TrainState
 
-# What orbax raises for a file that is missing, cut off or changed; a plain Exception besides.
-_BROKEN = (ValueError, LookupError, AttributeError, TypeError, FileNotFoundError)
+_COUNTS = ("step", "skipped", "skipped_in_a_row")  # of TrainState: kept in the record, with the checksums
+
+# What orbax raises for damaged files: ValueError for array data and for JSON that does not parse, KeyError and
+# AttributeError for a changed name within its JSON, FileNotFoundError for a missing record. See also `_read`.
+_DAMAGE = (ValueError, KeyError, AttributeError, FileNotFoundError)
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be read, or not as it was written."""
-
-
-class SaveError(OSError):
-    """A checkpoint that could not be written."""
+    """A checkpoint that cannot be read, or that differs from what was written."""
 
 
 def find_best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
@@ -38,41 +37,49 @@ def find_best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | N
 
 
 def open_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Returns orbax's manager of the checkpoints in `directory`, less what a killed process left half-written.
+    """Returns orbax's manager of the checkpoints in `directory`; removes what a killed process left half-written.
 
     Close it, or use it in a `with` statement, so that the last save is finished.
     """
-    # Which of them stay is not left to orbax 0.11: where `check` is told first that a save has failed, orbax's own
-    # thread takes the save for done and removes an older checkpoint for it.
+    # `finish_save` decides which checkpoints stay, not orbax: when the caller learns of a failed save first, orbax 0.11
+    # counts that save as done and removes an older checkpoint for it.
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-def open_reader(directory: pathlib.Path) -> ocp.CheckpointManager:
-    """Returns orbax's manager for reading alone, also while a run goes on there.
+def _open_reader(directory: pathlib.Path) -> ocp.CheckpointManager:
+    """Returns orbax's manager for reading only, also while a run continues there.
 
-    It waits for no other process, so that one which cannot read its part can tell the others.
+    It waits for no other process, so that a process which cannot read its part can report that to the others.
     """
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    process = jax.process_index()
+    single_process = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=single_process)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+def list_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps that have a complete checkpoint in `directory`, in order."""
+    if not directory.exists():
+        return []
+    with _open_reader(directory) as reader:
+        return sorted(reader.all_steps())
+
+
 def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses: Mapping[int, float]) -> None:
-    """Starts saving the state under its step, after the save before it is finished; see `finish`.
+    """Finishes the previous save as `finish_save` does and starts to save the state under its step.
 
     Raises:
-      SaveError: this save, or the one before, failed.
+      UserError: this save or the previous one failed.
     """
     finish_save(manager, keep=keep, losses=losses)
-    counts = {name: int(getattr(state, name)) for name in ("step", "skipped", "skipped_in_a_row")}
+    counts = {name: int(getattr(state, name)) for name in _COUNTS}
     record = {
         **counts,
         "parameters": compute_checksums(state.parameters),
         "optimizer_state": compute_checksums(state.optimizer_state),
     }
-    with _saving():
+    with _save_errors():
         saved = manager.save(
             counts["step"],
             args=ocp.args.Composite(
@@ -85,22 +92,22 @@ def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses
 
 
 def raise_save_errors(manager: ocp.CheckpointManager) -> None:
-    """Raises SaveError if the save in the background has failed."""
-    with _saving():
+    """Raises UserError if the save in the background has failed."""
+    with _save_errors():
         manager.check_for_errors()
 
 
 def finish_save(manager: ocp.CheckpointManager, *, keep: int, losses: Mapping[int, float]) -> None:
-    """Waits for the save in the background, and then removes what need not stay. All processes call it together.
+    """Waits for the save in the background, then removes older checkpoints. All processes call it together.
 
     Args:
-      keep: how many of the newest checkpoints stay; the best one does besides.
+      keep: how many of the newest checkpoints stay; the best one stays too.
       losses: held-out loss by step.
 
     Raises:
-      SaveError: the save failed; nothing is removed.
+      UserError: the save failed; nothing is removed.
     """
-    with _saving():
+    with _save_errors():
         manager.wait_until_finished()
         steps = sorted(manager.all_steps())
         for step in steps[:-keep]:
@@ -109,75 +116,101 @@ def finish_save(manager: ocp.CheckpointManager, *, keep: int, losses: Mapping[in
 
 
 @contextlib.contextmanager
-def _saving() -> Iterator[None]:
+def _save_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SaveError(
-            f"a checkpoint could not be written: {str(error).partition(chr(10))[0]}. Those before it stay. Make "
-            "room on the disk, or the directory writable; the same command goes on from the last one."
+        raise UserError(
+            f"a checkpoint could not be written: {_first_line(error)}. Earlier ones stay. Make room on the disk, or "
+            "the directory writable; the same command resumes from the last one."
         ) from error
 
 
-def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def restore(directory: pathlib.Path, step: int, like: TrainState) -> TrainState:
     """Returns the state saved at `step`, laid out as `like` (arrays, or their shapes with shardings).
 
     Raises:
-      DamagedError: a file is missing, or has changed since it was written.
+      DamagedError: a file is missing, has changed since it was written, or holds other arrays than `like`.
     """
-    record, trees = _restore(manager, step, parameters=like.parameters, optimizer_state=like.optimizer_state)
+    record, trees = _restore(directory, step, parameters=like.parameters, optimizer_state=like.optimizer_state)
 
-    def count(name: str) -> jax.Array:
-        place = getattr(like, name)
-        return jax.device_put(jnp.asarray(record[name], place.dtype), place.sharding)
-
-    return TrainState(count("step"), count("skipped"), count("skipped_in_a_row"), **trees)
-
-
-def restore_parameters(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """Returns the parameters alone of the state saved at `step`.
-
-    Raises:
-      DamagedError: a file is missing, or has changed since it was written.
-    """
-    return _restore(manager, step, parameters=like)[1]["parameters"]
+    counts = {}
+    for name in _COUNTS:
+        leaf = getattr(like, name)
+        counts[name] = jax.device_put(jnp.asarray(record[name], leaf.dtype), leaf.sharding)
+    return TrainState(**counts, parameters=trees["parameters"], optimizer_state=trees["optimizer_state"])
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, **like: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    wanted = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+def restore_parameters(directory: pathlib.Path, step: int, like: dict) -> dict:
+    """Returns only the parameters of the state saved at `step`; raises what `restore` raises."""
+    return _restore(directory, step, parameters=like)[1]["parameters"]
 
-    def read() -> Any:
-        try:
-            with open_reader(pathlib.Path(manager.directory)) as reader:
-                return reader.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **wanted))
-        except Exception as error:
-            if not isinstance(error, _BROKEN) and type(error) is not Exception:
-                raise
-            whose = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
-            return DamagedError(f"{whose}checkpoint {step} cannot be read: {str(error).partition(chr(10))[0]}")
 
-    found = distributed.run_on_all_hosts(read)  # where reading fails for another reason, the checkpoint may be whole
-    # A file that one process needs may be there for the others.
-    if damage := [
-        text for text in distributed.all_gather_strings(str(found) if isinstance(found, DamagedError) else "") if text
-    ]:
-        raise DamagedError(damage[0])
-    record = found["record"]
+def _restore(directory: pathlib.Path, step: int, **like: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    def read() -> tuple[dict[str, Any], str]:
+        with _open_reader(directory) as reader:
+            content, damage = _read(reader, step, record=ocp.args.JsonRestore())
+            damage = damage or _check_record(content["record"], step, like)
+            if damage:
+                return {}, damage
+            arrays, damage = _read(
+                reader, step, **{name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+            )
+            return content | arrays, damage
+
+    # Any other exception on some process, such as a failing network disk, says nothing about the checkpoint.
+    content, damage = distributed.run_on_all_hosts(read)
+    # A file that one process needs may be missing for that process only.
+    for text in distributed.all_gather_strings(damage):
+        if text:
+            raise DamagedError(text)
+    record = content["record"]
     for name in like:
-        changed = [path for path, value in compute_checksums(found[name]).items() if record[name].get(path) != value]
+        checksums = compute_checksums(content[name])
+        changed = [path for path, value in checksums.items() if record[name][path] != value]
         if changed:
             raise DamagedError(
                 f"checkpoint {step} is not what was written: {name}{changed[0]} has another checksum "
                 f"({len(changed)} arrays in all)"
             )
-    return record, {name: found[name] for name in like}
+    return record, {name: content[name] for name in like}
+
+
+def _read(reader: ocp.CheckpointManager, step: int, **items: Any) -> tuple[dict[str, Any], str]:
+    """Returns (the items of a checkpoint, ""), or ({}, what is damaged)."""
+    try:
+        return dict(reader.restore(step, args=ocp.args.Composite(**items)).items()), ""
+    except Exception as error:
+        # Orbax raises a bare Exception where a file of array data is cut off. A TypeError is a bug; a MemoryError or
+        # PermissionError says nothing about the files.
+        if not isinstance(error, _DAMAGE) and type(error) is not Exception:
+            raise
+        process = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
+        return {}, f"{process}checkpoint {step} cannot be read: {_first_line(error)}"
+
+
+def _check_record(record: Any, step: int, like: Mapping[str, Any]) -> str:
+    """Returns how the record of a checkpoint does not describe `like`; empty if it does."""
+    if not isinstance(record, dict) or any(not isinstance(record.get(name), int) for name in _COUNTS):
+        return f"checkpoint {step} cannot be read: its record is incomplete"
+    if record["step"] != step:
+        return f"checkpoint {step} is not what was written: its record is of step {record['step']}"
+    for name, tree in like.items():
+        needed = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        if differing := sorted(needed ^ set(record.get(name) or ())):
+            return f"checkpoint {step} holds other arrays than this run: {name}{differing[0]} is in only one of the two"
+    return ""
 
 
 def compute_checksums(tree: Any) -> dict[str, int]:
-    """Returns a checksum of each array by its path; whatever its layout, and different if one of its bits is.
+    """Returns {path: checksum of the array}. It depends on every bit of the array and not on its layout over devices.
 
-    All processes call it together. Source: the finaliser of MurmurHash3 (Appleby, public domain) on each word mixed
-    with its index, added up modulo 2**32; adding in any order gives the same.
+    All processes call it together. Source: the finalizer of MurmurHash3 (Appleby, public domain) of each word mixed
+    with its index, summed modulo 2**32, so that the order of summation does not matter.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = _checksums([leaf for _, leaf in leaves])

@@ -1,5 +1,6 @@
-"""What a person sees of a run while it goes on, and the clock behind the figures."""
+"""What a run prints while it trains, and the clocks behind its figures."""
 
+import logging
 import os
 import pathlib
 import time
@@ -9,8 +10,17 @@ import rich.console
 import rich.progress
 
 
+def quiet_libraries() -> None:
+    """Hides what transformers and orbax log, so that a command prints only its own lines; their errors are exceptions.
+
+    Call it before transformers is imported: that import logs that PyTorch is missing.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)
+
+
 class Clock:
-    """Seconds between updates, evaluations and saves left out."""
+    """Measures seconds between updates, without evaluations and saves."""
 
     def __init__(self) -> None:
         self.restart()
@@ -20,7 +30,7 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap began; starts the next."""
+        """Returns the seconds since the lap began and starts the next."""
         last, self._last = self._last, time.perf_counter()
         return self._last - last
 
@@ -38,29 +48,29 @@ class Startup:
         self._last = now
 
     def done(self, part: str) -> None:
-        """Ends a part, which began where the one before ended."""
+        """Ends a part, which began where the previous one ended."""
         last, self._last = self._last, time.monotonic()
         self.parts[part] = self.parts.get(part, 0.0) + self._last - last
 
     @property
     def seconds(self) -> float:
-        """All of them."""
+        """Returns the sum over all parts."""
         return sum(self.parts.values())
 
     @property
     def line(self) -> str:
-        """`first step after 4.2 s: 2.0 s loading, 1.9 s preparing, 0.3 s compiling`."""
+        """Returns "first step after 4.2 s: 2.0 s loading, 1.9 s preparing, 0.3 s compiling"."""
         parts = ", ".join(f"{seconds:.1f} s {part}" for part, seconds in self.parts.items())
         return f"first step after {self.seconds:.1f} s: {parts}"
 
 
 def find_process_start() -> float:
-    """When this process began, on the clock of `time.monotonic`; now where the system does not tell, as Linux does."""
+    """Returns when this process started, on the clock of `time.monotonic`; the current time where /proc is missing."""
     now = time.monotonic()
-    told = pathlib.Path("/proc/self/stat")
-    if not told.exists():
+    stat = pathlib.Path("/proc/self/stat")
+    if not stat.exists():
         return now
-    ticks = int(told.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+    ticks = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return now - max(0.0, age)
 
@@ -93,8 +103,8 @@ class Progress:
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, description=text)
         elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
-            left = (self._steps - step) * figures["seconds"] / 60
-            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {left:.1f} min left")
+            minutes = (self._steps - step) * figures["seconds"] / 60
+            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {minutes:.1f} min left")
 
     def print(self, line: str) -> None:
         """Prints a line above the bar."""

@@ -1,6 +1,6 @@
-"""From one step of a run to the next: updates, figures, evaluations, saves and stops, until the last step.
+"""The steps of a run: updates, metrics, evaluations, checkpoints and stops, up to the last step.
 
-Knows a run as it is prepared: no files but those of figures and checkpoints, and no way to begin one.
+Takes a prepared run and its state. Writes metrics and checkpoints, and knows no other file of the run's directory.
 """
 
 import contextlib
@@ -10,220 +10,227 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import optax
 import rich.console
 from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 
 from dialog_jax.batching import batches
 from dialog_jax.batching.batches import Batch, Plan
-from dialog_jax.batching.mixture import Mixture
-from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.training import checkpoints, distributed, metrics, sharding
+from dialog_jax.errors import UserError
+from dialog_jax.training import checkpoints, distributed, metrics, optimizer, sharding
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.console import Clock, Progress, Startup
+from dialog_jax.training.run_inputs import Inputs
 from dialog_jax.training.signals import Listener, StoppedError
 from dialog_jax.training.train_step import EvaluationSums, StepMetrics, TrainState
-from dialog_jax.trees.dataset import Trees
+
+_DIALOGUES_NAMED = 20  # of a step that is skipped
 
 
 class Run(NamedTuple):
-    """What stays the same while a run goes on."""
+    """A prepared run: what does not change from step to step."""
 
     config: TrainConfig
     mesh: Mesh
-    model: DecoderConfig
+    inputs: Inputs
     plan: Plan
-    train: Trees | Mixture
-    held_out: Trees
-    own: list[int]
-    """The rows of a micro-batch that this process fills."""
     steps: int
-    schedule: optax.Schedule
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     evaluation_step: Callable[[dict, Batch], EvaluationSums]
-    losses: dict[int, float]
-    """Held-out loss by step, as far as the run has come."""
     listener: Listener
 
 
+class _Outputs(NamedTuple):
+    """Where the loop writes."""
+
+    manager: CheckpointManager
+    writer: metrics.Writer | metrics.NullWriter
+    progress: Progress
+    losses: dict[int, float]
+    """Held-out loss by step, up to the current one."""
+
+
 class _Update(NamedTuple):
-    """An update that the device may still be working on."""
+    """An update that the device may still be computing."""
 
     step: int
-    measured: StepMetrics
+    metrics: StepMetrics
+    startup_seconds: float | None
+    """Seconds to the first step, with the first update of the process."""
 
 
 def train(
-    this: Run,
-    directory: pathlib.Path,
-    state: TrainState,
-    manager: CheckpointManager,
-    console: rich.console.Console,
-    startup: Startup,
+    run: Run, state: TrainState, directory: pathlib.Path, console: rich.console.Console, startup: Startup
 ) -> None:
-    """Goes from the state that there is to the last step; the first one ends `startup`."""
+    """Trains from `state` to the last step, or until a signal arrives; ends `startup` with the first step.
+
+    Raises:
+      UserError: loss or gradient were not finite too often in a row, or a file could not be written.
+      StoppedError: a signal arrived; the last step is saved.
+    """
     start = int(state.step)
-    if start >= this.steps and start in this.losses:
+    losses = {record["step"]: record["loss"] for record in metrics.read_records(directory / "evaluation.jsonl")}
+    distributed.check_same("state", {"evaluation.jsonl": losses})
+    if start >= run.steps and start in losses:
         console.print(f"The run is finished: step {start:,}. Nothing to do.")
         return
     if start:
-        console.print(f"going on from step {start:,}")
-    for later in [step for step in this.losses if not start or step > start]:
-        del this.losses[later]  # of steps to come again
-    for line in sharding.describe_uneven_layouts(this.mesh, state.parameters):
+        console.print(f"resuming from step {start:,}")
+    # An interrupted run may have evaluated steps after its last checkpoint; they are trained and evaluated again.
+    losses = {step: loss for step, loss in losses.items() if start and step <= start}
+    for line in sharding.describe_uneven_layouts(run.mesh, state.parameters):
         console.print(f"on the mesh: {line}")
-    writer = metrics.Writer(directory, step=start) if distributed.is_primary() else metrics.NullWriter()
-    with contextlib.closing(writer), Progress(console, this.steps, start) as progress:
-        _go_on(this, state, manager, writer, progress, startup)
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoints.open_manager(directory / "checkpoints"))
+        writer = metrics.Writer(directory, step=start) if distributed.is_primary() else metrics.NullWriter()
+        stack.enter_context(contextlib.closing(writer))
+        progress = stack.enter_context(Progress(console, run.steps, start))
+        _train_steps(run, state, _Outputs(manager, writer, progress, losses), startup)
 
 
-def _go_on(
-    this: Run,
-    state: TrainState,
-    manager: CheckpointManager,
-    writer: metrics.Writer | metrics.NullWriter,
-    progress: Progress,
-    startup: Startup,
-) -> None:
-    """Trains from the step of `state` to the end, or until a signal arrives."""
-    start, keep = int(state.step), this.config.keep_checkpoints
-    this.listener.defer_signals(start)
-    if _is_evaluated(this, start) and start not in this.losses:
-        _evaluate(this, start, state, writer, progress)
-    if this.listener.received:  # what was restored is still there
-        raise StoppedError(this.listener.received, start or None)
+def _train_steps(run: Run, state: TrainState, outputs: _Outputs, startup: Startup) -> None:
+    """Trains from the step of `state`.
+
+    The host is one step behind: it reports the metrics of step n while the device computes step n + 1. Before an
+    evaluation or a save it catches up.
+    """
+    start, keep = int(state.step), run.config.keep_checkpoints
+    run.listener.defer_signals(start)
+    if _is_evaluated(run, start) and start not in outputs.losses:
+        _evaluate(run, start, state, outputs)
+    if run.listener.received:  # the restored checkpoint is still there
+        raise StoppedError(run.listener.received, start or None)
     startup.done("evaluating")
+    local_rows = sharding.find_local_rows(run.mesh, run.config.rows)
     clock = Clock()
-    previous: _Update | None = None
+    pending: _Update | None = None
 
-    def report(figures: dict[str, float]) -> None:
-        assert previous is not None
-        if previous.step == start + 1:
-            figures["startup_seconds"] = startup.seconds
-        writer.train(previous.step, figures)
-        progress.show(previous.step, figures)
-
-    for number, batch in enumerate(this.plan.batches(start, this.steps, this.own), start + 1):
-        placed = _place(this, batch)
-        figures = _checked(this, previous, clock, progress) if previous else {}
-        state, measured = this.train_step(state, placed)  # returns once it is compiled
-        if number == start + 1:
+    for step, batch in enumerate(run.plan.batches(start, run.steps, local_rows), start + 1):
+        global_batch = _place(run, batch)
+        figures = _wait_for_figures(run, pending, clock, outputs) if pending else {}
+        state, step_metrics = run.train_step(state, global_batch)  # returns once it is compiled, before it is computed
+        if pending:
+            _report(pending.step, figures, outputs)
+        if step == start + 1:
             startup.done("compiling")
-            progress.print(startup.line)
-        if previous:
-            report(figures)  # while the device works on
-        previous = _Update(number, measured)
-        checkpoints.raise_save_errors(manager)
-        stopped = this.listener.agree_on_signal(number)
-        if not _is_evaluated(this, number) and not stopped:
+            outputs.progress.print(startup.line)
+        pending = _Update(step, step_metrics, startup.seconds if step == start + 1 else None)
+        checkpoints.raise_save_errors(outputs.manager)
+
+        stop_signal = run.listener.agree_on_signal(step)
+        if not (stop_signal or _is_evaluated(run, step)):
             continue
-        report(_checked(this, previous, clock, progress))
-        previous = None
-        if _is_evaluated(this, number):
-            _evaluate(this, number, state, writer, progress)
-        stopped = stopped or this.listener.received
-        if stopped or number % this.config.checkpoint_every == 0 or number == this.steps:
-            writer.sync()
-            checkpoints.save(manager, state, keep=keep, losses=this.losses)
-        if stopped:
-            checkpoints.finish_save(manager, keep=keep, losses=this.losses)
-            raise StoppedError(stopped, number)
+        _report(step, _wait_for_figures(run, pending, clock, outputs), outputs)
+        pending = None
+        if _is_evaluated(run, step):
+            _evaluate(run, step, state, outputs)
+        stop_signal = stop_signal or run.listener.received
+        if stop_signal or step % run.config.checkpoint_every == 0 or step == run.steps:
+            outputs.writer.sync()
+            checkpoints.save(outputs.manager, state, keep=keep, losses=outputs.losses)
+        if stop_signal:
+            checkpoints.finish_save(outputs.manager, keep=keep, losses=outputs.losses)
+            raise StoppedError(stop_signal, step)
         clock.restart()
-    checkpoints.finish_save(manager, keep=keep, losses=this.losses)
+    checkpoints.finish_save(outputs.manager, keep=keep, losses=outputs.losses)
 
 
-def _is_evaluated(this: Run, step: int) -> bool:
-    return step % this.config.evaluate_every == 0 or step == this.steps
+def _is_evaluated(run: Run, step: int) -> bool:
+    return step % run.config.evaluate_every == 0 or step == run.steps
 
 
-def _place(this: Run, batch: Batch) -> Batch:
-    """The global batch, of which `batch` holds the rows of this process."""
-    return batch.map(lambda array: sharding.place_rows(this.mesh, array, this.own, this.config.rows))
+def _place(run: Run, batch: Batch) -> Batch:
+    """Returns the global batch of which `batch` holds the rows of this process."""
+    local_rows = sharding.find_local_rows(run.mesh, run.config.rows)
+    return batch.map(lambda array: sharding.place_rows(run.mesh, array, local_rows, run.config.rows))
 
 
-def _evaluate(
-    this: Run, number: int, state: TrainState, writer: metrics.Writer | metrics.NullWriter, progress: Progress
-) -> None:
-    """Writes and shows held-out figures after step `number`; leaves off, with none, if a signal arrives."""
-    data = this.config.data
+def _report(step: int, figures: Mapping[str, float], outputs: _Outputs) -> None:
+    outputs.writer.train(step, figures)
+    outputs.progress.show(step, figures)
+
+
+def _evaluate(run: Run, step: int, state: TrainState, outputs: _Outputs) -> None:
+    """Writes and shows held-out figures after `step`; returns early and without figures if a signal arrives."""
+    data = run.config.data
     evaluation = metrics.Evaluation()
     for batch, _ in batches.evaluation_batches(
-        this.held_out,
+        run.inputs.held_out,
         max_length=data.max_length,
         max_targets=data.max_targets or data.max_length,
-        rows=this.config.rows,
-        limit=this.config.evaluate_rows,
-        own=this.own,
+        rows=run.config.rows,
+        limit=run.config.evaluate_rows,
+        own=sharding.find_local_rows(run.mesh, run.config.rows),
     ):
-        evaluation.add(this.evaluation_step(state.parameters, _place(this, batch)))
-        if this.listener.received:
+        evaluation.add(run.evaluation_step(state.parameters, _place(run, batch)))
+        if run.listener.received:
             return
     figures = evaluation.figures()
-    if not math.isfinite(figures["loss"]):
-        raise FloatingPointError(
-            f"step {number}: held-out loss {figures['loss']}. The run stops; the checkpoints before stay. "
-            "Lower optimizer.learning_rate."
+    loss = figures["loss"]
+    if not math.isfinite(loss):
+        raise UserError(
+            f"step {step}: held-out loss {loss}. The run stops; earlier checkpoints stay. Lower "
+            "optimizer.learning_rate."
         )
-    writer.evaluation(number, figures)
-    this.losses[number] = figures["loss"]
-    progress.print(_held_out_line(number, figures))
+    outputs.writer.evaluation(step, figures)
+    outputs.losses[step] = loss
+    outputs.progress.print(
+        f"step {step:,}: held-out loss {loss:.4f}, accuracy {figures['accuracy']:.2%} on {figures['targets']:,} targets"
+    )
 
 
-def _checked(this: Run, update: _Update, clock: Clock, progress: Progress) -> dict[str, float]:
-    """Waits for the update; its figures. Tells of one that was skipped, and stops after too many in a row."""
-    figures = _figures(this, update, clock)
-    in_a_row = int(np.asarray(update.measured.skipped_in_a_row))
-    if in_a_row:
-        rows = this.plan.rows(update.step - 1)
-        ids = sorted({this.train.dialogue(tree) for row in rows for tree in row})
-        told = (
-            f"step {update.step}: loss {figures['loss']}, gradient norm {figures['gradient_norm']}: no update. Its "
-            f"{len(rows)} rows are of {', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}"
+def _wait_for_figures(run: Run, update: _Update, clock: Clock, outputs: _Outputs) -> dict[str, float]:
+    """Returns the figures of an update once the device has computed it.
+
+    Prints a line if the update was skipped; raises UserError after too many in a row.
+    """
+    values = StepMetrics(*(np.asarray(value).item() for value in update.metrics))
+    figures = _make_figures(run, update, values, clock.lap())
+    if values.skipped_in_a_row:
+        rows = run.plan.rows(update.step - 1)
+        dialogues = sorted({run.inputs.train.dialogue(tree) for row in rows for tree in row})
+        more = len(dialogues) - _DIALOGUES_NAMED
+        message = (
+            f"step {update.step}: loss {values.loss}, gradient norm {values.gradient_norm}: no update. Its {len(rows)} "
+            f"rows hold {', '.join(dialogues[:_DIALOGUES_NAMED])}{f' and {more} more' if more > 0 else ''}"
         )
-        if in_a_row >= this.config.max_bad_steps:
-            raise FloatingPointError(
-                f"{told}. That is max_bad_steps = {in_a_row} in a row, so the run stops; the checkpoints before stay. "
-                "Lower optimizer.learning_rate, or look at the dialogues."
+        if values.skipped_in_a_row >= run.config.max_bad_steps:
+            raise UserError(
+                f"{message}. That is max_bad_steps = {values.skipped_in_a_row} in a row, so the run stops; earlier "
+                "checkpoints stay. Lower optimizer.learning_rate, or inspect the dialogues."
             )
-        progress.print(told)
+        outputs.progress.print(message)
     return figures
 
 
-def _figures(this: Run, update: _Update, clock: Clock) -> dict[str, float]:
-    """The figures of one update; waits for it."""
-    values = StepMetrics(*(np.asarray(value).item() for value in update.measured))
-    seconds = clock.lap()
-    updates_before = update.step - 1 - values.skipped + bool(values.skipped_in_a_row)
+def _make_figures(run: Run, update: _Update, values: StepMetrics, seconds: float) -> dict[str, float]:
+    """Returns what metrics.jsonl lists of an update that took `seconds`."""
+    config = run.config
+    previous_updates = update.step - 1 - values.skipped + bool(values.skipped_in_a_row)
+    schedule = optimizer.make_schedule(config.optimizer, run.steps)
     figures: dict[str, Any] = {
         "loss": values.loss,
         "nll": values.nll,
         "gradient_norm": values.gradient_norm,
-        "learning_rate": float(this.schedule(updates_before)),
+        "learning_rate": float(schedule(previous_updates)),
         "skipped": values.skipped,
         "seconds": seconds,
         "tokens_per_second": values.tokens / seconds,
         "response_tokens_per_second": values.response_tokens / seconds,
         "tokens": values.tokens,
         "targets": values.targets,
-        "imbalance": this.plan.imbalance(update.step - 1),
-        "row_tokens_used": values.tokens
-        / (this.config.rows * this.config.gradient_accumulation * this.config.data.max_length),
+        "imbalance": run.plan.imbalance(update.step - 1),
+        "row_tokens_used": values.tokens / (config.rows * config.gradient_accumulation * config.data.max_length),
     }
-    peak = metrics.find_peak_flops(this.mesh.devices.flat[0])
+    peak = metrics.find_peak_flops(run.mesh.devices.flat[0])
     if peak is not None:
-        needed = metrics.count_flops(
-            this.model,
+        flops = metrics.count_flops(
+            run.inputs.model,
             tokens=float(values.tokens),
             attention_pairs=float(values.attention_pairs),
             targets=float(values.targets),
         )
-        figures["mfu"] = needed / seconds / (peak * this.mesh.devices.size)
+        figures["mfu"] = flops / seconds / (peak * run.mesh.devices.size)
+    if update.startup_seconds is not None:
+        figures["startup_seconds"] = update.startup_seconds
     return figures
-
-
-def _held_out_line(step: int, figures: Mapping[str, Any]) -> str:
-    return (
-        f"step {step:,}: held-out loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.2%} "
-        f"on {figures['targets']:,} targets"
-    )

@@ -1,7 +1,7 @@
-"""A run: from a config to checkpoints and figures in one directory. Composes all other modules.
+"""A run: from a config to checkpoints and metrics in one directory. Composes all other modules.
 
-Here is what begins a run, or finds it again; `training.steps` goes from step to step, and `training.run_directory` says
-what lies in the directory.
+`run` opens the directory, prepares data and model, restores a checkpoint or loads the published weights, and hands over
+to `training.loop`. `training.run_directory` describes the files in the directory.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import rich.console
 from jax.sharding import Mesh
-from orbax.checkpoint import CheckpointManager
 
 from dialog_jax.attention import dispatch
 from dialog_jax.attention.dispatch import Kernel
@@ -24,30 +23,28 @@ from dialog_jax.batching.batches import Plan
 from dialog_jax.batching.mixture import Mixture
 from dialog_jax.errors import UserError
 from dialog_jax.model import pretrained
-from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import (
     checkpoints,
     distributed,
+    loop,
     metrics,
     optimizer,
     run_directory,
     run_inputs,
     sharding,
     signals,
+    train_step,
 )
-from dialog_jax.training import loop as steps_lib
-from dialog_jax.training import train_step as step_lib
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import TrainConfig, require_fields
 from dialog_jax.training.console import Startup
 from dialog_jax.training.loop import Run
 from dialog_jax.training.run_inputs import Inputs
-from dialog_jax.training.signals import Listener
 from dialog_jax.training.train_step import TrainState
 from dialog_jax.trees.dataset import Trees
 
-_TURNS_SHOWN = 32  # turns that held-out figures list one by one
-_STEPS_WEIGHED = 50  # of which the balance is told at the beginning
+_TURNS_LISTED = 32  # turns that held-out figures list one by one
+_STEPS_WEIGHED = 50  # over which the printed load balance is averaged
 
 
 class RunResult(NamedTuple):
@@ -55,7 +52,7 @@ class RunResult(NamedTuple):
 
     step: int
     initial: dict[str, Any]
-    """Held-out figures before training, as `metrics.Evaluation.figures` gives them."""
+    """Held-out figures before training, as `metrics.Evaluation.figures` returns them."""
     final: dict[str, Any]
 
 
@@ -67,17 +64,16 @@ def run(
     console: rich.console.Console | None = None,
     start_time: float | None = None,
 ) -> RunResult:
-    """Trains as `config` says, or goes on from the newest checkpoint in `output_dir`; a finished run is left alone.
+    """Trains as `config` says, or resumes from the newest checkpoint in `output_dir`; a finished run stays as it is.
 
     Args:
-      allow_changes: go on with the run in `output_dir` even if its config or data were others.
+      allow_changes: resume the run in `output_dir` even if its config or data were others.
       start_time: of the process, on the clock of `time.monotonic`, from which the seconds to the first step are
         counted; None for now.
 
     Raises:
-      UserError: the directory belongs to another config or is in use, or model, tokenizer and data do not go together.
-      FloatingPointError: loss or gradient were not finite too often in a row; the checkpoints before stay.
-      SaveError: a checkpoint could not be written; those before stay.
+      UserError: the directory belongs to another config or is in use; model, tokenizer and data do not fit together;
+        loss or gradient were not finite too often in a row; or a file could not be written. Checkpoints stay.
       StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
     require_fields(config, "training", "model", "data.train", "data.validation")
@@ -88,145 +84,92 @@ def run(
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
     with signals.listen() as listener, contextlib.ExitStack() as stack:
-        distributed.run_primary_first(lambda: _enter(directory, stack))
+        # Open: the directory is empty, or holds this run and no other process trains there.
+        distributed.run_primary_first(lambda: _lock(directory, stack))
         changes = run_directory.find_config_changes(directory, config)
-        _refuse(directory, "another config", changes, allow_changes)
-        given = distributed.run_primary_first(lambda: run_inputs.read_inputs(config, directory, console))
-        plan, steps = _planned(config, given.train, sharding.count_row_shards(mesh), console)
+        _check_changes(directory, changes, allow_changes)
+
+        # Prepare: read model config, tokenizer and data, and plan which rows each step trains on.
+        inputs = distributed.run_primary_first(lambda: run_inputs.read_inputs(config, directory, console))
+        plan, steps = _plan_steps(config, inputs.train, sharding.count_row_shards(mesh), console)
         dtype = _compute_dtype(config, mesh)
-        hashes = {**given.hashes, "steps": steps, "compute_dtype": dtype.name}
+        hashes = {**inputs.hashes, "steps": steps, "compute_dtype": dtype.name}
         distributed.check_same("content", hashes)
-        changes += (changed := run_directory.find_input_changes(directory, hashes))
-        _refuse(directory, "another content", changed, allow_changes)
+        changes += run_directory.find_input_changes(directory, hashes)
+        _check_changes(directory, changes, allow_changes)
         for change in changes:
             console.print(f"changed: {change}")
-        choice = _attention(config, mesh, given, dtype)
-        console.print(f"attention: {choice.name} ({choice.reason})")
-        # A fresh run loads its weights before it claims the directory: that is when errors in them are found.
-        loaded = distributed.run_on_all_hosts(
-            lambda: None if (directory / "checkpoints").exists() else _load(given, mesh)
+        kernel = _select_kernel(config, mesh, inputs, dtype)
+        console.print(f"attention: {kernel.name} ({kernel.reason})")
+
+        # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
+        update_rule = optimizer.make_optimizer(config.optimizer, steps)
+        state, shardings = _restore_or_load(inputs, mesh, update_rule, directory, console)
+        distributed.run_primary_first(lambda: _claim(directory, config, inputs, hashes, changes))
+
+        # Train.
+        training = Run(
+            config=config,
+            mesh=mesh,
+            inputs=inputs,
+            plan=plan,
+            steps=steps,
+            train_step=train_step.make_train_step(
+                inputs.model,
+                update_rule,
+                mesh,
+                shardings,
+                compute_dtype=dtype,
+                remat=config.remat,
+                loss_config=config.loss,
+                attend=kernel.attend,
+            ),
+            evaluation_step=train_step.make_evaluation_step(
+                inputs.model,
+                mesh,
+                shardings.parameters,
+                compute_dtype=dtype,
+                turns=_TURNS_LISTED,
+                attend=kernel.attend,
+            ),
+            listener=listener,
         )
-        if not changes:
-            distributed.run_primary_first(lambda: _claim(directory, config, hashes, given, changes))
-        losses = {line["step"]: line["loss"] for line in metrics.read_records(directory / "evaluation.jsonl")}
-        with checkpoints.open_manager(directory / "checkpoints") as manager:
-            distributed.check_same("state", {"checkpoints": manager.all_steps(), "evaluation.jsonl": losses})
-            transform = optimizer.make_optimizer(config.optimizer, steps)
-            if manager.latest_step():
-                state, shardings = _restored(given.model, mesh, transform, manager, directory, console)
-            else:
-                state, shardings = step_lib.initialize_state(mesh, loaded or _load(given, mesh), transform)
-            del loaded  # donated to the state
-            if changes:  # what is there goes with them
-                distributed.run_primary_first(lambda: _claim(directory, config, hashes, given, changes))
-            this = _prepared(config, mesh, given, plan, steps, dtype, choice, transform, shardings, losses, listener)
-            startup.done("preparing")
-            steps_lib.train(this, directory, state, manager, console, startup)
-        distributed.run_on_all_hosts(lambda: None)  # what the first process wrote is there for all
-    lines = metrics.read_records(directory / "evaluation.jsonl")
-    return RunResult(steps, lines[0], lines[-1])
+        startup.done("preparing")
+        loop.train(training, state, directory, console, startup)
+        distributed.run_on_all_hosts(lambda: None)  # wait until process 0 has written everything
+    evaluations = metrics.read_records(directory / "evaluation.jsonl")
+    return RunResult(steps, evaluations[0], evaluations[-1])
 
 
-def _enter(directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
-    """Called in turn: the first process holds the lock for all."""
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    shards = sharding.count_row_shards(mesh)
+    if config.rows % shards:
+        raise UserError(
+            f"rows is {config.rows}; it must be a multiple of {' * '.join(sharding.ROW_AXES)} = {shards}, so that "
+            "every device has rows."
+        )
+
+
+def _lock(directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """Checks the directory; process 0 locks it for all until `stack` is closed."""
     run_directory.check_directory(directory)
     if distributed.is_primary():
         stack.enter_context(run_directory.lock(directory))
 
 
-def _claim(
-    directory: pathlib.Path, config: TrainConfig, hashes: Mapping[str, Any], given: Inputs, changes: Sequence[str]
-) -> None:
-    """Called in turn: the first process claims the directory, and the others must see that."""
-    if distributed.is_primary():
-        run_directory.claim(
-            directory,
-            config,
-            hashes,
-            given.model,
-            given.tokenizer,
-            stop_tokens=given.stop_tokens,
-            changes=changes,
-        )
-    elif not (directory / "config.json").exists():
+def _check_changes(directory: pathlib.Path, changes: Sequence[str], allowed: bool) -> None:
+    if changes and not allowed:
         raise UserError(
-            f"{directory.name} is not what process 0 sees under that name. Put --output_dir on a file system that all "
-            "processes share."
+            f"{directory.name} belongs to a run with another config or data ({'; '.join(changes)}), so resuming it "
+            "would not give the same run. Restore what it started with, choose another --output_dir, or pass "
+            "--allow_changes."
         )
 
 
-def _refuse(directory: pathlib.Path, what: str, differences: Sequence[str], allowed: bool) -> None:
-    if differences and not allowed:
-        raise UserError(
-            f"{directory.name} belongs to a run with {what} ({'; '.join(differences)}), so going on would not give the "
-            "same run. Put back what it began with, choose another --output_dir, or say --allow_changes."
-        )
-
-
-def _prepared(
-    config: TrainConfig,
-    mesh: Mesh,
-    given: Inputs,
-    plan: Plan,
-    steps: int,
-    dtype: np.dtype,
-    choice: Kernel,
-    transform: optax.GradientTransformation,
-    shardings: TrainState,
-    losses: dict[int, float],
-    listener: Listener,
-) -> Run:
-    return Run(
-        config=config,
-        mesh=mesh,
-        model=given.model,
-        plan=plan,
-        train=given.train,
-        held_out=given.held_out,
-        own=sharding.find_local_rows(mesh, config.rows),
-        steps=steps,
-        schedule=optimizer.make_schedule(config.optimizer, steps),
-        train_step=step_lib.make_train_step(
-            given.model,
-            transform,
-            mesh,
-            shardings,
-            compute_dtype=dtype,
-            remat=config.remat,
-            loss_config=config.loss,
-            attend=choice.attend,
-        ),
-        evaluation_step=step_lib.make_evaluation_step(
-            given.model,
-            mesh,
-            shardings.parameters,
-            compute_dtype=dtype,
-            turns=_TURNS_SHOWN,
-            attend=choice.attend,
-        ),
-        losses=losses,
-        listener=listener,
-    )
-
-
-def _attention(config: TrainConfig, mesh: Mesh, given: Inputs, dtype: np.dtype) -> Kernel:
-    choice = dispatch.select_kernel(
-        mesh,
-        heads=given.model.heads,
-        kv_heads=given.model.kv_heads,
-        head_dim=given.model.head_dim,
-        length=config.data.max_length,
-        dtype=dtype,
-        branching=config.data.share_prefixes or given.train.branching or given.held_out.branching,
-    )
-    distributed.check_same("attention", {"name": choice.name})
-    return choice
-
-
-def _planned(
+def _plan_steps(
     config: TrainConfig, train: Trees | Mixture, shards: int, console: rich.console.Console
 ) -> tuple[Plan, int]:
-    """(which rows each step is given, number of steps)."""
+    """Returns (which rows each step trains on, number of steps)."""
     plan = Plan(
         train,
         max_length=config.data.max_length,
@@ -242,70 +185,104 @@ def _planned(
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
     used = plan.tokens_per_epoch / (plan.rows_per_epoch * config.data.max_length)
     console.print(
-        f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens an epoch, {used:.1%} of them used; "
+        f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens per epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
     )
     if shards > 1:
-        looked_at = range(min(steps, _STEPS_WEIGHED))
-        dealt, drawn = (np.mean([plan.imbalance(step, dealt=way) for step in looked_at]) for way in (True, False))
+        weighed = range(min(steps, _STEPS_WEIGHED))
+        balanced, unbalanced = (np.mean([plan.imbalance(step, dealt=way) for step in weighed]) for way in (True, False))
         console.print(
-            f"attention costs the busiest of {shards} shards {dealt:.3f} times the mean, its rows dealt by cost; "
-            f"{drawn:.3f} times as they come ({len(looked_at)} steps)"
+            f"attention costs the busiest of {shards} shards {balanced:.3f} times the mean with rows assigned by cost, "
+            f"{unbalanced:.3f} times in their order ({len(weighed)} steps)"
         )
     return plan, steps
-
-
-def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    divided = sharding.count_row_shards(mesh)
-    if config.rows % divided:
-        raise UserError(
-            f"rows is {config.rows}; it must be a multiple of {' * '.join(sharding.ROW_AXES)} = {divided}, so that "
-            "every device has rows."
-        )
-
-
-def _load(given: Inputs, mesh: Mesh) -> dict:
-    """The published parameters, laid out over the mesh."""
-    return pretrained.load_parameters(
-        given.model_path, given.model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
-    )
-
-
-def _restored(
-    model: DecoderConfig,
-    mesh: Mesh,
-    transform: optax.GradientTransformation,
-    manager: CheckpointManager,
-    directory: pathlib.Path,
-    console: rich.console.Console,
-) -> tuple[TrainState, TrainState]:
-    """(the newest state that can be read, its shardings); damaged ones after it are moved out of the way."""
-    like, shardings = step_lib.abstract_state(model, mesh, transform)
-    damaged: list[int] = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            state = checkpoints.restore(manager, step, like)
-        except DamagedError as error:
-            console.print(f"{error}")
-            damaged.append(step)
-            continue
-        distributed.run_primary_first(lambda: _set_aside(directory, damaged, console))
-        if damaged:
-            manager.reload()
-        return state, shardings
-    raise UserError(
-        f"{directory.name}: none of the checkpoints {', '.join(map(str, damaged))} can be read. Put one back from a "
-        "copy, take back what --allow_changes let change of model or optimizer, or begin anew in another --output_dir."
-    )
-
-
-def _set_aside(directory: pathlib.Path, damaged: Sequence[int], console: rich.console.Console) -> None:
-    for step in damaged if distributed.is_primary() else ():
-        place = run_directory.move_damaged_checkpoint(directory, step)
-        console.print(f"checkpoint {step} was moved to {place}")
 
 
 def _compute_dtype(config: TrainConfig, mesh: Mesh) -> np.dtype:
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
+
+
+def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dtype) -> Kernel:
+    kernel = dispatch.select_kernel(
+        mesh,
+        heads=inputs.model.heads,
+        kv_heads=inputs.model.kv_heads,
+        head_dim=inputs.model.head_dim,
+        length=config.data.max_length,
+        dtype=dtype,
+        branching=config.data.share_prefixes or inputs.train.branching or inputs.held_out.branching,
+    )
+    distributed.check_same("attention", {"name": kernel.name})
+    return kernel
+
+
+def _restore_or_load(
+    inputs: Inputs,
+    mesh: Mesh,
+    update_rule: optax.GradientTransformation,
+    directory: pathlib.Path,
+    console: rich.console.Console,
+) -> tuple[TrainState, TrainState]:
+    """Returns (the newest state that can be read, or the first state of a fresh run; its shardings)."""
+    steps = checkpoints.list_steps(directory / "checkpoints")
+    distributed.check_same("state", {"checkpoints": steps})
+    if steps:
+        like, shardings = train_step.abstract_state(inputs.model, mesh, update_rule)
+        return _restore_newest(directory, steps, like, console), shardings
+    parameters = distributed.run_on_all_hosts(
+        lambda: pretrained.load_parameters(
+            inputs.model_path,
+            inputs.model,
+            sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
+        )
+    )
+    return train_step.initialize_state(mesh, parameters, update_rule)
+
+
+def _restore_newest(
+    directory: pathlib.Path, steps: Sequence[int], like: TrainState, console: rich.console.Console
+) -> TrainState:
+    """Returns the newest state that can be read; moves damaged checkpoints after it out of the way."""
+    damaged: list[int] = []
+    for step in sorted(steps, reverse=True):
+        try:
+            state = checkpoints.restore(directory / "checkpoints", step, like)
+        except DamagedError as error:
+            console.print(f"{error}")
+            damaged.append(step)
+            continue
+        distributed.run_primary_first(lambda: _move_damaged(directory, damaged, console))
+        return state
+    raise UserError(
+        f"{directory.name}: none of the checkpoints {', '.join(map(str, damaged))} can be read. Restore one from a "
+        "copy, undo changes of model or optimizer made with --allow_changes, or start again in another --output_dir."
+    )
+
+
+def _move_damaged(directory: pathlib.Path, steps: Sequence[int], console: rich.console.Console) -> None:
+    for step in steps if distributed.is_primary() else ():
+        place = run_directory.move_damaged_checkpoint(directory, step)
+        console.print(f"checkpoint {step} was moved to {place}")
+
+
+def _claim(
+    directory: pathlib.Path, config: TrainConfig, inputs: Inputs, hashes: Mapping[str, Any], changes: Sequence[str]
+) -> None:
+    """Claims the directory on process 0; checks that the others see it."""
+    if distributed.is_primary():
+        run_directory.claim(
+            directory,
+            config,
+            hashes,
+            inputs.model,
+            inputs.tokenizer,
+            stop_tokens=inputs.stop_tokens,
+            changes=changes,
+        )
+    elif not (directory / "config.json").exists():
+        raise UserError(
+            f"{directory.name} is not what process 0 sees under that name. Put --output_dir on a file system that all "
+            "processes share."
+        )

@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: SIGINT (Ctrl-C) and SIGTERM (a scheduler's, before it takes the machine).
+"""Signals that ask a run to stop: SIGINT (Ctrl-C) and SIGTERM (from a scheduler, before it takes the machine).
 
-Until there is something to save, a signal stops at once. From then on it is kept until the loop asks for it, between
-two steps; a second SIGINT stops at once all the same.
+Until there is something to save, a signal stops the run immediately. From then on it is deferred to the end of a step,
+but a second SIGINT still stops immediately.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from dialog_jax.training import distributed
 class StoppedError(KeyboardInterrupt):
     """A run that stopped because a signal asked it to.
 
-    A KeyboardInterrupt, so that no library takes it for an error of its own and goes on, as `except Exception` and
-    asyncio, in which orbax reads, would.
+    It is a KeyboardInterrupt so that libraries do not handle it as an error of theirs and continue, as asyncio (which
+    orbax uses) and any `except Exception` would.
 
     Args:
       number: of the signal.
@@ -28,66 +28,66 @@ class StoppedError(KeyboardInterrupt):
 
     def __init__(self, number: signal.Signals, step: int | None = None):
         self.signal, self.step = number, step
-        what = "before its first step" if step is None else f"after step {step:,}, which is saved"
-        super().__init__(f"stopped by {number.name} {what}; the same command goes on from there")
+        place = "before its first step" if step is None else f"after step {step:,}, which is saved"
+        super().__init__(f"stopped by {number.name} {place}; the same command resumes the run")
 
 
 class Listener:
-    """What arrived since `listening` began.
+    """Receives the signals of `listen`.
 
-    Of many processes each must save the same step, so none may act on a signal of its own: JAX's runtime takes SIGTERM,
-    and SIGINT is handed to it as SIGTERM; all learn of it in `agree_on_signal`.
+    All processes of a run must save the same step, so with several of them none acts on its own signal: JAX's runtime
+    receives SIGTERM, SIGINT is forwarded to it as SIGTERM, and all processes learn of it in `agree_on_signal`.
 
     Args:
-      alone: whether this process is the only one of its run.
+      single_process: whether this process is the only one of its run.
     """
 
-    def __init__(self, *, alone: bool = True) -> None:
+    def __init__(self, *, single_process: bool = True) -> None:
         self.received: signal.Signals | None = None
-        """The first signal since `defer_signals`; of many processes, once all have received it."""
-        self._alone, self._own = alone, signal.SIGTERM
+        """The first signal since `defer_signals`; with several processes, once all of them know of it."""
+        self._single_process, self._local_signal = single_process, signal.SIGTERM
         self._deferring = self._interrupted = False
 
     def defer_signals(self, step: int) -> None:
-        """From now on signals are kept, for there is something to save: the state after `step`, or soon a later one."""
+        """Defers signals from now on, because the state after `step` (or soon after a later one) can be saved."""
         self._deferring = True
-        if not self._alone and distributed.announce_past_steps(step):
-            self.received = self._own
+        if not self._single_process and distributed.announce_past_steps(step):
+            self.received = self._local_signal
 
     def handle(self, number: int, frame: object) -> None:
-        """Handles a signal."""
+        """Handles a signal; installed by `listen`."""
         del frame
-        arrived = signal.Signals(number)
+        received = signal.Signals(number)
         if not self._deferring:
-            raise StoppedError(arrived)
-        if self._interrupted and arrived == signal.SIGINT:
+            raise StoppedError(received)
+        if self._interrupted and received == signal.SIGINT:
             raise KeyboardInterrupt
         self._interrupted = True
-        if self._alone:
-            self.received = self.received or arrived
+        if self._single_process:
+            self.received = self.received or received
         else:
-            self._own = arrived
+            self._local_signal = received
             os.kill(os.getpid(), signal.SIGTERM)
 
     def agree_on_signal(self, step: int) -> signal.Signals | None:
-        """What is to stop the run after `step`, the same on all processes. To be called after every step."""
-        if not self._alone and distributed.stop_requested(step):
-            self.received = self._own
+        """Returns the signal that stops the run after `step`, on all processes or none. Call it after every step."""
+        if not self._single_process and distributed.stop_requested(step):
+            self.received = self._local_signal
         return self.received
 
 
 @contextlib.contextmanager
 def listen() -> Iterator[Listener]:
-    """Hears SIGINT and SIGTERM; outside the main thread, where Python hears none, nothing changes."""
-    alone = jax.process_count() == 1
-    listener = Listener(alone=alone)
+    """Receives SIGINT and SIGTERM; does nothing outside the main thread, where Python receives no signals."""
+    single_process = jax.process_count() == 1
+    listener = Listener(single_process=single_process)
     if threading.current_thread() is not threading.main_thread():
         yield listener
         return
-    heard = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
-    before = {number: signal.signal(number, listener.handle) for number in heard}
+    numbers = (signal.SIGINT, signal.SIGTERM) if single_process else (signal.SIGINT,)
+    previous = {number: signal.signal(number, listener.handle) for number in numbers}
     try:
         yield listener
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

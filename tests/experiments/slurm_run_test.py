@@ -63,8 +63,8 @@ class SlurmRunTest(StandInsTest):
         first = self.stop_at(self.submit(), "step 2 of 100,000")
         steps = [line["step"] for line in metrics.read_records(self.output_dir / "metrics.jsonl")]
         self.assertGreaterEqual(len(steps), 2, first)
-        told = self.stop_at(self.submit(), "going on from step")
-        self.assertIn(f"going on from step {steps[-1]:,}\n", told)
+        told = self.stop_at(self.submit(), "resuming from step")
+        self.assertIn(f"resuming from step {steps[-1]:,}\n", told)
         again = [line["step"] for line in metrics.read_records(self.output_dir / "metrics.jsonl")]
         self.assertEqual(again, list(range(1, again[-1] + 1)))
         self.assertGreaterEqual(len(again), len(steps))

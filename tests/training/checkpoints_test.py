@@ -63,8 +63,7 @@ class DamageTest(parameterized.TestCase):
             checkpoints.save(manager, self.state, keep=1, losses={})
 
     def restored(self):
-        with checkpoints.open_reader(self.directory) as manager:
-            return checkpoints.restore(manager, 5, self.state)
+        return checkpoints.restore(self.directory, 5, self.state)
 
     def test_state_comes_back_with_its_counts(self):
         jax.tree.map(np.testing.assert_array_equal, self.restored(), self.state)
@@ -94,8 +93,8 @@ class DamageTest(parameterized.TestCase):
                     noticed += 1
         self.assertGreaterEqual(noticed, 5)
 
-    def test_errors_of_the_machine_are_no_damage(self):
-        for error in (MemoryError, PermissionError):
+    def test_errors_of_the_machine_and_bugs_are_not_damage(self):
+        for error in (MemoryError, PermissionError, TypeError, IndexError):
             with (
                 mock.patch.object(checkpoints.ocp.CheckpointManager, "restore", side_effect=error),
                 self.assertRaises(error),
@@ -112,12 +111,22 @@ class DamageTest(parameterized.TestCase):
         self.assertIs(caught.exception, failed)
 
     def test_damage_that_one_process_finds_is_damage_for_all(self):
-        told = ["", "checkpoint 5 cannot be read: a file is missing"]
+        gathered = ["", "checkpoint 5 cannot be read: a file is missing"]
         with (
-            mock.patch.object(distributed, "all_gather_strings", side_effect=[["", ""], told]),
+            mock.patch.object(distributed, "all_gather_strings", return_value=gathered),
             self.assertRaisesRegex(DamagedError, "a file is missing"),
         ):
             self.restored()
+
+    def test_checkpoint_of_other_arrays_is_reported_by_the_first_that_differs(self):
+        like = self.state._replace(parameters=self.state.parameters | {"adapter": jnp.ones(2)})
+        with self.assertRaisesRegex(DamagedError, r"checkpoint 5 holds other arrays .*parameters\['adapter'\] is in"):
+            checkpoints.restore(self.directory, 5, like)
+
+    def test_steps_are_those_of_complete_checkpoints(self):
+        (self.directory / "7.orbax-checkpoint-tmp-3").mkdir()
+        self.assertEqual(checkpoints.list_steps(self.directory), [5])
+        self.assertEqual(checkpoints.list_steps(self.directory / "missing"), [])
 
 
 class KeptTest(absltest.TestCase):

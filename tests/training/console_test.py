@@ -1,4 +1,4 @@
-"""The seconds before the first step, against a clock that the test moves."""
+"""The seconds before the first step, against a clock that the test moves, and what libraries print."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from dialog_jax.training.console import Startup
 
 
 class StartupTest(absltest.TestCase):
-    def test_parts_follow_each_other_from_the_beginning_on(self):
+    def test_startup_parts_are_consecutive_from_the_start_time(self):
         with mock.patch.object(time, "monotonic", side_effect=[10.0, 11.5, 11.5, 14.0, 14.25]):
             startup = Startup(start_time=8.0)
             for part in ("preparing", "evaluating", "compiling", "evaluating"):
@@ -24,13 +24,13 @@ class StartupTest(absltest.TestCase):
             "first step after 6.2 s: 2.0 s loading, 1.5 s preparing, 0.2 s evaluating, 2.5 s compiling",
         )
 
-    def test_without_a_beginning_it_begins_now(self):
+    def test_startup_without_a_start_time_starts_now(self):
         with mock.patch.object(time, "monotonic", side_effect=[10.0, 11.0]):
             startup = Startup()
             startup.done("preparing")
         self.assertEqual(startup.parts, {"preparing": 1.0})
 
-    def test_process_began_when_it_was_started(self):
+    def test_process_start_is_when_it_was_started(self):
         code = (
             "import sys, time; time.sleep(0.5); sys.path[:] = eval(sys.argv[1]); "
             "from dialog_jax.training import console; print(console.find_process_start())"
@@ -39,6 +39,17 @@ class StartupTest(absltest.TestCase):
         done = subprocess.run([sys.executable, "-c", code, repr(sys.path)], capture_output=True, text=True, check=True)
         self.assertBetween(float(done.stdout), before - 0.1, before + 0.4)
         self.assertLess(console.find_process_start(), before)
+
+
+class QuietTest(absltest.TestCase):
+    def test_libraries_print_nothing_while_they_are_imported_and_used(self):
+        code = (
+            "import sys; sys.path[:] = eval(sys.argv[1]); from dialog_jax.training import console; "
+            "console.quiet_libraries(); import transformers; from absl import logging; "
+            "logging.set_verbosity(logging.INFO); logging.info('saving'); logging.warning('read only'); print('ours')"
+        )
+        done = subprocess.run([sys.executable, "-c", code, repr(sys.path)], capture_output=True, text=True, check=True)
+        self.assertEqual((done.stdout, done.stderr), ("ours\n", ""))
 
 
 if __name__ == "__main__":

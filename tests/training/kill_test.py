@@ -121,8 +121,7 @@ class KillTest(absltest.TestCase):
                 functools.partial(step_lib.make_state, optimizer=transform), decoder.abstract_parameters(model)
             ),
         )
-        with checkpoints.open_reader(self.directory / name / "checkpoints") as manager:
-            return jax.device_get(checkpoints.restore(manager, _STEPS, like))
+        return jax.device_get(checkpoints.restore(self.directory / name / "checkpoints", _STEPS, like))
 
     def assert_like_whole(self, name):
         """A run ended in the bits of the undisturbed one, moments included, and wrote each line once."""
@@ -211,13 +210,13 @@ class KillTest(absltest.TestCase):
     def test_sigterm_exits_0_and_sigint_130_and_both_go_on_to_the_same_bits(self):
         self.stopped("asked", signal.SIGTERM, exit_code=0)
         self.assertRegex(
-            self.told("asked"), r"stopped by SIGTERM after step \d+, which is saved; the same command goes on"
+            self.told("asked"), r"stopped by SIGTERM after step \d+, which is saved; the same command resumes the run"
         )
         shutil.rmtree(self.directory / "asked" / "tensorboard")
         (self.directory / "asked" / "metrics.jsonl").open("a").write('{"step": 9, "lo')  # a torn line
         self.stopped("asked", signal.SIGINT, exit_code=130)
         self.assertRegex(
-            self.told("asked"), r"going on from step \d+\n(.*\n)*dialog_jax train: stopped by SIGINT after step \d+"
+            self.told("asked"), r"resuming from step \d+\n(.*\n)*dialog_jax train: stopped by SIGINT after step \d+"
         )
         self.run_whole("asked")
         self.assert_like_whole("asked")

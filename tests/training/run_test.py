@@ -17,6 +17,7 @@ import rich.console
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.sequences import Renderer
@@ -57,15 +58,14 @@ class RunTest(parameterized.TestCase):
         return sorted(int(path.name) for path in (self.directory / name / "checkpoints").iterdir())
 
     def parameters_of(self, name, step):
-        with checkpoints.open_reader(self.directory / name / "checkpoints") as manager:
-            model, _ = run_directory.read_model(self.directory / name)
-            like = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-                ),
-                decoder.abstract_parameters(model),
-            )
-            return jax.device_get(checkpoints.restore_parameters(manager, step, like))
+        model, _ = run_directory.read_model(self.directory / name)
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            ),
+            decoder.abstract_parameters(model),
+        )
+        return jax.device_get(checkpoints.restore_parameters(self.directory / name / "checkpoints", step, like))
 
     def test_run_learns_and_writes_what_it_says(self):
         result = self.run_in("run")
@@ -124,7 +124,7 @@ class RunTest(parameterized.TestCase):
         self.assertGreater(lines[0]["nll"], lines[0]["loss"] + 1)  # of random models, which are alike
         self.assertEqual(self.run_in("run", steps=6, **config).step, 6)
         self.taught("teacher.safetensors", dialogues[::-1])
-        with self.assertRaisesRegex(ValueError, "another content \\(data.train: "):
+        with self.assertRaisesRegex(ValueError, "another config or data \\(data.train: "):
             self.run_in("run", steps=6, **config)
 
     def test_teacher_that_has_not_read_the_data_claims_nothing(self):
@@ -167,7 +167,7 @@ class RunTest(parameterized.TestCase):
         ):
             self.run_in("stopped")
         self.run_in("stopped")
-        self.assertIn("going on from step 2", self.output.getvalue())
+        self.assertIn("resuming from step 2", self.output.getvalue())
         self.assert_same("whole", "stopped")
 
     def assert_same(self, first, second):
@@ -178,7 +178,7 @@ class RunTest(parameterized.TestCase):
             self.assertEqual(*([(line["step"], line["loss"]) for line in written] for written in lines))
 
     def stopping_in(self, function, number):
-        """Sends this process a signal when a function of `steps` is called for the third time."""
+        """Sends this process a signal when a function of `loop` is called for the third time."""
         original, calls = getattr(loop_lib, function), 0
 
         def called(*args, **kwargs):
@@ -192,14 +192,14 @@ class RunTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ("_place", 4, signal.SIGTERM, 2),  # the first place is taken by the evaluation before training
-        ("_figures", 1, signal.SIGINT, 4),
+        ("_wait_for_figures", 1, signal.SIGINT, 4),
         ("_evaluate", 1, signal.SIGTERM, 4),
     )
     def test_signal_finishes_the_step_saves_it_and_says_how_to_go_on(self, function, rows, number, step):
         with self.stopping_in(function, number), self.assertRaises(StoppedError) as stopped:
             self.run_in("stopped", checkpoint_every=6, evaluate_rows=rows)
         self.assertEqual((stopped.exception.signal, stopped.exception.step), (number, step))
-        self.assertRegex(str(stopped.exception), f"after step {step}, which is saved; the same command goes on")
+        self.assertRegex(str(stopped.exception), f"after step {step}, which is saved; the same command resumes the run")
         self.assertEqual(self.steps_of("stopped"), [step])
         self.run_in("stopped", checkpoint_every=6, evaluate_rows=rows)
         self.run_in("whole", checkpoint_every=6, evaluate_rows=rows)
@@ -207,7 +207,7 @@ class RunTest(parameterized.TestCase):
 
     def test_signal_before_there_is_anything_to_save_stops_at_once(self):
         with (
-            mock.patch.object(run_lib, "_planned", lambda *_: os.kill(os.getpid(), signal.SIGTERM)),
+            mock.patch.object(run_lib, "_plan_steps", lambda *_: os.kill(os.getpid(), signal.SIGTERM)),
             self.assertRaisesRegex(StoppedError, "stopped by SIGTERM before its first step"),
         ):
             self.run_in("run")
@@ -223,7 +223,7 @@ class RunTest(parameterized.TestCase):
         self.run_in("run")
         told = self.output.getvalue()
         self.assertRegex(told, "checkpoint 4 is not what was written: .* has another checksum")
-        self.assertIn("checkpoint 4 was moved to damaged/4\ngoing on from step 2", told)
+        self.assertIn("checkpoint 4 was moved to damaged/4\nresuming from step 2", told)
         self.assert_same("whole", "run")
 
     def test_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(self):
@@ -276,7 +276,7 @@ class RunTest(parameterized.TestCase):
         first = self.run_in("run", steps=2)
         again = self.run_in("run", steps=2)
         self.assertIn("Nothing to do", self.output.getvalue())
-        self.assertEqual(first.last, again.last)
+        self.assertEqual(first.final, again.final)
 
     def test_directory_of_another_run_is_refused_with_the_fields_that_differ(self):
         self.run_in("run", steps=2)
@@ -378,9 +378,9 @@ class RunTest(parameterized.TestCase):
         self.run_in("whole", data=data, steps=4)
         self.assertRegex(self.output.getvalue(), r"other: \d+ rows an epoch, 2.50 passes over 4 trees, \d+.\d% of the")
         self.assertRegex(
-            self.output.getvalue(), r"busiest of 4 shards 1.\d+ times the mean, .*; 1.\d+ times as they come"
+            self.output.getvalue(), r"busiest of 4 shards 1.\d+ times the mean .*, 1.\d+ times in their order"
         )
-        with self.stopping_in("_figures", signal.SIGTERM), self.assertRaises(StoppedError):
+        with self.stopping_in("_wait_for_figures", signal.SIGTERM), self.assertRaises(StoppedError):
             self.run_in("parts", data=data, steps=4)
         self.run_in("parts", data=data, steps=4)
         jax.tree.map(np.testing.assert_array_equal, self.parameters_of("parts", 4), self.parameters_of("whole", 4))
@@ -389,7 +389,7 @@ class RunTest(parameterized.TestCase):
             self.assertLess(line["imbalance"], 4.0)
         with (self.directory / "other.jsonl").open("a") as file:
             file.write((self.directory / "train.jsonl").read_text().splitlines()[0] + "\n")
-        with self.assertRaisesRegex(ValueError, r"another content \(data.mix.other: [0-9a-f]{64} there"):
+        with self.assertRaisesRegex(ValueError, r"another config or data \(data.mix.other: [0-9a-f]{64} there"):
             self.run_in("whole", data=data, steps=4)
 
     def test_data_that_changed_since_the_run_began_is_refused(self):
@@ -397,7 +397,7 @@ class RunTest(parameterized.TestCase):
         file = self.directory / "train.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
         with self.assertRaisesRegex(
-            ValueError, r"another content \(data.train: [0-9a-f]{64} there, [0-9a-f]{64} now\)"
+            ValueError, r"another config or data \(data.train: [0-9a-f]{64} there, [0-9a-f]{64} now\)"
         ):
             self.run_in("run", steps=2)
 
@@ -407,7 +407,7 @@ class RunTest(parameterized.TestCase):
         other = self.directory / "elsewhere" / "model"
         tokenizer = chat_templates.train_tokenizer("chatml")
         pretrained.save_pretrained(other, model, tiny.parameters(model), tokenizer=tokenizer)
-        with self.assertRaisesRegex(ValueError, r"another content \(model: [0-9a-f]+ there, [0-9a-f]+ now\)"):
+        with self.assertRaisesRegex(ValueError, r"another config or data \(model: [0-9a-f]+ there, [0-9a-f]+ now\)"):
             self.run_in("run", steps=2, model=str(other))
 
     def test_held_out_nan_stops_before_it_can_be_the_best_checkpoint(self):
@@ -421,7 +421,7 @@ class RunTest(parameterized.TestCase):
 
         with (
             mock.patch.object(metrics.Evaluation, "figures", poisoned),
-            self.assertRaisesRegex(FloatingPointError, "step 4: held-out loss nan"),
+            self.assertRaisesRegex(UserError, "step 4: held-out loss nan"),
         ):
             self.run_in("run")
         self.assertEqual(self.steps_of("run"), [2])
@@ -459,12 +459,12 @@ class RunTest(parameterized.TestCase):
     def test_too_many_bad_steps_in_a_row_stop_with_dialogues_and_keep_the_last_checkpoint(self):
         with (
             self.poisoned_at(1, 4, 5, 6),
-            self.assertRaisesRegex(FloatingPointError, r"step 5: loss nan.*train-\d+.*max_bad_steps = 2 in a row"),
+            self.assertRaisesRegex(UserError, r"step 5: loss nan.*train-\d+.*max_bad_steps = 2 in a row"),
         ):
             self.run_in("run", max_bad_steps=2)
         self.assertEqual(self.steps_of("run"), [2, 4])
         # The count goes on where it was: step 4 was bad, and so is 5 again.
-        with self.poisoned_at(5), self.assertRaisesRegex(FloatingPointError, "step 5: loss nan"):
+        with self.poisoned_at(5), self.assertRaisesRegex(UserError, "step 5: loss nan"):
             self.run_in("run", max_bad_steps=2)
         for leaf in jax.tree.leaves(self.parameters_of("run", 4)):
             self.assertTrue(np.isfinite(leaf).all())

@@ -28,7 +28,7 @@ class ListenerTest(absltest.TestCase):
         self.assertEqual(self.listener.received, signal.SIGINT)
 
     def test_with_nothing_to_save_the_first_stops_at_once(self):
-        with self.assertRaisesRegex(StoppedError, "stopped by SIGINT before its first step; the same command goes on"):
+        with self.assertRaisesRegex(StoppedError, "SIGINT before its first step; the same command resumes"):
             self.listener.handle(signal.SIGINT, None)
 
     def test_no_library_takes_it_for_an_error_of_its_own(self):

@@ -19,8 +19,8 @@ class SharedSignalTest(absltest.TestCase):
         super().setUp()
         self.kill = self.enter_context(mock.patch.object(os, "kill"))
         self.reached = self.enter_context(mock.patch.object(distributed, "stop_requested", lambda step: step == 7))
-        self.begun = self.enter_context(mock.patch.object(distributed, "begin_steps", return_value=False))
-        self.listener = Listener(alone=False)
+        self.begun = self.enter_context(mock.patch.object(distributed, "announce_past_steps", return_value=False))
+        self.listener = Listener(single_process=False)
 
     def test_before_there_is_anything_to_save_it_stops_at_once(self):
         with self.assertRaises(StoppedError):

@@ -75,13 +75,12 @@ def start(directory, processes, runs, patience=100):
 
 def parameters(directory, step):
     """The parameters of a checkpoint, on one device of this process."""
-    with checkpoints.open_reader(directory / "checkpoints") as manager:
-        model, _ = run_directory.read_model(directory)
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), decoder.abstract_parameters(model)
-        )
-        return jax.device_get(checkpoints.restore_parameters(manager, step, like))
+    model, _ = run_directory.read_model(directory)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), decoder.abstract_parameters(model)
+    )
+    return jax.device_get(checkpoints.restore_parameters(directory / "checkpoints", step, like))
 
 
 class ManyProcessesTest(parameterized.TestCase):
@@ -176,8 +175,7 @@ class ManyProcessesTest(parameterized.TestCase):
         self.assertLen({step for _, step in steps}, 1)
         step = int(steps[0][1])
         self.assertBetween(step, 3, _LONG - 1)
-        with checkpoints.open_reader(self.directory / "stopped" / "checkpoints") as manager:
-            self.assertEqual(manager.latest_step(), step)
+        self.assertEqual(checkpoints.list_steps(self.directory / "stopped" / "checkpoints")[-1], step)
 
     def test_same_processes_go_on_to_the_same_bits(self):
         a, b = (parameters(self.directory / name, _LONG) for name in ("on_2", "undisturbed"))
