@@ -96,8 +96,8 @@ def step_seconds(model: DecoderConfig, batch: Batch, *, repeats: int) -> float:
     """Returns the median seconds of an update on `batch`, [M, B, ...], without compilation and the first update."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     transform = optimizer.make_optimizer(OptimizerConfig(), repeats + 1)
-    state, shardings = train_step.initialize_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
-    update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
+    state = train_step.initialize_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
+    update = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="dots")
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     seconds = []
     for _ in range(repeats + 1):
@@ -179,8 +179,8 @@ def measure_vocabularies(sizes: Sizes) -> Iterator[Point]:
     batch = Batch(*(integer,) * 6, weight=real, turn=integer)
     for vocabulary in sizes.vocabularies:
         model = sizes.model(vocabulary)
-        state, shardings = train_step.abstract_state(model, mesh, transform)
-        update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots")
+        state = train_step.abstract_state(model, mesh, transform)
+        update = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="dots")
         memory = update.lower(state, batch).compile().memory_analysis()
         assert memory is not None
         costs = {

@@ -100,12 +100,11 @@ def train(
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     adam = OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=min(_WARMUP_STEPS, options.steps - 1))
     transform = optimizer.make_optimizer(adam, options.steps)
-    state, shardings = train_step_lib.initialize_state(mesh, jax.tree.map(jnp.copy, student.parameters), transform)
+    state = train_step_lib.initialize_state(mesh, jax.tree.map(jnp.copy, student.parameters), transform)
     train_step = train_step_lib.make_train_step(
         student.config,
         transform,
         mesh,
-        shardings,
         compute_dtype=jnp.float32,
         remat="dots",
         loss_config=CHOICES[name],

@@ -113,10 +113,10 @@ def compare(
     before = evaluate("before training", 0, model.parameters)
     results = {}
     for name, trees in trainings.items():
-        state, shardings = train_step_lib.initialize_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
+        state = train_step_lib.initialize_state(mesh, jax.tree.map(jnp.copy, model.parameters), transform)
         if train_step is None:
             train_step = train_step_lib.make_train_step(
-                model.config, transform, mesh, shardings, compute_dtype=jnp.float32, remat="dots"
+                model.config, transform, mesh, compute_dtype=jnp.float32, remat="dots"
             )
         targets, losses = 0, {0: before}
         for number in range(1, steps + 1):

@@ -140,8 +140,8 @@ def _compare_rows(
     """Compares row by row what training does with it and the passes of its dialogues."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = _keep_gradient()
-    state, shardings = train_step.initialize_state(mesh, parameters, optimizer)
-    update = train_step.make_train_step(model, optimizer, mesh, shardings, compute_dtype=jnp.float32, remat=_REMAT)
+    state = train_step.initialize_state(mesh, parameters, optimizer)
+    update = train_step.make_train_step(model, optimizer, mesh, compute_dtype=jnp.float32, remat=_REMAT)
     score = train_step.make_score_step(model, compute_dtype=jnp.float32)
     for number in range(plan.rows_per_epoch):
         where = f"row {number}"

@@ -108,13 +108,12 @@ def compile_step(
     loading.check_context(model, config.data.max_length)
     # The schedule's numbers change no shape: any number of steps after the warm-up does.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or config.optimizer.warmup_steps + 1)
-    state, shardings = step_lib.abstract_state(model, mesh, transform)
+    state = step_lib.abstract_state(model, mesh, transform)
     batch = _abstract_batch(config, mesh)
     step = step_lib.make_train_step(
         model,
         transform,
         mesh,
-        shardings,
         compute_dtype=compute_dtype,
         remat=config.remat,
         loss_config=config.loss,

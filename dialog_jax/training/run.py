@@ -104,7 +104,7 @@ def run(
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
         update_rule = optimizer.make_optimizer(config.optimizer, steps)
-        state, shardings = _restore_or_load(inputs, mesh, update_rule, directory, console)
+        state = _restore_or_load(inputs, mesh, update_rule, directory, console)
         distributed.run_primary_first(lambda: _claim(directory, config, inputs, hashes, changes))
 
         # Train.
@@ -118,7 +118,6 @@ def run(
                 inputs.model,
                 update_rule,
                 mesh,
-                shardings,
                 compute_dtype=dtype,
                 remat=config.remat,
                 loss_config=config.loss,
@@ -127,7 +126,6 @@ def run(
             evaluation_step=train_step.make_evaluation_step(
                 inputs.model,
                 mesh,
-                shardings.parameters,
                 compute_dtype=dtype,
                 turns=_TURNS_LISTED,
                 attend=kernel.attend,
@@ -224,13 +222,13 @@ def _restore_or_load(
     update_rule: optax.GradientTransformation,
     directory: pathlib.Path,
     console: rich.console.Console,
-) -> tuple[TrainState, TrainState]:
-    """Returns (the newest state that can be read, or the first state of a fresh run; its shardings)."""
+) -> TrainState:
+    """Returns the newest state that can be read, or the first state of a fresh run."""
     steps = checkpoints.list_steps(directory / "checkpoints")
     distributed.check_same("state", {"checkpoints": steps})
     if steps:
-        like, shardings = train_step.abstract_state(inputs.model, mesh, update_rule)
-        return _restore_newest(directory, steps, like, console), shardings
+        like = train_step.abstract_state(inputs.model, mesh, update_rule)
+        return _restore_newest(directory, steps, like, console)
     parameters = distributed.run_on_all_hosts(
         lambda: pretrained.load_parameters(
             inputs.model_path,

@@ -1,10 +1,10 @@
-"""One update: a batch of packed rows and a train state in, the next state and what to report out.
+"""One optimizer step: a train state and a batch of packed rows in, the next state and the step's metrics out.
 
-    loss = sum(weight * -log p(target | ancestors)) / sum(weight)
+    loss = sum(weight * -log p(token | ancestors)) / sum(weight)
 
-Both sums run over all rows, devices and micro-batches; the division happens once, before the gradient is taken, since
-the weights of the whole batch are known at the start of the step. What `LossConfig` adds stands beside the logarithm
-and is divided likewise.
+Both sums run over the whole global batch: all rows, devices and micro-batches. The weights are known before the forward
+pass, so each micro-batch divides by the sum of all of them, and losses and gradients of micro-batches are only added.
+What `LossConfig` adds to -log p is weighted and divided in the same way.
 """
 
 import functools
@@ -25,45 +25,45 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss, sharding
 from dialog_jax.training.config import LossConfig
 
-OPTIMIZER_SCOPE = "optimizer"  # what follows the gradient, as it is called in compiled programs and profiles
+OPTIMIZER_SCOPE = "optimizer"  # name of the part after the gradient in compiled programs and profiles
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. The optimizer has made `step - skipped` updates."""
+    """Everything that a step changes. The optimizer has made `step - skipped` updates."""
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
-    """Steps whose loss or gradient was not finite: they changed neither parameters nor moments."""
+    """Steps whose loss or gradient was not finite; they changed neither parameters nor moments."""
     skipped_in_a_row: Int[Array, ""]
-    """How many of them were the last ones."""
+    """How many of the most recent steps were skipped."""
     parameters: dict
     optimizer_state: Any
 
 
 class StepMetrics(NamedTuple):
-    """Of one step: what it saw before its update was applied. Scalars."""
+    """Scalars of one step, computed with the parameters before its update."""
 
     loss: Float[Array, ""]
-    """What is minimised: the weighted mean over the batch, with all that `LossConfig` adds, in nats."""
+    """The minimized value: the weighted mean over the batch, with everything that `LossConfig` adds, in nats."""
     nll: Float[Array, ""]
-    """Weighted mean of the cross-entropy alone; the same as `loss` where `LossConfig` adds nothing."""
+    """Weighted mean of the cross-entropy alone; equals `loss` where `LossConfig` adds nothing."""
     gradient_norm: Float[Array, ""]
-    """Of the gradient of the loss, before clipping."""
+    """Global norm of the gradient before clipping."""
     tokens: Int[Array, ""]
     """Tokens that are not padding."""
     targets: Int[Array, ""]
     response_tokens: Int[Array, ""]
     """Targets within responses."""
     skipped: Int[Array, ""]
-    """Steps without an update up to this one, since loss or gradient were not finite."""
+    """As in the state after this step."""
     skipped_in_a_row: Int[Array, ""]
-    """0 if this step is an update; otherwise how many were none, with those just before."""
+    """As in the state after this step; 0 if it made an update."""
     attention_pairs: Float[Array, ""]
-    """Pairs of a token and what it sees, itself included."""
+    """Pairs of a token and a token that it sees, itself included."""
 
 
 class EvaluationSums(NamedTuple):
-    """Sums over a batch, by turn; the last bin holds all later turns, and the first the targets outside responses."""
+    """Sums over a batch by turn. The first bin holds targets outside responses, the last one all later turns."""
 
     nll: Float[Array, "bins"]
     """sum(weight * nll), nats."""
@@ -74,62 +74,59 @@ class EvaluationSums(NamedTuple):
 
 
 def make_state(parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step; wherever JAX puts what it adds."""
-    none = jnp.zeros((), jnp.int32)
-    return TrainState(none, none, none, parameters, optimizer.init(parameters))
+    """Returns the state before the first step, without placing it."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, parameters, optimizer.init(parameters))
 
 
-def initialize_state(
-    mesh: Mesh, parameters: dict, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, TrainState]:
-    """Returns (the state before the first step, its shardings). Moments are made where they belong, sharded.
+def initialize_state(mesh: Mesh, parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step. Moments are created sharded, each where it belongs.
 
     Args:
-      parameters: placed as `sharding.parameter_sharding` says.
+      parameters: laid out by `sharding.parameter_sharding`; donated to the state.
     """
-
     make = functools.partial(make_state, optimizer=optimizer)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(make, parameters))
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters), shardings
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters)
 
 
-def abstract_state(
-    model: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, TrainState]:
-    """Returns (a train state as shapes that know their shardings, the shardings)."""
+def abstract_state(model: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns a train state of shapes with shardings, as `initialize_state` lays it out."""
     state = jax.eval_shape(functools.partial(make_state, optimizer=optimizer), decoder.abstract_parameters(model))
-    shardings = sharding.state_sharding(mesh, state)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        state,
+        sharding.state_sharding(mesh, state),
     )
-    return placed, shardings
 
 
 def make_train_step(
     model: DecoderConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    shardings: TrainState,
     *,
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
     loss_config: LossConfig = loss.PLAIN,
     attend: Attend | None = None,
 ) -> jax.stages.Wrapped:
-    """Returns the jitted update: (state, batch) to (next state, `StepMetrics`).
+    """Returns the jitted step: (state, batch) -> (next state, `StepMetrics`).
 
-    The state it is given is donated: go on with the one it returns. If loss or gradient are not finite, parameters and
-    optimizer state stay as they are.
+    The state is donated: use the one that is returned. If loss or gradient are not finite, parameters and optimizer
+    state stay as they are and the step counts as skipped.
 
     Args:
-      attend: how to attend over the mesh, as `attention.dispatch` says; None for blockwise attention.
+      attend: attention over the mesh, from `attention.dispatch`; None for blockwise attention.
     """
+    attend = attend or dispatch.sharded(blockwise.attend, mesh)
+    optimizer = optax.with_extra_args_support(optimizer)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, mesh, optimizer))
+    batch_sharding = sharding.batch_sharding(mesh)  # [M, B, ...]
+    # Rows stay divided over devices from layer to layer. Without this constraint XLA lays activations out like the
+    # embedding's width, keeps each row on all devices of `fsdp` and reduces activations where it should gather weights.
+    activation_sharding = NamedSharding(mesh, PartitionSpec(*batch_sharding.spec[1:]))  # [B, T, D]
 
-    # Said outright: left to itself, XLA lays the stream out as the embedding's width is, keeps each row on all devices
-    # of fsdp, and reduces activations where it should gather parameters.
-    stream = NamedSharding(mesh, PartitionSpec(*sharding.batch_sharding(mesh).spec[1:]))
-
-    def micro_batch_loss(parameters, batch: Batch, total_weight):
+    def micro_batch_loss(parameters, batch, total_weight):
         hidden = decoder.hidden_states(
             model,
             parameters,
@@ -138,65 +135,64 @@ def make_train_step(
             batch.subtree_end,
             compute_dtype=compute_dtype,
             remat=remat,
-            place=lambda x: jax.lax.with_sharding_constraint(x, stream),
-            attend_trees=attend or dispatch.sharded(blockwise.attend, mesh),
+            place=lambda x: jax.lax.with_sharding_constraint(x, activation_sharding),
+            attend_trees=attend,
         )
         unembedding = decoder.unembedding(model, parameters)
         value, nll = loss.weighted_loss(hidden, unembedding, _targets(batch), loss_config, mesh)
         return value / total_weight, nll / total_weight
 
-    gradient_of = jax.value_and_grad(micro_batch_loss, has_aux=True)
-    optimizer = optax.with_extra_args_support(optimizer)
+    def batch_loss_and_gradient(parameters, batch):
+        loss_and_gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
+        total_weight = jnp.sum(batch.weight)
+        if batch.tokens.shape[0] == 1:  # no second copy of the gradient to add to
+            return loss_and_gradient(parameters, jax.tree.map(lambda array: array[0], batch), total_weight)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        weight = jnp.sum(batch.weight)
+        def add(sums, micro_batch):
+            return jax.tree.map(jnp.add, sums, loss_and_gradient(parameters, micro_batch, total_weight)), None
 
-        def accumulate(carry, micro_batch):
-            part = gradient_of(state.parameters, micro_batch, weight)
-            return jax.tree.map(jnp.add, carry, part), None
+        zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, parameters)
+        return jax.lax.scan(add, zeros, batch)[0]
 
-        if batch.tokens.shape[0] == 1:
-            only = jax.tree.map(lambda array: array[0], batch)
-            (value, nll), gradient = gradient_of(state.parameters, only, weight)
-        else:
-            zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.parameters)
-            ((value, nll), gradient), _ = jax.lax.scan(accumulate, zeros, batch)
-        gradient = jax.lax.with_sharding_constraint(gradient, shardings.parameters)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        (value, nll), gradient = batch_loss_and_gradient(state.parameters, batch)
+        gradient = jax.lax.with_sharding_constraint(gradient, state_shardings.parameters)
         with jax.named_scope(OPTIMIZER_SCOPE):
             norm = optax.tree.norm(gradient)
-            good = jnp.isfinite(value) & jnp.isfinite(norm)
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-            def updated(parameters, optimizer_state):
+            def update(parameters, optimizer_state):
                 updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters, norm=norm)
                 return optax.apply_updates(parameters, updates), optimizer_state
 
-            # A choice of whole states, not of each number: XLA:CPU then changes them in place, without copies. On GPUs
-            # and TPUs it has not been measured.
-            kept = jax.lax.cond(good, updated, lambda *same: same, state.parameters, state.optimizer_state)
-        after = TrainState(
-            state.step + 1,
-            state.skipped + ~good,
-            jnp.where(good, 0, state.skipped_in_a_row + 1),
-            *kept,
+            # One `cond` over the whole state, not a `where` per array: XLA:CPU then updates the arrays in place. Not
+            # measured on GPU and TPU.
+            parameters, optimizer_state = jax.lax.cond(
+                finite, update, lambda *unchanged: unchanged, state.parameters, state.optimizer_state
+            )
+        next_state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            parameters=parameters,
+            optimizer_state=optimizer_state,
         )
-        metrics = StepMetrics(
+        return next_state, StepMetrics(
             loss=value,
             nll=nll,
             gradient_norm=norm,
             tokens=jnp.sum(batch.segment > 0),
             targets=jnp.sum(batch.weight > 0),
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
-            skipped=after.skipped,
-            skipped_in_a_row=after.skipped_in_a_row,
+            skipped=next_state.skipped,
+            skipped_in_a_row=next_state.skipped_in_a_row,
             attention_pairs=jnp.sum(jnp.where(batch.segment > 0, batch.position + 1.0, 0.0)),
         )
-        return after, metrics
 
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
     return jax.jit(
-        update,
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, whole),
+        train_step,
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, sharding.replicated_sharding(mesh)),
         donate_argnums=0,
     )
 
@@ -204,16 +200,15 @@ def make_train_step(
 def make_evaluation_step(
     model: DecoderConfig,
     mesh: Mesh,
-    parameter_shardings: dict,
     *,
     compute_dtype: jax.typing.DTypeLike,
     turns: int,
     attend: Attend | None = None,
 ) -> Callable[[dict, Batch], EvaluationSums]:
-    """Returns the compiled sums of one [1, B, ...] batch, turn by turn for the first `turns` turns.
+    """Returns the jitted sums of a [1, B, ...] batch, each of the first `turns` turns in a bin of its own.
 
     Args:
-      attend: how to attend over the mesh, as `attention.dispatch` says; None for blockwise attention.
+      attend: attention over the mesh, from `attention.dispatch`; None for blockwise attention.
     """
     attend = attend or dispatch.sharded(blockwise.attend, mesh)
     score = functools.partial(loss.score_targets, mesh=mesh)
@@ -222,22 +217,23 @@ def make_evaluation_step(
         batch = jax.tree.map(lambda array: array[0], batch)
         scores = _scores(model, parameters, batch, compute_dtype, attend, score)
         bins = jnp.clip(batch.turn, -1, turns) + 1
-        valid = batch.weight > 0
 
-        def by_turn(values):
+        def sum_by_turn(values):
             return jax.ops.segment_sum(values.ravel(), bins.ravel(), turns + 2)
 
         return EvaluationSums(
-            nll=by_turn(batch.weight * scores.nll),
-            weight=by_turn(batch.weight),
-            targets=by_turn(valid.astype(jnp.int32)),
-            correct=by_turn(scores.correct.astype(jnp.int32)),
+            nll=sum_by_turn(batch.weight * scores.nll),
+            weight=sum_by_turn(batch.weight),
+            targets=sum_by_turn((batch.weight > 0).astype(jnp.int32)),
+            correct=sum_by_turn(scores.correct.astype(jnp.int32)),
         )
 
-    rows = sharding.batch_sharding(mesh)
     return jax.jit(
         evaluate,
-        in_shardings=(parameter_shardings, rows),
+        in_shardings=(
+            sharding.state_sharding(mesh, decoder.abstract_parameters(model)),
+            sharding.batch_sharding(mesh),
+        ),
         out_shardings=sharding.replicated_sharding(mesh),
     )
 
@@ -245,10 +241,10 @@ def make_evaluation_step(
 def make_score_step(
     model: DecoderConfig, *, compute_dtype: jax.typing.DTypeLike, top_k: int = 0
 ) -> Callable[[dict, Batch], loss.TargetScores]:
-    """Returns the compiled scores of every target of a [B, ...] batch, on one device.
+    """Returns the jitted scores of every target of a [B, ...] batch, on one device.
 
     Args:
-      top_k: how many of the likeliest tokens to return for each target; 0 for none.
+      top_k: number of likeliest tokens to return for each target.
     """
     score = functools.partial(loss.score_targets, top_k=top_k)
     return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, blockwise.attend, score))

@@ -93,7 +93,7 @@ def measure_training(
         return jax.tree.map(lambda leaf: leaf.astype(parameter_dtype), decoder.init_parameters(config, key))
 
     parameters = jax.jit(draw, out_shardings=sharding.replicated_sharding(mesh))(jax.random.key(0))
-    state, shardings = train_step_lib.initialize_state(mesh, parameters, transform)
+    state = train_step_lib.initialize_state(mesh, parameters, transform)
     del parameters
     choice = dispatch.select_kernel(
         mesh,
@@ -108,7 +108,6 @@ def measure_training(
         config,
         transform,
         mesh,
-        shardings,
         compute_dtype=jnp.dtype(compute_dtype),
         remat=remat,
         attend=choice.attend,

@@ -154,9 +154,9 @@ def _compile(model, mesh, batch, branching, figures):
     parameters = pretrained.load_parameters(
         _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
     )
-    state, shardings = train_step_lib.initialize_state(mesh, parameters, transform)
+    state = train_step_lib.initialize_state(mesh, parameters, transform)
     train_step = train_step_lib.make_train_step(
-        model, transform, mesh, shardings, compute_dtype=dtype, remat=_REMAT.value, attend=choice.attend
+        model, transform, mesh, compute_dtype=dtype, remat=_REMAT.value, attend=choice.attend
     )
     start = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()

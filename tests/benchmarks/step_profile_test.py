@@ -160,8 +160,8 @@ def read_table(page):
 def _traced(model, mesh: Mesh, batch):
     """Returns (events of an update, compiled update)."""
     transform = optimizer.make_optimizer(OptimizerConfig(), 2)
-    state, shardings = train_step.initialize_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
-    update = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype="float32", remat="dots")
+    state = train_step.initialize_state(mesh, decoder.init_parameters(model, jax.random.key(0)), transform)
+    update = train_step.make_train_step(model, transform, mesh, compute_dtype="float32", remat="dots")
     compiled = update.lower(state, batch).compile()
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     return step_profile.record(lambda: compiled(state, placed)), compiled

@@ -158,10 +158,8 @@ def update():
     # The large epsilon keeps Adam from turning the rounding of gradients near 0 into steps.
     config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.5, epsilon=1e-3)
     transform = optimizer.make_optimizer(config, 10)
-    state, shardings = train_step.initialize_state(mesh, jax.tree.map(jnp.copy, parameters()), transform)
-    return train_step.make_train_step(
-        _MODEL, transform, mesh, shardings, compute_dtype=jnp.float32, remat="none"
-    ), state
+    state = train_step.initialize_state(mesh, jax.tree.map(jnp.copy, parameters()), transform)
+    return train_step.make_train_step(_MODEL, transform, mesh, compute_dtype=jnp.float32, remat="none"), state
 
 
 def updated(batch):

@@ -46,7 +46,7 @@ class MemoryTest(parameterized.TestCase):
             ),
             tiny.parameters(_MODEL),
         )
-        state, _ = train_step.initialize_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
+        state = train_step.initialize_state(mesh, parameters, optimizer.make_optimizer(config.optimizer, 10))
 
         def held(arrays):
             shards = [shard for leaf in jax.tree.leaves(arrays) for shard in leaf.addressable_shards]

@@ -66,9 +66,9 @@ def updated(
             leaf, sharding.parameter_sharding(mesh, [key.key for key in keys], leaf.shape)
         ),
     )
-    state, shardings = train_step.initialize_state(mesh, place(tiny.parameters(model)), transform)
+    state = train_step.initialize_state(mesh, place(tiny.parameters(model)), transform)
     run = train_step.make_train_step(
-        model, transform, mesh, shardings, compute_dtype=jnp.float32, remat=remat, loss_config=loss_config
+        model, transform, mesh, compute_dtype=jnp.float32, remat=remat, loss_config=loss_config
     )
     for _ in range(updates):
         state, metrics = run(state, batch)
@@ -208,8 +208,8 @@ class UpdateTest(absltest.TestCase):
         model = dataclasses.replace(small, width=2048, feed_forward=2048, layers=8)  # beside these, a row is little
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         transform = optimizer.make_optimizer(_OPTIMIZER, 10)
-        state, shardings = train_step.abstract_state(model, mesh, transform)
-        run = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="full")
+        state = train_step.abstract_state(model, mesh, transform)
+        run = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="full")
         size = sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) * 4
         one_row = jax.tree.map(lambda array: array[:1], batch_of(8, 1))
         needed = run.lower(state, one_row).compile().memory_analysis()
@@ -225,8 +225,8 @@ class UpdateTest(absltest.TestCase):
         model, _ = prepared()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         transform = optimizer.make_optimizer(_OPTIMIZER, 10)
-        state, shardings = train_step.initialize_state(mesh, tiny.parameters(model), transform)
-        run = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.float32, remat="none")
+        state = train_step.initialize_state(mesh, tiny.parameters(model), transform)
+        run = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="none")
         batch = jax.device_put(batch_of(2, 4), sharding.batch_sharding(mesh))
         state, _ = run(state, batch)
         with jax.transfer_guard("disallow"):
@@ -246,8 +246,8 @@ class UpdateTest(absltest.TestCase):
         model, _ = prepared()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         transform = optimizer.make_optimizer(_OPTIMIZER, 10)
-        state, shardings = train_step.initialize_state(mesh, tiny.parameters(model), transform)
-        run = train_step.make_train_step(model, transform, mesh, shardings, compute_dtype=jnp.bfloat16, remat="none")
+        state = train_step.initialize_state(mesh, tiny.parameters(model), transform)
+        run = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.bfloat16, remat="none")
         state, metrics = run(state, batch_of(1, 8))
         exact = updated(MeshConfig(), batch_of(1, 8), updates=1, devices=jax.devices()[:1])[1]
         np.testing.assert_allclose(metrics.loss, exact.loss, rtol=3e-2)
@@ -260,10 +260,7 @@ class EvaluationTest(absltest.TestCase):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         parameters = tiny.parameters(model)
         batch = batch_of(1, 8)
-        shardings = jax.tree.map(lambda _: sharding.replicated_sharding(mesh), parameters)
-        sums = train_step.make_evaluation_step(model, mesh, shardings, compute_dtype=jnp.float32, turns=2)(
-            parameters, batch
-        )
+        sums = train_step.make_evaluation_step(model, mesh, compute_dtype=jnp.float32, turns=2)(parameters, batch)
         one = jax.tree.map(lambda array: jnp.asarray(array[0]), batch)
         hidden = decoder.hidden_states(model, parameters, one.tokens, one.position, one.subtree_end)
         logs = np.asarray(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, parameters["embedding"])), np.float64)
