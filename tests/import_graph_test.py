@@ -31,7 +31,7 @@ _ROOMS = {
         "config", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",
         "checkpoints", "metrics", "run_inputs", "run_directory", "compilation_cache", "console", "loop", "run",
     ),
-    "evaluation": ("scoring", "disguises", "k_passes", "differences", "agreement"),
+    "evaluation": ("scoring", "escaping", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),
 }
 # fmt: on

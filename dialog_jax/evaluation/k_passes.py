@@ -1,8 +1,8 @@
-"""The K passes that one pass stands for: each response by itself, behind its prompt, as a plain causal sequence.
+"""The K passes that one pass replaces: each response alone after its prompt, as a plain causal sequence.
 
-Kept as naive as can be, since it is what the rest is held against (`training.agreement`, `dialog_jax score
---passes=k`): text from the tokenizer's `apply_chat_template`, tokens from the tokenizer's own call, the logits of all
-positions and their log-softmax. Knows no trie, row, target list or fused loss; shares with training the decoder only.
+The reference for everything else (`evaluation.agreement`, `dialog_jax score --passes=k`), and therefore naive: text
+from the tokenizer's `apply_chat_template`, tokens from the tokenizer's own call, the logits of all positions and their
+log-softmax. Knows no tree, row, target list or fused loss; shares only the decoder with training.
 """
 
 import functools
@@ -19,28 +19,28 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.evaluation import disguises
+from dialog_jax.evaluation import escaping
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 
 _REPLY = "Qx7 zebra"  # a text that no template contains
-_SHORTEST = 128
+_SHORTEST_LENGTH = 128
 
 
 class Pass(NamedTuple):
-    """One response behind its prompt; the token at index i has position i."""
+    """One response after its prompt. The token at index i has position i."""
 
     message: int
     """Index in the dialogue's messages."""
     turn: int
-    """Number of assistant messages that lead to it."""
+    """Number of assistant messages before it on its path."""
     tokens: Int32[np.ndarray, " n"]
     """prompt ++ response."""
     start: int
     """Index of the response's first token; at least 1, since nothing predicts a first token."""
     weight: Float32[np.ndarray, " r"]
-    """Of each token of the response: its message's, times that of the part it ends in."""
+    """Of each token of the response: the weight of its message times that of the part in which the token ends."""
 
 
 def make_passes(
@@ -52,49 +52,51 @@ def make_passes(
 ) -> list[Pass]:
     """Returns a pass for each assistant message of weight above 0, in order.
 
-    The prompt is the messages that lead to it, with the generation prompt. The response is what a model would have to
-    write next for the template's rendering with the message to come out, up to and including its end of turn.
+    The prompt is the rendering of the messages before it, with the generation prompt. The response is what a model has
+    to generate next to get the rendering with the message, up to and including its end of turn.
 
-    Special tokens that the dialogue's texts spell are ordinary text, unless allowed: they stand disguised in what the
-    template renders, and what is between the template's own special tokens is tokenised apart.
+    Special tokens that the dialogue's texts spell are ordinary text unless allowed; see `evaluation.escaping`.
 
     Raises:
-      UserError: the template refuses a history, or what it renders with the message does not continue the prompt.
+      UserError: the template refuses a history, or its rendering with the message does not continue the prompt.
     """
-    said, dialogue = dialogue, dialogue if allow_special_tokens else disguises.disguised(dialogue, tokenizer)
-    encode = _encode if dialogue == said else disguises.encode
+    original, dialogue = (
+        dialogue,
+        dialogue if allow_special_tokens else escaping.escape_special_tokens(dialogue, tokenizer),
+    )
+    encode = _encode if dialogue == original else escaping.encode_escaped
     kwargs = dict(chat_template_kwargs or {})
     end_of_turn = _end_of_turn(tokenizer, kwargs)
-    found = []
+    passes = []
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
             continue
         history = dialogue.ancestors(index)
         prompt = _text(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
-        whole = _text(dialogue, (*history, index), tokenizer, kwargs)
-        if dialogue != said:
-            _check_disguise(said, whole, (*history, index), tokenizer, kwargs)
-        if not whole.startswith(prompt):
+        text = _text(dialogue, (*history, index), tokenizer, kwargs)
+        if dialogue != original:
+            _check_escaped(original, text, (*history, index), tokenizer, kwargs)
+        if not text.startswith(prompt):
             raise UserError(
-                f"{dialogue.name}: with message {index} the chat template renders no continuation of the prompt before "
-                "it, so no response can lead there. Pass another chat template or chat_template_kwargs."
+                f"{dialogue.name}: with message {index} the chat template renders no continuation of its prompt, so no "
+                "response can lead there. Pass another chat template or chat_template_kwargs."
             )
-        (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, whole)
+        (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, text)
         response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]
         if ids[: len(prompt_ids)] != prompt_ids:  # a token crosses the boundary; a model would be given the prompt's
-            response, ends = _continuation(tokenizer, whole[len(prompt) :], encode)
+            response, ends = _encode_continuation(tokenizer, text[len(prompt) :], encode)
             if tokenizer.decode(prompt_ids + response) != tokenizer.decode(ids):
                 raise UserError(
-                    f"{dialogue.name}: no tokens behind the prompt of message {index} read as its response. Pass a "
-                    "chat template that ends the generation prompt where a token ends."
+                    f"{dialogue.name}: no tokens after the prompt of message {index} decode to its response. Pass a "
+                    "chat template whose generation prompt ends where a token ends."
                 )
         turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
         length = _length(tokenizer, response, end_of_turn)
         tokens = np.array(prompt_ids + response[:length], np.int32)
         start = max(1, len(prompt_ids))
-        weight = _weights(dialogue, index, whole[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
-        found.append(Pass(index, turn, tokens, start, weight))
-    return found
+        weight = _weights(dialogue, index, text[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
+        passes.append(Pass(index, turn, tokens, start, weight))
+    return passes
 
 
 def compute_response_nll(
@@ -108,20 +110,20 @@ def compute_response_nll(
 def compute_nll_and_gradient(
     model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "dots"
 ) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
-    """Returns (what `response_nll` gives of each pass, the gradient of their sum, each token's times its weight).
+    """Returns (`compute_response_nll` of each pass, gradient of the sum over all tokens of weight * nll).
 
     Args:
       remat: see `decoder.hidden_states`.
     """
-    every, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
+    all_nll, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
     for one in many:
         tokens = _padded(one.tokens)
         weight = np.zeros(tokens.shape[1] - 1, np.float32)
         response = slice(one.start - 1, len(one.tokens) - 1)
         weight[response] = one.weight
         nll, gradient = _add(model, remat, parameters, gradient, tokens, weight)
-        every.append(np.asarray(nll)[response])
-    return every, gradient
+        all_nll.append(np.asarray(nll)[response])
+    return all_nll, gradient
 
 
 def score_dialogues(
@@ -134,11 +136,10 @@ def score_dialogues(
     allow_special_tokens: bool = False,
     compute_dtype: jax.typing.DTypeLike,
 ) -> Iterator[Score]:
-    """Yields what `scoring.score_dialogues` does, from a forward pass for each response.
+    """Yields what `scoring.score_dialogues` yields, from one forward pass per response.
 
     Raises:
-      UserError: what `passes` raises.
-      FloatingPointError: a loss is not finite; names the dialogue.
+      UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
         every = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
@@ -147,9 +148,9 @@ def score_dialogues(
         for one in fitting:
             nll = math.fsum(compute_response_nll(model, parameters, one, compute_dtype=compute_dtype))
             if not math.isfinite(nll):
-                raise FloatingPointError(
-                    f"{dialogue.name}: the loss of message {one.message} is {nll}. The model's weights are damaged, or "
-                    "too large for the type they are computed in: try float32."
+                raise UserError(
+                    f"{dialogue.name}: the loss of message {one.message} is {nll}. The model's weights are damaged or "
+                    "overflow the type they are computed in; try float32."
                 )
             turns.append({"turn": one.turn, "message": one.message, "tokens": len(one.tokens) - one.start, "nll": nll})
         record: dict[str, Any] = {
@@ -163,25 +164,25 @@ def score_dialogues(
         yield Score(record, dialogue.name, sum(len(one.tokens) for one in fitting))
 
 
-def _check_disguise(said: Dialogue, disguised: str, indices: Sequence[int], tokenizer, kwargs) -> None:
-    """Raises UserError where what is rendered of disguised texts is not what is rendered of them as they are."""
-    text = _text(said, indices, tokenizer, kwargs)
-    if max(text) >= disguises.LOWEST:
+def _check_escaped(original: Dialogue, escaped: str, indices: Sequence[int], tokenizer, kwargs) -> None:
+    """Raises UserError if escaped texts are rendered differently from the original ones."""
+    text = _text(original, indices, tokenizer, kwargs)
+    if ord(max(text)) >= escaping.ESCAPE_OFFSET:
         raise UserError(
-            f"{said.name}: spells special tokens and has private-use characters from U+{ord(disguises.LOWEST):X} on, "
-            "which stand for them here. Remove one of the two."
+            f"{original.name}: spells special tokens and has private-use characters from U+{escaping.ESCAPE_OFFSET:X} "
+            "on, which escape them here. Remove one of the two."
         )
-    if disguises.undisguised(disguised) != text:
+    if escaping.unescape(escaped) != text:
         raise UserError(
-            f"{said.name}: spells special tokens, and the chat template does more with them than to write them. Remove "
-            "them, or set allow_special_tokens."
+            f"{original.name}: spells special tokens, and the chat template does more than write them. Remove them, or "
+            "set allow_special_tokens."
         )
 
 
 def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping[str, Any]) -> str:
-    """What the template renders of the messages at `indices`."""
+    """Returns the rendering of the messages at `indices`."""
     if not indices:
-        raise UserError(f"{dialogue.name}: begins with an assistant message, to which no prompt leads.")
+        raise UserError(f"{dialogue.name}: begins with an assistant message, which has no prompt. Add a user message.")
     messages = [dialogue.messages[index].as_dict() for index in indices]
     tools = [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
     try:
@@ -193,7 +194,7 @@ def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping
 
 
 def _weights(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> Float32[np.ndarray, " r"]:
-    """Of each token of a response its weight, from where in the response's text it ends."""
+    """Returns the weight of each token of a response from the character of the response's text at which it ends."""
     message = dialogue.messages[index]
     weight = np.full(len(ends), message.weight, np.float32)
     if not message.parts:
@@ -214,13 +215,13 @@ def _weights(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> 
 
 
 def _encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """(token ids, the character at which each ends)."""
+    """Returns (token ids, the character at which each token ends)."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
 
 
-def _continuation(tokenizer, text: str, encode: Callable) -> tuple[list[int], list[int]]:
-    """The same of a text that continues another: behind a special token, no space is put in front of it."""
+def _encode_continuation(tokenizer, text: str, encode: Callable) -> tuple[list[int], list[int]]:
+    """Returns what `_encode` returns for a text that continues another: no space is put in front of it."""
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     plain = [token.content for token in special if not (token.lstrip or token.rstrip)]
     if not plain:
@@ -230,18 +231,19 @@ def _continuation(tokenizer, text: str, encode: Callable) -> tuple[list[int], li
 
 
 def _end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
-    """The first token of its own behind a reply's text: a special one, or else one that was added to the vocabulary."""
+    """Returns the first special token after a reply's text, or else the first one added to the vocabulary."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    behind, _ = _continuation(tokenizer, text.rpartition(_REPLY)[2], _encode)
+    suffix, _ = _encode_continuation(tokenizer, text.rpartition(_REPLY)[2], _encode)
     added = tokenizer.added_tokens_decoder
-    special = [token for token in behind if token in added and added[token].special]
-    visible = [token for token in behind if token in added and added[token].content.strip()]
+    special = [token for token in suffix if token in added and added[token].special]
+    visible = [token for token in suffix if token in added and added[token].content.strip()]
     return next(iter(special + visible), None)
 
 
 def _length(tokenizer, response: list[int], end: int | None) -> int:
-    """Tokens up to the end of turn, or to the other special token that ends it, as after tool calls; else all."""
+    """Returns the number of tokens up to and including the end of turn, or another special token that ends the response
+    (as after tool calls); otherwise of all tokens."""
     added = tokenizer.added_tokens_decoder
     if end is None:
         return len(response)
@@ -254,8 +256,8 @@ def _length(tokenizer, response: list[int], end: int | None) -> int:
 
 
 def _padded(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
-    """The tokens, and zeros behind them that they cannot see: so lengths are few, 128, 192, 256, 384, 512 and so on."""
-    length = _SHORTEST
+    """Returns the tokens padded with zeros to 128, 192, 256, 384, 512, ..., so that few programs are compiled."""
+    length = _SHORTEST_LENGTH
     while length < len(tokens):
         length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
     return np.pad(tokens, (0, length - len(tokens)))[None]
@@ -264,7 +266,7 @@ def _padded(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
 def _token_nll(
     model: DecoderConfig, parameters: dict, tokens: Int[Array, "1 T"], compute_dtype, remat: str
 ) -> Float[Array, " T-1"]:
-    """-log p of every token but the first, under the causal mask."""
+    """Returns -log p of every token but the first under the causal mask."""
     length = tokens.shape[1]
     hidden = decoder.hidden_states(
         model,
@@ -287,11 +289,11 @@ def _forward(model, compute_dtype, parameters, tokens):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _add(model, remat, parameters, gradient, tokens, weight):
-    """(-log p of every token but the first, `gradient` with that of the sum of weight * these added)."""
+    """Returns (-log p of every token but the first, `gradient` plus the gradient of sum(weight * -log p))."""
 
     def loss(parameters):
         nll = _token_nll(model, parameters, tokens, jnp.float32, remat)
         return jnp.sum(weight * nll), nll
 
-    own, nll = jax.grad(loss, has_aux=True)(parameters)
-    return nll, jax.tree.map(jnp.add, gradient, own)
+    pass_gradient, nll = jax.grad(loss, has_aux=True)(parameters)
+    return nll, jax.tree.map(jnp.add, gradient, pass_gradient)
