@@ -1,6 +1,5 @@
 """`dialog_jax COMMAND` and `python -m dialog_jax COMMAND`: imports the chosen command only, to start quickly."""
 
-import os
 import sys
 
 COMMANDS = {
@@ -28,7 +27,6 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"dialog_jax: {name!r} is not a command; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 1
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its advice is to install PyTorch
     from dialog_jax.commands import entry
 
     return entry.run(name, sys.argv[2:])

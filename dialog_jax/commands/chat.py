@@ -12,7 +12,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from absl import flags, logging
+from absl import flags
 
 from dialog_jax.commands import entry
 from dialog_jax.dialogues.dialogue import Message
@@ -106,7 +106,6 @@ def _tell(text: str) -> None:
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)
     compilation_cache.enable(entry.print_message)
     model = loading.load_model(
         _MODEL.value,

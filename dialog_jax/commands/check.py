@@ -18,7 +18,7 @@ import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from absl import flags, logging
+from absl import flags
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
@@ -112,7 +112,6 @@ def _row(what: str, finding: Finding) -> list[str]:
 
 
 def main() -> int:
-    logging.set_verbosity(logging.WARNING)
     console = rich.console.Console(stderr=True, highlight=False)
     dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
     kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)

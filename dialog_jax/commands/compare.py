@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import textwrap
 
-from absl import flags, logging
+from absl import flags
 
 from dialog_jax.commands import entry
 from dialog_jax.dialogues.dialogue import Dialogue
@@ -89,7 +89,6 @@ def _print(label: str, text: str, width: int) -> None:
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)
     compilation_cache.enable(entry.print_message)
     dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
     dialogue = next(itertools.islice(dialogues, _INDEX.value, None), None)

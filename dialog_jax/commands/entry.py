@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 
 from dialog_jax.errors import UserError
+from dialog_jax.training import console
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of every error, also of those in your input.")
 
@@ -23,6 +24,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
     Any other exception is a bug and propagates with its traceback.
     """
+    console.quiet_libraries()
     sys.argv = [f"dialog_jax {command}", *arguments]  # also read by ml_collections, for --config.FIELD=VALUE
     try:
         module = importlib.import_module(f"dialog_jax.commands.{command}")
@@ -33,7 +35,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if positional:
             raise UserError(f"got {positional[0]!r}; all arguments are flags, see --help.")
         return module.main() or 0
-    except (UserError, flags.Error, FloatingPointError, OSError) as error:
+    except (UserError, flags.Error, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         print_message(str(error))

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
@@ -89,5 +89,4 @@ def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)
     print(export(pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value), step=_STEP.value))

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 import matplotlib
-from absl import flags, logging
+from absl import flags
 
 matplotlib.use("Agg")  # no window, and none needed
 
@@ -117,5 +117,4 @@ def _label(axes: Axes, ends: list[tuple[int | float, float, str, str]]) -> None:
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)
     print(plot(pathlib.Path(entry.required(_RUN, "runs/mine"))))

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import rich.console
-from absl import flags, logging
+from absl import flags
 
 from dialog_jax.commands import entry
 from dialog_jax.dialogues.parsing import read_dialogues
@@ -123,7 +123,6 @@ def _warning(score: Score, context: int) -> str:
 
 
 def main() -> None:
-    logging.set_verbosity(logging.WARNING)
     compilation_cache.enable(entry.print_message)
     dtype = jnp.dtype(_DTYPE.value)
     for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):

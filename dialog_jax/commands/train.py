@@ -17,7 +17,7 @@ Exit code: 0 when the run is finished, or was stopped by SIGTERM and saved; 130 
 
 import signal
 
-from absl import flags, logging
+from absl import flags
 
 from dialog_jax.commands import config_flag, entry
 from dialog_jax.errors import UserError
@@ -39,7 +39,6 @@ _INTERRUPTED = 130
 
 def main() -> int:
     output_dir = entry.required(_OUTPUT_DIR, "runs/mine")
-    logging.set_verbosity(logging.FATAL)  # orbax logs every file, and errors with a traceback besides raising them
     start_time = console.find_process_start()
     compilation_cache.enable(entry.print_message)
     _join()

@@ -27,7 +27,7 @@ from dialog_jax.training import checkpoints, config, metrics, run_directory
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from tests.training import tiny
 
-_LAUNCHER = pathlib.Path(__file__).parents[2] / "experiments" / "launch" / "local.py"
+_LAUNCHER = pathlib.Path(__file__).parents[3] / "experiments" / "launch" / "local.py"
 _WORKER = pathlib.Path(__file__).with_name("worker.py")
 _DEVICES = 4
 _QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
