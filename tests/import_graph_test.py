@@ -16,7 +16,7 @@ _ROOMS = {
     "formats": ("gguf_file",),
     "dialogues": ("dialogue", "sources", "schemas", "parsing"),
     "rendering": (
-        "bounded", "sandbox", "tokenizers", "special_tokens", "chat_template", "encoder", "token_spans", "sequences",
+        "template_process", "tokenizers", "special_tokens", "chat_template", "encoder", "token_spans", "sequences",
     ),
     "trees": (
         "prefix_tree", "objectives", "fitting", "weighting", "teacher", "chunks", "dataset", "worker_pool",

@@ -40,6 +40,7 @@ from dialog_jax.evaluation import k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.inference import loading
 from dialog_jax.rendering import chat_template as chat_template_lib
+from dialog_jax.rendering import template_process
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import compilation_cache
 from dialog_jax.trees import teacher
@@ -147,7 +148,7 @@ def main() -> None:
     if _PASSES.value == "k":
         scores = k_passes.score_dialogues(
             dialogues,
-            model.tokenizer,
+            template_process.limit_template(model.tokenizer),
             model.config,
             model.parameters,
             chat_template_kwargs=kwargs,

@@ -22,7 +22,7 @@ from dialog_jax.evaluation import differences, k_passes
 from dialog_jax.evaluation.differences import Agreement
 from dialog_jax.evaluation.k_passes import Pass
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.rendering import bounded
+from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
@@ -55,10 +55,9 @@ def compare(
     """
     outcome = Agreement()
     renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
-    naive = functools.partial(  # which runs the template by itself
-        bounded.run,
+    naive = functools.partial(
         k_passes.make_passes,
-        tokenizer=tokenizer,
+        tokenizer=template_process.limit_template(tokenizer),
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
     )

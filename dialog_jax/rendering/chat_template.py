@@ -1,32 +1,25 @@
 """Dialogues to text, by the chat template of a tokenizer: the prompts that inference shows and what follows them.
 
-Knows nothing of tokens. The template is run by transformers' own `apply_chat_template`, with all it does to messages.
+Knows nothing of tokens. Texts are those of transformers' own `apply_chat_template`, with all it does to messages.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import transformers
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
-from dialog_jax.rendering import sandbox
+from dialog_jax.rendering import template_process
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
+from dialog_jax.rendering.template_process import Job, Rendering, TemplateStopped
 
-PROBE = "Qx7 zebra"  # stands for a message's content, to find what is around it; any text no template contains
-_TURNS_TOGETHER = 4  # rendered in one call
-_MARK = "\ue000turn\ue000"  # between the renderings of one call
-# A template around the given one. A call of its own for each prompt would copy all messages before it each time.
-# The line break behind the first tag goes with it (trim_blocks); the empty output before the second keeps white space
-# at the template's end (lstrip_blocks).
-_TOGETHER = """\
-{%% macro one_rendering(messages, add_generation_prompt) %%}
-%s{{ '' }}{%% endmacro %%}
-{%%- for count in rendered_counts -%%}
-{{ one_rendering(messages[:count], true) }}{{ rendered_mark }}
-{{- one_rendering(messages[:count + 1], false) }}{{ rendered_mark }}
-{%%- endfor -%%}"""
+PROBE = "Qx7 zebra"
+"""Stands for a message's content, to find what is around it; any text that no template contains."""
+_TURNS_PER_REQUEST = 8
+_CHARACTERS_PER_REQUEST = 1 << 22  # of what is rendered, more or less; a request has one turn at least
 
 
 class ChatTemplate:
@@ -35,7 +28,7 @@ class ChatTemplate:
     Args:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
-      escaper: of the dialogues, if they are guarded; then what is rendered is guarded likewise.
+      escaper: of the dialogues, if their special tokens are escaped; then those of what is rendered are, too.
     """
 
     def __init__(
@@ -46,103 +39,104 @@ class ChatTemplate:
     ):
         self._tokenizer = tokenizer
         self._escaper = escaper or SpecialTokenEscaper(tokenizer, allow_special_tokens=True)
-        self._kwargs = dict(kwargs or {})
-        self._alike: dict[str, bool] = {}  # whether a template renders together what it renders one by one
+        self._variables = {**tokenizer.special_tokens_map, **(kwargs or {})}
+        name = pathlib.Path(tokenizer.name_or_path).name
+        self._name = f"{name}: the chat template" if name else "the chat template"
 
     def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
-        """The template's rendering of the first `count` messages.
+        """Returns the template's rendering of the first `count` messages.
 
         Raises:
-          UserError: the template refuses them; names the dialogue and repeats the template's reason.
+          UserError: the template refuses them, or was stopped; names the dialogue and repeats the template's reason.
         """
-        if not count:
-            raise UserError(
-                f"{dialogue.name}: begins with an assistant message, to which no prompt leads. Put a message before "
-                'it, or give it "train": false.'
-            )
-        try:
-            return self._apply(dialogue, count, add_generation_prompt=add_generation_prompt)
-        except sandbox.REFUSALS as error:
-            roles = ", ".join(message.role for message in dialogue.messages[:count])
-            raise UserError(
-                f"{dialogue.name}: the chat template refuses its first {count} messages ({roles}): "
-                f"{str(error) or type(error).__name__}. Change the dialogue, or pass another chat template."
-            ) from error
+        (text,) = self._texts(dialogue, [Job(count, add_generation_prompt)])
+        return text
+
+    def turns(self, dialogue: Dialogue) -> Iterator[tuple[int, str, str]]:
+        """Yields (message index, its prompt, the rendering that ends with it) of the responses of weight above 0.
+
+        Raises:
+          UserError: as `text` does, once the turns before are yielded.
+        """
+        messages = enumerate(dialogue.messages)
+        indices = [index for index, message in messages if message.role == "assistant" and message.weight > 0]
+        size = 1 + sum(len(message.content) for message in dialogue.messages)
+        count = max(1, min(_TURNS_PER_REQUEST, _CHARACTERS_PER_REQUEST // (2 * size)))
+        for start in range(0, len(indices), count):
+            group = indices[start : start + count]
+            texts = self._texts(dialogue, [job for index in group for job in (Job(index, True), Job(index + 1))])
+            for index in group:
+                yield index, next(texts), next(texts)
 
     def after_response(self) -> str:
-        """What is written behind the content of an assistant message that ends a dialogue.
+        """Returns what the template writes behind the content of an assistant message that ends a dialogue.
 
         Raises:
           UserError: the template cannot render one user and one assistant message.
         """
         messages = Message(role="user", content="Hello"), Message(role="assistant", content=PROBE)
-        _, found, after = self.text(Dialogue(id="probe", messages=messages), 2).rpartition(PROBE)
-        if not found:
-            raise UserError("The chat template does not render the content of an assistant message. Use another one.")
+        try:
+            rendering = self._rendering(Dialogue(id="probe", messages=messages), [Job(2)])
+        except TemplateStopped as error:
+            raise TemplateStopped(f"{self._name} was stopped: {error}. Pass another chat template.") from None
+        if rendering.refusal:
+            raise UserError(
+                f"{self._name} cannot render a user and an assistant message: {rendering.refusal}. Correct it, or pass "
+                "another chat template."
+            )
+        _, content, after = rendering.texts[0].rpartition(PROBE)
+        if not content:
+            raise UserError(
+                f"{self._name} does not render the content of an assistant message. Pass another chat template."
+            )
         return after
 
-    def turns(self, dialogue: Dialogue) -> Iterator[tuple[int, str, str]]:
-        """(message, its prompt, the rendering that ends with it) of each assistant message of weight above 0."""
-        messages = enumerate(dialogue.messages)
-        indices = [index for index, message in messages if message.role == "assistant" and message.weight > 0]
-        for start in range(0, len(indices), _TURNS_TOGETHER):
-            part = indices[start : start + _TURNS_TOGETHER]
-            yield from self._turns_together(dialogue, part) or self._turns_alone(dialogue, part)
-
-    def _turns_alone(self, dialogue: Dialogue, indices: list[int]) -> Iterator[tuple[int, str, str]]:
-        for index in indices:
-            yield index, self.text(dialogue, index, add_generation_prompt=True), self.text(dialogue, index + 1)
-
-    def _turns_together(self, dialogue: Dialogue, indices: list[int]) -> list[tuple[int, str, str]]:
-        """The same from one call; empty where that cannot be relied on, or the template refuses a part of it."""
-        template = self._tokenizer.get_chat_template(tools=_tools(dialogue))
-        if not indices[0] or not self._alike.get(template, True):
-            return []
-        try:
-            together = self._apply(
-                dialogue,
-                indices[-1] + 1,
-                chat_template=_TOGETHER % template.removesuffix("\n"),  # as Jinja does at the end of a template
-                rendered_counts=indices,
-                rendered_mark=_MARK,
-            )
-        except sandbox.REFUSALS:
-            return []
-        texts = together.split(_MARK)
-        if len(texts) != 2 * len(indices) + 1:  # a message contains the mark
-            return []
-        turns = list(zip(indices, texts[0::2], texts[1::2], strict=False))
-        if template not in self._alike:
-            self._alike[template] = turns == list(self._turns_alone(dialogue, indices))
-        return turns if self._alike[template] else []
-
-    def _apply(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
-        """What the template renders; of a guarded dialogue, what stands for that.
-
-        Raises:
-          UserError: the template does something to the texts of special tokens but writing them.
-        """
-        if not isinstance(dialogue, EscapedDialogue):
-            return self._run(dialogue, count, **kwargs)
-        text = self._run(self._escaper.unescape_dialogue(dialogue), count, **kwargs)
-        try:
-            guarded = self._run(dialogue, count, **kwargs)
-        except sandbox.REFUSALS:  # of marks, where it takes the text itself
-            guarded = ""
-        if self._escaper.unescape(guarded) != text:
+    def _texts(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Iterator[str]:
+        """Yields the texts of the jobs."""
+        if not jobs[0].messages:
             raise UserError(
-                "they spell special tokens, and the template does more with these than to write them. Remove them, or "
-                "set allow_special_tokens to have them parsed"
+                f"{dialogue.name}: begins with an assistant message, to which no prompt leads. Put a message before "
+                'it, or give it "train": false.'
             )
-        return guarded
+        try:
+            rendering = self._rendering(dialogue, jobs)
+        except TemplateStopped as error:
+            raise TemplateStopped(
+                f"{dialogue.name}: the chat template was stopped: {error}. Pass another chat template, or shorten the "
+                "dialogue if it is very long."
+            ) from None
+        yield from rendering.texts
+        if len(rendering.texts) < len(jobs):
+            refused = jobs[len(rendering.texts)].messages
+            roles = ", ".join(message.role for message in dialogue.messages[:refused])
+            raise UserError(
+                f"{dialogue.name}: the chat template refuses its first {refused} messages ({roles}): "
+                f"{rendering.refusal}. Change the dialogue, or pass another chat template."
+            )
 
-    def _run(self, dialogue: Dialogue, count: int, **kwargs: Any) -> str:
-        messages = [message.as_dict() for message in dialogue.messages[:count]]
-        return sandbox.render(self._tokenizer, messages, tools=_tools(dialogue), **kwargs, **self._kwargs)
+    def _rendering(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Rendering:
+        """What the template renders; of an escaped dialogue, what stands for that."""
+        if not isinstance(dialogue, EscapedDialogue):
+            return self._run(dialogue, jobs)
+        plain = self._run(self._escaper.unescape_dialogue(dialogue), jobs)
+        escaped = self._run(dialogue, jobs)
+        equal = [self._escaper.unescape(one) == two for one, two in zip(escaped.texts, plain.texts, strict=False)]
+        if all(equal) and len(escaped.texts) >= len(plain.texts):
+            return Rendering(escaped.texts[: len(plain.texts)], plain.refusal)
+        return Rendering(
+            escaped.texts[: [*equal, False].index(False)],
+            "they spell special tokens, and the template does more with these than to write them. Remove them, or "
+            "set allow_special_tokens to have them parsed",
+        )
 
-
-def _tools(dialogue: Dialogue) -> list[Any] | None:
-    return [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
+    def _run(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Rendering:
+        tools = [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
+        try:
+            template = self._tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:  # of several templates, none is the one to use
+            return Rendering([], str(error))
+        messages = [message.as_dict() for message in dialogue.messages[: max(job.messages for job in jobs)]]
+        return template_process.render(template, messages, jobs, {"tools": tools, **self._variables})
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:
@@ -152,9 +146,9 @@ def parse_template_kwargs(text: str) -> dict[str, Any]:
       UserError: it is no JSON object.
     """
     try:
-        found = json.loads(text)
+        kwargs = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"--chat_template_kwargs is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(kwargs, dict):
         raise UserError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
-    return found
+    return kwargs

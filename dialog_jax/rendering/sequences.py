@@ -22,6 +22,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
+from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, locate_messages, locate_response_parts
 
 _SHARED_PREFIXES_KEPT = 4096
@@ -134,7 +135,9 @@ class Renderer:
                 self._shared_prefixes.clear()
             try:
                 text = self._template.text(dataclasses.replace(dialogue, messages=beginning, parents=()), first + 1)
-            except ValueError:
+            except TemplateStopped:
+                raise
+            except UserError:
                 text = ""
             before, found, _ = text.partition(PROBE)
             self._shared_prefixes[key] = self._encoder.encode(before if found else "")

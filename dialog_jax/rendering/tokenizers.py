@@ -7,13 +7,11 @@ import hashlib
 import pathlib
 from typing import Any
 
-import jinja2
 import tokenizers
 import transformers
 
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
-from dialog_jax.rendering import bounded, sandbox
 
 # How GGUF numbers the kinds of its tokens.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -36,7 +34,7 @@ def load_tokenizer(
 
     Raises:
       UserError: there is no such tokenizer, it is a slow one, its GGUF is of a kind not read here, or there is no
-        chat template or a broken one.
+        chat template. Whether the template can be used is checked by `sequences.Renderer`.
     """
     path = pathlib.Path(name_or_path).expanduser()
     if path.suffix.lower() == ".gguf":
@@ -50,16 +48,6 @@ def load_tokenizer(
             f"{path.name}: the tokenizer has no chat template, which says how a dialogue becomes text. "
             "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
         )
-    try:
-        sandbox.render(tokenizer, [{"role": "user", "content": "Hi"}])
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"{path.name}: the chat template is not Jinja at line {error.lineno}: {error.message}. Correct it."
-        ) from None
-    except bounded.Exceeded as error:
-        raise UserError(f"{path.name}: the chat template was stopped: {error}. Pass another one.") from None
-    except sandbox.REFUSALS:
-        pass  # A template may refuse this dialogue; whether it takes the user's is told with theirs.
     return tokenizer
 
 

@@ -63,7 +63,8 @@ def build_chunks(
     """Yields the chunk of each batch, in order.
 
     Args:
-      workers: processes; 0 for none but this one, where neither memory nor time are bounded, and so for a single batch.
+      workers: processes; 0 for this one only, whose memory and time are not limited, as for a single batch. Chat
+        templates are rendered in processes of their own in any case.
       memory: bytes a worker may have, where the system can bound them.
       seconds: that this process waits for a chunk.
 
