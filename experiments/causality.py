@@ -115,14 +115,14 @@ def response_losses(model: Model, dialogues: Sequence[Dialogue]) -> list[list[Fl
         dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
     )
     score_step = train_step.make_score_step(model.config, compute_dtype=jnp.float32)
-    found = []
+    losses = []
     for number in range(len(trees)):
         tree = trees.tree(number)
         row = batches.fill_rows(trees, [[number]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
         _, nodes = prefix_tree.find_targets(tree)
         nll = np.asarray(score_step(model.parameters, row).nll[0, : len(nodes)])
-        found.append([nll[tree.turn[nodes] == turn] for turn in range(int(tree.turn.max()) + 1)])
-    return found
+        losses.append([nll[tree.turn[nodes] == turn] for turn in range(int(tree.turn.max()) + 1)])
+    return losses
 
 
 def replace_messages(model: Model, dialogue: Dialogue, content: str) -> Replaced:
@@ -149,14 +149,14 @@ def replace_messages(model: Model, dialogue: Dialogue, content: str) -> Replaced
     return Replaced(changes, earlier, largest)
 
 
-def influence(config: DecoderConfig, parameters: dict, trees: Trees) -> Influence:
+def compute_influence(config: DecoderConfig, parameters: dict, trees: Trees) -> Influence:
     """Returns the dependence of each response of the first tree on each of its tokens."""
     tree = trees.tree(0)
     size = len(tree.tokens)
     norms, contexts, responses = [], [], []
     for turn in range(int(tree.turn.max()) + 1):
-        kept = dataclasses.replace(trees, weight=np.where(trees.turn == turn, trees.weight, 0).astype(np.float32))
-        row = batches.fill_rows(kept, [[0]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        turn_trees = dataclasses.replace(trees, weight=np.where(trees.turn == turn, trees.weight, 0).astype(np.float32))
+        row = batches.fill_rows(turn_trees, [[0]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
         gradient = _embedding_gradient(config, parameters, jax.tree.map(jnp.asarray, row))
         norms.append(np.linalg.norm(np.asarray(gradient, np.float64), axis=-1)[:size])
         contexts.append(_ancestors(tree, np.flatnonzero(tree.turn == turn)))
@@ -168,14 +168,14 @@ def influence(config: DecoderConfig, parameters: dict, trees: Trees) -> Influenc
 def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> Float[Array, "T D"]:
     """Returns the gradient of a row's loss with respect to the input of the first layer at each token."""
     length = row.tokens.shape[1]
-    one_token_a_place = dataclasses.replace(config, vocab_size=length)
+    one_token_per_position = dataclasses.replace(config, vocab_size=length)
     unembedding = decoder.unembedding(config, parameters)
 
     def loss_of(embedded):
         # With one embedding per position, the input of each position is a separate variable.
-        own = parameters | {"embedding": embedded}
+        with_embedding = parameters | {"embedding": embedded}
         places = jnp.arange(length)[None, :]
-        hidden = decoder.hidden_states(one_token_a_place, own, places, row.position, row.subtree_end)
+        hidden = decoder.hidden_states(one_token_per_position, with_embedding, places, row.position, row.subtree_end)
         return loss.weighted_loss(hidden, unembedding, loss.Targets(row.source, row.target, row.weight))[0]
 
     return jax.grad(loss_of)(parameters["embedding"][row.tokens[0]])
@@ -183,13 +183,13 @@ def _embedding_gradient(config: DecoderConfig, parameters: dict, row: Batch) -> 
 
 def _ancestors(tree: Tree, nodes: Iterable[int]) -> Bool[np.ndarray, " N"]:
     """Returns which tokens are proper ancestors of one of `nodes`."""
-    found = np.zeros(len(tree.tokens), bool)
+    ancestors = np.zeros(len(tree.tokens), bool)
     for node in nodes:
         above = int(tree.parent[node])
-        while above >= 0 and not found[above]:
-            found[above] = True
+        while above >= 0 and not ancestors[above]:
+            ancestors[above] = True
             above = int(tree.parent[above])
-    return found
+    return ancestors
 
 
 def _draw(replaced: Replaced, linear: Influence, branching: Influence) -> Figure:
@@ -200,7 +200,7 @@ def _draw(replaced: Replaced, linear: Influence, branching: Influence) -> Figure
             layout="constrained",
             gridspec_kw={"width_ratios": [1, 1.9], "height_ratios": [1, 1.1]},
         )
-        positive = np.concatenate([found.norm[found.norm > 0] for found in (linear, branching)])
+        positive = np.concatenate([each.norm[each.norm > 0] for each in (linear, branching)])
         scale = colors.LogNorm(np.quantile(positive, 0.02), positive.max())
         _draw_influence(axes["linear"], linear, scale)
         axes["linear"].set_title(f"The loss of a response depends on no later token: {_outside(linear)}")
@@ -210,19 +210,19 @@ def _draw(replaced: Replaced, linear: Influence, branching: Influence) -> Figure
     return figure
 
 
-def _outside(found: Influence) -> str:
-    return f"{int((~found.context).sum()):,} gradients outside its context, largest {found.outside:g}"
+def _outside(influence: Influence) -> str:
+    return f"{int((~influence.context).sum()):,} gradients outside its context, largest {influence.outside:g}"
 
 
-def _draw_influence(axes: Axes, found: Influence, scale: colors.LogNorm) -> None:
-    shown = np.ma.masked_where(found.norm == 0, found.norm)
-    image = axes.imshow(shown, aspect="auto", norm=scale, cmap=_SHADES, interpolation="nearest")
-    for turn, own in enumerate(found.response):
-        places = np.flatnonzero(own)
+def _draw_influence(axes: Axes, influence: Influence, scale: colors.LogNorm) -> None:
+    norms = np.ma.masked_where(influence.norm == 0, influence.norm)
+    image = axes.imshow(norms, aspect="auto", norm=scale, cmap=_SHADES, interpolation="nearest")
+    for turn, in_response in enumerate(influence.response):
+        places = np.flatnonzero(in_response)
         for part in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
             corner = (part[0] - 0.5, turn - 0.5)
             axes.add_patch(Rectangle(corner, len(part), 1, fill=False, color=report.ORANGE, linewidth=1.4))
-    turns = len(found.norm)
+    turns = len(influence.norm)
     axes.set_yticks(range(turns), [f"response {turn}" for turn in range(turns)])
     axes.set(xlabel="token (orange: those of the response itself; white: exactly 0)", ylabel="loss of")
     for side in ("top", "right"):
@@ -256,7 +256,7 @@ def _draw_changes(axes: Axes, changes: Float[np.ndarray, "M K"]) -> None:
     )
 
 
-def _chosen(source: str) -> Dialogue:
+def _choose_dialogue(source: str) -> Dialogue:
     for dialogue in read_dialogues(source):
         if sum(message.role == "assistant" for message in dialogue.messages) == _RESPONSES:
             return dialogue
@@ -270,13 +270,13 @@ def _changes_table(changes: Float[np.ndarray, "M K"]) -> str:
     return report.table(["replaced user message", *(f"response {turn}" for turn in range(changes.shape[1]))], rows)
 
 
-def _influence_table(found: Mapping[str, Influence]) -> str:
+def _influence_table(influences: Mapping[str, Influence]) -> str:
     rows = []
-    for name, own in found.items():
-        turns, tokens = own.norm.shape
-        inside, outside = int(own.context.sum()), int((~own.context).sum())
-        reached = int((own.norm[own.context] > 0).sum())
-        rows.append([name, *(f"{count:,}" for count in (tokens, turns, inside, reached, outside)), f"{own.outside:g}"])
+    for name, each in influences.items():
+        turns, tokens = each.norm.shape
+        inside, outside = int(each.context.sum()), int((~each.context).sum())
+        reached = int((each.norm[each.context] > 0).sum())
+        rows.append([name, *(f"{count:,}" for count in (tokens, turns, inside, reached, outside)), f"{each.outside:g}"])
     header = ["", "tokens", "responses", "pairs in the context", "nonzero", "other pairs", "largest of these"]
     return report.table(header, rows)
 
@@ -290,11 +290,11 @@ def _one_tree(renderer: Renderer, dialogue: Dialogue) -> Trees:
 def main(options: Options) -> None:
     started = time.perf_counter()
     model = loading.load_model(options.model)
-    dialogue = _chosen(options.validation)
+    dialogue = _choose_dialogue(options.validation)
     replaced = replace_messages(model, dialogue, _OTHER_MESSAGE)
-    linear = influence(model.config, model.parameters, _one_tree(model.renderer, dialogue))
+    linear = compute_influence(model.config, model.parameters, _one_tree(model.renderer, dialogue))
     stripping = Renderer(load_tokenizer(options.model, chat_template=_STRIPPING_TEMPLATE))
-    branching = influence(model.config, model.parameters, _one_tree(stripping, _REASONED))
+    branching = compute_influence(model.config, model.parameters, _one_tree(stripping, _REASONED))
     report.write(
         options,
         _draw(replaced, linear, branching),

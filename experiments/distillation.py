@@ -128,10 +128,10 @@ def _mean(losses: Losses, other: Losses | None = None) -> Mean:
     return harness.mean_over(values, np.ones(len(values)), losses.tree)
 
 
-def _draw(losses: Mapping[str, Mapping[int, Losses]], of_teacher: Losses) -> Figure:
+def _draw(losses: Mapping[str, Mapping[int, Losses]], teacher_losses: Losses) -> Figure:
     with report.style():
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-        _draw_losses(axes[0], losses, _mean(of_teacher).value)
+        _draw_losses(axes[0], losses, _mean(teacher_losses).value)
         _draw_differences(axes[1], losses)
         for one in axes:
             one.set_xlabel("step")
@@ -139,15 +139,15 @@ def _draw(losses: Mapping[str, Mapping[int, Losses]], of_teacher: Losses) -> Fig
     return figure
 
 
-def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Losses]], of_teacher: float) -> None:
+def _draw_losses(axes: Axes, losses: Mapping[str, Mapping[int, Losses]], teacher_loss: float) -> None:
     ends = []
-    for name, own in losses.items():
-        steps = [number for number in own if number]
-        means = [_mean(own[number]).value for number in steps]
+    for name, by_step in losses.items():
+        steps = [number for number in by_step if number]
+        means = [_mean(by_step[number]).value for number in steps]
         axes.plot(steps, means, color=_COLORS[name], marker="o", markersize=3.5, linewidth=1.6)
         ends.append((steps[-1], means[-1], name, _COLORS[name]))
-    axes.plot(steps, [of_teacher] * len(steps), color=report.GREY, linewidth=1.2, linestyle="--")
-    ends.append((ends[0][0], of_teacher, "the teacher itself", report.GREY))
+    axes.plot(steps, [teacher_loss] * len(steps), color=report.GREY, linewidth=1.2, linestyle="--")
+    ends.append((ends[0][0], teacher_loss, "the teacher itself", report.GREY))
     before = _mean(losses[_BASE][0]).value
     axes.set(
         title=f"The student's held-out loss, by what it learns from ({before:.1f} before)",
@@ -183,7 +183,7 @@ def _table(losses: Mapping[str, Mapping[int, Losses]]) -> str:
     others = [name for name in losses if name != _BASE]
     rows = []
     for number in losses[_BASE]:
-        cells = [str(number), *(f"{_mean(own[number]).value:.3f}" for own in losses.values())]
+        cells = [str(number), *(f"{_mean(by_step[number]).value:.3f}" for by_step in losses.values())]
         rows.append(cells + [_mean(losses[name][number], losses[_BASE][number]).signed for name in others])
     return report.table(["step", *losses, *(f"{name} - {_BASE}" for name in others)], rows)
 
@@ -198,7 +198,7 @@ def main(options: Options) -> None:
         print(f"the teacher has scored {len(dialogues)} dialogues: {time.perf_counter() - started:.0f} s", flush=True)
         trees = _prepare(dialogues, model, teacher=file)
         score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
-        of_teacher = harness.held_out_losses(score_step, model.parameters, held_out)
+        teacher_losses = harness.held_out_losses(score_step, model.parameters, held_out)
         student = make_student(model)
         del model
         score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
@@ -208,14 +208,14 @@ def main(options: Options) -> None:
     epochs = options.steps * harness.ROWS / harness.make_plan(trees, options.seed).rows_per_epoch
     report.write(
         options,
-        _draw(losses, of_teacher),
+        _draw(losses, teacher_losses),
         [
             f"The student has {student.config.layers} layers. Three trainings from the same start on the same rows: "
             f"{options.steps} steps of {harness.ROWS} rows of {harness.MAX_LENGTH} tokens, {epochs:.1f} epochs of "
             f"{len(dialogues)} dialogues. They differ in the loss only: cross-entropy with the tokens of the data, KL "
             f"divergence from the teacher on its top {_TOP_K} tokens, which leave {rest:.1%} of its probability to "
             "the rest, or half of each. With the teacher alone, the tokens of the data are not used as targets.",
-            f"Held-out loss in nats per token; that of the teacher itself is {_mean(of_teacher).value:.3f}. "
+            f"Held-out loss in nats per token; that of the teacher itself is {_mean(teacher_losses).value:.3f}. "
             f"{harness.SPREAD}",
             _table(losses),
         ],

@@ -89,8 +89,8 @@ def compare_gradients(
     """
 
     def fill(trees: Trees, keep: Bool[np.ndarray, " N"]) -> Batch:
-        kept = dataclasses.replace(trees, weight=np.where(keep, trees.weight, 0).astype(np.float32))
-        filled = batches.fill_rows(kept, rows, max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        weighted = dataclasses.replace(trees, weight=np.where(keep, trees.weight, 0).astype(np.float32))
+        filled = batches.fill_rows(weighted, rows, max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
         return jax.tree.map(jnp.asarray, filled)
 
     prompts, responses = fill(joint, joint.turn < 0), fill(joint, joint.turn >= 0)
@@ -117,8 +117,8 @@ def compare_gradients(
 
 def _compare(gradient: dict, base: dict, targets: int) -> Compared:
     product = squares = base_squares = largest = scale = 0.0
-    for own, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(base), strict=True):
-        a, b = np.asarray(own, np.float64).ravel(), np.asarray(other, np.float64).ravel()
+    for leaf, base_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(base), strict=True):
+        a, b = np.asarray(leaf, np.float64).ravel(), np.asarray(base_leaf, np.float64).ravel()
         product, squares, base_squares = product + float(a @ b), squares + float(a @ a), base_squares + float(b @ b)
         largest, scale = max(largest, float(np.abs(a - b).max())), max(scale, float(np.abs(b).max()))
     return Compared(targets, squares**0.5, product / (squares * base_squares) ** 0.5, largest / scale)
@@ -136,12 +136,13 @@ def split_targets(losses: Losses, held_out: Trees, messages: Trees) -> dict[str,
     """
     of_users = np.zeros(len(held_out.tokens), bool)
     for number in range(len(held_out)):
-        own, whole = messages.tree(number), held_out.tree(number)
-        size = len(own.tokens)
-        if own.parent.tolist() != list(range(-1, size - 1)) or (own.tokens != whole.tokens[:size]).any():
+        message_tree, tree = messages.tree(number), held_out.tree(number)
+        size = len(message_tree.tokens)
+        same_tokens = np.array_equal(message_tree.tokens, tree.tokens[:size])
+        if message_tree.parent.tolist() != list(range(-1, size - 1)) or not same_tokens:
             raise UserError("the chat template does not render history as it was generated; use another --model.")
         start = held_out.offsets[number]
-        of_users[start : start + size] = (own.weight > 0) & (own.turn < 0)
+        of_users[start : start + size] = (message_tree.weight > 0) & (message_tree.turn < 0)
     by_user = of_users[held_out.offsets[losses.tree] + losses.node]
     return {"responses": losses.turn >= 0, "users": by_user, "template": (losses.turn < 0) & ~by_user}
 
@@ -216,8 +217,8 @@ def _steps_table(trainings: dict[str, Training], parts: dict[str, Bool[np.ndarra
 
 def _gradient_table(gradients: dict[str, Compared]) -> str:
     rows = [
-        [name, f"{own.targets:,}", f"{own.norm:,.1f}", f"{own.cosine:.7f}", f"{own.largest_difference:.1e}"]
-        for name, own in gradients.items()
+        [name, f"{each.targets:,}", f"{each.norm:,.1f}", f"{each.cosine:.7f}", f"{each.largest_difference:.1e}"]
+        for name, each in gradients.items()
     ]
     return report.table(
         ["gradient of", "targets", "norm", "cosine with the first", "largest difference from the first"], rows

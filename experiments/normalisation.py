@@ -91,18 +91,18 @@ def _draw(after: Mapping[str, Losses]) -> Figure:
     others = {name: losses for name, losses in after.items() if name != "token"}
     with report.style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1.2])
-        _draw_bars(left, {name: list(by_unit(own, after["token"]).values()) for name, own in others.items()})
-        own_means = [f"{unit} {by_unit(after[unit], after['token'])[unit].signed}" for unit in others]
+        _draw_bars(left, {name: list(by_unit(losses, after["token"]).values()) for name, losses in others.items()})
+        trained_means = [f"{unit} {by_unit(after[unit], after['token'])[unit].signed}" for unit in others]
         left.set(
-            title=f"Held-out means against normalise=token.\nEach at its own mean: {', '.join(own_means)}",
+            title=f"Held-out means against normalise=token.\nEach at its own mean: {', '.join(trained_means)}",
             xlabel="what is averaged",
             ylabel="loss above that with normalise=token (nats)\nbelow 0 is better; bars: 95 % intervals",
         )
         left.set_xticks(range(len(UNITS)), ["tokens", "responses", "dialogues"])
-        gaps = {name: by_length(own, after["token"]) for name, own in others.items()}
+        gaps = {name: by_length(losses, after["token"]) for name, losses in others.items()}
         _draw_bars(right, gaps)
         right.set_xticks(range(len(BUCKETS)), [_bucket(*bucket) for bucket in BUCKETS])
-        shortest = ", ".join(f"{name} {own[0].signed}" for name, own in gaps.items())
+        shortest = ", ".join(f"{name} {means[0].signed}" for name, means in gaps.items())
         right.set(
             title=f"By length of the response.\n{_bucket(*BUCKETS[0])} tokens: {shortest}",
             xlabel="length of the response (tokens)",

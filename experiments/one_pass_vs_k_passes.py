@@ -113,8 +113,8 @@ def add_gradient(model, parameters, gradient, batch):
         targets = loss.Targets(batch.source, batch.target, batch.weight)
         return loss.weighted_loss(hidden, decoder.unembedding(model, parameters), targets)[0]
 
-    value, own = jax.value_and_grad(weighted)(parameters)
-    return value, jax.tree.map(jnp.add, gradient, own)
+    value, batch_gradient = jax.value_and_grad(weighted)(parameters)
+    return value, jax.tree.map(jnp.add, gradient, batch_gradient)
 
 
 def measure_cost(model, parameters: dict, many: Sequence[Batch], name: str) -> tuple[dict[str, Any], float, dict]:

@@ -42,7 +42,7 @@ _COLORS = {
     "discount 0.7": report.GREEN,
     "last response": report.ORANGE,
 }
-_WHOLE = (0, 1_000_000)  # all turns
+_ALL_TURNS = (0, 1_000_000)  # all turns
 _FEWEST_TARGETS = 100  # turns with fewer held-out tokens are merged, since their mean is noisy
 
 
@@ -90,11 +90,11 @@ def _draw(before: Losses, after: Mapping[str, Losses]) -> Figure:
 
 def _draw_losses(axes: Axes, losses: Mapping[str, Losses], bins: Sequence[tuple[int, int]]) -> None:
     ends = []
-    for name, own in losses.items():
-        means = [mean.value for mean in by_turn(own, bins)]
+    for name, each in losses.items():
+        means = [mean.value for mean in by_turn(each, bins)]
         axes.plot(means, color=_COLORS[name], marker="o", markersize=3.5, linewidth=1.6)
         ends.append((len(bins) - 1.0, means[-1], name, _COLORS[name]))
-    before, after = (by_turn(losses[name], [_WHOLE])[0].value for name in ("before", _BASE))
+    before, after = (by_turn(losses[name], [_ALL_TURNS])[0].value for name in ("before", _BASE))
     axes.set(
         title=f"Held-out loss by turn.\nOver all turns: {before:.3f} before, {after:.3f} after {_BASE}",
         ylabel="held-out loss (nats per token)",
@@ -120,9 +120,9 @@ def _draw_differences(axes: Axes, after: Mapping[str, Losses], bins: Sequence[tu
             capsize=2,
         )
         ends.append((right, means[-1].value, name, _COLORS[name]))
-    whole = [f"{name} {by_turn(after[name], [_WHOLE], after[_BASE])[0].signed}" for name in others]
+    overall = [f"{name} {by_turn(after[name], [_ALL_TURNS], after[_BASE])[0].signed}" for name in others]
     axes.set(
-        title=f"Loss above that after training on {_BASE}.\nOver all turns: {', '.join(whole)}",
+        title=f"Loss above that after training on {_BASE}.\nOver all turns: {', '.join(overall)}",
         ylabel="difference of loss (nats per token)\nabove 0 is worse; bars: 95 % intervals",
     )
     report.label_ends(axes, ends)
@@ -131,9 +131,9 @@ def _draw_differences(axes: Axes, after: Mapping[str, Losses], bins: Sequence[tu
 def _table(before: Losses, after: Mapping[str, Losses]) -> str:
     others = [name for name in after if name != _BASE]
     rows = []
-    for each in [*turn_bins(before.turn), _WHOLE]:
+    for each in [*turn_bins(before.turn), _ALL_TURNS]:
         targets = int(((before.turn >= each[0]) & (before.turn <= each[1])).sum())
-        cells = ["all" if each == _WHOLE else _name(each), f"{targets:,}"]
+        cells = ["all" if each == _ALL_TURNS else _name(each), f"{targets:,}"]
         cells += [f"{by_turn(losses, [each])[0].value:.3f}" for losses in (before, *after.values())]
         cells += [by_turn(after[name], [each], after[_BASE])[0].signed for name in others]
         rows.append(cells)

@@ -108,10 +108,8 @@ class DocumentTest(parameterized.TestCase):
         text = _read(name)
         for module, names in re.findall(r"from (dialog_jax[\w.]*) import ([\w, ]+)", text):
             for imported in names.split(", "):
-                self.assertTrue(
-                    f"{module}.{imported}" in modules or imported in _defined_names(modules[module]),
-                    f"{module} {imported}",
-                )
+                defined = _defined_names(modules[module]) if module in modules else set()
+                self.assertTrue(f"{module}.{imported}" in modules or imported in defined, f"{module} {imported}")
         fields = set(_config_fields())
         short_names = {dotted.rpartition(".")[2]: file for dotted, file in modules.items()}
         for module, attribute in re.findall(r"`(?:[\w.]+\.)?([a-z_]+)\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?`", text):

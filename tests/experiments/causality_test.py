@@ -67,7 +67,7 @@ class CausalityTest(absltest.TestCase):
     def assert_influence_is_that_of_passes_alone(self, renderer, one):
         trees = causality._one_tree(renderer, one)
         tree = trees.tree(0)
-        found = causality.influence(self.model.config, self.model.parameters, trees)
+        found = causality.compute_influence(self.model.config, self.model.parameters, trees)
         self.assertEqual(found.outside, 0)
         self.assertGreater(found.norm[found.context].min(), 0)
         compared = 0

@@ -69,7 +69,7 @@ class RunTest(parameterized.TestCase):
         few = self.directory / "few.jsonl"
         few.write_text('{"prompt": "Hi", "completion": "Hello"}\n')
         with self.assertRaisesRegex(ValueError, "no dialogue of 6 responses"):
-            causality._chosen(str(few))
+            causality._choose_dialogue(str(few))
 
 
 class ReportTest(absltest.TestCase):
