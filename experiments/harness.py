@@ -90,8 +90,7 @@ def compare(
       log: called with a line at every evaluation.
 
     Raises:
-      UserError: the trainings have different dialogues.
-      FloatingPointError: a held-out loss is not finite.
+      UserError: the trainings have different dialogues, or a held-out loss is not finite.
     """
     first = next(iter(trainings.values()))
     _check_same_dialogues(trainings)
@@ -107,7 +106,7 @@ def compare(
         mean = losses.nll[losses.turn >= 0].mean()
         log(f"{name}, step {number}: held-out response loss {mean:.4f}")
         if not math.isfinite(losses.nll.sum()):
-            raise FloatingPointError(f"{name}, step {number}: a held-out loss is not finite. Lower the learning rate.")
+            raise UserError(f"{name}, step {number}: a held-out loss is not finite. Lower the learning rate.")
         return losses
 
     before = evaluate("before training", 0, model.parameters)

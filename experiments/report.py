@@ -87,7 +87,7 @@ def run_script(main: Callable[[Options], None], name: str, *, steps: int = 0) ->
         try:
             values: dict[str, Any] = {flag: flags.FLAGS[flag].value for flag in names}
             main(Options(name=name, **values))
-        except (UserError, FloatingPointError, OSError) as error:
+        except (UserError, OSError) as error:
             sys.exit(f"{name}.py: {error}")
 
     app.run(run)
