@@ -1,4 +1,4 @@
-"""A run's train step, compiled for devices that are not there: what each would hold, compute and exchange.
+"""A run's train step, compiled for devices that are not present: what each would hold, compute and exchange.
 
 In: a config and a mesh of simulated devices. Out: bytes and counts of one device. Nothing is allocated and no weights
 are read: every array is a shape with a sharding. Knows no chips and no seconds; see `planning.estimating`.
@@ -25,15 +25,14 @@ from dialog_jax.inference import loading
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
-from dialog_jax.training import loss, optimizer, sharding
-from dialog_jax.training import train_step as step_lib
+from dialog_jax.training import loss, optimizer, sharding, train_step
 from dialog_jax.training.config import TrainConfig
 
-TEACHER_TOKENS = 16  # of each target, where a teacher is named: how many its file has is not looked at
+TEACHER_TOKENS = 16  # assumed per target if the config names a teacher; its file is not read
 
-# The program is kept as text after the partitioner, or, for one device, which needs none, after calls are inlined: both
-# before the CPU's own passes, which compute bfloat16 in float32 and fuse products into kernels of their own. Machine
-# code, which never runs, is made with the least effort.
+# XLA dumps the program after the partitioner or, for one device, which needs no partitioner, after calls are inlined.
+# Both are before the CPU's own passes, which compute bfloat16 in float32 and fuse products into kernels. The machine
+# code never runs, so it is not optimized.
 _OPTIONS: dict[str, Any] = {
     "xla_dump_hlo_as_text": True,
     "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
@@ -48,20 +47,20 @@ class Memory(NamedTuple):
     moments: int
     batch: int
     gradients: int
-    """With several micro-batches their sum, and beside it what of a micro-batch's own is there at once."""
+    """With several micro-batches, their sum and the part of one micro-batch's gradient that exists at the same time."""
     activations: int
-    """Activations that the forward pass leaves for the backward pass, in the types that the program asks for."""
+    """Activations that the forward pass stores for the backward pass, in the types of the program."""
     temporaries: int
-    """All that is neither state nor batch (so gradients and `activations` too), as the CPU's compiler lays it out."""
+    """Everything but state and batch, gradients and activations included, in the layout of the CPU's compiler."""
 
     @property
     def lower_bound(self) -> int:
-        """What any compiler needs."""
+        """Bytes that any compiler needs."""
         return self.parameters + self.moments + self.batch + self.gradients + self.activations
 
     @property
     def compiled(self) -> int:
-        """What the CPU's compiler needs."""
+        """Bytes that the CPU's compiler needs."""
         return self.parameters + self.moments + self.batch + self.temporaries
 
 
@@ -74,16 +73,16 @@ class Largest(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """A step of one device."""
+    """One step on one device."""
 
     memory: Memory
     largest: Largest
     products: Products
     collectives: list[Collective]
     uneven_layouts: list[str]
-    """What `sharding.describe_uneven_layouts` says."""
+    """From `sharding.describe_uneven_layouts`."""
     seconds: float
-    """That compilation took here."""
+    """Of the compilation on this machine."""
 
 
 def compile_step(
@@ -95,22 +94,23 @@ def compile_step(
     targets: int,
     attention_pairs: int,
 ) -> StepPlan:
-    """Returns what one update of the run is to a device of `mesh`.
+    """Returns what one step of the run costs a device of `mesh`.
 
     Args:
-      targets: of a row; the loop over tiles of targets is as long as these need.
-      attention_pairs: of a row, of a token and one that it sees; the same for the loop over pairs of blocks.
+      targets: per row; determines the trip count of the loop over tiles of targets.
+      attention_pairs: pairs of a token and a token that it sees, per row; determines the trip count of the loop over
+        pairs of blocks.
 
     Raises:
-      UserError: rows do not go evenly over the mesh, the model's context is shorter than a row, the optimizer does not
-        suit the steps, or the program has a loop of unknown length.
+      UserError: rows do not divide evenly over the mesh, the model's context is shorter than a row, the run is not
+        longer than its warm-up, or this version of XLA writes its program in another format.
     """
     loading.check_context(model, config.data.max_length)
-    # The schedule's numbers change no shape: any number of steps after the warm-up does.
+    # The schedule's values change no shape, so any number of steps above the warm-up will do.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or config.optimizer.warmup_steps + 1)
-    state = step_lib.abstract_state(model, mesh, transform)
+    state = train_step.abstract_state(model, mesh, transform)
     batch = _abstract_batch(config, mesh)
-    step = step_lib.make_train_step(
+    step = train_step.make_train_step(
         model,
         transform,
         mesh,
@@ -118,20 +118,20 @@ def compile_step(
         remat=config.remat,
         loss_config=config.loss,
     )
-    began = time.monotonic()
+    start = time.monotonic()
     lowered = step.lower(state, batch)
     with tempfile.TemporaryDirectory() as directory, _no_compilation_cache():
         compiled = lowered.compile({**_OPTIONS, "xla_dump_to": directory})
-        program = hlo.parse(_dumped(directory, "after_spmd-partitioning", "after_call-inliner"))
-        largest = _largest(_dumped(directory, "buffer-assignment"), hlo.parse(compiled.as_text() or ""))
+        program = hlo.parse(_read_dump(directory, "after_spmd-partitioning", "after_call-inliner"))
+        largest = _find_largest(_read_dump(directory, "buffer-assignment"), hlo.parse(compiled.as_text() or ""))
         analysis = compiled.memory_analysis()
-        assert analysis is not None, "the CPU's compiler says what it needs"
+        assert analysis is not None, "the CPU's compiler reports its memory"
     tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
-    turns = {
+    trip_counts = {
         blockwise.PAIRS: _block_pairs(config.data.max_length, attention_pairs),
         loss.TILES: float(-(-targets // tile)),
     }
-    counts = hlo.count_runs(program, unknown=functools.partial(_turns, turns))
+    counts = hlo.count_runs(program, unknown=functools.partial(_find_trip_count, trip_counts))
     return StepPlan(
         memory=Memory(
             parameters=_device_bytes(state.parameters),
@@ -139,7 +139,9 @@ def compile_step(
             batch=_device_bytes(batch),
             gradients=_gradient_bytes(config, model, state.parameters),
             activations=sum(
-                one.array.bytes for one in hlo.find_stored_arrays(program) if "transpose(" not in one.operation_name
+                stored.array.bytes
+                for stored in hlo.find_stored_arrays(program)
+                if "transpose(" not in stored.operation_name  # as the backward pass is named
             ),
             temporaries=analysis.temp_size_in_bytes,
         ),
@@ -147,51 +149,52 @@ def compile_step(
         products=hlo.sum_products(program, counts),
         collectives=hlo.find_collectives(program, counts, mesh.size),
         uneven_layouts=sharding.describe_uneven_layouts(mesh, state.parameters),
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
 
 
 def _gradient_bytes(config: TrainConfig, model: DecoderConfig, parameters: dict) -> int:
-    """Gradients have the types and shardings of parameters."""
-    whole = _device_bytes(parameters)
+    """Returns the bytes of gradients, which have the types and shardings of parameters."""
+    gradient = _device_bytes(parameters)
     if config.gradient_accumulation == 1:
-        return whole
-    # The loop over layers leaves all of theirs at once. Where the two are tied, it begins with the output matrix's and
-    # the embedding's is added to that; an output matrix of its own may be added to the sum before, the embedding after.
-    return whole + (whole if model.tie_embeddings else _device_bytes(parameters["layers"]))
+        return gradient
+    # Beside the sum: the loop over layers returns the gradients of all layers at once. The gradient of a tied embedding
+    # exists from the unembedding at the beginning to the embedding at the end. Untied ones can be added to the sum
+    # before and after that loop.
+    return gradient + (gradient if model.tie_embeddings else _device_bytes(parameters["layers"]))
 
 
-def _turns(known: dict[str, float], name: str) -> float:
-    """How often the loop that compiled programs call `name` runs."""
-    for part, times in known.items():
-        if part in name:
-            return times
-    raise UserError(
-        f"the program's loop {name!r} runs as often as its data say; a plan knows how often for {' and '.join(known)} "
-        "only. Give the loop a name with jax.named_scope, and its number of turns where planning.compiling lists them."
+def _find_trip_count(trip_counts: dict[str, float], operation_name: str) -> float:
+    """Returns the trip count of a loop whose trip count depends on its data."""
+    for scope, trip_count in trip_counts.items():
+        if scope in operation_name:
+            return trip_count
+    raise ValueError(
+        f"the trip count of loop {operation_name!r} depends on its data; it is known for {' and '.join(trip_counts)} "
+        "only. Name the loop with jax.named_scope, and add its trip count in planning.compiling."
     )
 
 
 def _block_pairs(length: int, pairs: int) -> float:
-    """About how many pairs of blocks attention visits in a row: as in one dialogue with as many pairs of tokens."""
+    """Returns about how many pairs of blocks attention visits in a row: as in one dialogue of as many token pairs."""
     block = min(blockwise.BLOCK, length)
     blocks = -(-length // block)
     return min(max(pairs / block**2 + blocks / 2, 1.0 * blocks), blocks * (blocks + 1) / 2)
 
 
 def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    place = sharding.batch_sharding(mesh)
+    layout = sharding.batch_sharding(mesh)
     lead = (config.gradient_accumulation, config.rows)
     try:
-        place.shard_shape(lead)
+        layout.shard_shape(lead)
     except ValueError as error:
         raise UserError(
-            f"rows is {config.rows}, but rows are divided as {place.spec[1]} over the mesh {dict(mesh.shape)}. Choose "
+            f"rows is {config.rows}, but rows are divided as {layout.spec[1]} over the mesh {dict(mesh.shape)}. Choose "
             "a multiple of the product of these axes, so that every device has rows."
         ) from error
 
     def shape(size, dtype, *more):
-        return jax.ShapeDtypeStruct((*lead, size, *more), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((*lead, size, *more), dtype, sharding=layout)
 
     tokens = shape(config.data.max_length, jnp.int32)
     size = config.data.max_targets or config.data.max_length
@@ -206,7 +209,7 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
 
 
 def _device_bytes(arrays) -> int:
-    """Bytes of one device's parts of abstract arrays."""
+    """Returns the bytes of one device's parts of abstract arrays."""
     return sum(
         jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype).size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(arrays)
@@ -215,7 +218,7 @@ def _device_bytes(arrays) -> int:
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """Compiles although JAX may keep this program from another process, since only the compiler writes its texts."""
+    """Turns JAX's compilation cache off: only the compiler dumps the program, a cached program is not dumped."""
     enabled = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -226,36 +229,36 @@ def _no_compilation_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _dumped(directory: str, *names: str) -> str:
-    """The text of the first file that has one of `names` in its own; earlier names are preferred."""
+def _read_dump(directory: str, *names: str) -> str:
+    """Returns the text of the first file whose name contains one of `names`; earlier names are preferred."""
     for name in names:
         for file in sorted(pathlib.Path(directory).glob(f"*{name}*.txt")):
             if "buffer-assignment-values" not in file.name:
                 return file.read_text(encoding="utf-8")
     raise UserError(
-        f"XLA left no text of {' or '.join(names)}, as that of JAX 0.10 does; this is JAX {jax.__version__}."
+        f"XLA of JAX {jax.__version__} writes no text of {' or '.join(names)}. Install a version that BUILD.md lists."
     )
 
 
-def _largest(assignment: str, optimised: Program) -> Largest:
-    """The largest value within the allocations for temporaries."""
-    best, inside = Largest(0, "", ""), False
+def _find_largest(assignment: str, optimized: Program) -> Largest:
+    """Returns the largest value within the allocations for temporaries."""
+    largest, in_temporaries = Largest(0, "", ""), False
     for line in assignment.splitlines():
         if line.startswith("allocation "):
-            inside = "preallocated-temp" in line
+            in_temporaries = "preallocated-temp" in line
         value = re.match(r" value: <\d+ ([\w.\-]+)[^>]*> \(size=(\d+),offset=\d+\): (\S+)", line)
-        if inside and value and int(value.group(2)) > best.bytes:
-            best = Largest(int(value.group(2)), value.group(3).partition("{")[0], value.group(1))
-    return best._replace(operation_name=_origin(optimised, best.operation_name))
+        if in_temporaries and value and int(value.group(2)) > largest.bytes:
+            largest = Largest(int(value.group(2)), value.group(3).partition("{")[0], value.group(1))
+    return largest._replace(operation_name=_find_origin(optimized, largest.operation_name))
 
 
-def _origin(program: Program, name: str) -> str:
-    """Where an instruction comes from; what the compiler made has the origin of what it was made of."""
+def _find_origin(program: Program, name: str) -> str:
+    """Returns the operation name of an instruction, or of its first operand for one that the compiler inserted."""
     for body in program.computations.values():
         while name in body:
             instruction = body[name]
             fused = hlo.find_called_computation(program, instruction).values()
-            origins = [one.operation_name for one in (instruction, *fused) if one.operation_name]
+            origins = [part.operation_name for part in (instruction, *fused) if part.operation_name]
             if origins:
                 return origins[0]
             name = instruction.operands[0]

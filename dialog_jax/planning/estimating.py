@@ -1,4 +1,4 @@
-"""From what a step does to what it might take on a chip, and whether it fits. Estimates: peaks as published, and one
+"""A compiled step and a chip in; the time of the step and whether it fits out. Estimates from published peaks and one
 stated efficiency.
 """
 
@@ -16,7 +16,7 @@ from dialog_jax.training.metrics import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
-    """One device as JAX counts them. Units are FLOP, bytes and seconds."""
+    """One device in JAX's sense, with published peaks, which no program reaches. Units are FLOP, bytes and seconds."""
 
     kind: str
     """The beginning of `jax.Device.device_kind`."""
@@ -24,13 +24,13 @@ class Chip(NamedTuple):
     """Dense bfloat16 products, FLOP/s."""
     memory: float
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Of its memory, in bytes/s."""
     link: float
     """To the other devices of its node or slice, bytes/s in each direction."""
     network: float | None
-    """Its part of its host's network cards, bytes/s in each direction; None where it is not published."""
+    """Its share of its host's network cards, bytes/s in each direction; None if it is not published."""
     group_size: int
-    """Devices of a node (GPU) or of the largest slice (TPU): those that `link` joins."""
+    """Devices of a node (GPU) or of the largest slice (TPU), which `link` connects."""
 
 
 # Sources.
@@ -53,52 +53,52 @@ FITS, DOUBTFUL, DOES_NOT_FIT = "fits", "may not fit", "does not fit"
 
 
 class Seconds(NamedTuple):
-    """What a step takes of each of a device's resources."""
+    """Time of a step on each resource of a device."""
 
     compute: float
     memory: float
     link: float
     """Within nodes or slices."""
     network: float
-    """Between them; infinite where something crosses and the chip's network is not published."""
+    """Between them; infinite if it is used and the chip's network is not published."""
 
     @property
     def overlapped(self) -> float:
-        """A step in which everything hides behind what is slowest."""
+        """Time of a step in which everything overlaps with the slowest resource."""
         return max(self)
 
     @property
     def serialized(self) -> float:
-        """A step in which exchanges hide behind nothing."""
+        """Time of a step in which communication overlaps with nothing."""
         return max(self.compute, self.memory) + self.link + self.network
 
 
 def estimate_seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Seconds:
     """Returns the time of a step by resource.
 
-    Memory traffic is that of matrix products, as if all between them were fused into them, and of the update: gradients
-    are read twice, parameters and moments read and written.
+    Memory traffic is that of matrix products, as if everything between them were fused into them, and of the update,
+    which reads gradients twice and reads and writes parameters and moments.
 
     Args:
       efficiency: share of the published peak that matrix products reach.
     """
     update = 4 * step.memory.parameters + 2 * step.memory.moments
-    exchanged = [estimate_exchange(collective, chip) for collective in step.collectives]
+    exchanges = [estimate_exchange(collective, chip) for collective in step.collectives]
     return Seconds(
         compute=step.products.flops / (chip.flops * efficiency),
         memory=(step.products.bytes + update) / chip.bandwidth,
-        link=sum(link for link, _ in exchanged),
-        network=sum(network for _, network in exchanged),
+        link=sum(link for link, _ in exchanges),
+        network=sum(network for _, network in exchanges),
     )
 
 
 def estimate_exchange(collective: Collective, chip: Chip) -> tuple[float, float]:
-    """Returns (seconds within nodes, seconds between them) of all runs of a collective, on the published bandwidth.
+    """Returns (seconds within nodes, seconds between nodes) of all runs of a collective at the published bandwidth.
 
-    In a group of g devices, each sends and receives (g - 1) / g of the array, twice for an all-reduce. Over n nodes it
-    goes in two stages: (n - 1) / n of it between nodes, over the network cards of all devices that a node has in the
-    group, and the rest within nodes. Device numbers are those of the mesh, whose last axis is the fastest, and
-    `chip.group_size` in a row are a node or slice.
+    Each of g devices of a group sends and receives (g - 1) / g of the array, twice for an all-reduce. Over n nodes it has
+    two stages: (n - 1) / n of the array between nodes, over the network cards of all devices that a node has in the
+    group, and the rest within nodes. Devices are numbered along the mesh, last axis fastest, and `chip.group_size`
+    consecutive ones are a node or slice.
     """
     nodes = len({device // chip.group_size for device in collective.group})
     group, size = len(collective.group), float(collective.bytes)
@@ -115,38 +115,38 @@ def estimate_exchange(collective: Collective, chip: Chip) -> tuple[float, float]
 
 
 def judge_memory(memory: Memory, chip: Chip) -> str:
-    """Returns whether a step fits: surely, surely not, or only for a compiler that is thriftier than the CPU's."""
+    """Returns FITS, DOES_NOT_FIT, or DOUBTFUL if only a compiler that needs less than the CPU's makes it fit."""
     if memory.lower_bound > chip.memory:
         return DOES_NOT_FIT
     return FITS if memory.compiled <= chip.memory else DOUBTFUL
 
 
 def list_remedies(step: StepPlan, chip: Chip, config: TrainConfig, mesh: Mesh, *, narrow: bool) -> Sequence[str]:
-    """Returns what would make a step smaller, in sentences; the first to be tried first.
+    """Returns sentences that say how to make a step smaller, in the order in which to try them.
 
     Args:
-      narrow: whether it computes in bfloat16.
+      narrow: whether the step computes in bfloat16.
     """
-    memory, found = step.memory, []
+    memory, remedies = step.memory, []
     state = memory.parameters + memory.moments + memory.gradients
     if state > chip.memory / 2:
         # As many parts as leave half of the memory to the rest.
         parts = math.ceil(2 * state * mesh.shape["fsdp"] * mesh.shape["tensor"] / chip.memory)
-        found.append(
-            f"Parameters, moments and gradients are {state / 1e9:.1f} GB a device: divide them further, to fsdp * "
+        remedies.append(
+            f"Parameters, moments and gradients are {state / 1e9:.1f} GB per device: divide them further, to fsdp * "
             f"tensor of {parts} or more (now {mesh.shape['fsdp']} * {mesh.shape['tensor']})."
         )
     if config.remat != "full":
-        found.append(f"Keep less for the backward pass: --config.remat=full (now {config.remat}).")
-    divided = sharding.batch_sharding(mesh).shard_shape((1, config.rows))[1]
-    if divided > 1:
-        found.append(
-            f"Fewer rows at once: --config.rows={config.rows // divided} (now {divided} a device), and "
-            f"--config.gradient_accumulation={config.gradient_accumulation * divided} for the same update."
+        remedies.append(f"Keep less for the backward pass: --config.remat=full (now {config.remat}).")
+    device_rows = sharding.batch_sharding(mesh).shard_shape((1, config.rows))[1]
+    if device_rows > 1:
+        remedies.append(
+            f"Fewer rows at once: --config.rows={config.rows // device_rows} (now {device_rows} per device), and "
+            f"--config.gradient_accumulation={config.gradient_accumulation * device_rows} for the same update."
         )
     if not narrow:
-        found.append("Compute in bfloat16: --config.compute_dtype=bfloat16.")
-    found.append(
-        f"Smaller rows: --config.data.max_length={config.data.max_length // 2} halves all that grows with tokens."
+        remedies.append("Compute in bfloat16: --config.compute_dtype=bfloat16.")
+    remedies.append(
+        f"Smaller rows: --config.data.max_length={config.data.max_length // 2} halves what grows with tokens."
     )
-    return found
+    return remedies

@@ -1,4 +1,4 @@
-"""What a partitioned program does: its text, as XLA prints it, to collectives, matrix products and what loops store.
+"""The text of a partitioned XLA program in; its collectives, matrix products and arrays stored by loops out.
 
 XLA's own cost analysis counts the body of a loop once. Here every computation is counted as often as it runs: layers,
 micro-batches and recomputation are loops and calls.
@@ -16,10 +16,11 @@ import numpy as np
 
 from dialog_jax.errors import UserError
 
+_VERSIONS = "Plans are tested with the versions of JAX that BUILD.md lists."
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*{$")
-_NAMED = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_ASSIGNMENT = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"(pred|token|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations={([^}]*)}")
@@ -33,18 +34,18 @@ class Array(NamedTuple):
     """The type of an array."""
 
     kind: str
-    """As XLA writes it: f32, bf16, pred."""
+    """In XLA's spelling: f32, bf16, pred."""
     shape: tuple[int, ...]
     bits: int
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.bits // 8
 
 
 class Instruction(NamedTuple):
-    """One line."""
+    """One line of a computation."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -52,19 +53,19 @@ class Instruction(NamedTuple):
     operation: str
     operands: tuple[str, ...]
     parts: tuple[int, ...]
-    """Which array of each operand is meant; 0 where it is not a tuple. XLA of JAX 0.11 writes `x#2`."""
+    """Index of the array within each operand that is a tuple, otherwise 0. XLA of JAX 0.11 writes `x#2`."""
     attributes: str
     root: bool
 
     @property
     def operation_name(self) -> str:
-        """Where it comes from in the Python program, as JAX names it."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else ""
+        """JAX's name for its place in the Python program."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else ""
 
 
 class Program(NamedTuple):
-    """Computations by name, and the one that is run."""
+    """Computations by name, and the name of the one that starts."""
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
@@ -74,14 +75,14 @@ class Collective(NamedTuple):
     """An exchange between devices."""
 
     kind: str
-    """One of `COLLECTIVES`. An all-reduce of which a device goes on to use its own part only counts as the
-    reduce-scatter that compilers for TPU and GPU make of it."""
+    """One of `COLLECTIVES`. An all-reduce of which each device uses only its own part counts as a reduce-scatter, which
+    compilers for TPU and GPU replace it by."""
     bytes: int
-    """Of the whole array: what is gathered, what is reduced, what a device sends to all."""
+    """Of the array over all devices of a group: what is gathered or reduced, or what a device sends to all others."""
     group: tuple[int, ...]
-    """The first of the groups of devices; the others are alike."""
+    """The first group of devices; the others have the same size."""
     runs: float
-    """Times a step."""
+    """How often it runs in a step."""
     operation_name: str
 
 
@@ -94,74 +95,72 @@ class Products(NamedTuple):
 
 
 class StoredArray(NamedTuple):
-    """An array that a loop fills, an entry a turn."""
+    """An array that a loop fills, one entry per iteration."""
 
     array: Array
     operation_name: str
 
 
 def parse(text: str) -> Program:
-    """Reads the text of a module.
+    """Returns the program that the text of a module describes.
 
     Raises:
       UserError: it has no entry.
     """
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, here = "", ""
+    entry, name = "", ""
     for line in text.splitlines():
         if line.startswith("}"):
-            here = ""
-        elif here:
-            if (instruction := _instruction(line)) is not None:
-                computations[here][instruction.name] = instruction
+            name = ""
+        elif name:
+            if (instruction := _parse_instruction(line)) is not None:
+                computations[name][instruction.name] = instruction
         elif not line.startswith("HloModule") and (header := _HEADER.match(line)):
-            here = header.group(2)
-            computations[here] = {}
-            entry = here if header.group(1) else entry
+            name = header.group(2)
+            computations[name] = {}
+            entry = name if header.group(1) else entry
     if not entry:
-        raise UserError(
-            f"no program in a text of {len(text):,} characters; does this version of XLA print another form?"
-        )
+        raise UserError(f"no program in XLA's text of {len(text):,} characters. {_VERSIONS}")
     return Program(computations, entry)
 
 
 def count_runs(program: Program, *, unknown: Callable[[str], float]) -> dict[str, float]:
-    """Returns how often each computation runs in a step; fractions where `unknown` says so.
+    """Returns how often each computation runs in a step.
 
     Args:
-      unknown: operation name to turns, for a loop whose number is not in the text.
+      unknown: operation name to mean trip count, for a loop whose trip count is not in the text.
     """
     counts: dict[str, float] = dict.fromkeys(program.computations, 0.0)
 
     def visit(computation: str, times: float) -> None:
         counts[computation] += times
         for instruction in program.computations[computation].values():
-            turns = _turns(program, instruction, unknown) if instruction.operation == "while" else 1.0
+            trip_count = _find_trip_count(program, instruction, unknown) if instruction.operation == "while" else 1.0
             for name in list_callees(instruction):
-                visit(name, times * turns)
+                visit(name, times * trip_count)
 
     visit(program.entry, 1.0)
     return counts
 
 
 def find_collectives(program: Program, counts: Mapping[str, float], devices: int) -> list[Collective]:
-    """Returns every collective of the program, with how often it runs."""
-    found = []
+    """Returns every collective of the program that runs."""
+    collectives = []
     for name, body in program.computations.items():
         for instruction in body.values():
             kind = instruction.operation
             if kind not in COLLECTIVES or not counts[name]:
                 continue
-            group = _group(instruction, devices)
-            if len(group) == 1:  # nobody to exchange with: XLA removes these later
+            group = _parse_group(instruction, devices)
+            if len(group) == 1:  # no other device to exchange with; XLA removes these later
                 continue
             size = sum(array.bytes for array in instruction.arrays)
             if kind == "reduce-scatter":
                 size *= len(group)
-            if kind == "all-reduce" and _only_own_part(instruction, body, len(group)):
+            if kind == "all-reduce" and _uses_only_local_part(instruction, body, len(group)):
                 kind = "reduce-scatter"
-            found.append(Collective(kind, size, group, counts[name], instruction.operation_name))
-    return found
+            collectives.append(Collective(kind, size, group, counts[name], instruction.operation_name))
+    return collectives
 
 
 def sum_products(program: Program, counts: Mapping[str, float]) -> Products:
@@ -171,55 +170,55 @@ def sum_products(program: Program, counts: Mapping[str, float]) -> Products:
         for instruction in body.values():
             if instruction.operation != "dot":
                 continue
-            named = zip(instruction.operands, instruction.parts, strict=True)
-            left, right = (body[operand].arrays[number] for operand, number in named)
+            operands = zip(instruction.operands, instruction.parts, strict=True)
+            left, right = (body[operand].arrays[index] for operand, index in operands)
             (result,) = instruction.arrays
-            contracted = _numbers(instruction.attributes, "lhs_contracting_dims")
-            depth = math.prod(left.shape[axis] for axis in contracted)
+            axes = _parse_numbers(instruction.attributes, "lhs_contracting_dims")
+            depth = math.prod(left.shape[axis] for axis in axes)
             flops += counts[name] * 2 * math.prod(result.shape) * depth
             size += counts[name] * (left.bytes + right.bytes + result.bytes)
     return Products(flops, size)
 
 
 def find_stored_arrays(program: Program) -> list[StoredArray]:
-    """Returns the arrays that loops of a known number of turns fill entry by entry: activations that the backward pass
-    needs, and gradients."""
-    found = []
+    """Returns the arrays that loops of known trip count fill entry by entry: activations that the backward pass needs,
+    and gradients."""
+    stored = []
     for body in program.computations.values():
         for instruction in body.values():
-            if instruction.operation == "while" and _turns(program, instruction, lambda name: 0.0):
-                for filled in find_called_computation(program, instruction).values():
-                    if filled.operation == "dynamic-update-slice":
-                        found.append(StoredArray(filled.arrays[0], filled.operation_name))
-    return found
+            if instruction.operation == "while" and _find_trip_count(program, instruction, lambda name: 0.0):
+                for update in find_called_computation(program, instruction).values():
+                    if update.operation == "dynamic-update-slice":
+                        stored.append(StoredArray(update.arrays[0], update.operation_name))
+    return stored
 
 
 def find_called_computation(program: Program, instruction: Instruction) -> Mapping[str, Instruction]:
-    """Returns the computation that a fusion or a loop runs; of what runs none, nothing."""
+    """Returns the computation that a fusion or a loop runs; empty for other instructions."""
     names = list_callees(instruction)
     return program.computations[names[0]] if names else {}
 
 
 def list_callees(instruction: Instruction) -> list[str]:
-    """Returns the names of the computations that an instruction runs, but a loop's condition."""
+    """Returns the names of the computations that an instruction runs, without a loop's condition."""
     names = _CALLED.findall(instruction.attributes)
     for branches in _BRANCHES.findall(instruction.attributes):
         names += [branch.strip().lstrip("%") for branch in branches.split(",")]
     return names
 
 
-def _instruction(line: str) -> Instruction | None:
-    named = _NAMED.match(line)
-    if not named:
+def _parse_instruction(line: str) -> Instruction | None:
+    assignment = _ASSIGNMENT.match(line)
+    if not assignment:
         return None
-    rest = line[named.end() :]
-    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    rest = line[assignment.end() :]
+    end = _find_closing(rest) if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     operation, _, rest = rest.partition("(")
-    end = _closing("(" + rest) - 1
+    end = _find_closing("(" + rest) - 1
     operands = [operand.strip().lstrip("%") for operand in re.sub(r"/\*.*?\*/", "", rest[: end - 1]).split(",")]
     return Instruction(
-        name=named.group(2),
+        name=assignment.group(2),
         arrays=tuple(
             Array(name, tuple(map(int, shape.split(","))) if shape else (), int(bits or 8))
             for name, bits, shape in _ARRAY.findall(kind)
@@ -228,22 +227,22 @@ def _instruction(line: str) -> Instruction | None:
         operands=tuple(operand.partition("#")[0] for operand in operands),
         parts=tuple(int(operand.partition("#")[2] or 0) for operand in operands),
         attributes=rest[end:],
-        root=bool(named.group(1)),
+        root=bool(assignment.group(1)),
     )
 
 
-def _closing(text: str) -> int:
-    """The place after the parenthesis that closes the one at the start."""
+def _find_closing(text: str) -> int:
+    """Returns the index after the parenthesis that closes the one at the start."""
     depth = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if not depth:
-            return place + 1
-    raise UserError(f"a parenthesis stays open in {text[:80]!r}")
+            return index + 1
+    raise UserError(f"XLA's text cannot be read: a parenthesis stays open in {text[:80]!r}. {_VERSIONS}")
 
 
-def _turns(program: Program, loop: Instruction, unknown: Callable[[str], float]) -> float:
-    """Turns of a loop: as XLA found, or the constant that JAX's counter, which begins at 0, is compared with."""
+def _find_trip_count(program: Program, loop: Instruction, unknown: Callable[[str], float]) -> float:
+    """Returns the trip count that XLA found, or the limit of JAX's loop counter, which starts at 0."""
     if known := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
         return float(known.group(1))
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
@@ -257,8 +256,8 @@ def _turns(program: Program, loop: Instruction, unknown: Callable[[str], float])
     return unknown(loop.operation_name)
 
 
-def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
-    """The first group of devices that exchange; XLA has four ways to write them."""
+def _parse_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
+    """Returns the first group of devices that exchange, from any of XLA's four notations."""
     attributes = instruction.attributes
     if instruction.operation == "collective-permute":
         pairs = re.findall(r"{(\d+),(\d+)}", attributes)
@@ -268,36 +267,36 @@ def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
         return tuple(map(int, sets.group(1).split(",")))
     if groups := _GROUPS.search(attributes):
         shape, *iota = groups.groups()
-        return tuple(_iota(*iota).reshape(_integers(shape))[0].tolist())
+        return tuple(_iota(*iota).reshape(_parse_integers(shape))[0].tolist())
     if axes := _AXES.search(attributes):
         sizes, ids, order, names = axes.groups()
         mesh = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
-        named = re.findall(r"'(\w+)'", names)
-        if set(named) <= set(mesh) and ":" not in names:
-            places = np.arange(devices) if ids is None else _iota(ids, order)
-            places = places.reshape(list(mesh.values()))
-            return tuple(places[tuple(slice(None) if name in named else 0 for name in mesh)].ravel().tolist())
+        group_axes = re.findall(r"'(\w+)'", names)
+        if set(group_axes) <= set(mesh) and ":" not in names:
+            numbers = np.arange(devices) if ids is None else _iota(ids, order)
+            numbers = numbers.reshape(list(mesh.values()))
+            return tuple(numbers[tuple(slice(None) if name in group_axes else 0 for name in mesh)].ravel().tolist())
     if "replica_groups={}" in attributes:
         return tuple(range(devices))
-    raise UserError(f"the devices of {instruction.name} cannot be read from {attributes[:200]!r}")
+    raise UserError(f"the devices of {instruction.name} cannot be read from {attributes[:200]!r}. {_VERSIONS}")
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
-    places = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
-    return places.transpose(_integers(order)) if order else places
+    numbers = np.arange(math.prod(_parse_integers(shape))).reshape(_parse_integers(shape))
+    return numbers.transpose(_parse_integers(order)) if order else numbers
 
 
-def _integers(text: str) -> list[int]:
+def _parse_integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _numbers(attributes: str, name: str) -> list[int]:
-    found = re.search(name + r"={([\d,]*)}", attributes)
-    return _integers(found.group(1)) if found and found.group(1) else []
+def _parse_numbers(attributes: str, name: str) -> list[int]:
+    match = re.search(name + r"={([\d,]*)}", attributes)
+    return _parse_integers(match.group(1)) if match and match.group(1) else []
 
 
-def _only_own_part(instruction: Instruction, body: Mapping[str, Instruction], parts: int) -> bool:
-    """Whether all that is done with an array is to cut out one of as many parts as there are devices."""
+def _uses_only_local_part(instruction: Instruction, body: Mapping[str, Instruction], parts: int) -> bool:
+    """Returns whether the only use of an array is to slice out one of `parts` equal parts."""
     users = [other for other in body.values() if instruction.name in other.operands]
     if len(users) != 1 or instruction.root or len(instruction.arrays) != 1:
         return False

@@ -1,4 +1,4 @@
-"""What an update of a run holds, before the run: measured on a part of its data, or assumed where there is none."""
+"""Tokens, targets and attention pairs of a step before the run: measured on a part of its data, or assumed."""
 
 import math
 import pathlib
@@ -13,42 +13,42 @@ from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.trees import dataset
 
-_LARGEST = 1 << 30  # bytes of a file that is read whole to see how many dialogues it has
+_LARGEST_FILE = 1 << 30  # bytes; a larger file is not read to count its dialogues
 
 
 class Workload(NamedTuple):
-    """Means over updates."""
+    """Means per step."""
 
     tokens: int
-    """That are not padding."""
+    """Without padding."""
     attention_pairs: int
-    """Of a token and one that it sees."""
+    """Pairs of a token and a token that it sees."""
     targets: int
     updates: int | None
-    """Of the whole run; None if nobody knows."""
+    """Steps of the whole run; None if unknown."""
     source: str
-    """Where these come from, in words."""
+    """Where these figures come from, for the reader."""
 
 
 def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
-    """Returns the workload of data.train, or None if it or the tokenizer is no file here, or too large to look at.
+    """Returns the workload of data.train, or None if it or the tokenizer is not a local file, or it is too large.
 
     Args:
-      dialogues: how many, evenly spaced, to prepare at most.
+      dialogues: prepare at most this many, evenly spaced.
 
     Raises:
       UserError: what `read_dialogues`, `load_tokenizer` and `prepare` raise.
     """
     file = pathlib.Path(config.data.train).expanduser()
-    tokens_of = pathlib.Path(config.tokenizer or config.model).expanduser()
-    readable = tokens_of.suffix == ".gguf" or (tokens_of / "tokenizer.json").exists()
-    if not (file.is_file() and readable and file.stat().st_size <= _LARGEST):
+    tokenizer_path = pathlib.Path(config.tokenizer or config.model).expanduser()
+    readable = tokenizer_path.suffix == ".gguf" or (tokenizer_path / "tokenizer.json").exists()
+    if not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
         return None
-    tokenizer = load_tokenizer(tokens_of, chat_template=config.data.chat_template)
+    tokenizer = load_tokenizer(tokenizer_path, chat_template=config.data.chat_template)
     count = sum(1 for _ in read_dialogues(file))
-    every = -(-count // dialogues)
+    stride = -(-count // dialogues)
     trees = dataset.prepare(
-        (dialogue for number, dialogue in enumerate(read_dialogues(file)) if number % every == 0),
+        (dialogue for number, dialogue in enumerate(read_dialogues(file)) if number % stride == 0),
         Renderer(
             tokenizer,
             chat_template_kwargs=config.data.chat_template_kwargs,
@@ -69,38 +69,38 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     )
     rows = config.rows * config.gradient_accumulation
     steps = -(-plan.rows_per_epoch // rows)
-    tokens = pairs = targets = 0
+    tokens = attention_pairs = targets = 0
     for step in range(steps):
         batch = plan.batch(step)
         used = batch.segment > 0
         tokens += int(used.sum())
-        pairs += int(np.sum(batch.position[used].astype(np.int64) + 1))
+        attention_pairs += int(np.sum(batch.position[used].astype(np.int64) + 1))
         targets += int(np.sum(batch.weight > 0))
-    prepared = -(-count // every)
-    updates = math.ceil(config.epochs * plan.rows_per_epoch * count / prepared / rows)
+    prepared = -(-count // stride)
+    run_steps = math.ceil(config.epochs * plan.rows_per_epoch * count / prepared / rows)
     return Workload(
         tokens // steps,
-        pairs // steps,
+        attention_pairs // steps,
         targets // steps,
-        config.steps or updates,
+        config.steps or run_steps,
         f"measured on {prepared:,} of the {count:,} dialogues of {file.name}",
     )
 
 
 def assume_workload(config: TrainConfig, *, tokens: float, targets: float) -> Workload:
-    """Returns the workload if each row were one dialogue.
+    """Returns the workload of rows with one dialogue each.
 
     Args:
       tokens: share of a row that is not padding.
-      targets: share of these tokens that is trained on.
+      targets: share of these tokens that are targets.
     """
     rows = config.rows * config.gradient_accumulation
     length = round(tokens * config.data.max_length)
-    trained = min(round(targets * length), config.data.max_targets or length)
+    row_targets = min(round(targets * length), config.data.max_targets or length)
     return Workload(
         rows * length,
         rows * length * (length + 1) // 2,
-        rows * trained,
+        rows * row_targets,
         config.steps or None,
-        f"ASSUMED: every row one dialogue, {tokens:.0%} of it used, {targets:.0%} of that trained on",
+        f"ASSUMED: one dialogue per row, {tokens:.0%} of the row used, {targets:.0%} of that trained on",
     )

@@ -177,7 +177,9 @@ class ErrorsTest(absltest.TestCase):
             return q + jax.lax.stop_gradient(added)
 
         self.enter_context(absltest.mock.patch.object(blockwise, "attend", attend))
-        with self.assertRaisesRegex(ValueError, "loop 'jit.*/until_sure/while' .* for block_pairs and tiles only"):
+        with self.assertRaisesRegex(
+            ValueError, "loop 'jit.*/until_sure/while' depends .* for block_pairs and tiles only"
+        ):
             compiled(MeshConfig(), run_config(), devices=1)
 
 

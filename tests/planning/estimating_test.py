@@ -76,7 +76,7 @@ class VerdictTest(absltest.TestCase):
         self.assertLen(told, 5)
         self.assertIn("fsdp * tensor of 22 or more (now 4 * 2)", told[0])  # 2 * 400 * 8 / 300
         self.assertIn("--config.remat=full (now dots)", told[1])
-        self.assertIn("--config.rows=4 (now 4 a device), and --config.gradient_accumulation=8", told[2])
+        self.assertIn("--config.rows=4 (now 4 per device), and --config.gradient_accumulation=8", told[2])
         self.assertIn("bfloat16", told[3])
         self.assertIn("--config.data.max_length=32", told[4])
         least = TrainConfig(model="m", data=data, rows=4, remat="full")
