@@ -192,8 +192,8 @@ def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, 
     best, worst = taken.overlapped, taken.serialized
     yield f"ESTIMATE {best:.3f} s a step if all overlaps, {worst:.3f} s if no exchange does;"
     yield f"  {work.tokens / best:,.0f} to {work.tokens / worst:,.0f} useful tokens a second;"
-    if work.updates:
-        hours = work.updates / 3600
-        yield f"  {hours * best:,.1f} to {hours * worst:,.1f} hours for {work.updates:,} steps"
+    if work.steps:
+        hours = work.steps / 3600
+        yield f"  {hours * best:,.1f} to {hours * worst:,.1f} hours for {work.steps:,} steps"
     else:
         yield f"  hours unknown: {asked.epochs:g} epochs of data that is not here. Give --config.steps."

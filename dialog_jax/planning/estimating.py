@@ -95,8 +95,8 @@ def estimate_seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Second
 def estimate_exchange(collective: Collective, chip: Chip) -> tuple[float, float]:
     """Returns (seconds within nodes, seconds between nodes) of all runs of a collective at the published bandwidth.
 
-    Each of g devices of a group sends and receives (g - 1) / g of the array, twice for an all-reduce. Over n nodes it has
-    two stages: (n - 1) / n of the array between nodes, over the network cards of all devices that a node has in the
+    Each of g devices of a group sends and receives (g - 1) / g of the array, twice for an all-reduce. With n nodes in
+    the group, (n - 1) / n of the array goes between nodes, over the network cards of all devices that a node has in the
     group, and the rest within nodes. Devices are numbered along the mesh, last axis fastest, and `chip.group_size`
     consecutive ones are a node or slice.
     """

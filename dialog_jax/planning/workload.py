@@ -24,7 +24,7 @@ class Workload(NamedTuple):
     attention_pairs: int
     """Pairs of a token and a token that it sees."""
     targets: int
-    updates: int | None
+    steps: int | None
     """Steps of the whole run; None if unknown."""
     source: str
     """Where these figures come from, for the reader."""

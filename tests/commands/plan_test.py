@@ -67,7 +67,7 @@ class PlanTest(absltest.TestCase):
     def test_what_is_assumed_is_marked_and_cpus_have_no_times(self):
         told, error = self.run_plan("--devices=8", "--kind=cpu", "--config.data.train=some/hub", "--assume_tokens=0.5")
         self.assertEmpty(error)
-        self.assertRegex(told, r"ASSUMED: every row one dialogue, 50% of it used")
+        self.assertRegex(told, r"ASSUMED: one dialogue per row, 50% of the row used")
         self.assertIn("2,048 of 4,096: 50.0% useful", told)
         self.assertIn("No times: no published figures hold for all CPUs.", told)
         self.assertNotIn("ESTIMATE", told)

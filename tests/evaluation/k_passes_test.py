@@ -101,7 +101,7 @@ class PassesTest(parameterized.TestCase):
     def test_spelled_special_tokens_that_the_template_looks_for_are_refused(self):
         tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
         tokenizer.chat_template = "{{ '<|im_end|>' in messages[0].content }}" + tokenizer.chat_template
-        with self.assertRaisesRegex(ValueError, r"dialogue d \(data.jsonl:1\): .* more with them than to write"):
+        with self.assertRaisesRegex(ValueError, r"dialogue d \(data.jsonl:1\): .* more than write them"):
             k_passes.make_passes(dialogue("<|im_end|>", "a"), tokenizer)
         with self.assertRaisesRegex(ValueError, "private-use characters from U.100000 on"):
             k_passes.make_passes(dialogue("<|im_end|>\U00100001", "a"), chat_templates.train_tokenizer("chatml"))

@@ -48,8 +48,8 @@ class MeasuredTest(parameterized.TestCase):
         whole = workload.measure_workload(self.config(), dialogues=1000)
         part = workload.measure_workload(self.config(), dialogues=20)
         self.assertEqual(part.source, "measured on 20 of the 40 dialogues of train.jsonl")
-        self.assertAlmostEqual(part.updates / whole.updates, 1, delta=0.2)
-        self.assertEqual(workload.measure_workload(self.config(steps=7), dialogues=20).updates, 7)
+        self.assertAlmostEqual(part.steps / whole.steps, 1, delta=0.2)
+        self.assertEqual(workload.measure_workload(self.config(steps=7), dialogues=20).steps, 7)
 
     def test_nothing_is_measured_without_tokenizer_or_data(self):
         self.assertIsNone(workload.measure_workload(self.config(model="somebody/something"), dialogues=5))
@@ -63,7 +63,7 @@ class AssumedTest(absltest.TestCase):
         config = TrainConfig(model="m", data=data, rows=2, gradient_accumulation=3)
         work = workload.assume_workload(config, tokens=0.8, targets=0.5)
         self.assertEqual(work[:4], (6 * 8, 6 * 36, 6 * 3, None))
-        self.assertStartsWith(work.source, "ASSUMED: every row one dialogue, 80% of it used, 50%")
+        self.assertStartsWith(work.source, "ASSUMED: one dialogue per row, 80% of the row used, 50%")
 
 
 if __name__ == "__main__":
