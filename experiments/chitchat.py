@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
             ),
             optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=10),
             rows=8,
+            evaluate_rows=0,
             gradient_accumulation=4,
             epochs=3.0,
             compute_dtype="bfloat16",

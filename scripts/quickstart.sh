@@ -32,14 +32,14 @@ step "3/6 training"
 "$command" train --config=experiments/quickstart.py --output_dir="$run"
 
 step "4/6 export"
-"$command" export --checkpoint="$run" --out="$run/model"
+"$command" export --run="$run" --out="$run/model"
 
 step "5/6 plot"
 "$command" plot --run="$run"
 
 step "6/6 one held-out dialogue, before and after"
 if [[ ! -f $run/compare.txt || $run/compare.txt -ot $run/model/export.json ]]; then
-  "$command" compare --models="assets/smollm2-135m-instruct,$run/model" --data="$held_out" \
+  "$command" compare --models="assets/smollm2-135m-instruct,$run/model" --config.data.train="$held_out" \
     --index=36 --turn=2 >"$run/compare.unfinished"
   mv "$run/compare.unfinished" "$run/compare.txt"
 fi
@@ -55,8 +55,8 @@ cat <<END
   $run/checkpoints/       to go on from
 
 Next:
-  chat with it      $command chat --model=$run/model
-  score a file      $command score --model=$run/model --data=$held_out --out=scores.jsonl
+  chat with it      $command chat --config.model=$run/model
+  score a file      $command score --config.model=$run/model --config.data.train=$held_out --out=scores.jsonl
   train your own    $command train --config=experiments/quickstart.py --output_dir=runs/mine \\
                       --config.data.train=my_train.jsonl --config.data.validation=my_validation.jsonl
   the full run      $command train --config=experiments/chitchat.py --output_dir=runs/chitchat

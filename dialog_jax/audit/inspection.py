@@ -16,9 +16,7 @@ from jaxtyping import Bool
 from dialog_jax.dialogues import sources
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_dialogue
-from dialog_jax.rendering.chat_template import parse_template_kwargs
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
-from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import fitting, prefix_tree, weighting
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -36,24 +34,6 @@ class Divergence(NamedTuple):
     """Number of the response in the piece's dialogue."""
     later: int = -1
     """Likewise, the next response, whose prompt holds the first one. -1 for `prompt`."""
-
-
-def load_renderer(
-    tokenizer: str, *, chat_template: str = "", chat_template_kwargs: str = "{}", allow_special_tokens: bool = False
-) -> tuple[transformers.PreTrainedTokenizerFast, Renderer]:
-    """The tokenizer of a directory, hub name or GGUF file, and a renderer with it.
-
-    Args:
-      chat_template: a Jinja file or its text; empty for the tokenizer's own.
-      chat_template_kwargs: further variables of the template, as a JSON object.
-      allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
-
-    Raises:
-      UserError: one of them is not what it should be.
-    """
-    kwargs = parse_template_kwargs(chat_template_kwargs)
-    loaded = load_tokenizer(tokenizer, chat_template=chat_template)
-    return loaded, Renderer(loaded, chat_template_kwargs=kwargs, allow_special_tokens=allow_special_tokens)
 
 
 def list_special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:

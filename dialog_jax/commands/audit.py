@@ -1,16 +1,16 @@
-"""Tells what training would see of a file of dialogues, before any accelerator is rented.
+"""Reports what training would see in the data of a config, before any accelerator is rented.
 
-    dialog_jax audit --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --out=audit.json
+    dialog_jax audit --config.model=MODEL --config.data.train=my.jsonl --out=audit.json
 
-Figures first: what is trained on, whether the chat template writes history as it was generated, with what responses
-end, how many tokens are whose, and what rows of several lengths would hold. Then what was found, the worst first:
+First come the figures: what is trained on, whether the chat template renders history as it was generated, the tokens
+at which responses end, tokens by role, and how full rows of several lengths are. Then the findings, the worst first:
 
-    error    training would stop, or would teach what is surely not meant
-    warning  look at it
+    error    training would stop, or would teach what is surely not intended
+    warning  worth a look
     note     good to know
 
-each with the first places and what to do. A bad record or dialogue is counted and named, and the rest is looked at.
-`--out` has the same as JSON, with up to ten places of each kind; the file appears when it is complete.
+Each names its first places and a remedy. A bad record or dialogue is counted and named, and the audit goes on.
+--out writes the same as JSON, with up to ten places for each finding; the file appears when it is complete.
 
 Exit code: 0 without errors, 2 with errors in the data, 1 if the audit could not be made.
 """
@@ -26,33 +26,20 @@ import rich.status
 import rich.table
 from absl import flags
 
-from dialog_jax.audit import figures as audit_lib
-from dialog_jax.audit import inspection
 from dialog_jax.audit.figures import Audit
+from dialog_jax.audit.figures import audit as make_audit
 from dialog_jax.audit.row_lengths import Spread
+from dialog_jax.commands import config_flag, config_inputs
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.trees import objectives
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.training import data_sources
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.data_sources import Source
 
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
-)
-_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_CONFIG = config_flag.define()
+_DATA = config_inputs.define_data()
 _OUT = flags.DEFINE_string("out", "", "A .json file to write; one that is there is replaced.")
-_MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a row, and at most of a dialogue.", lower_bound=1)
-_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
-_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
-    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
-)
-_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
-    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
-)
-_OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
-_ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
 
+_RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "allow_special_tokens")
 _ERRORS = 2  # exit code
 _SHOWN = 3  # places of each kind
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -170,16 +157,14 @@ def show(audit: Audit, console: rich.console.Console) -> None:
         console.print("Nothing to fix.")
 
 
-def write(audit: Audit, objective: ObjectiveConfig, out: pathlib.Path) -> None:
-    """Writes the file, whole or not at all."""
+def write(audit: Audit, config: TrainConfig, source: Source, out: pathlib.Path) -> None:
+    """Writes the file; it appears when it is complete."""
+    data = dataclasses.asdict(config.data)
     record = {
-        "tokenizer": _TOKENIZER.value,
-        "data": _DATA.value,
-        "chat_template": _CHAT_TEMPLATE.value,
-        "chat_template_kwargs": _CHAT_TEMPLATE_KWARGS.value,
-        "allow_special_tokens": _ALLOW_SPECIAL_TOKENS.value,
-        "objective": dataclasses.asdict(objective),
-        "max_length": _MAX_LENGTH.value,
+        "model": config.model,
+        "tokenizer": config.tokenizer,
+        "data": {"audited": source.name, **{name: data[name] for name in _RECORDED}},
+        "objective": dataclasses.asdict(config.objective),
         **dataclasses.asdict(audit),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,17 +183,13 @@ def _counted(records: Iterable[Dialogue | ValueError], status: rich.status.Statu
 
 
 def main() -> int:
-    objective = ObjectiveConfig(name=_OBJECTIVE.value, roles=tuple(_ROLES.value))
-    tokenizer, renderer = inspection.load_renderer(
-        _TOKENIZER.value,
-        chat_template=_CHAT_TEMPLATE.value,
-        chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
-        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-    )
+    config = config_flag.read(_CONFIG)
+    tokenizer, renderer = config_inputs.open_renderer(config)
+    source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
-        records = _counted(inspection.iterate_dialogues(_DATA.value, split=_SPLIT.value), status)
-        audit = audit_lib.audit(records, tokenizer, renderer, objective=objective, max_length=_MAX_LENGTH.value)
+        records = _counted(config_inputs.iterate_records(source), status)
+        audit = make_audit(records, tokenizer, renderer, objective=config.objective, max_length=config.data.max_length)
     if _OUT.value:
-        write(audit, objective, pathlib.Path(_OUT.value))
+        write(audit, config, source, pathlib.Path(_OUT.value))
     show(audit, rich.console.Console(highlight=False))
     return _ERRORS if any(finding.level == "error" for finding in audit.findings) else 0

@@ -1,11 +1,11 @@
 """Chats with a model in the terminal.
 
-    dialog_jax chat --model=runs/quickstart/model
-    dialog_jax chat --model=runs/quickstart/model --message="How was your weekend?"
+    dialog_jax chat --config.model=runs/mine/model
+    dialog_jax chat --config.model=runs/mine/model --message="How was your weekend?"
 
-Type a message and press return; the reply appears as it is written, and Ctrl-C stops it. `/reset` starts a new
-dialogue, `/quit` (or Ctrl-D) leaves. With --message there is one reply, and nothing else on standard output. What the
-model is shown is what its chat template renders of the dialogue so far; only what is new in it is computed.
+Type a message and press return; the reply appears as it is generated, and Ctrl-C stops it. `/reset` starts a new
+dialogue, `/quit` or Ctrl-D leaves. With --message there is one reply, and nothing else on standard output. The model
+sees the dialogue so far as its chat template renders it; only the new part is computed.
 """
 
 import contextlib
@@ -14,31 +14,23 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dialog_jax.commands import entry
+from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Message
+from dialog_jax.errors import UserError
 from dialog_jax.inference import chat, generation, loading
-from dialog_jax.rendering import chat_template as chat_template_lib
 from dialog_jax.training import compilation_cache
+from dialog_jax.training.config import require_fields
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (gives input() its line editing)
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
-)
+_CONFIG = config_flag.define()
 _MESSAGE = flags.DEFINE_string("message", None, "Reply to this one message, then exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message; without one the template may add its default.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that have this probability together.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a reply, at most.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed and messages give the same replies.")
-_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
-_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
-    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
-)
-_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
-    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
-)
 
 
 def speak(model: loading.Model, session: generation.Session, messages: Sequence[Message]) -> str:
@@ -95,7 +87,7 @@ def converse(model: loading.Model, opening: Sequence[Message]) -> None:
         print("model> ", end="", flush=True)
         try:
             messages.append(Message(role="assistant", content=speak(model, session, messages)))
-        except ValueError as error:
+        except UserError as error:
             messages.pop()
             print()
             _tell(f"No reply: {error} (/reset starts a new dialogue)")
@@ -107,12 +99,9 @@ def _tell(text: str) -> None:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    model = loading.load_model(
-        _MODEL.value,
-        chat_template=_CHAT_TEMPLATE.value,
-        chat_template_kwargs=chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
-        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-    )
+    config = config_flag.read(_CONFIG)
+    require_fields(config, "chat", "model")
+    model = loading.load_model(config.model, tokenizer=config.tokenizer, **config_inputs.renderer_options(config))
     opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
     if _MESSAGE.value is not None:
         session = generation.Session(model.config, model.parameters)

@@ -1,17 +1,16 @@
-"""Checks on your model, template and data that one pass over a dialogue equals a pass for each of its responses.
+"""Verifies on your model, template and data that one pass over a dialogue equals one pass for each of its responses.
 
-    dialog_jax check --model=assets/smollm2-135m-instruct --data=assets/chitchat/validation.jsonl
+    dialog_jax check --config.model=MODEL --config.data.train=my.jsonl --dialogues=8
 
-Takes a random sample of dialogues, packs them into rows and runs training's own update on them; then runs every
-response by itself behind its prompt, as the tokenizer's chat interface gives the two. Compared are the token ids and
-positions that each response token sees, weights, the loss of every response, and the gradient: its norm, its direction,
-and every parameter's own. All in float32. The end is a table of the largest differences and where they are, and a
-verdict.
+Packs a random sample of dialogues into rows of data.max_length tokens and runs the update of training on them; then
+runs every response by itself after its prompt, as the tokenizer's chat interface gives the two. Compared are the token
+ids and positions that each response token attends to, weights, the loss of every response, and the gradient: its norm,
+its direction, and that of every parameter. All in float32, under the objective `conditional`. The output is a table of
+the largest differences and their places, and a verdict.
 
 Exit code: 0 if the two agree, 2 if they do not or if nothing was compared, 1 if the check could not be run.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,35 +19,20 @@ import rich.console
 import rich.table
 from absl import flags
 
+from dialog_jax.commands import config_flag, config_inputs
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.evaluation import agreement
 from dialog_jax.evaluation.differences import Agreement, Finding
 from dialog_jax.inference import loading
-from dialog_jax.rendering import chat_template as chat_template_lib
+from dialog_jax.training import data_sources
+from dialog_jax.training.config import require_fields
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
-)
-_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_CONFIG = config_flag.define()
+_DATA = config_inputs.define_data()
 _DIALOGUES = flags.DEFINE_integer("dialogues", 8, "How many dialogues, drawn at random.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", lower_bound=0)
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", 0, "Tokens of a row, and at most of a dialogue; 0 for 2,048 or the model's context.", lower_bound=0
-)
-_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
-_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
-    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
-)
-_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
-    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
-)
 
 _DISAGREE = 2
-_LONGEST_ROW = 2048
 _NAMED = 10  # dialogues left out
 _WIDTH = 120  # characters, where the output goes to a file
 
@@ -113,14 +97,13 @@ def _row(what: str, finding: Finding) -> list[str]:
 
 def main() -> int:
     console = rich.console.Console(stderr=True, highlight=False)
-    dialogues = list(read_dialogues(_DATA.value, split=_SPLIT.value))
-    kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-    model = loading.load_model(
-        _MODEL.value,
-        chat_template=_CHAT_TEMPLATE.value,
-        chat_template_kwargs=kwargs,
-        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-    )
+    config = config_flag.read(_CONFIG)
+    require_fields(config, "check", "model")
+    source = data_sources.find_source(config, _DATA.value)
+    dialogues = list(source.read())
+    options = config_inputs.renderer_options(config)
+    model = loading.load_model(config.model, tokenizer=config.tokenizer, **options)
+    loading.check_context(model.config, config.data.max_length)
     chosen = draw(dialogues, _DIALOGUES.value, _SEED.value)
     with console.status("rendering") as status:
         outcome = agreement.compare(
@@ -128,16 +111,15 @@ def main() -> int:
             model.tokenizer,
             model.config,
             model.parameters,
-            chat_template_kwargs=kwargs,
-            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-            max_length=_MAX_LENGTH.value or min(_LONGEST_ROW, model.config.max_length),
+            chat_template_kwargs=options["chat_template_kwargs"],
+            allow_special_tokens=options["allow_special_tokens"],
+            max_length=config.data.max_length,
             tell=status.update,
         )
-    name = pathlib.PurePath(_DATA.value).name
     out = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     if not out.is_terminal:
         out.width = _WIDTH
-    out.print(f"sample     {len(chosen):,} of the {len(dialogues):,} dialogues of {name}, seed {_SEED.value}")
+    out.print(f"sample     {len(chosen):,} of the {len(dialogues):,} dialogues of {source.name}, seed {_SEED.value}")
     show(outcome, out)
     print(verdict(outcome))
     return 0 if outcome.passed else _DISAGREE

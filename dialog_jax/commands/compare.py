@@ -1,47 +1,39 @@
-"""Shows one held-out dialogue up to a response, what the human wrote there, and what each model writes.
+"""Prints a dialogue up to a response, what the human wrote there, and what each model writes.
 
     dialog_jax compare --models=assets/smollm2-135m-instruct,runs/quickstart/model \\
-        --data=assets/chitchat/validation.jsonl --index=103 --turn=1
+        --config=experiments/quickstart.py --data=validation --index=103 --turn=1
 """
 
 import itertools
 import pathlib
 import textwrap
+from collections.abc import Sequence
 
 from absl import flags
 
-from dialog_jax.commands import entry
+from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.inference import chat, loading
-from dialog_jax.rendering import chat_template
-from dialog_jax.training import compilation_cache
+from dialog_jax.training import compilation_cache, data_sources
+from dialog_jax.training.config import TrainConfig
 
+_CONFIG = config_flag.define()
+_DATA = config_inputs.define_data()
 _MODELS = flags.DEFINE_list(
-    "models", None, "Model directories, .gguf files or hub names, divided by commas.", required=True
+    "models", [], "Model directories, .gguf files or hub names, separated by commas; by default config.model."
 )
-_DATA = flags.DEFINE_string(
-    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
-)
-_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
 _INDEX = flags.DEFINE_integer("index", 0, "Which dialogue, from 0.", lower_bound=0)
 _TURN = flags.DEFINE_integer("turn", 0, "Which of its assistant messages, from 0.", lower_bound=0)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that have this probability together.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Tokens of a reply, at most.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same for every model.")
-_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
-    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
-)
-_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
-    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
-)
 
 _LINE = 88  # characters
 
 
-def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
+def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn: int) -> None:
     """Prints the history, the human's response and a reply of each model."""
     responses = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
     if turn >= len(responses):
@@ -56,11 +48,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = loading.load_model(
-            name,
-            chat_template_kwargs=chat_template.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value),
-            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-        )
+        model = loading.load_model(name, tokenizer=config.tokenizer, **config_inputs.renderer_options(config))
         pieces = chat.reply(
             model,
             history,
@@ -75,7 +63,7 @@ def compare(models: list[str], dialogue: Dialogue, turn: int) -> None:
             print(f"{'':>{width}}  (cut after {_MAX_NEW_TOKENS.value} tokens)")
 
 
-def _label(model: str, models: list[str]) -> str:
+def _label(model: str, models: Sequence[str]) -> str:
     """The last part of a model's path, and the one before where that is shared or says nothing."""
     path = pathlib.PurePath(model)
     parts = 1 if path.name != "model" and sum(pathlib.PurePath(m).name == path.name for m in models) == 1 else 2
@@ -90,8 +78,12 @@ def _print(label: str, text: str, width: int) -> None:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
-    dialogue = next(itertools.islice(dialogues, _INDEX.value, None), None)
+    config = config_flag.read(_CONFIG)
+    models = _MODELS.value or [config.model]
+    if not models[0]:
+        raise UserError("there is no model to compare. Name some: --models=FIRST,SECOND.")
+    source = data_sources.find_source(config, _DATA.value)
+    dialogue = next(itertools.islice(source.read(), _INDEX.value, None), None)
     if dialogue is None:
-        raise UserError(f"{_DATA.value} has no dialogue {_INDEX.value}; --index counts them from 0.")
-    compare(_MODELS.value, dialogue, _TURN.value)
+        raise UserError(f"{source.name} has no dialogue {_INDEX.value}; --index counts them from 0.")
+    compare(models, config, dialogue, _TURN.value)

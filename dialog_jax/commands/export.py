@@ -1,10 +1,9 @@
-"""Writes a model that a run has trained as a Hugging Face directory, for transformers, vLLM and the scripts here.
+"""Writes a model that a run has trained as a Hugging Face directory, for transformers, vLLM and the commands here.
 
-    dialog_jax export --checkpoint=runs/quickstart --out=runs/quickstart/model
+    dialog_jax export --run=runs/mine --out=runs/mine/model
 
---checkpoint is the --output_dir of dialog_jax train. The directory appears when it is complete: float32 safetensors,
-config.json, the tokenizer with its chat template, and export.json, which names the checkpoint it was made of. If it is
-there already and was made of the same checkpoint, nothing is done.
+The directory appears when it is complete: float32 safetensors, config.json, the tokenizer with its chat template, and
+export.json, which identifies the checkpoint. If it exists and was made from the same checkpoint, nothing is done.
 """
 
 import hashlib
@@ -17,17 +16,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from dialog_jax.commands import entry
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, metrics, run_directory
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Directory of a run: the --output_dir of dialog_jax train.", required=True
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "Directory to write; must not exist, or be empty, or hold this very export.", required=True
-)
+_RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of dialog_jax train.")
+_OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist, be empty, or hold this very export.")
 _STEP = flags.DEFINE_string("step", "best", "best (by held-out loss), latest, or the number of a checkpointed step.")
 
 
@@ -89,4 +85,5 @@ def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    print(export(pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value), step=_STEP.value))
+    run, out = entry.required(_RUN, "runs/mine"), entry.required(_OUT, "runs/mine/model")
+    print(export(pathlib.Path(run), pathlib.Path(out), step=_STEP.value))

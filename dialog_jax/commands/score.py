@@ -1,23 +1,23 @@
-"""Scores dialogues: how many nats a model needs for each response, given what stands before it.
+"""Scores dialogues: the negative log-likelihood of each response, in nats, given its history.
 
-    dialog_jax score --model=runs/quickstart/model --data=assets/chitchat/validation.jsonl --out=scores.jsonl
+    dialog_jax score --config.model=runs/mine/model --config.data.train=my.jsonl --out=scores.jsonl
 
-Writes one line of JSON a dialogue, in the order of the input:
+Writes one line of JSON per dialogue, in the order of the input:
 
     {"id": "a1", "tokens": 19, "nll": 61.2, "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2}]}
 
 `id` is the dialogue's own, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
-`messages`; `nll` is -log p in nats, summed over the `tokens` of the response, its end of turn included. Scored is every
-assistant message that has not "train": false or weight 0; other weights change nothing. Where a response does not fit
-the model's context with what stands before it, it is left out and counted in "turns_cut". The file appears when it is
-complete. The end prints nats a token, perplexity and tokens a second.
+`messages`; `nll` is summed over the `tokens` of the response, its end of turn included. Every assistant message is
+scored unless it has "train": false or weight 0; other weights have no effect. A response that exceeds the model's
+context together with its history is left out and counted in "turns_cut". The file appears when it is complete. The
+last line of output is nats per token, perplexity and tokens per second.
 
-With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens, with their
-log-probabilities, in the place of every token that is scored: what a student needs to train on the same dialogues with
-this model as its teacher (`data.teacher`). Dialogues then need different ids.
+With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens and their
+log-probabilities at the place of every scored token: what a student needs to train on the same dialogues with this
+model as its teacher (`data.teacher`). Dialogues then need different ids.
 
-`--passes=one` reads a dialogue once for all of its responses. `--passes=k` reads each response with its own history, as
-slowly and simply as it can be done; the two must agree to rounding, which dialog_jax check looks into.
+--passes=one reads a dialogue once for all of its responses. --passes=k reads each response with its own history,
+naively; the two agree to rounding, which `dialog_jax check` verifies.
 """
 
 import collections
@@ -33,35 +33,23 @@ import jax.numpy as jnp
 import rich.console
 from absl import flags
 
-from dialog_jax.commands import entry
-from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.inference import loading
-from dialog_jax.rendering import chat_template as chat_template_lib
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.tokenizers import fingerprint
-from dialog_jax.training import compilation_cache
+from dialog_jax.training import compilation_cache, data_sources
+from dialog_jax.training.config import require_fields
+from dialog_jax.training.data_sources import Source
 from dialog_jax.trees import teacher
 from dialog_jax.trees.teacher import Signal
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "A Hugging Face model directory, a .gguf file, or a hub name.", required=True
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
-)
-_OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; one that is there is replaced.", required=True)
-_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_CONFIG = config_flag.define()
+_DATA = config_inputs.define_data()
+_OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; an existing one is replaced.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the model computes in.")
-_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
-_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
-    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
-)
-_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
-    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
-)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "How many of the likeliest tokens --top_k_out holds.", lower_bound=0)
 _TOP_K_OUT = flags.DEFINE_string("top_k_out", "", "A .safetensors file to write them to, for training a student.")
 _PASSES = flags.DEFINE_enum(
@@ -125,50 +113,54 @@ def _warning(score: Score, context: int) -> str:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
+    out = pathlib.Path(entry.required(_OUT, "scores.jsonl"))
+    top_k_out = pathlib.Path(_TOP_K_OUT.value) if _TOP_K_OUT.value else None
+    config = config_flag.read(_CONFIG)
+    require_fields(config, "score", "model")
+    source = data_sources.find_source(config, _DATA.value)
+    _check_files(source, out, top_k_out)
     dtype = jnp.dtype(_DTYPE.value)
-    for flag, file in (("out", _OUT.value), ("top_k_out", _TOP_K_OUT.value)):
-        if file and pathlib.Path(file).is_dir():
-            raise UserError(f"--{flag}={file} is a directory; name a file.")
-    if bool(_TOP_K.value) != bool(_TOP_K_OUT.value):
-        raise UserError("--top_k and --top_k_out need each other: how many tokens, and a file for them.")
-    files = [pathlib.Path(file).resolve() for file in (_DATA.value, _OUT.value, _TOP_K_OUT.value) if file]
-    if len(set(files)) < len(files):
-        raise UserError("--data, --out and --top_k_out are files of their own; two of them are the same.")
-    if _TOP_K.value and _PASSES.value == "k":
-        raise UserError("--passes=k gives no likeliest tokens; leave it out, or --top_k.")
-    dialogues = read_dialogues(_DATA.value, split=_SPLIT.value)
-    kwargs = chat_template_lib.parse_template_kwargs(_CHAT_TEMPLATE_KWARGS.value)
-    model = loading.load_model(
-        _MODEL.value,
-        dtype=dtype,
-        chat_template=_CHAT_TEMPLATE.value,
-        chat_template_kwargs=kwargs,
-        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-    )
+    options = config_inputs.renderer_options(config)
+    model = loading.load_model(config.model, tokenizer=config.tokenizer, dtype=dtype, **options)
     if _PASSES.value == "k":
+        del options["chat_template"]  # the tokenizer has it
         scores = k_passes.score_dialogues(
-            dialogues,
+            source.read(),
             template_process.limit_template(model.tokenizer),
             model.config,
             model.parameters,
-            chat_template_kwargs=kwargs,
-            allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
             compute_dtype=dtype,
+            **options,
         )
     else:
         scores = scoring.score_dialogues(
-            dialogues, model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
+            source.read(), model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
         )
     console = rich.console.Console(stderr=True, highlight=False)
     with contextlib.ExitStack() as stack:
-        if _TOP_K.value:
+        if top_k_out:
             add = stack.enter_context(
                 teacher.write_file(
-                    pathlib.Path(_TOP_K_OUT.value),
+                    top_k_out,
                     top_k=_TOP_K.value,
                     tokenizer=fingerprint(model.tokenizer),
                     vocabulary=model.config.vocab_size,
                 )
             )
             scores = _recorded(scores, add)
-        print(write_scores(scores, pathlib.Path(_OUT.value), context=model.config.max_length, console=console))
+        print(write_scores(scores, out, context=model.config.max_length, console=console))
+
+
+def _check_files(source: Source, out: pathlib.Path, top_k_out: pathlib.Path | None) -> None:
+    """Raises UserError if the flags of output files contradict each other or the data."""
+    if bool(_TOP_K.value) != bool(top_k_out):
+        raise UserError("--top_k and --top_k_out need each other: the number of tokens, and a file for them.")
+    if _TOP_K.value and _PASSES.value == "k":
+        raise UserError("--passes=k does not give the likeliest tokens. Leave out --passes or --top_k.")
+    outputs = {"out": out} | ({"top_k_out": top_k_out} if top_k_out else {})
+    for flag, file in outputs.items():
+        if file.is_dir():
+            raise UserError(f"--{flag}={file} is a directory; name a file.")
+    files = [file.resolve() for file in [*outputs.values(), *map(pathlib.Path, source.paths)]]
+    if len(set(files)) < len(files):
+        raise UserError("--out, --top_k_out and the data are the same file; name different ones.")

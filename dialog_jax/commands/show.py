@@ -1,15 +1,15 @@
-"""Shows one dialogue as training sees it: the text of its tree, what of it is trained on, and where it branches.
+"""Prints one dialogue as training sees it: the text of its tree, what of it is trained on, and where it branches.
 
-    dialog_jax show --tokenizer=assets/smollm2-135m-instruct --data=assets/chitchat/train.jsonl --index=7
+    dialog_jax show --config.model=MODEL --config.data.train=my.jsonl --index=7
 
     ⟦ ⟧     trained on; ⟦0.5: ⟧ with that weight, if it is not 1
-    ⏎ ⇥     a line break and a tab of the text; a line that ends without ⏎ goes on in the next
-    turn 2  here begins response number 2 of its path, counted from 0
-    ├ │     a branch: another way on from what stands above it; the largest one goes on below, not indented
+    ⏎ ⇥     a line break and a tab of the text; a line without ⏎ at its end continues on the next
+    turn 2  response number 2 of its path starts here, counted from 0
+    ├ │     a branch; the largest branch continues below without indentation
 
-In a terminal, colours tell whose message it is, dim is what has weight 0, and special tokens are underlined. In a pipe
-there are no escape codes and lines are not wrapped. `--tokens` writes one line a token instead, for work on masks; a
-token is visible to those from itself to before its `end`.
+In a terminal, colours show the role of a token, dim text has weight 0, and special tokens are underlined. In a pipe
+there are no escape codes and lines are not wrapped. --tokens prints one line per token instead, for work on masks; a
+token is visible to the tokens from itself to before its `end`.
 """
 
 import collections
@@ -24,36 +24,21 @@ import transformers
 from absl import flags
 
 from dialog_jax.audit import inspection
+from dialog_jax.commands import config_flag, config_inputs
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import MessageSpan, Renderer
-from dialog_jax.trees import objectives, prefix_tree, weighting
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.training import data_sources
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.data_sources import Source
+from dialog_jax.trees import prefix_tree, weighting
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.weighting import SupervisedSequence
 
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "A Hugging Face model directory, a hub name, or a .gguf file.", required=True
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "A .jsonl, .json or .parquet file of dialogues, or a hub data set.", required=True
-)
-_SPLIT = flags.DEFINE_string("split", "train", "Which split of a hub data set; files have none.")
+_CONFIG = config_flag.define()
+_DATA = config_inputs.define_data()
 _INDEX = flags.DEFINE_integer("index", 0, "Which dialogue, from 0.", lower_bound=0)
 _TOKENS = flags.DEFINE_bool("tokens", False, "One line a token.")
-_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file or its text; empty for the tokenizer's own.")
-_CHAT_TEMPLATE_KWARGS = flags.DEFINE_string(
-    "chat_template_kwargs", "{}", 'Further variables of the template, as JSON: {"enable_thinking": false}.'
-)
-_ALLOW_SPECIAL_TOKENS = flags.DEFINE_boolean(
-    "allow_special_tokens", False, "Parse special tokens that the texts of a dialogue spell; else they are text."
-)
-_OBJECTIVE = flags.DEFINE_enum("objective", "conditional", objectives.NAMES, "What is trained on.")
-_ROLES = flags.DEFINE_list("roles", ["assistant"], "Whose messages the objective `roles` trains.")
-_TURN_DISCOUNT = flags.DEFINE_float("turn_discount", 1.0, "Weights are times this ** (turns that follow).")
-_TURN_WEIGHTS = flags.DEFINE_list("turn_weights", [], "Weights of the turns, from the first, instead of a discount.")
-_NORMALISE = flags.DEFINE_enum("normalise", "token", objectives.UNITS, "What has weights that sum to 1.")
-_MERGE_WEIGHTS = flags.DEFINE_enum("merge_weights", "max", objectives.MERGES, "Of messages that several paths share.")
 
 _TEMPLATE = "template"
 _COLORS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", _TEMPLATE: "default"}
@@ -61,32 +46,19 @@ _GUTTER = 9  # columns
 _CONTEXT = 8  # tokens decoded together with those that follow them
 
 
-def find(index: int) -> Dialogue:
-    """The dialogue of the flags.
+def find_dialogue(source: Source, index: int) -> Dialogue:
+    """Returns the dialogue of one record.
 
     Raises:
-      UserError: that record is no dialogue, or there are not so many.
+      UserError: the record is not a dialogue, or the index is out of range.
     """
     count = 0
-    for count, record in enumerate(inspection.iterate_dialogues(_DATA.value, split=_SPLIT.value), start=1):
+    for count, record in enumerate(config_inputs.iterate_records(source), start=1):
         if count > index:
             if isinstance(record, ValueError):
                 raise record
             return record
-    raise UserError(f"--index={index}: the data has {count:,} records, counted from 0.")
-
-
-def turn_weights() -> tuple[float, ...]:
-    """The weights of the flag.
-
-    Raises:
-      UserError: one of them is no number.
-    """
-    try:
-        return tuple(float(weight) for weight in _TURN_WEIGHTS.value)
-    except ValueError:
-        given = ",".join(_TURN_WEIGHTS.value)
-        raise UserError(f"--turn_weights={given}; needed numbers, such as 0.5,1.") from None
+    raise UserError(f"--index={index}: {source.name} has {count:,} records, counted from 0.")
 
 
 def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[SupervisedSequence], renderer: Renderer) -> list[str]:
@@ -243,14 +215,10 @@ def _print(console: rich.console.Console, before: str, text: rich.text.Text) -> 
         before = " " * _GUTTER + before[_GUTTER:].replace("├", "│")
 
 
-def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.Console) -> None:
-    """Prints the dialogue as the flags say."""
-    tokenizer, renderer = inspection.load_renderer(
-        _TOKENIZER.value,
-        chat_template=_CHAT_TEMPLATE.value,
-        chat_template_kwargs=_CHAT_TEMPLATE_KWARGS.value,
-        allow_special_tokens=_ALLOW_SPECIAL_TOKENS.value,
-    )
+def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console) -> None:
+    """Prints the dialogue, as text or as a table of its tokens."""
+    tokenizer, renderer = config_inputs.open_renderer(config)
+    objective = config.objective
     (pieces,) = inspection.render_dialogues([dialogue], renderer, objective)
     if isinstance(pieces, ValueError):
         raise pieces
@@ -278,12 +246,6 @@ def show(dialogue: Dialogue, objective: ObjectiveConfig, console: rich.console.C
 
 
 def main() -> None:
-    objective = ObjectiveConfig(
-        name=_OBJECTIVE.value,
-        roles=tuple(_ROLES.value),
-        turn_discount=_TURN_DISCOUNT.value,
-        turn_weights=turn_weights(),
-        normalise=_NORMALISE.value,
-        merge_weights=_MERGE_WEIGHTS.value,
-    )
-    show(find(_INDEX.value), objective, rich.console.Console(highlight=False))
+    config = config_flag.read(_CONFIG)
+    source = data_sources.find_source(config, _DATA.value)
+    show(find_dialogue(source, _INDEX.value), config, rich.console.Console(highlight=False))

@@ -89,7 +89,7 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
         return hf_config.from_gguf(path, gguf_file.open_gguf(path))
     if (path / "model.json").exists():
         raise UserError(
-            f"{path} is a run, not a model. Export it first: dialog_jax export --checkpoint={path} --out={path}/model"
+            f"{path} is a run, not a model. Export it first: dialog_jax export --run={path} --out={path}/model"
         )
     return hf_config.from_json(path / "config.json", tensor_files.read_json(path / "config.json"))
 

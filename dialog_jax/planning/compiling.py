@@ -107,7 +107,7 @@ def compile_step(
     """
     loading.check_context(model, config.data.max_length)
     # The schedule's values change no shape, so any number of steps above the warm-up will do.
-    transform = optimizer.make_optimizer(config.optimizer, config.steps or config.optimizer.warmup_steps + 1)
+    transform = optimizer.make_optimizer(config.optimizer, config.steps or max(1, config.optimizer.warmup_steps + 1))
     state = train_step.abstract_state(model, mesh, transform)
     batch = _abstract_batch(config, mesh)
     step = train_step.make_train_step(

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dialog_jax.batching import batches
-from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.trees import dataset
 
@@ -40,15 +40,16 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
       UserError: what `read_dialogues`, `load_tokenizer` and `prepare` raise.
     """
     file = pathlib.Path(config.data.train).expanduser()
+    source = data_sources.training_sources(config).get("data.train")
     tokenizer_path = pathlib.Path(config.tokenizer or config.model).expanduser()
     readable = tokenizer_path.suffix == ".gguf" or (tokenizer_path / "tokenizer.json").exists()
-    if not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
+    if source is None or not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
         return None
     tokenizer = load_tokenizer(tokenizer_path, chat_template=config.data.chat_template)
-    count = sum(1 for _ in read_dialogues(file))
+    count = sum(1 for _ in source.read())
     stride = -(-count // dialogues)
     trees = dataset.prepare(
-        (dialogue for number, dialogue in enumerate(read_dialogues(file)) if number % stride == 0),
+        (dialogue for number, dialogue in enumerate(source.read()) if number % stride == 0),
         Renderer(
             tokenizer,
             chat_template_kwargs=config.data.chat_template_kwargs,

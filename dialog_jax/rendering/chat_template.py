@@ -3,7 +3,6 @@
 Knows nothing of tokens. Texts are those of transformers' own `apply_chat_template`, with all it does to messages.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -137,18 +136,3 @@ class ChatTemplate:
             return Rendering([], str(error))
         messages = [message.as_dict() for message in dialogue.messages[: max(job.messages for job in jobs)]]
         return template_process.render(template, messages, jobs, {"tools": tools, **self._variables})
-
-
-def parse_template_kwargs(text: str) -> dict[str, Any]:
-    """Returns the variables of a template that a flag --chat_template_kwargs gives as JSON.
-
-    Raises:
-      UserError: it is no JSON object.
-    """
-    try:
-        kwargs = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--chat_template_kwargs is not JSON: {error}") from None
-    if not isinstance(kwargs, dict):
-        raise UserError(f'--chat_template_kwargs is {text}; needed an object such as {{"enable_thinking": false}}')
-    return kwargs

@@ -31,7 +31,9 @@ class DataConfig:
     mix: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Instead of `train`, several sets: name -> {"train": source, "weight": share} or {..., "epochs": passes}."""
     validation: str = ""
-    """Held-out dialogues, as `train`."""
+    """Held-out dialogues, as `train`; empty to hold out a share of the training data."""
+    validation_share: float = 0.05
+    """Share of the training data that is held out if `validation` is empty, chosen by a hash of each dialogue."""
     teacher: str = ""
     """What a teacher says of the training data: a file that dialog_jax score --top_k=N wrote, for loss.distillation."""
     train_split: str = "train"
@@ -88,7 +90,8 @@ class OptimizerConfig:
     schedule: str = "cosine"
     """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
     falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
-    warmup_steps: int = 0
+    warmup_steps: int = -1
+    """Steps in which the learning rate rises to its peak; -1 for 3% of the steps."""
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
     weight_decay: float = 0.0
@@ -105,7 +108,9 @@ class OptimizerConfig:
         for field in ("learning_rate", "epsilon"):
             if not 0 < getattr(self, field) < math.inf:
                 raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
-        for field in ("warmup_steps", "weight_decay", "clip_norm"):
+        if self.warmup_steps < -1:
+            raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0, or -1 for 3%.")
+        for field in ("weight_decay", "clip_norm"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
         for field in ("final_fraction", "decay_fraction", "b1", "b2"):
@@ -159,7 +164,7 @@ class TrainConfig:
     """What the backward pass computes again to save memory: none, attention, dots or full."""
     evaluate_every: int = 50
     """Updates between evaluations on held-out dialogues; there is one before the first and one after the last."""
-    evaluate_rows: int = 0
+    evaluate_rows: int = 64
     """Rows of an evaluation, always the same; 0 for all."""
     checkpoint_every: int = 50
     """Updates between checkpoints, a multiple of evaluate_every; one more when a signal stops a run."""
@@ -193,6 +198,8 @@ class TrainConfig:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if self.data.max_length < 2:
             raise UserError(f"data.max_length is {self.data.max_length}; it must be at least 2.")
+        if not 0 < self.data.validation_share < 1:
+            raise UserError(f"data.validation_share is {self.data.validation_share}; it must be above 0 and below 1.")
         if not 0 <= self.data.max_targets <= self.data.max_length:
             raise UserError(f"data.max_targets is {self.data.max_targets}; it must be 0 to data.max_length.")
         if self.steps < 0 or (not self.steps and not 0 < self.epochs < math.inf):
@@ -230,36 +237,53 @@ def require_fields(config: TrainConfig, user: str, *fields: str) -> None:
 
 def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
     """Returns the form that `--config.field=value` overrides; no field can be added to it."""
-    return ml_collections.ConfigDict(_fields(config)).lock()
+    return ml_collections.ConfigDict(_to_dict(config)).lock()
 
 
 def from_config_dict(overridden: ml_collections.ConfigDict) -> TrainConfig:
     """Returns the checked config.
 
     Raises:
-      UserError: a value does not go with the others, or a field is unknown; lists the fields there are.
+      UserError: a field is unknown, or its value is of the wrong type, out of range, or contradicts another.
     """
     return _build(TrainConfig, overridden, "config")
 
 
-def _fields(config: Any) -> dict[str, Any]:
+def _to_dict(config: Any) -> dict[str, Any]:
+    types = typing.get_type_hints(type(config))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
-        field.name: _fields(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
-        for field in dataclasses.fields(config)
+        # A flag parses what the default's type says, so that a float must not be the int 1 here.
+        name: _to_dict(value) if dataclasses.is_dataclass(value) else _convert(value, types[name], name)
+        for name, value in values.items()
     }
 
 
 def _build(kind: type, values: ml_collections.ConfigDict, where: str) -> Any:
-    types_of = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(types_of))
+    types = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(types))
     if unknown:
-        raise UserError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(types_of)}.")
-    made = {}
+        raise UserError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(types)}.")
+    fields = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(types_of[name]):
-            made[name] = _build(typing.cast(type, types_of[name]), value, f"{where}.{name}")
-        elif isinstance(value, ml_collections.ConfigDict):
-            made[name] = value.to_dict()
+        field = f"{where}.{name}"
+        if dataclasses.is_dataclass(types[name]):
+            fields[name] = _build(typing.cast(type, types[name]), value, field)
         else:
-            made[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**made)
+            fields[name] = _convert(value, types[name], field)
+    return kind(**fields)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """Returns the value as its field's type: an int as a float where a float is due, a list as a tuple."""
+    outer = typing.get_origin(kind) or kind
+    if outer is tuple and isinstance(value, (tuple, list)):
+        return tuple(_convert(item, typing.get_args(kind)[0], where) for item in value)
+    if outer is Mapping and isinstance(value, (Mapping, ml_collections.ConfigDict)):
+        return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else dict(value)
+    if outer is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, outer) or (outer is int and isinstance(value, bool)):
+        name = getattr(kind, "__name__", None) if outer is kind else kind
+        raise UserError(f"{where} is {value!r}; it must be of type {name}.")
+    return value

@@ -7,13 +7,15 @@ import optax
 from dialog_jax.errors import UserError
 from dialog_jax.training.config import OptimizerConfig
 
+_WARMUP_FRACTION = 0.03  # of the steps, for warmup_steps = -1
+
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0, for a run of `steps` steps.
 
-    The first of `warmup_steps` = w steps has 1/w of the peak, step w - 1 the whole.
+    The first of `warmup_steps` = w steps has 1/w of the peak, step w - 1 the peak.
     """
-    warmup = config.warmup_steps
+    warmup = int(_WARMUP_FRACTION * steps) if config.warmup_steps == -1 else config.warmup_steps
     if warmup >= steps:
         raise UserError(f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps only.")
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction

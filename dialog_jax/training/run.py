@@ -76,7 +76,7 @@ def run(
         loss or gradient were not finite too often in a row; or a file could not be written. Checkpoints stay.
       StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
-    require_fields(config, "training", "model", "data.train", "data.validation")
+    require_fields(config, "training", "model", "data.train")
     startup = Startup(start_time)
     console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_primary())
     directory = pathlib.Path(output_dir)

@@ -7,9 +7,8 @@ prepared trees.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.console
@@ -23,7 +22,9 @@ from dialog_jax.inference import loading
 from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.tokenizers import fingerprint
+from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.data_sources import Source
 from dialog_jax.trees import disk_cache
 from dialog_jax.trees import teacher as teacher_lib
 from dialog_jax.trees.chunks import Recipe
@@ -36,6 +37,7 @@ _NOT_IN_TREES = {
     "train",
     "mix",
     "validation",
+    "validation_share",
     "train_split",
     "validation_split",
     "max_targets",
@@ -82,14 +84,14 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     )
     untaught = Preparation(recipe, model.tokenizer, options)
     taught = untaught._replace(teacher=_teacher(config, model.tokenizer, model.config))
-    sources = {f"data.mix.{name}": entry["train"] for name, entry in config.data.mix.items()}
     sets: dict[str, Trees] = {}
     hashes = {"model": pretrained.fingerprint(model.path)}
-    for field, source in (sources or {"data.train": config.data.train}).items():
-        sets[field], hashes[field] = _trees(config, source, config.data.train_split, taught, directory, console)
-    held_out, hashes["data.validation"] = _trees(
-        config, config.data.validation, config.data.validation_split, untaught, directory, console
-    )
+    validation = data_sources.validation_source(config)
+    if validation.held_out:
+        console.print(f"data.validation is empty: {validation.name} is held out, chosen by a hash of each dialogue")
+    for field, source in data_sources.training_sources(config).items():
+        sets[field], hashes[field] = _trees(config, source, taught, directory, console)
+    held_out, hashes["data.validation"] = _trees(config, validation, untaught, directory, console)
     return Inputs(
         model_path=model.path,
         model=model.config,
@@ -105,25 +107,17 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
 
 def _trees(
     config: TrainConfig,
-    source: str,
-    split: str,
+    source: Source,
     preparation: Preparation,
     directory: pathlib.Path,
     console: rich.console.Console,
 ) -> tuple[Trees, str]:
     """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
-    file = pathlib.Path(source).expanduser()
-    digest = hashlib.sha256()
-    written = _written(file)
-    if file.is_file():
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    else:
-        for dialogue in read_dialogues(source, split=split):
-            digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
+    files = [pathlib.Path(path).expanduser() for path in source.paths]
+    versions = [_file_version(file) for file in files]
     key = {
-        "dialogues": digest.hexdigest(),
+        "dialogues": [_hash_dialogues(path, source.split) for path in source.paths],
+        "held_out": [source.held_out, source.share],
         "tokenizer": fingerprint(preparation.tokenizer),
         "chat_template": preparation.tokenizer.chat_template,
         "objective": dataclasses.asdict(config.objective),
@@ -132,37 +126,54 @@ def _trees(
     }
     if preparation.teacher is not None:
         key["teacher"] = preparation.teacher.digest
-    with console.status(f"preparing {os.path.basename(source)}"):
+    with console.status(f"preparing {source.name}"):
         trees = disk_cache.load_or_build(
             config.data.cache_dir or directory / "trees",
             key,
-            _unchanged(read_dialogues(source, split=split), file, written),
+            _unchanged(source.read(), files, versions),
             preparation,
             workers=config.data.workers,
         )
-    console.print(f"{os.path.basename(source)}: {trees.report}")
+    console.print(f"{source.name}: {trees.report}")
     targets = trees.targets
     if config.data.max_targets and targets.max() > config.data.max_targets:
         raise UserError(
-            f"dialogue {trees.ids[int(targets.argmax())]} ({os.path.basename(source)}) has {targets.max():,} targets, "
+            f"dialogue {trees.ids[int(targets.argmax())]} ({source.name}) has {targets.max():,} targets, "
             f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
         )
     return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _written(file: pathlib.Path) -> tuple[int, ...] | None:
-    """What differs once a file is written to or replaced; None where there is no file."""
+def _hash_dialogues(path: str, split: str) -> str:
+    """A hash of a file's bytes, or of the dialogues of a hub data set."""
+    digest = hashlib.sha256()
+    file = pathlib.Path(path).expanduser()
+    if file.is_file():
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    else:
+        for dialogue in read_dialogues(path, split=split):
+            digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _file_version(file: pathlib.Path) -> tuple[int, ...] | None:
+    """What differs once a file is written to or replaced; None if there is no file."""
     if not file.is_file():
         return None
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _unchanged(dialogues: Iterable[Dialogue], file: pathlib.Path, before: tuple[int, ...] | None) -> Iterator[Dialogue]:
-    """Yields the dialogues; they must not be stored under the hash of what the file no longer is."""
+def _unchanged(
+    dialogues: Iterable[Dialogue], files: Sequence[pathlib.Path], versions: Sequence[tuple[int, ...] | None]
+) -> Iterator[Dialogue]:
+    """Yields the dialogues, which must not be stored under the hash of an earlier version of their files."""
     yield from dialogues
-    if _written(file) != before:
-        raise UserError(f"{file.name} changed while it was read. Start again once it is written in full.")
+    for file, version in zip(files, versions, strict=True):
+        if _file_version(file) != version:
+            raise UserError(f"{file.name} changed while it was read. Start again once it is written in full.")
 
 
 def _teacher(

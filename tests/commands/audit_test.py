@@ -35,7 +35,11 @@ class AuditTest(absltest.TestCase):
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         data.write_text("".join(line + "\n" for line in lines))
         told, error = running.run(
-            "audit", f"--tokenizer={self.directory / family}", f"--data={data}", f"--out={self.out}", *flags
+            "audit",
+            f"--config.tokenizer={self.directory / family}",
+            f"--config.data.train={data}",
+            f"--out={self.out}",
+            *flags,
         )
         self.assertNotIn("\x1b", told)
         return told, error, json.loads(self.out.read_text()) if self.out.exists() else None
@@ -47,10 +51,10 @@ class AuditTest(absltest.TestCase):
         self.assertIn("<|im_end|> is the last target of 3 of 3 responses", told)
         self.assertIn("written as it was generated, in every dialogue", told)
         self.assertEmpty(error)
-        self.assertEqual((written["trees"], written["findings"], written["max_length"]), (3, [], 1024))
+        self.assertEqual((written["trees"], written["findings"], written["data"]["max_length"]), (3, [], 1024))
 
     def test_figures_of_the_table_are_those_of_the_file(self):
-        told, _, written = self.audit(_GOOD, "--max_length=2048")
+        told, _, written = self.audit(_GOOD, "--config.data.max_length=2048")
         self.assertIn(f"{written['tokens']:,}, of them {written['targets']:,} targets", told)
         lines = [line.split() for line in told.splitlines()]
         for fill in written["fills"]:
@@ -98,8 +102,14 @@ class AuditTest(absltest.TestCase):
         template = "{% for m in messages %}{{ m.role + word + m.content + '<|im_end|>' }}{% endfor %}"
         template += "{% if add_generation_prompt %}{{ 'assistant' + word }}{% endif %}"
         long = {"id": "long", "prompt": "Hi", "completion": "yes " * 20}
-        flags = [f"--chat_template={template}", '--chat_template_kwargs={"word": "|"}', "--max_length=20"]
-        told, _, written = self.audit([_GOOD[0], long], "--objective=roles", "--roles=user,assistant", *flags)
+        flags = [
+            f"--config.data.chat_template={template}",
+            '--config.data.chat_template_kwargs={"word": "|"}',
+            "--config.data.max_length=20",
+        ]
+        told, _, written = self.audit(
+            [_GOOD[0], long], "--config.objective.name=roles", "--config.objective.roles=('user', 'assistant')", *flags
+        )
         tokenizer = chat_templates.train_tokenizer("chatml")
         texts = [("user|0?", "assistant|Hello!"), ("user|Hi", "assistant|" + "yes " * 20)]
         sizes = [len(tokenizer.encode("<|im_end|>".join(pair), add_special_tokens=False)) + 1 for pair in texts]
@@ -113,9 +123,9 @@ class AuditTest(absltest.TestCase):
     def test_nothing_that_can_be_read_exits_with_1_and_writes_nothing(self):
         for records, flags, told in (
             ([], (), "there is no record"),
-            (_GOOD, ("--data=nowhere.jsonl",), "no such file"),
-            (_GOOD, ("--chat_template_kwargs={",), "chat_template_kwargs is not JSON"),
-            (_GOOD, ("--objective=roles", "--roles=bot"), "objective.roles"),
+            (_GOOD, ("--config.data.train=nowhere.jsonl",), "no such file"),
+            (_GOOD, ("--config.data.chat_template_kwargs={",), "flag --config.data.chat_template_kwargs"),
+            (_GOOD, ("--config.objective.name=roles", "--config.objective.roles=bot"), "objective.roles"),
         ):
             out, error, written = self.audit(records, *flags)
             self.assertRegex(error, rf"(?s)^dialog_jax audit: .*{told}.*\[exit code 1\]$")
@@ -129,7 +139,9 @@ class AuditTest(absltest.TestCase):
         data.write_text(json.dumps(_GOOD[0]))
         chat_templates.train_tokenizer("chatml").save_pretrained(tokenizer)
         with mock.patch.object(pathlib.Path, "replace", side_effect=OSError("disk full")):
-            _, error = running.run("audit", f"--tokenizer={tokenizer}", f"--data={data}", f"--out={self.out}")
+            _, error = running.run(
+                "audit", f"--config.tokenizer={tokenizer}", f"--config.data.train={data}", f"--out={self.out}"
+            )
         self.assertRegex(error, r"(?s)dialog_jax audit: disk full.*\[exit code 1\]$")
         self.assertEqual(self.out.read_text(), '{"earlier": 1}')
         self.assertLen(list(self.out.parent.iterdir()), 1)

@@ -110,13 +110,13 @@ class ChatTest(absltest.TestCase):
             chat.reply(self.model, _HELLO * 20, max_new_tokens=1, **_GREEDY)
 
     def test_script_prints_one_reply_and_says_when_it_is_cut(self):
-        flags = f"--model={self.path}", "--message=Hello!", "--temperature=0"
+        flags = f"--config.model={self.path}", "--message=Hello!", "--temperature=0"
         out, error = running.run("chat", *flags, "--max_new_tokens=6")
         self.assertEqual(out, self.decode(self.greedy(chat.prompt(self.model, _HELLO), 6)) + "\n")
         self.assertIn("cut after 6 tokens", error)
 
     def test_script_reports_a_model_that_is_not_there(self):
-        out, error = running.run("chat", "--model=./nowhere", "--message=Hi")
+        out, error = running.run("chat", "--config.model=./nowhere", "--message=Hi")
         self.assertEmpty(out)
         self.assertRegex(error, "^dialog_jax chat: model .*nowhere")
 
@@ -128,7 +128,7 @@ class ChatTest(absltest.TestCase):
             shown.append([(message.role, message.content) for message in messages])
             return iter([chat.ReplyChunk("Fi"), chat.ReplyChunk("ne.", "turn")])
 
-        with running.loaded("chat", f"--model={self.path}") as script:
+        with running.loaded("chat", f"--config.model={self.path}") as script:
             out = io.StringIO()
             with (
                 mock.patch.object(builtins, "input", side_effect=typed),

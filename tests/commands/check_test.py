@@ -37,7 +37,13 @@ class CheckTest(absltest.TestCase):
             pretrained.save_pretrained(self.directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
         data = self.directory / "data.jsonl"
         data.write_text("".join(json.dumps(each) + "\n" for each in records))
-        told, error = running.run("check", f"--model={self.directory / 'model'}", f"--data={data}", *arguments)
+        told, error = running.run(
+            "check",
+            f"--config.model={self.directory / 'model'}",
+            f"--config.data.train={data}",
+            "--config.data.max_length=512",
+            *arguments,
+        )
         code = int(error.rpartition("[exit code ")[2].rstrip("]")) if "[exit code " in error else 0
         return code, told, error
 
@@ -78,7 +84,7 @@ class CheckTest(absltest.TestCase):
         self.assertRegex(told.splitlines()[-1], r"^FAILED: one pass and K passes differ in token ids \(1 of \d+\), ")
 
     def test_nothing_compared_is_a_failure(self):
-        code, told, _ = self.check([record(1)], "--max_length=16")
+        code, told, _ = self.check([record(1)], "--config.data.max_length=16")
         self.assertEqual(code, 2)
         self.assertIn("dialogue d1 (data.jsonl:1): 2 of 2 responses, which exceed 16 tokens", told)
         self.assertEqual(told.splitlines()[-1], "FAILED: nothing was compared")
@@ -88,7 +94,7 @@ class CheckTest(absltest.TestCase):
         first["messages"].insert(0, {"role": "system", "content": "Be brief."})
         template = chat_templates.TEMPLATES["gemma"].replace("{{- bos_token -}}", "")
         template = template.replace("<end_of_turn>", "<|im_end|>")
-        code, told, _ = self.check([first, record(2)], f"--chat_template={template}")
+        code, told, _ = self.check([first, record(2)], f"--config.data.chat_template={template}")
         self.assertEqual(code, 0, told)
         self.assertRegex(told, r"left out   1\n +refused: dialogue d1 \(data.jsonl:1\): .*System role not supported")
         self.assertEndsWith(told.splitlines()[-1], "(dialogues 1, responses 2; left out 1, see above)")
@@ -98,20 +104,20 @@ class CheckTest(absltest.TestCase):
         plain = record(2)
         for message in plain["messages"]:
             message["content"] = message["content"].removeprefix(_THOUGHT)
-        code, told, _ = self.check([record(1), plain], '--chat_template_kwargs={"enable_thinking": false}')
+        code, told, _ = self.check([record(1), plain], '--config.data.chat_template_kwargs={"enable_thinking": False}')
         self.assertEqual(code, 0, told)
         self.assertIn("refused: dialogue d1", told)
 
     def test_user_errors_exit_with_1_and_a_sentence(self):
-        code, told, error = self.check([record(1)], f"--data={self.directory / 'none.jsonl'}")
+        code, told, error = self.check([record(1)], f"--config.data.train={self.directory / 'none.jsonl'}")
         self.assertEqual((code, told), (1, ""))
         self.assertIn("dialog_jax check: none.jsonl: no such file.", error)
-        code, _, error = self.check([record(1)], f"--model={self.directory / 'none'}")
+        code, _, error = self.check([record(1)], f"--config.model={self.directory / 'none'}")
         self.assertEqual(code, 1)
         self.assertStartsWith(error, "dialog_jax check: ")
-        code, _, error = self.check([record(1)], "--chat_template_kwargs={")
+        code, _, error = self.check([record(1)], "--config.data.chat_template_kwargs={")
         self.assertEqual(code, 1)
-        self.assertIn("--chat_template_kwargs is not JSON", error)
+        self.assertIn("flag --config.data.chat_template_kwargs", error)
 
 
 if __name__ == "__main__":

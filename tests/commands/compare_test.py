@@ -40,7 +40,7 @@ class CompareTest(absltest.TestCase):
 
     def compare(self, *flags):
         models = ",".join(str(self.directory / name) for name in ("before", "twin", "after"))
-        data = f"--data={self.directory / 'data.jsonl'}"
+        data = f"--config.data.train={self.directory / 'data.jsonl'}"
         return running.run("compare", f"--models={models}", data, "--max_new_tokens=8", *flags)
 
     def test_history_human_and_a_reply_of_each_model_are_shown(self):

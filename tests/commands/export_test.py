@@ -40,7 +40,7 @@ class ExportTest(absltest.TestCase):
         (self.run_directory / "evaluation.jsonl").write_text("".join(lines))
 
     def export(self, *flags):
-        return running.run("export", f"--checkpoint={self.run_directory}", f"--out={self.out}", *flags)
+        return running.run("export", f"--run={self.run_directory}", f"--out={self.out}", *flags)
 
     def assert_holds(self, step):
         self.assertEqual(pretrained.load_config(self.out), self.model)
@@ -106,7 +106,7 @@ class ExportTest(absltest.TestCase):
     def test_unknown_step_and_missing_run_are_explained(self):
         _, error = self.export("--step=7")
         self.assertIn("must be best, latest or one of 1, 2", error)
-        _, error = running.run("export", f"--checkpoint={self.directory}", f"--out={self.out}")
+        _, error = running.run("export", f"--run={self.directory}", f"--out={self.out}")
         self.assertIn("holds no run", error)
         self.assertFalse(self.out.exists())
         self.assertEqual(json.loads((self.run_directory / "config.json").read_text())["model"], "some")

@@ -129,7 +129,9 @@ class ScoreTest(parameterized.TestCase):
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         data.write_text("\n".join(lines) + "\n")
         model = self.directory / "model"
-        told, error = running.run("score", f"--model={model}", f"--data={data}", f"--out={self.out}", *flags)
+        told, error = running.run(
+            "score", f"--config.model={model}", f"--config.data.train={data}", f"--out={self.out}", *flags
+        )
         written = [json.loads(line) for line in self.out.read_text().splitlines()] if self.out.exists() else None
         return written, told, error
 
@@ -325,7 +327,11 @@ class ScoreTest(parameterized.TestCase):
         model, parameters, tokenizer = self.save_model("chatml")
         template = "{% for m in messages %}{{ m.role + word + m.content + '<|im_end|>' }}{% endfor %}"
         template += "{% if add_generation_prompt %}{{ 'assistant' + word }}{% endif %}"
-        flags = f"--chat_template={template}", '--chat_template_kwargs={"word": ": "}', f"--passes={passes}"
+        flags = (
+            f"--config.data.chat_template={template}",
+            '--config.data.chat_template_kwargs={"word": ": "}',
+            f"--passes={passes}",
+        )
         written, _, _ = self.score([_DIALOGUES[0]], *flags)
         prompt, response = "user: Hi<|im_end|>assistant: ", "Hello! 🙂<|im_end|>"
         ids = tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
@@ -333,8 +339,8 @@ class ScoreTest(parameterized.TestCase):
         self.assertEqual(written[0]["tokens"], len(ids) - start)
         expected = _alone(model, parameters, ids)[start - 1 :].sum()
         np.testing.assert_allclose(written[0]["nll"], expected, rtol=1e-5)
-        _, _, error = self.score([_DIALOGUES[0]], "--chat_template_kwargs={word")
-        self.assertIn("--chat_template_kwargs is not JSON", error)
+        _, _, error = self.score([_DIALOGUES[0]], "--config.data.chat_template_kwargs={word")
+        self.assertIn("flag --config.data.chat_template_kwargs", error)
 
 
 class BatchesTest(parameterized.TestCase):

@@ -90,7 +90,7 @@ class ShowTest(parameterized.TestCase):
         data = self.directory / "data.jsonl"
         records = record if isinstance(record, list) else [record]
         data.write_text("".join(json.dumps(one) + "\n" for one in records))
-        return running.run("show", f"--tokenizer={path}", f"--data={data}", *flags)
+        return running.run("show", f"--config.tokenizer={path}", f"--config.data.train={data}", *flags)
 
     def picture(self, *arguments, **options):
         """The lines between the legend and the totals."""
@@ -146,7 +146,11 @@ class ShowTest(parameterized.TestCase):
             {"role": "user", "content": "And?"},
             {"role": "assistant", "content": "fine", "weight": 0.5},
         ]
-        shown = self.tokens({"messages": messages}, f"--objective={objective}", "--roles=user,assistant")
+        shown = self.tokens(
+            {"messages": messages},
+            f"--config.objective.name={objective}",
+            "--config.objective.roles=('user', 'assistant')",
+        )
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         stop = len(text) if objective in ("joint", "roles") else text.rindex("<|im_end|>") + len("<|im_end|>")
         ids = tokenizer.encode(text[:stop], add_special_tokens=False)
@@ -207,12 +211,12 @@ class ShowTest(parameterized.TestCase):
     def test_weights_follow_the_flags_of_the_objective(self):
         plain = [{k: v for k, v in message.items() if k != "weight"} for message in _REASONING]
         for flags, marks in (
-            (["--turn_discount=0.5"], ["⟦0.5: ", "⟦"]),
-            (["--turn_weights=3,0.25"], ["⟦3: ", "⟦0.25: "]),
+            (["--config.objective.turn_discount=0.5"], ["⟦0.5: ", "⟦"]),
+            (["--config.objective.turn_weights=(3, 0.25)"], ["⟦3: ", "⟦0.25: "]),
         ):
             picture = self.picture({"messages": plain}, *flags)
             self.assertEqual(re.findall(r"⟦(?:[\d.]+: )?", picture), marks)
-        shown = self.tokens({"messages": plain}, "--normalise=dialogue")
+        shown = self.tokens({"messages": plain}, "--config.objective.normalise=dialogue")
         self.assertAlmostEqual(sum(float(line["weight"]) for line in shown), 1, places=2)
 
     def test_colours_are_written_to_terminals_only(self):
@@ -231,12 +235,12 @@ class ShowTest(parameterized.TestCase):
 
     def test_template_that_changes_contents_is_shown_without_their_roles(self):
         template = chat_templates.TEMPLATES["chatml"].replace("message.content", "message.content | upper")
-        told, error = self.show({"prompt": "Hi", "completion": "Qx7 zebra"}, f"--chat_template={template}")
+        told, error = self.show({"prompt": "Hi", "completion": "Qx7 zebra"}, f"--config.data.chat_template={template}")
         self.assertRegex(error, "does not render the content of an assistant message")
         template = chat_templates.TEMPLATES["chatml"].replace(
             "message.content", "(message.content | upper if message.role == 'user' else message.content)"
         )
-        told, error = self.show({"prompt": "Hi", "completion": "Hello!"}, f"--chat_template={template}")
+        told, error = self.show({"prompt": "Hi", "completion": "Hello!"}, f"--config.data.chat_template={template}")
         self.assertEmpty(error)
         self.assertIn("whose the history is cannot be told: dialogue 0 (data.jsonl:1): message 0 (user)", told)
         self.assertIn("         HI<|im_end|>⏎\n         <|im_start|>assistant⏎\nturn 0   ⟦Hello!<|im_end|>⟧\n", told)
@@ -267,12 +271,15 @@ class ShowTest(parameterized.TestCase):
         self.assertIn("⟦Hello!", self.picture(records, "--index=1"))
         for flags, told in (
             (["--index=0"], r"dialog_jax show: dialogue 0 \(data\.jsonl:1\): has the keys 'prompt'"),
-            (["--index=2"], r"dialog_jax show: --index=2: the data has 2 records, counted from 0"),
+            (["--index=2"], r"dialog_jax show: --index=2: data.jsonl has 2 records, counted from 0"),
             (
-                ["--index=1", "--turn_weights=0"],
+                ["--index=1", "--config.objective.turn_weights=(0,)"],
                 r"dialog_jax show: dialogue 1 \(data.jsonl:2\) has nothing to train on",
             ),
-            (["--index=1", "--turn_weights=a"], r"dialog_jax show: --turn_weights=a"),
+            (
+                ["--index=1", "--config.objective.turn_weights=('a',)"],
+                r"dialog_jax show: config.objective.turn_weights is 'a'; it must be of type float",
+            ),
         ):
             out, error = self.show(records, *flags)
             self.assertRegex(error, told)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import ml_collections
 from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
@@ -47,6 +48,33 @@ class ConfigTest(parameterized.TestCase):
         overridden.loss.label_smoothing = 1.0
         with self.assertRaisesRegex(ValueError, "loss.label_smoothing is 1.0; it must be at least 0 and below 1"):
             config.from_config_dict(overridden)
+
+    def test_numbers_become_the_type_of_their_field(self):
+        original = example()
+        object.__setattr__(original, "epochs", 3)  # as an experiment may write it
+        overridden = config.to_config_dict(original)
+        self.assertIsInstance(overridden.epochs, float)  # so that a flag can set 2.5
+        overridden.objective.turn_weights = (1, 2)
+        self.assertEqual(
+            [type(weight) for weight in config.from_config_dict(overridden).objective.turn_weights], [float] * 2
+        )
+
+    @parameterized.parameters(
+        ("rows", 1.5, "config.rows is 1.5; it must be of type int"),
+        ("rows", True, "config.rows is True; it must be of type int"),
+        ("objective.roles", ("user", 1), "config.objective.roles is 1; it must be of type str"),
+        ("optimizer.learning_rate", "1e-5", "config.optimizer.learning_rate is '1e-5'; it must be of type float"),
+    )
+    def test_value_of_another_type_is_refused(self, field, value, message):
+        overridden = config.to_config_dict(example()).unlock()
+        values = overridden.to_dict()
+        place = values
+        *parents, name = field.split(".")
+        for parent in parents:
+            place = place[parent]
+        place[name] = value
+        with self.assertRaisesRegex(UserError, message):
+            config.from_config_dict(ml_collections.ConfigDict(values))
 
     def test_unknown_field_is_refused_with_those_there_are(self):
         overridden = config.to_config_dict(example())

@@ -18,6 +18,11 @@ class ScheduleTest(parameterized.TestCase):
         schedule = optimizer.make_schedule(OptimizerConfig(learning_rate=1.0, final_fraction=0.1, **fields), steps)
         return np.array([float(schedule(step)) for step in range(steps)])
 
+    def test_warmup_by_default_takes_three_percent_of_the_steps(self):
+        schedule = optimizer.make_schedule(OptimizerConfig(learning_rate=1.0, schedule="constant"), 100)
+        np.testing.assert_allclose([schedule(step) for step in range(5)], [1 / 3, 2 / 3, 1, 1, 1])
+        self.assertEqual(self.rates(schedule="constant")[0], 1)  # of 20 steps none
+
     def test_warmup_rises_by_equal_parts_to_the_peak(self):
         np.testing.assert_allclose(self.rates(schedule="constant", warmup_steps=4)[:5], [0.25, 0.5, 0.75, 1, 1])
 

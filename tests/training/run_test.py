@@ -16,6 +16,7 @@ import numpy as np
 import rich.console
 from absl.testing import absltest, parameterized
 
+from dialog_jax.dialogues.holdout import is_held_out
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
@@ -94,6 +95,20 @@ class RunTest(parameterized.TestCase):
         self.assertNotEmpty(list((self.directory / "run" / "tensorboard").iterdir()))
         best = min(held_out[1:], key=lambda line: line["loss"])["step"]
         self.assertEqual(self.steps_of("run"), sorted({4, 6, best}))
+
+    def test_run_without_validation_data_holds_a_share_out_and_says_so(self):
+        data = dataclasses.replace(self.config.data, validation="", validation_share=0.2)
+        self.run_in("run", steps=1, data=data)
+        dialogues = list(read_dialogues(self.directory / "train.jsonl"))
+        held_out = sum(is_held_out(dialogue, 0.2) for dialogue in dialogues)
+        log = self.output.getvalue()
+        self.assertIn("data.validation is empty: 0.2 of train.jsonl is held out, chosen by a hash", log)
+        self.assertIn(f"\ntrain.jsonl: {len(dialogues) - held_out} dialogues read", log)
+        self.assertIn(f"\n0.2 of train.jsonl: {held_out} dialogues read", log)
+        self.assertEqual(self.run_in("run", steps=1, data=data).step, 1)
+        changed = dataclasses.replace(data, validation_share=0.3)
+        with self.assertRaisesRegex(ValueError, "another config .*validation_share"):
+            self.run_in("run", steps=1, data=changed)
 
     def test_extras_of_the_loss_reach_the_update_and_leave_held_out_figures_plain(self):
         result = self.run_in("run", steps=1, loss=LossConfig(z_loss=1.0))

@@ -197,8 +197,8 @@ def compute_our_loss(settings: Settings, out: pathlib.Path) -> tuple[float, int]
         "-m",
         "dialog_jax",
         "score",
-        f"--model={settings.model}",
-        f"--data={settings.inputs / 'compared.jsonl'}",
+        f"--config.model={settings.model}",
+        f"--config.data.train={settings.inputs / 'compared.jsonl'}",
         f"--out={out}",
     ]
     subprocess.run(score, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)

@@ -1,0 +1,56 @@
+"""What a command reads because the config names it: dialogues, and a tokenizer with its chat template. No JAX."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from absl import flags
+
+from dialog_jax.audit import inspection
+from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.errors import UserError
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.data_sources import Source
+
+
+def define_data() -> flags.FlagHolder[str]:
+    """Defines --data, for `data_sources.find_source`."""
+    return flags.DEFINE_string(
+        "data",
+        "train",
+        "Which data of the config: train (all of data.train), validation (data.validation, or the share that is held "
+        "out), or the name of a set in data.mix.",
+    )
+
+
+def iterate_records(source: Source) -> Iterator[Dialogue | ValueError]:
+    """Yields each record: as a dialogue, or as the error that it is."""
+    for path in source.paths:
+        for record in inspection.iterate_dialogues(path, split=source.split):
+            if not isinstance(record, Dialogue) or source.selects(record):
+                yield record
+
+
+def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizerFast, Renderer]:
+    """Returns the tokenizer of the config, and a renderer with it.
+
+    Raises:
+      UserError: the config names neither model nor tokenizer, or what it names cannot be loaded.
+    """
+    name = config.tokenizer or config.model
+    if not name:
+        raise UserError("model and tokenizer are empty. Name one of them: --config.model=... or --config.tokenizer=...")
+    options = renderer_options(config)
+    tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"))
+    return tokenizer, Renderer(tokenizer, **options)
+
+
+def renderer_options(config: TrainConfig) -> dict[str, Any]:
+    """Returns the fields of the config that determine how dialogues are rendered, as arguments of `open_model`."""
+    return {
+        "chat_template": config.data.chat_template,
+        "chat_template_kwargs": config.data.chat_template_kwargs,
+        "allow_special_tokens": config.data.allow_special_tokens,
+    }
