@@ -24,8 +24,8 @@ _ROOMS = {
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
-    "attention": ("cached", "padding", "blockwise", "pallas_gpu", "splash", "dispatch"),
-    "model": ("rotary", "decoder", "tensor_files", "hf_config", "pretrained"),
+    "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
+    "model": ("rotary", "decoder", "decoding", "tensor_files", "hf_config", "pretrained"),
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",

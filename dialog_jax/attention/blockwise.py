@@ -1,7 +1,7 @@
-"""Attention of a row that is a forest of dialogues: only blocks in which some key is visible are read. Any device.
+"""Attention over rows that are forests of dialogues, skipping pairs of blocks in which nothing is visible. Any device.
 
-In: queries, keys and values of a row, and one int32 per token, `subtree_end`, that says which later tokens see it.
-Out: what each query reads. Knows nothing of roles, turns or where a dialogue starts: the ancestor mask says it all.
+In: queries, keys and values of rows, and one int32 per token, `subtree_end`. Out: the attention output. Knows no roles
+and no dialogue boundaries; the ancestor mask covers both:
 
     key j is visible to query i   iff   j <= i < subtree_end[j]
 
@@ -11,9 +11,9 @@ A row of two dialogues, the first of which branches after its first two tokens (
     subtree_end  5  5  4  4  5 | 7  7          query 4 sees 0 1 4
                                                query 6 sees 5 6
 
-Queries and keys go in blocks. A loop visits the pairs of blocks that the mask leaves, as many as there are, forward and
-backward: the cost of a token grows with its dialogue and not with the row. Rows of one call go together: a pair that
-one of them needs is visited in all. Nothing of size [T, T] is made.
+Queries and keys are divided into blocks. In the forward and in the backward pass a loop visits the pairs of blocks that
+contain a visible pair of tokens, so a token's cost grows with its dialogue and not with the row. The rows of a call
+share one loop: a pair of blocks that one row needs is visited in all. No array has shape [T, T].
 """
 
 import functools
@@ -24,17 +24,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dialog_jax.attention import padding
-
 BLOCK = 256
-PAIRS = "block_pairs"  # the loop over pairs, as it is called in compiled programs
-_HIDDEN = -1e30  # the score of a key that is not seen: finite, so that no difference of scores is NaN
+PAIRS = "block_pairs"  # name of the loop over pairs of blocks in compiled programs
+OUTPUT = "attention_output"  # checkpoint name of what every kernel saves for its backward pass
+_MASKED = -1e30  # score of an invisible key: finite, so that no difference of scores is NaN
 
 
 class _Pairs(NamedTuple):
-    """The pairs of blocks to visit: the first `number` of each list; of a query's block, its own comes first."""
+    """The pairs of blocks to visit: the first `total` of each list. A query block's own key block comes first."""
 
-    number: Array
+    total: Array
     query: Array
     key: Array
 
@@ -47,22 +46,42 @@ def attend(
     *,
     block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
-    """What each query reads of its ancestors and itself; softmax and sums in float32.
+    """Returns the attention output of each query over its ancestors and itself; softmax and sums are float32.
 
-    Computed again in the backward pass: the probabilities of a pair. Kept for it, under the name "read": what is
-    returned and, for each query, the logarithm of its sum.
+    The backward pass recomputes the probabilities of a pair of blocks. Saved for it under the checkpoint name `OUTPUT`
+    are the output and the log-sum-exp of each query's scores.
 
     Args:
-      subtree_end: one more than the last token that sees this one; of padding, its own index + 1.
-      block: tokens of a block. Smaller ones skip more and compute less well.
+      subtree_end: one more than the last token that sees this one; for padding, its own index + 1.
+      block: tokens per block. Smaller blocks skip more and have less efficient matrix products.
 
-    Source: the order of work is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2); differs in the mask, in the
-    list of pairs, and in one loop for all gradients.
+    Source: FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), with its names; differs in the mask, in the list of
+    pairs, and in one loop for all three gradients.
     """
     length = q.shape[1]
     block = min(block, length)
-    q, k, v, subtree_end = padding.to_multiple(block, q, k, v, subtree_end)
+    q, k, v, subtree_end = pad_to_multiple(block, q, k, v, subtree_end)
     return _attend(q, k, v, subtree_end, block)[:, :length]
+
+
+def pad_to_multiple(
+    multiple: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    subtree_end: Int[Array, "B T"],
+) -> tuple[Array, Array, Array, Array]:
+    """Returns the arrays with T padded to the next multiple; padding is zeros and sees only itself.
+
+    With multiple 4, a row of three tokens: subtree_end 3 3 3 becomes 3 3 3 4.
+    """
+    batch, length = subtree_end.shape
+    missing = -length % multiple
+    if not missing:
+        return q, k, v, subtree_end
+    q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
+    alone = jnp.arange(length + 1, length + missing + 1, dtype=subtree_end.dtype)
+    return q, k, v, jnp.concatenate([subtree_end, jnp.broadcast_to(alone, (batch, missing))], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -72,66 +91,68 @@ def _attend(q, k, v, subtree_end, block):
 
 def _forward(q, k, v, subtree_end, block):
     group = q.shape[2] // k.shape[2]
-    pairs = _pairs(subtree_end, block)
-    queries, keys, values, ends = _blocks(_scaled(q), k, v, subtree_end, block)
+    pairs = _list_pairs(subtree_end, block)
+    q_blocks, k_blocks, v_blocks, ends = _divide(_scale(q), k, v, subtree_end, block)
 
     def visit(index, carry):
-        peak, total, read = carry
+        m, l, acc = carry
         i, j = pairs.query[index], pairs.key[index]
-        at, seen = _places(i, j, block, group)
-        visible = (seen[:, None, :] <= at[:, :, None]) & (at[:, :, None] < ends[j][:, None, :])  # [B, G * block, block]
-        score = jnp.where(visible[:, None], _product(queries[i], keys[j].swapaxes(-1, -2)), _HIDDEN)
-        new = jnp.maximum(peak[i], jnp.max(score, axis=-1, keepdims=True))
-        weight = jnp.exp(score - new)
-        faded = jnp.exp(peak[i] - new)
-        summed = total[i] * faded + jnp.sum(weight, axis=-1, keepdims=True)
-        found = read[i] * faded + _product(weight.astype(v.dtype), values[j])
-        return peak.at[i].set(new), total.at[i].set(summed), read.at[i].set(found)
+        query, key = _token_indices(i, j, block, group)
+        # [B, G * block, block]
+        visible = (key[:, None, :] <= query[:, :, None]) & (query[:, :, None] < ends[j][:, None, :])
+        s = jnp.where(visible[:, None], _matmul(q_blocks[i], k_blocks[j].swapaxes(-1, -2)), _MASKED)
+        m_new = jnp.maximum(m[i], jnp.max(s, axis=-1, keepdims=True))
+        p = jnp.exp(s - m_new)
+        alpha = jnp.exp(m[i] - m_new)
+        l_new = l[i] * alpha + jnp.sum(p, axis=-1, keepdims=True)
+        acc_new = acc[i] * alpha + _matmul(p.astype(v.dtype), v_blocks[j])
+        return m.at[i].set(m_new), l.at[i].set(l_new), acc.at[i].set(acc_new)
 
-    column = (*queries.shape[:-1], 1)
-    empty = jnp.full(column, _HIDDEN), jnp.zeros(column), jnp.zeros(queries.shape)
+    column = (*q_blocks.shape[:-1], 1)
+    initial = jnp.full(column, _MASKED), jnp.zeros(column), jnp.zeros(q_blocks.shape)
     with jax.named_scope(PAIRS):
-        peak, total, read = jax.lax.fori_loop(0, pairs.number, visit, empty)
-    read = checkpoint_name(_row(read / total, group).astype(q.dtype), "read")
-    normalizer = checkpoint_name(peak + jnp.log(total), "read")  # [n, B, K, G * block, 1]
-    return read, (q, k, v, subtree_end, read, normalizer)
+        m, l, acc = jax.lax.fori_loop(0, pairs.total, visit, initial)
+    output = checkpoint_name(_undivide(acc / l, group).astype(q.dtype), OUTPUT)
+    lse = checkpoint_name(m + jnp.log(l), OUTPUT)  # [n, B, K, G * block, 1]
+    return output, (q, k, v, subtree_end, output, lse)
 
 
-def _backward(block, kept, gradient):
-    q, k, v, subtree_end, read, normalizer = kept
+def _backward(block, residuals, d_output):
+    q, k, v, subtree_end, output, lse = residuals
     group = q.shape[2] // k.shape[2]
-    pairs = _pairs(subtree_end, block)
-    queries, keys, values, ends = _blocks(_scaled(q), k, v, subtree_end, block)
-    (gradients,) = _query_blocks(block, group, gradient)
-    wide = gradient.astype(jnp.float32) * read.astype(jnp.float32)
-    (mean,) = _query_blocks(block, group, jnp.sum(wide, axis=-1, keepdims=True))
+    pairs = _list_pairs(subtree_end, block)
+    q_blocks, k_blocks, v_blocks, ends = _divide(_scale(q), k, v, subtree_end, block)
+    (do_blocks,) = _head_blocks(block, group, d_output)
+    product = d_output.astype(jnp.float32) * output.astype(jnp.float32)
+    (delta,) = _head_blocks(block, group, jnp.sum(product, axis=-1, keepdims=True))
 
     def visit(index, carry):
-        to_query, to_key, to_value = carry
+        dq, dk, dv = carry
         i, j = pairs.query[index], pairs.key[index]
-        query, key, value, wanted = queries[i], keys[j], values[j], gradients[i]
-        at, seen = _places(i, j, block, group)
-        visible = (seen[:, :, None] <= at[:, None, :]) & (at[:, None, :] < ends[j][:, :, None])  # [B, block, G * block]
-        score = jnp.where(visible[:, None], _product(key, query.swapaxes(-1, -2)), _HIDDEN)
-        weight = jnp.exp(score - normalizer[i].swapaxes(-1, -2))
-        to_weight = _product(value, wanted.swapaxes(-1, -2))
-        to_score = (weight * (to_weight - mean[i].swapaxes(-1, -2))).astype(q.dtype)
-        # Said to be one array: XLA:CPU would otherwise form it once for each product.
-        to_score = jax.lax.optimization_barrier(to_score)
+        q_block, k_block, v_block, do_block = q_blocks[i], k_blocks[j], v_blocks[j], do_blocks[i]
+        query, key = _token_indices(i, j, block, group)
+        # [B, block, G * block]: keys by queries, the transpose of the forward pass
+        visible = (key[:, :, None] <= query[:, None, :]) & (query[:, None, :] < ends[j][:, :, None])
+        s = jnp.where(visible[:, None], _matmul(k_block, q_block.swapaxes(-1, -2)), _MASKED)
+        p = jnp.exp(s - lse[i].swapaxes(-1, -2))
+        dp = _matmul(v_block, do_block.swapaxes(-1, -2))
+        ds = (p * (dp - delta[i].swapaxes(-1, -2))).astype(q.dtype)
+        # The barrier makes ds one array: XLA:CPU would otherwise compute it once for each product.
+        ds = jax.lax.optimization_barrier(ds)
         return (
-            to_query.at[i].add(_product(key.swapaxes(-1, -2), to_score)),
-            to_key.at[j].add(_product(to_score, query)),
-            to_value.at[j].add(_product(weight.astype(v.dtype), wanted)),
+            dq.at[i].add(_matmul(k_block.swapaxes(-1, -2), ds)),
+            dk.at[j].add(_matmul(ds, q_block)),
+            dv.at[j].add(_matmul(p.astype(v.dtype), do_block)),
         )
 
-    # Queries' gradients are added up transposed: the product then reads the scores as they lie.
-    zeros = tuple(jnp.zeros(x.shape) for x in (queries.swapaxes(-1, -2), keys, values))
+    # dq is accumulated transposed, so that its product reads ds in the order in which it is stored.
+    zeros = tuple(jnp.zeros(x.shape) for x in (q_blocks.swapaxes(-1, -2), k_blocks, v_blocks))
     with jax.named_scope(PAIRS):
-        to_query, to_key, to_value = jax.lax.fori_loop(0, pairs.number, visit, zeros)
+        dq, dk, dv = jax.lax.fori_loop(0, pairs.total, visit, zeros)
     return (
-        _scaled(_row(to_query.swapaxes(-1, -2), group)).astype(q.dtype),
-        _row(to_key, 1).astype(k.dtype),
-        _row(to_value, 1).astype(v.dtype),
+        _scale(_undivide(dq.swapaxes(-1, -2), group)).astype(q.dtype),
+        _undivide(dk, 1).astype(k.dtype),
+        _undivide(dv, 1).astype(v.dtype),
         None,
     )
 
@@ -139,51 +160,51 @@ def _backward(block, kept, gradient):
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(subtree_end, block):
-    """Key block j is visited by a later query block i iff some key of j is seen by the first query of i."""
+def _list_pairs(subtree_end, block):
+    """Key block j is visited from a later query block i iff the first query of i sees some key of j."""
     batch, length = subtree_end.shape
-    count = length // block
-    reach = jnp.max(subtree_end.reshape(batch, count, block), axis=(0, 2))  # [n]
-    i, j = jnp.arange(count)[:, None], jnp.arange(count)[None, :]
-    needed = (j == i) | ((j < i) & (reach[None, :] > i * block))
-    # Its own block first: from then on the peak of every query is a score that it sees.
-    query, behind = jnp.nonzero(needed[:, ::-1], size=count * (count + 1) // 2, fill_value=0)
-    return _Pairs(jnp.sum(needed), query, count - 1 - behind)
+    blocks = length // block
+    block_end = jnp.max(subtree_end.reshape(batch, blocks, block), axis=(0, 2))  # [n]
+    i, j = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None, :]
+    needed = (j == i) | ((j < i) & (block_end[None, :] > i * block))
+    # A query block's own key block comes first: from then on m is a visible score of every query.
+    query, distance = jnp.nonzero(needed[:, ::-1], size=blocks * (blocks + 1) // 2, fill_value=0)
+    return _Pairs(jnp.sum(needed), query, blocks - 1 - distance)
 
 
-def _scaled(q):
+def _scale(q):
     return q * q.shape[-1] ** -0.5
 
 
-def _product(left, right):
+def _matmul(left, right):
     return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
-def _places(i, j, block, group):
-    """Of a pair: the places in the row of its queries, head after head of a group, and of its keys; [1, ...]."""
-    place = jnp.arange(block)[None, :]
-    return i * block + jnp.concatenate([place] * group, axis=1), j * block + place
+def _token_indices(i, j, block, group):
+    """(indices in the row of query block i's tokens, repeated for each head of a group; of key block j's); [1, ...]."""
+    offset = jnp.arange(block)[None, :]
+    return i * block + jnp.concatenate([offset] * group, axis=1), j * block + offset
 
 
-def _blocks(q, k, v, subtree_end, block):
+def _divide(q, k, v, subtree_end, block):
     group = q.shape[2] // k.shape[2]
     ends = subtree_end.reshape(subtree_end.shape[0], -1, block).swapaxes(0, 1)  # [n, B, block]
-    return *_query_blocks(block, group, q), *_query_blocks(block, 1, k, v), ends
+    return *_head_blocks(block, group, q), *_head_blocks(block, 1, k, v), ends
 
 
-def _query_blocks(block, group, *arrays):
-    """[B, T, K * G, H] to [n, B, K, G * block, H]: a block is one piece of memory, and a matrix a key/value head."""
+def _head_blocks(block, group, *arrays):
+    """[B, T, K * G, H] to [n, B, K, G * block, H]: a block is contiguous, and one matrix per key/value head."""
 
-    def divided(x):
-        batch, length, heads, size = x.shape
-        x = x.reshape(batch, length // block, block, heads // group, group, size)
-        return x.transpose(1, 0, 3, 4, 2, 5).reshape(length // block, batch, heads // group, group * block, size)
+    def divide(x):
+        batch, length, heads, head_dim = x.shape
+        x = x.reshape(batch, length // block, block, heads // group, group, head_dim)
+        return x.transpose(1, 0, 3, 4, 2, 5).reshape(length // block, batch, heads // group, group * block, head_dim)
 
-    return tuple(divided(x) for x in arrays)
+    return tuple(divide(x) for x in arrays)
 
 
-def _row(x, group):
-    """The way back: [n, B, K, G * block, H] to [B, T, K * G, H]."""
-    count, batch, heads, rows, size = x.shape
-    x = x.reshape(count, batch, heads, group, rows // group, size)
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * rows // group, heads * group, size)
+def _undivide(x, group):
+    """The inverse of `_head_blocks`: [n, B, K, G * block, H] to [B, T, K * G, H]."""
+    blocks, batch, heads, rows, head_dim = x.shape
+    x = x.reshape(blocks, batch, heads, group, rows // group, head_dim)
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * rows // group, heads * group, head_dim)

@@ -1,12 +1,12 @@
-"""Which way to attend on the devices at hand: the fastest that computes the right thing there.
+"""Selects the attention kernel for the devices of a mesh.
 
-In: the mesh, the shape and type of queries and keys, and whether trees branch. Out: a function of q, k, v and
-`subtree_end`, to be called under `jax.jit` on arrays laid out over the mesh; its name, and why it was chosen.
+In: the mesh, the shape and type of queries and keys, whether trees branch, and the name of a kernel or "auto". Out: a
+`Kernel`, a function of q, k, v and `subtree_end` to be called under `jax.jit` on arrays laid out over the mesh.
 
-A kernel is trusted on a device once it has been tried there: on a small random forest, with the heads, the type and the
-blocks that it is to be used with, what it reads and its three gradients must equal those of NumPy in float64 to
-rounding. One that does not, or does not compile, is passed over, and the reason says so. Blockwise attention is the
-last, and always there. On CPUs it is the only one, and nothing is tried.
+A kernel other than blockwise attention is used only after a probe on one device: on a small random forest, with the
+run's heads, type and blocks, its output and its three gradients must equal NumPy's in float64 to rounding. A kernel
+that the device, the version of JAX or the shape does not support is passed over under "auto", and the reason says so.
+Everything else that goes wrong is an error, never a slower path.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,30 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dialog_jax.attention import blockwise
+from dialog_jax.errors import UserError
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 
 _TENSOR = "tensor"
-# Three of splash's largest blocks, the last of them not full: longer rows have no larger ones, and with three there is
-# one that nobody two blocks later sees, to be skipped.
+# Three of splash's largest blocks, the last of them not full: longer rows have no larger blocks, and of three the first
+# can be skipped by the queries of the last.
 _PROBE_LENGTH = 1100
 
-# Of the norm of what is right. Rounding gives a third of these; a wrong mask, scale or type of product far more.
+# Relative to the norm of the exact result. Rounding gives a third of these; a wrong mask, scale or type far more.
 _TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 
-# What a kernel that is not for this device or this version of JAX ends in: XLA's compiler and runtime raise
-# JaxRuntimeError, a RuntimeError; JAX and Pallas the others, when they trace or lower it. ImportError: experimental
-# modules come and go.
-_NOT_HERE = (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError)
+# Messages by which JAX and XLA say, in exceptions of no class of their own, that a device cannot run a kernel: there is
+# no Pallas for it in this jaxlib; it is older than Triton supports; its blocks exceed the shared memory.
+_UNSUPPORTED_MESSAGES = (
+    "Cannot lower pallas_call on platform",
+    "UNIMPLEMENTED",
+    "Triton support is only enabled for",
+    "Shared memory size limit exceeded",
+)
 
 
 class Kernel(NamedTuple):
-    """A way to attend, and one line that says why."""
+    """An attention kernel, and one line that says why it was selected."""
 
     name: str
     attend: Attend
@@ -45,13 +50,17 @@ class Kernel(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A kernel, imported when it is to be tried: no other device needs its part of JAX."""
+    """A kernel for one platform, imported when it is tried: other platforms may lack its part of JAX."""
 
     name: str
     platform: str
     branching: bool
-    """Whether it can do trees that are not paths."""
+    """Whether it supports trees that are not paths."""
     load: Callable[[], Attend]
+
+
+class _UnsupportedError(Exception):
+    """The devices, this version of JAX or the shape do not support a kernel; the message says which and why."""
 
 
 def _load_pallas_gpu() -> Attend:
@@ -66,44 +75,67 @@ def _load_splash() -> Attend:
     return splash.attend
 
 
-# For each platform, the first that works is taken.
+# Under "auto", the first that the devices support is selected.
 _CANDIDATES = (
-    _Candidate("pallas_gpu", "gpu", True, _load_pallas_gpu),
+    _Candidate("pallas", "gpu", True, _load_pallas_gpu),
     _Candidate("splash", "tpu", False, _load_splash),
 )
 
 
 def select_kernel(
-    mesh: Mesh, *, heads: int, kv_heads: int, head_dim: int, length: int, dtype: jax.typing.DTypeLike, branching: bool
+    mesh: Mesh,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    length: int,
+    dtype: jax.typing.DTypeLike,
+    branching: bool,
+    name: str = "auto",
 ) -> Kernel:
-    """Returns how to attend in rows that are divided over the devices of `mesh`.
+    """Returns the kernel for rows that are divided over the devices of `mesh`.
 
-    Each process tries kernels on one of its own devices: alike devices and versions come to the same choice.
+    Each process probes kernels on one of its own devices: equal devices and versions select the same kernel.
 
     Args:
-      length: tokens of a row.
+      length: tokens per row.
       dtype: of queries, keys and values.
-      branching: whether some tree of some row may branch; if not, all of them are paths.
+      branching: whether a tree of some row may branch; if not, all trees are paths.
+      name: "auto" for the fastest that the devices support, "blockwise", "pallas" or "splash".
+
+    Raises:
+      UserError: the kernel named `name` is not supported here, or a kernel does not compute attention here.
     """
-    platform = mesh.devices.flat[0].platform
-    passed = []
-    for candidate in _CANDIDATES:
-        if candidate.platform != platform:
+    blockwise_attend = sharded(blockwise.attend, mesh)
+    if name == "blockwise":
+        return Kernel(name, blockwise_attend, "as configured")
+    device = mesh.local_devices[0]
+    divided = _head_divisor(mesh, heads, kv_heads)
+    shape = (min(length, _PROBE_LENGTH), heads // divided, kv_heads // divided, head_dim)
+    candidates = [c for c in _CANDIDATES if name == c.name or (name == "auto" and c.platform == device.platform)]
+    assert candidates or name == "auto", f"no kernel is named {name}"
+    reasons = []
+    for candidate in candidates:
+        try:
+            attend, error = _try(candidate, device, shape, dtype, branching)
+        except (_UnsupportedError, jax.errors.JaxRuntimeError) as failure:
+            if name != "auto":
+                raise UserError(
+                    f"attention={name} does not work here: {_first_line(failure)}. Set attention=auto or "
+                    "attention=blockwise."
+                ) from failure
+            if not isinstance(failure, _UnsupportedError):
+                raise
+            reasons.append(str(failure))
             continue
-        if branching and not candidate.branching:
-            passed.append(f"{candidate.name} is for rows whose trees are all paths")
-            continue
-        attend, wrong = _tried(candidate, mesh, heads, kv_heads, head_dim, min(length, _PROBE_LENGTH), dtype, branching)
-        if attend is not None:
-            said = f"equal to float64 on {mesh.local_devices[0].device_kind} to {wrong}"
-            return Kernel(candidate.name, sharded(attend, mesh), "; ".join([said, *passed]))
-        passed.append(f"{candidate.name}: {wrong}")
-    reason = "; ".join(passed) if passed else f"there is no kernel for {platform}"
-    return Kernel("blockwise", sharded(blockwise.attend, mesh), reason)
+        reasons.insert(0, f"equal to float64 on {device.device_kind} to {error:.1e}")
+        return Kernel(candidate.name, sharded(attend, mesh), "; ".join(reasons))
+    reasons = reasons or [f"there is no other kernel for {device.platform}"]
+    return Kernel("blockwise", blockwise_attend, "; ".join(reasons))
 
 
 def sharded(attend: Attend, mesh: Mesh) -> Attend:
-    """Returns `attend` for arrays over all devices of `mesh`: each attends in its own rows, with its own heads.
+    """Returns `attend` for arrays over all devices of `mesh`: each device computes its own rows and heads.
 
     Rows are divided over all axes but `tensor`; heads over `tensor` if both kinds are divisible by it, and otherwise
     each of its devices computes all of them.
@@ -113,9 +145,9 @@ def sharded(attend: Attend, mesh: Mesh) -> Attend:
     row_axes = tuple(axis for axis in mesh.axis_names if axis != _TENSOR)
 
     def over_devices(q, k, v, subtree_end):
-        divided = _divided(mesh, q.shape[2], k.shape[2])
+        divided = _head_divisor(mesh, q.shape[2], k.shape[2])
         heads = PartitionSpec(row_axes, None, _TENSOR if divided > 1 else None, None)
-        # Pallas does not say over which axes what it returns varies, so that cannot be checked.
+        # Pallas does not declare over which axes its outputs vary, so that cannot be checked.
         return jax.shard_map(
             attend,
             mesh=mesh,
@@ -127,28 +159,56 @@ def sharded(attend: Attend, mesh: Mesh) -> Attend:
     return over_devices
 
 
-def _divided(mesh: Mesh, heads: int, kv_heads: int) -> int:
-    """Over how many devices the heads of a row are divided."""
+def _head_divisor(mesh: Mesh, heads: int, kv_heads: int) -> int:
+    """The number of devices over which the heads of a row are divided."""
     size = mesh.shape.get(_TENSOR, 1)
     return 1 if heads % size or kv_heads % size else size
 
 
-def _tried(
-    candidate: _Candidate, mesh: Mesh, heads: int, kv_heads: int, head_dim: int, length: int, dtype, branching: bool
-) -> tuple[Attend | None, str]:
-    """(the candidate, its largest error) if it is right on a device of the mesh, otherwise (None, what is wrong)."""
-    divided = _divided(mesh, heads, kv_heads)
-    shape = (length, heads // divided, kv_heads // divided, head_dim)
+def _try(
+    candidate: _Candidate, device: jax.Device, shape: tuple[int, int, int, int], dtype, branching: bool
+) -> tuple[Attend, float]:
+    """(the candidate's function, its largest error in the probe).
+
+    Raises:
+      _UnsupportedError: the candidate cannot run on the device, or not with this shape, type or kind of trees.
+      UserError: it runs and computes wrong numbers.
+    """
+    if candidate.platform != device.platform:
+        raise _UnsupportedError(f"{candidate.name} is a kernel for {candidate.platform}, this is {device.platform}")
+    if branching and not candidate.branching:
+        raise _UnsupportedError(f"{candidate.name} is for rows whose trees are all paths")
     try:
         attend = candidate.load()
-        errors = probe(attend, mesh.local_devices[0], *shape, dtype, branching)
-    except _NOT_HERE as error:
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        errors = probe(attend, device, *shape, dtype, branching)
+    except (ImportError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
+        if not _means_unsupported(error):
+            error.add_note(
+                f"Raised while probing the attention kernel {candidate.name}; attention=blockwise avoids it."
+            )
+            raise
+        raise _UnsupportedError(f"{candidate.name}: {type(error).__name__}: {_first_line(error)}") from error
     largest = max(errors.values(), key=lambda error: np.inf if np.isnan(error) else error)
-    tolerance = _TOLERANCE[jnp.dtype(dtype).name]
-    if not largest <= tolerance:  # NaN is not
-        return None, "off by " + ", ".join(f"{error:.1e} ({name})" for name, error in errors.items())
-    return attend, f"{largest:.1e}"
+    if not largest <= _TOLERANCE[jnp.dtype(dtype).name]:  # also true for NaN
+        raise UserError(
+            f"attention kernel {candidate.name} computes wrong numbers on {device.device_kind}: off by "
+            + ", ".join(f"{error:.1e} ({name})" for name, error in errors.items())
+            + ". Set attention=blockwise, and report this with the versions of JAX and of the driver."
+        )
+    return attend, largest
+
+
+def _means_unsupported(error: Exception) -> bool:
+    """Whether an exception says that the device, the version of JAX, the shape or the type is not supported."""
+    if isinstance(error, NotImplementedError):
+        return True
+    if isinstance(error, ImportError):  # of a part of JAX that this version does not have, not of our own modules
+        return (error.name or "").partition(".")[0] in ("jax", "jaxlib")
+    return any(message in str(error) for message in _UNSUPPORTED_MESSAGES)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def probe(
@@ -161,31 +221,30 @@ def probe(
     dtype: jax.typing.DTypeLike,
     branching: bool,
 ) -> dict[str, float]:
-    """Returns how far `attend` is off in a random row, for what is read and the gradients to queries, keys and values.
+    """Returns the errors of `attend` on a random row: of its output and of its gradients dq, dk and dv.
 
-    That is the norm of the difference from NumPy's float64 over the norm of the latter; NaN where something is.
+    An error is the norm of the difference from NumPy's float64 over the norm of the latter; NaN if there is a NaN.
     """
     rng = np.random.default_rng(0)
     subtree_end = _random_forest(rng, length, branching)[None]
     sizes = (heads, kv_heads, kv_heads, heads)
-    drawn = [rng.standard_normal((1, length, size, head_dim)).astype(jnp.dtype(dtype)) for size in sizes]
+    q, k, v, d_output = (rng.standard_normal((1, length, size, head_dim)).astype(jnp.dtype(dtype)) for size in sizes)
 
     @jax.jit
-    def run(q, k, v, subtree_end, d_read):
-        read, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
-        return read, *pull(d_read)
+    def run(q, k, v, subtree_end, d_output):
+        output, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+        return output, *vjp(d_output)
 
-    got = jax.device_get(run(*jax.device_put((*drawn[:3], subtree_end, drawn[3]), device)))
-    needed = reference(drawn[0], drawn[1], drawn[2], subtree_end, drawn[3])
-    names = ("read", "to queries", "to keys", "to values")
+    arrays = q, k, v, subtree_end, d_output
+    results = jax.device_get(run(*jax.device_put(arrays, device)))
     return {
-        name: float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
-        for name, a, b in zip(names, got, needed, strict=True)
+        name: float(np.linalg.norm(np.asarray(result, np.float64) - exact) / np.linalg.norm(exact))
+        for name, result, exact in zip(("output", "dq", "dk", "dv"), results, reference(*arrays), strict=True)
     }
 
 
 def _random_forest(rng: np.random.Generator, length: int, branching: bool) -> np.ndarray:
-    """`subtree_end` [T] of trees of some 60 tokens; if they branch, one token in twenty does."""
+    """`subtree_end` [T] of trees of about 60 tokens; if `branching`, one token in twenty starts a branch."""
     parent = np.full(length, -1)
     path: list[int] = []
     for token in range(length):
@@ -203,22 +262,22 @@ def _random_forest(rng: np.random.Generator, length: int, branching: bool) -> np
     return subtree_end
 
 
-def reference(q, k, v, subtree_end, d_read) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns what is read and the gradients of sum(read * d_read) to `q`, `k` and `v`, by NumPy in float64."""
-    q, k, v, d_read = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_read))
+def reference(q, k, v, subtree_end, d_output) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the attention output and dq, dk, dv, the gradients of sum(output * d_output), by NumPy in float64."""
+    q, k, v, d_output = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_output))
     token = np.arange(q.shape[1])
-    seen = (token[None] <= token[:, None]) & (token[:, None] < np.asarray(subtree_end)[:, None, :])  # [B, T, T]
-    read, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    visible = (token[None] <= token[:, None]) & (token[:, None] < np.asarray(subtree_end)[:, None, :])  # [B, T, T]
+    output, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         for n in range(q.shape[2]):
-            queries, keys, values, out = q[b, :, n], k[b, :, n // group], v[b, :, n // group], d_read[b, :, n]
-            score = np.where(seen[b], queries @ keys.T * scale, -np.inf)
-            weight = np.exp(score - score.max(axis=1, keepdims=True))
-            weight /= weight.sum(axis=1, keepdims=True)
-            read[b, :, n] = weight @ values
-            d_score = weight * (out @ values.T - np.sum(out * read[b, :, n], axis=1, keepdims=True)) * scale
-            d_q[b, :, n] = d_score @ keys
-            d_k[b, :, n // group] += d_score.T @ queries
-            d_v[b, :, n // group] += weight.T @ out
-    return read, d_q, d_k, d_v
+            queries, keys, values, do = q[b, :, n], k[b, :, n // group], v[b, :, n // group], d_output[b, :, n]
+            s = np.where(visible[b], queries @ keys.T * scale, -np.inf)
+            p = np.exp(s - s.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            output[b, :, n] = p @ values
+            ds = p * (do @ values.T - np.sum(do * output[b, :, n], axis=1, keepdims=True)) * scale
+            dq[b, :, n] = ds @ keys
+            dk[b, :, n // group] += ds.T @ queries
+            dv[b, :, n // group] += p.T @ do
+    return output, dq, dk, dv

@@ -1,23 +1,24 @@
-"""Attention on NVIDIA GPUs that reads only blocks in which some query sees some key: our own kernels, for any tree.
+"""Attention on NVIDIA GPUs that skips blocks in which no query sees a key: our own kernels, for any tree.
 
-In: queries, keys and values of packed rows, and their `subtree_end`. Out: what each query reads. Three kernels in the
-Triton dialect of Pallas: one reads, one gives the gradient to queries, one that to keys and values, each over blocks
-that stay in the fast memory of one multiprocessor.
+In: queries, keys and values of packed rows, and their `subtree_end`. Out: the attention output. Three kernels in the
+Triton dialect of Pallas compute the output, dq, and dk with dv, each on blocks that stay in the fast memory of one
+multiprocessor.
 
-Which blocks are worth a visit is computed from `subtree_end` before the kernels start, and is exact: block J of keys is
-visited from block I of queries if and only if some query of I sees some key of J. For a key that stands at or before
-the first query f of I this is subtree_end > f, so a maximum over J decides; else J holds a token of I, seen by itself.
+The blocks to visit are computed from `subtree_end` before the kernels start, exactly: block J of keys is visited from
+block I of queries if and only if some query of I sees some key of J. For a key at or before the first query f of I this
+is subtree_end > f, so a maximum over J decides; otherwise J contains a token of I, which sees itself.
 
     keys      0 0 0 0 | 1 1 1 1 | 2 2 2 2        three blocks, two dialogues of six tokens
     sees up to      6     6 / 12       12        (subtree_end, largest of each block)
     queries   block 0: 0    block 1: 0 1    block 2: 1 2     key block 0 is not read for queries 8 to 11
 
-Never run on hardware yet. What was seen: equal to float64 in Pallas' interpreter; compiled by XLA of JAX 0.11.2 for an
-H200 that was not there, alone and within training steps; and by Triton 3.9, which shows, for bfloat16, all products on
-the matrix units, loads ahead of their use and no spilled registers. Sizes of blocks were chosen by that, not by time.
-JAX 0.11 has deprecated Triton in Pallas, so a later one may lack it.
+Not yet run on hardware. Checked so far: equal to float64 in Pallas' interpreter; compiled for an H200 without the
+device, by XLA of JAX 0.11.2, alone and within training steps, and by Triton 3.9, which for bfloat16 shows all products
+on the matrix units, loads ahead of their use and no spilled registers. Block sizes were chosen by that, not by time.
+Pallas' Triton backend is deprecated since JAX 0.11 (see BUILD.md).
 
-Source: Dao, "FlashAttention-2", sections 3.1 and 3.2; there, what is skipped is known from the causal mask alone.
+Source: FlashAttention-2 (arXiv 2307.08691, sections 3.1 and 3.2), with its names; there, the blocks to skip follow from
+the causal mask alone.
 """
 
 import functools
@@ -31,16 +32,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from dialog_jax.attention import padding
-from dialog_jax.errors import UserError
+from dialog_jax.attention import blockwise
 
 HEAD_DIMS = (64, 128)
 
-_LOWEST = -1e30  # below any score, and finite, so that a query that sees nothing of a block gives no NaN
+_LOWEST = -1e30  # below any score, and finite, so that a query that sees no key of a block gives no NaN
 
 
 class Blocks(NamedTuple):
-    """Tokens of a block, powers of 2 from 16 on, and how many warps and pipeline stages work on it."""
+    """Tokens per block, powers of 2 of at least 16, and the warps and pipeline stages of its program."""
 
     queries: int
     keys: int
@@ -51,23 +51,23 @@ class Blocks(NamedTuple):
 class Tiling(NamedTuple):
     """The blocks of each kernel."""
 
-    read: Blocks
-    to_queries: Blocks
-    to_keys: Blocks
+    forward: Blocks
+    dq: Blocks
+    dkv: Blocks
 
 
 def tiling(head_dim: int, dtype: jax.typing.DTypeLike) -> Tiling:
-    """Blocks that fit the registers and the shared memory of a Hopper multiprocessor.
+    """Returns blocks that fit the registers and the shared memory of a Hopper multiprocessor.
 
     Raises:
-      UserError: there are none for this size of heads or type.
+      NotImplementedError: there are none for this head dimension or type.
     """
     if head_dim not in HEAD_DIMS:
-        raise UserError(f"head_dim is {head_dim}; the kernels have blocks for {HEAD_DIMS}. Take another path.")
+        raise NotImplementedError(f"head_dim is {head_dim}; the kernels have blocks for {HEAD_DIMS}")
     if dtype == jnp.float32:  # products in full float32 run outside the matrix units, from registers
         return Tiling(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1))
     if dtype != jnp.bfloat16:
-        raise UserError(f"the type is {jnp.dtype(dtype).name}; the kernels take bfloat16 and float32.")
+        raise NotImplementedError(f"the type is {jnp.dtype(dtype).name}; the kernels take bfloat16 and float32")
     if head_dim == 64:
         return Tiling(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 3))
     return Tiling(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2))
@@ -82,214 +82,215 @@ def attend(
     blocks: Tiling | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """What each query reads of its ancestors and itself, in the type of `q`.
+    """Returns the attention output of each query over its ancestors and itself, in the type of `q`.
 
     Args:
-      blocks: those of `tiling` unless given.
+      blocks: None for those of `tiling`.
       interpret: run in Pallas' interpreter, on any device, slowly.
 
     Raises:
-      UserError: see `tiling`.
+      NotImplementedError: see `tiling`.
     """
     length = q.shape[1]
     blocks = tiling(q.shape[-1], q.dtype) if blocks is None else blocks
     largest = max(max(part.queries, part.keys) for part in blocks)  # all are powers of 2
-    q, k, v, subtree_end = padding.to_multiple(largest, q, k, v, subtree_end)
+    q, k, v, subtree_end = blockwise.pad_to_multiple(largest, q, k, v, subtree_end)
     return _attend(q, k, v, subtree_end, blocks, interpret)[:, :length]
 
 
-def seen_blocks(subtree_end: Int[Array, "B T"], blocks: Blocks) -> tuple[Int[Array, "B I J"], Int[Array, "B I"]]:
-    """For each block of queries: the numbers of the blocks of keys that it sees, ascending, and how many those are.
+def list_visible_blocks(
+    subtree_end: Int[Array, "B T"], blocks: Blocks
+) -> tuple[Int[Array, "B I J"], Int[Array, "B I"]]:
+    """Returns, for each block of queries, the indices of the key blocks that it sees, ascending, and their number.
 
-    What follows them in the list is the number of blocks, which none has.
+    The rest of a list is filled with the number of key blocks. In the picture above: [[0, 3, 3], [0, 1, 3], [1, 2, 3]]
+    and [1, 2, 2].
     """
     batch, length = subtree_end.shape
     end = jnp.max(subtree_end.reshape(batch, -1, blocks.keys), axis=2)[:, None, :]  # [B, 1, J]
     first_query = jnp.arange(0, length, blocks.queries)[None, :, None]  # [1, I, 1]
     key_block = jnp.arange(length // blocks.keys, dtype=jnp.int32)[None, None, :]
-    seen = (end > first_query) & (key_block * blocks.keys < first_query + blocks.queries)
-    listed = jnp.sort(jnp.where(seen, key_block, key_block.size), axis=2)
-    return listed, jnp.sum(seen, axis=2, dtype=jnp.int32)
+    visible = (end > first_query) & (key_block * blocks.keys < first_query + blocks.queries)
+    indices = jnp.sort(jnp.where(visible, key_block, key_block.size), axis=2)
+    return indices, jnp.sum(visible, axis=2, dtype=jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, subtree_end, blocks, interpret):
-    return _read(q, k, v, subtree_end, blocks.read, interpret)[0]
+    return _forward(q, k, v, subtree_end, blocks.forward, interpret)[0]
 
 
 def _attend_forward(q, k, v, subtree_end, blocks, interpret):
-    read, log_total = _read(q, k, v, subtree_end, blocks.read, interpret)
-    # Both by the name that the decoder's policies keep: with one alone the backward pass would run the kernel again.
-    read, log_total = checkpoint_name(read, "read"), checkpoint_name(log_total, "read")
-    return read, (q, k, v, subtree_end, read, log_total)
+    output, lse = _forward(q, k, v, subtree_end, blocks.forward, interpret)
+    # The decoder's remat policies save this name. Without either of the two the backward pass would rerun the kernel.
+    output, lse = checkpoint_name(output, blockwise.OUTPUT), checkpoint_name(lse, blockwise.OUTPUT)
+    return output, (q, k, v, subtree_end, output, lse)
 
 
-def _attend_backward(blocks, interpret, kept, d_read):
-    q, k, v, subtree_end, read, log_total = kept
-    moved = jnp.sum(d_read.astype(jnp.float32) * read.astype(jnp.float32), axis=-1).transpose(0, 2, 1)  # [B, N, T]
-    seen = (q, k, v, subtree_end, d_read, log_total, moved)
-    return _to_queries(*seen, blocks.to_queries, interpret), *_to_keys(*seen, blocks.to_keys, interpret), None
+def _attend_backward(blocks, interpret, residuals, d_output):
+    q, k, v, subtree_end, output, lse = residuals
+    delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).transpose(0, 2, 1)  # [B, N, T]
+    arrays = (q, k, v, subtree_end, d_output, lse, delta)
+    return _dq(*arrays, blocks.dq, interpret), *_dkv(*arrays, blocks.dkv, interpret), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _read(q, k, v, subtree_end, blocks: Blocks, interpret: bool):
-    """(what is read [B, T, N, H], the base-2 logarithm of the sum of the softmax [B, N, T])."""
+def _forward(q, k, v, subtree_end, blocks: Blocks, interpret: bool):
+    """(output [B, T, N, H], base-2 log-sum-exp of each query's scores [B, N, T])."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
-    listed, count = seen_blocks(subtree_end, blocks)
-    of_block = pl.BlockSpec((None, blocks.queries, None, head_dim), lambda i, n, b: (b, i, n, 0))
-    of_row = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
+    indices, count = list_visible_blocks(subtree_end, blocks)
+    block_spec = pl.BlockSpec((None, blocks.queries, None, head_dim), lambda i, n, b: (b, i, n, 0))
+    row_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
     return pl.pallas_call(
-        functools.partial(_read_kernel, blocks=blocks, factor=_factor(head_dim)),
+        functools.partial(_forward_kernel, blocks=blocks, factor=_factor(head_dim)),
         grid=(length // blocks.queries, heads, batch),
-        in_specs=[*_list_specs(listed, length), of_block, of_row, of_row],
-        out_specs=[of_block, pl.BlockSpec((None, None, blocks.queries), lambda i, n, b: (b, n, i))],
+        in_specs=[*_list_specs(indices, length), block_spec, row_spec, row_spec],
+        out_specs=[block_spec, pl.BlockSpec((None, None, blocks.queries), lambda i, n, b: (b, n, i))],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name="attention_read",
-    )(count, listed, subtree_end, q, k, v)
+        name="attention_forward",
+    )(count, indices, subtree_end, q, k, v)
 
 
-def _to_queries(q, k, v, subtree_end, d_read, log_total, moved, blocks: Blocks, interpret: bool):
-    """The gradient to the queries, [B, T, N, H]."""
+def _dq(q, k, v, subtree_end, d_output, lse, delta, blocks: Blocks, interpret: bool):
+    """The gradient with respect to the queries, [B, T, N, H]."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
-    listed, count = seen_blocks(subtree_end, blocks)
-    of_block = pl.BlockSpec((None, blocks.queries, None, head_dim), lambda i, n, b: (b, i, n, 0))
-    of_row = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
-    figure = pl.BlockSpec((None, None, blocks.queries), lambda i, n, b: (b, n, i))
+    indices, count = list_visible_blocks(subtree_end, blocks)
+    block_spec = pl.BlockSpec((None, blocks.queries, None, head_dim), lambda i, n, b: (b, i, n, 0))
+    row_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
+    statistic = pl.BlockSpec((None, None, blocks.queries), lambda i, n, b: (b, n, i))
     return pl.pallas_call(
-        functools.partial(_to_queries_kernel, blocks=blocks, factor=_factor(head_dim)),
+        functools.partial(_dq_kernel, blocks=blocks, factor=_factor(head_dim)),
         grid=(length // blocks.queries, heads, batch),
-        in_specs=[*_list_specs(listed, length), of_block, of_row, of_row, of_block, figure, figure],
-        out_specs=of_block,
+        in_specs=[*_list_specs(indices, length), block_spec, row_spec, row_spec, block_spec, statistic, statistic],
+        out_specs=block_spec,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name="attention_to_queries",
-    )(count, listed, subtree_end, q, k, v, d_read, log_total, moved)
+        name="attention_dq",
+    )(count, indices, subtree_end, q, k, v, d_output, lse, delta)
 
 
-def _to_keys(q, k, v, subtree_end, d_read, log_total, moved, blocks: Blocks, interpret: bool):
-    """The gradients to keys and values, both [B, T, K, H]."""
+def _dkv(q, k, v, subtree_end, d_output, lse, delta, blocks: Blocks, interpret: bool):
+    """The gradients with respect to keys and values, both [B, T, K, H]."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    # The queries that see a key follow it up to its subtree's end: their blocks have no gaps, the last is enough.
+    # The queries that see a key are the tokens from it to its subtree's end: their blocks have no gaps.
     end = jnp.max(subtree_end.reshape(batch, -1, blocks.keys), axis=2)
     stop = (end + blocks.queries - 1) // blocks.queries  # [B, J]
-    of_block = pl.BlockSpec((None, blocks.keys, None, head_dim), lambda j, n, b: (b, j, n, 0))
-    of_row = pl.BlockSpec((None, length, group, head_dim), lambda j, n, b: (b, 0, n, 0))
-    figure = pl.BlockSpec((None, group, length), lambda j, n, b: (b, n, 0))
+    block_spec = pl.BlockSpec((None, blocks.keys, None, head_dim), lambda j, n, b: (b, j, n, 0))
+    row_spec = pl.BlockSpec((None, length, group, head_dim), lambda j, n, b: (b, 0, n, 0))
+    statistic = pl.BlockSpec((None, group, length), lambda j, n, b: (b, n, 0))
     return pl.pallas_call(
-        functools.partial(_to_keys_kernel, blocks=blocks, factor=_factor(head_dim)),
+        functools.partial(_dkv_kernel, blocks=blocks, factor=_factor(head_dim)),
         grid=(length // blocks.keys, kv_heads, batch),
         in_specs=[
             pl.BlockSpec((None, None), lambda j, n, b: (b, j)),
             pl.BlockSpec((None, blocks.keys), lambda j, n, b: (b, j)),
-            *(of_row, of_block, of_block, of_row, figure, figure),
+            *(row_spec, block_spec, block_spec, row_spec, statistic, statistic),
         ],
-        out_specs=[of_block, of_block],
+        out_specs=[block_spec, block_spec],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name="attention_to_keys",
-    )(stop, subtree_end, q, k, v, d_read, log_total, moved)
+        name="attention_dkv",
+    )(stop, subtree_end, q, k, v, d_output, lse, delta)
 
 
 def _factor(head_dim: int) -> float:
-    """Turns products of queries and keys into exponents of 2."""
+    """The scale of the scores, times log2(e), so that softmax can use powers of 2."""
     return head_dim**-0.5 * math.log2(math.e)
 
 
-def _list_specs(listed, length: int) -> list[pl.BlockSpec]:
-    """Of the count and the list that `seen_blocks` gives, and of the row's `subtree_end`."""
+def _list_specs(indices, length: int) -> list[pl.BlockSpec]:
+    """For the count and the indices of `list_visible_blocks`, and for the row's `subtree_end`."""
     return [
         pl.BlockSpec((None, None), lambda i, n, b: (b, i)),
-        pl.BlockSpec((None, None, listed.shape[2]), lambda i, n, b: (b, i, 0)),
+        pl.BlockSpec((None, None, indices.shape[2]), lambda i, n, b: (b, i, 0)),
         pl.BlockSpec((None, length), lambda i, n, b: (b, 0)),
     ]
 
 
 def _dot(a, b, *, transpose_b: bool = False):
-    # Triton's own choice for float32 is tf32, ten bits; for bfloat16 there is one way only.
+    # Triton's default for float32 is tf32, which has ten bits; for bfloat16 there is only one precision.
     return triton.dot(a, b, trans_b=transpose_b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _read_kernel(count, listed, subtree_end, q, k, v, read, log_total, *, blocks: Blocks, factor: float):
+def _forward_kernel(count, indices, subtree_end, q, k, v, output, lse, *, blocks: Blocks, factor: float):
     query = pl.program_id(0) * blocks.queries + jnp.arange(blocks.queries)
     q_block = q[...]
 
-    def add(step, carry):
-        summed, peak, total = carry
-        keys = pl.ds(listed[step] * blocks.keys, blocks.keys)
-        key = listed[step] * blocks.keys + jnp.arange(blocks.keys)
-        score = _dot(q_block, k[keys, :], transpose_b=True) * factor  # [I, J]
+    def visit(index, carry):
+        m, l, acc = carry
+        keys = pl.ds(indices[index] * blocks.keys, blocks.keys)
+        key = indices[index] * blocks.keys + jnp.arange(blocks.keys)
+        s = _dot(q_block, k[keys, :], transpose_b=True) * factor  # [I, J]
         visible = (key[None, :] <= query[:, None]) & (query[:, None] < subtree_end[keys][None, :])
-        score = jnp.where(visible, score, -jnp.inf)
-        higher = jnp.maximum(peak, jnp.max(score, axis=1))
-        weight = jnp.exp2(score - higher[:, None])
-        shrink = jnp.exp2(peak - higher)
+        s = jnp.where(visible, s, -jnp.inf)
+        m_new = jnp.maximum(m, jnp.max(s, axis=1))
+        p = jnp.exp2(s - m_new[:, None])
+        alpha = jnp.exp2(m - m_new)
         v_block = v[keys, :]
-        summed = summed * shrink[:, None] + _dot(weight.astype(v_block.dtype), v_block)
-        return summed, higher, total * shrink + jnp.sum(weight, axis=1)
+        acc = acc * alpha[:, None] + _dot(p.astype(v_block.dtype), v_block)
+        return m_new, l * alpha + jnp.sum(p, axis=1), acc
 
-    nothing = jnp.zeros(blocks.queries, jnp.float32)
-    carry = jnp.zeros(q_block.shape, jnp.float32), nothing + _LOWEST, nothing
-    summed, peak, total = jax.lax.fori_loop(0, count[...], add, carry)
-    read[...] = (summed / total[:, None]).astype(read.dtype)
-    log_total[...] = peak + jnp.log2(total)
+    zeros = jnp.zeros(blocks.queries, jnp.float32)
+    carry = zeros + _LOWEST, zeros, jnp.zeros(q_block.shape, jnp.float32)
+    m, l, acc = jax.lax.fori_loop(0, count[...], visit, carry)
+    output[...] = (acc / l[:, None]).astype(output.dtype)
+    lse[...] = m + jnp.log2(l)
 
 
-def _to_queries_kernel(
-    count, listed, subtree_end, q, k, v, d_read, log_total, moved, d_q, *, blocks: Blocks, factor: float
-):
+def _dq_kernel(count, indices, subtree_end, q, k, v, d_output, lse, delta, dq, *, blocks: Blocks, factor: float):
     query = pl.program_id(0) * blocks.queries + jnp.arange(blocks.queries)
-    q_block, d_block, log_block, moved_block = q[...], d_read[...], log_total[...], moved[...]
+    q_block, do_block, lse_block, delta_block = q[...], d_output[...], lse[...], delta[...]
 
-    def add(step, summed):
-        keys = pl.ds(listed[step] * blocks.keys, blocks.keys)
-        key = listed[step] * blocks.keys + jnp.arange(blocks.keys)
+    def visit(index, acc):
+        keys = pl.ds(indices[index] * blocks.keys, blocks.keys)
+        key = indices[index] * blocks.keys + jnp.arange(blocks.keys)
         k_block = k[keys, :]
-        score = _dot(q_block, k_block, transpose_b=True) * factor  # [I, J]
+        s = _dot(q_block, k_block, transpose_b=True) * factor  # [I, J]
         visible = (key[None, :] <= query[:, None]) & (query[:, None] < subtree_end[keys][None, :])
-        weight = jnp.where(visible, jnp.exp2(score - log_block[:, None]), 0.0)
-        d_score = weight * (_dot(d_block, v[keys, :], transpose_b=True) - moved_block[:, None])
-        return summed + _dot(d_score.astype(k_block.dtype), k_block)
+        p = jnp.where(visible, jnp.exp2(s - lse_block[:, None]), 0.0)
+        ds = p * (_dot(do_block, v[keys, :], transpose_b=True) - delta_block[:, None])
+        return acc + _dot(ds.astype(k_block.dtype), k_block)
 
-    summed = jax.lax.fori_loop(0, count[...], add, jnp.zeros(q_block.shape, jnp.float32))
-    d_q[...] = (summed * (factor / math.log2(math.e))).astype(d_q.dtype)
+    acc = jax.lax.fori_loop(0, count[...], visit, jnp.zeros(q_block.shape, jnp.float32))
+    dq[...] = (acc * (factor / math.log2(math.e))).astype(dq.dtype)
 
 
-def _to_keys_kernel(stop, subtree_end, q, k, v, d_read, log_total, moved, d_k, d_v, *, blocks: Blocks, factor: float):
-    # Scores stand on their side, [J, I], so that no product needs them turned.
+def _dkv_kernel(stop, subtree_end, q, k, v, d_output, lse, delta, dk, dv, *, blocks: Blocks, factor: float):
+    # Scores are transposed, [J, I], so that no product needs a transposition.
     start = pl.program_id(0) * blocks.keys
     key = start + jnp.arange(blocks.keys)
     end, k_block, v_block = subtree_end[...], k[...], v[...]
     first, last = jax.lax.div(start, blocks.queries), stop[...]
 
-    def of_head(head, carry):
-        def add(step, carry):
-            to_key, to_value = carry
-            queries = pl.ds(step * blocks.queries, blocks.queries)
-            query = step * blocks.queries + jnp.arange(blocks.queries)
-            q_block, d_block = q[queries, head, :], d_read[queries, head, :]
-            score = _dot(k_block, q_block, transpose_b=True) * factor  # [J, I]
+    def visit_head(head, carry):
+        def visit(index, carry):
+            dk_acc, dv_acc = carry
+            queries = pl.ds(index * blocks.queries, blocks.queries)
+            query = index * blocks.queries + jnp.arange(blocks.queries)
+            q_block, do_block = q[queries, head, :], d_output[queries, head, :]
+            s = _dot(k_block, q_block, transpose_b=True) * factor  # [J, I]
             visible = (key[:, None] <= query[None, :]) & (query[None, :] < end[:, None])
-            weight = jnp.where(visible, jnp.exp2(score - log_total[head, queries][None, :]), 0.0)
-            to_value += _dot(weight.astype(d_block.dtype), d_block)
-            d_score = weight * (_dot(v_block, d_block, transpose_b=True) - moved[head, queries][None, :])
-            return to_key + _dot(d_score.astype(q_block.dtype), q_block), to_value
+            p = jnp.where(visible, jnp.exp2(s - lse[head, queries][None, :]), 0.0)
+            dv_acc += _dot(p.astype(do_block.dtype), do_block)
+            ds = p * (_dot(v_block, do_block, transpose_b=True) - delta[head, queries][None, :])
+            return dk_acc + _dot(ds.astype(q_block.dtype), q_block), dv_acc
 
-        return jax.lax.fori_loop(first, last, add, carry)
+        return jax.lax.fori_loop(first, last, visit, carry)
 
-    nothing = jnp.zeros(k_block.shape, jnp.float32)
-    to_key, to_value = jax.lax.fori_loop(0, q.shape[1], of_head, (nothing, nothing))
-    d_k[...] = (to_key * (factor / math.log2(math.e))).astype(d_k.dtype)
-    d_v[...] = to_value.astype(d_v.dtype)
+    zeros = jnp.zeros(k_block.shape, jnp.float32)
+    dk_acc, dv_acc = jax.lax.fori_loop(0, q.shape[1], visit_head, (zeros, zeros))
+    dk[...] = (dk_acc * (factor / math.log2(math.e))).astype(dk.dtype)
+    dv[...] = dv_acc.astype(dv.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, decoding
 
 # Prompts are read in chunks of these lengths, the last one padded: one compilation each, whatever a prompt's length.
 _CHUNKS = (8, 32, 128, 512)
@@ -32,7 +32,7 @@ class Session:
         self.config = config
         self.parameters = parameters
         self.tokens: list[int] = []  # what the first len(tokens) slots of the cache hold
-        self._cache = decoder.empty_cache(config, 1, _SMALLEST_CAPACITY, compute_dtype)
+        self._cache = decoding.empty_cache(config, 1, _SMALLEST_CAPACITY, compute_dtype)
 
     def read(self, tokens: Sequence[int]) -> Float[Array, "V"]:
         """Logits, float32, of the token that follows `tokens`; computes only what the cache does not hold.
@@ -164,6 +164,6 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
 def _extend(config, parameters, cache, tokens, start, last):
-    hidden, cache = decoder.extend(config, parameters, cache, tokens, start)
+    hidden, cache = decoding.extend(config, parameters, cache, tokens, start)
     matrix = decoder.unembedding(config, parameters)
     return jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), matrix.astype(jnp.float32)), cache

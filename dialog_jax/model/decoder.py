@@ -1,39 +1,47 @@
 """The decoder of the llama, qwen2 and qwen3 families: tokens to hidden states.
 
-In: a config, parameters (a nested dict of arrays; those of the layers stacked on a leading axis L) and rows of tokens.
-Out: hidden states after the final norm; the vocabulary is met elsewhere, and only where there is a target.
+In: a config, parameters (a nested dict of arrays, those of the layers stacked on a leading axis L) and rows of tokens.
+Out: hidden states after the final norm; the loss and generation multiply by the unembedding, where it is needed.
 Flax NNX declares the modules; outside this file parameters are plain arrays. Knows no files and no devices.
+
+    x = embedding[tokens]                                                   # [B, T, D]
+    for layer in layers:
+        x = x + attention(norm(x))           # q, k, v: project, norm (qwen3), rotate; attend; project
+        x = x + feed_forward(norm(x))        # SwiGLU
+    return norm(x)
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from dialog_jax.attention import blockwise, cached
+from dialog_jax.attention import blockwise
 from dialog_jax.errors import UserError
 from dialog_jax.model import rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
-LAYERS = "layers"  # the loop over them, as it is called in compiled programs and profiles
+LAYERS = "layers"  # name of the loop over layers in compiled programs and profiles
 
-# So named by each way to attend, together with what else its gradient needs: named here as well, it is kept twice.
-_READ = jax.checkpoint_policies.save_only_these_names("read")
+Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
 
-# What is kept for the backward pass: of attention with its projections, of the whole layer. None is everything.
+# Each attention kernel names its own residuals; naming them here as well would save them twice.
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.OUTPUT)
+
+# What the backward pass saves: of attention with its projections, and of a whole layer. None saves everything.
 REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
     "none": (None, None),
-    "attention": (_READ, None),
+    "attention": (_SAVE_ATTENTION, None),
     "dots": (
         None,
         jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _READ
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
         ),
     ),
     "full": (None, jax.checkpoint_policies.nothing_saveable),
@@ -42,7 +50,7 @@ REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder. `max_length` is the model's context in tokens; `rope_theta` the base of its RoPE."""
+    """The structure of a decoder. `max_length` is its context in tokens, `rope_theta` the base of its RoPE."""
 
     family: str
     vocab_size: int
@@ -85,15 +93,8 @@ class DecoderConfig:
             )
 
 
-class Cache(NamedTuple):
-    """Keys and values of one linear history; the caller knows how many of the C slots are filled."""
-
-    keys: Float[Array, "L B C K H"]
-    values: Float[Array, "L B C K H"]
-
-
 def rms_norm(x: Float[Array, "..."], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "..."]:
-    """`x` over its root mean square, times `weight`: computed in float32, returned in the type of `x`."""
+    """Returns `x` divided by its root mean square, times `weight`; float32 inside, in the type of `x` outside."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * scale * jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
@@ -112,7 +113,7 @@ def _zeros(size: int) -> nnx.Param:
 
 
 class Attention(nnx.Module):
-    """Projections, q/k norms and RoPE around a given way to attend."""
+    """Projections, q/k norms and RoPE around an attention kernel."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -128,7 +129,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = _ones(config.head_dim), _ones(config.head_dim)
 
-    def __call__(self, x, turn, attend):
+    def __call__(self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable) -> tuple[Float[Array, "B T D"], Any]:
         config = self.config
         q = _project(x, self.w_query, self.b_query if config.qkv_bias else None)
         k = _project(x, self.w_key, self.b_key if config.qkv_bias else None)
@@ -139,25 +140,25 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q = rms_norm(q, self.query_norm[...], config.norm_epsilon)
             k = rms_norm(k, self.key_norm[...], config.norm_epsilon)
-        read, kept = attend(turn(q), turn(k), v)
-        read = read.reshape(*x.shape[:2], config.heads * config.head_dim)
-        return _project(read, self.w_output, self.b_output if config.output_bias else None), kept
+        output, cache = attend(rotate(q), rotate(k), v)
+        output = output.reshape(*x.shape[:2], config.heads * config.head_dim)  # [B, T, N * H]
+        return _project(output, self.w_output, self.b_output if config.output_bias else None), cache
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU."""
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.w_gate = _normal(rngs, config.width, config.feed_forward)
         self.w_up = _normal(rngs, config.width, config.feed_forward)
         self.w_down = _normal(rngs, config.feed_forward, config.width)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return _project(jax.nn.silu(_project(x, self.w_gate)) * _project(x, self.w_up), self.w_down)
 
 
 class Layer(nnx.Module):
-    """Attention, then feed-forward, each on the normed residual stream."""
+    """Attention, then feed-forward, each on the normalized residual stream."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.epsilon = config.norm_epsilon
@@ -166,27 +167,29 @@ class Layer(nnx.Module):
         self.feed_forward_norm = _ones(config.width)
         self.feed_forward = FeedForward(config, rngs=rngs)
 
-    def __call__(self, x, turn, attend, policy=None):
-        """The stream after this layer, and whatever `attend` wants kept beside it.
+    def __call__(
+        self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable, policy: Callable[..., Any] | None = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns the residual stream after this layer, and the cache that `attend` returns.
 
         Args:
-          turn: heads to heads turned by their positions.
-          attend: (q, k, v) to (what the queries read, what to keep): this is where training and decoding differ.
-          policy: what to keep of attention and its projections for the backward pass; None is all.
+          rotate: RoPE at the positions of `x`.
+          attend: (q, k, v) to (attention output, cache or None). Training and decoding differ only here.
+          policy: what the backward pass saves of attention and its projections; None for everything.
         """
 
-        def read_others(x):
-            return self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), turn, attend)
+        def attention(x):
+            return self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), rotate, attend)
 
         if policy is not None:
-            read_others = jax.checkpoint(read_others, policy=policy, prevent_cse=False)
-        read, kept = read_others(x)
-        x = x + read
-        return x + self.feed_forward(rms_norm(x, self.feed_forward_norm[...], self.epsilon)), kept
+            attention = jax.checkpoint(attention, policy=policy, prevent_cse=False)
+        output, cache = attention(x)
+        x = x + output
+        return x + self.feed_forward(rms_norm(x, self.feed_forward_norm[...], self.epsilon)), cache
 
 
 class Decoder(nnx.Module):
-    """The whole model; `layers` is one `Layer` whose parameters carry a leading axis L."""
+    """Embedding, layers and final norm; `layers` is one `Layer` whose parameters have a leading axis L."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.embedding = _normal(rngs, config.vocab_size, config.width)
@@ -199,8 +202,8 @@ class Decoder(nnx.Module):
 
 
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
-    # As one matrix of all tokens: with a batch axis XLA:CPU transposes what the weight's gradient is made of, a third
-    # of the feed-forward's time.
+    # As one matrix of all tokens: with a batch axis XLA:CPU transposes the inputs of the weight's gradient, which takes
+    # a third of the feed-forward's time.
     flat = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
     y = flat.reshape(*x.shape[:-1], flat.shape[-1])
     return y if bias is None else y + jnp.expand_dims(bias[...].astype(x.dtype), range(y.ndim - 1))
@@ -212,13 +215,18 @@ def _declare(config: DecoderConfig) -> tuple:
 
 
 def abstract_parameters(config: DecoderConfig) -> dict:
-    """The nested dict of parameters as `jax.ShapeDtypeStruct`, float32."""
+    """Returns the nested dict of parameters as `jax.ShapeDtypeStruct`, float32."""
     return nnx.to_pure_dict(_declare(config)[1])
 
 
 def init_parameters(config: DecoderConfig, key: Key[Array, ""]) -> dict:
-    """Fresh float32 parameters: matrices normal with deviation 0.02, norms one, biases zero."""
+    """Returns initial float32 parameters: matrices normal with standard deviation 0.02, norms one, biases zero."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
+
+
+def bind(config: DecoderConfig, parameters: dict) -> Decoder:
+    """Returns the module with these parameters."""
+    return nnx.merge(_declare(config)[0], parameters)
 
 
 def hidden_states(
@@ -230,28 +238,28 @@ def hidden_states(
     *,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
-    place: Callable[[Array], Array] = lambda x: x,
+    constrain: Callable[[Array], Array] = lambda x: x,
     attend_trees: Callable[..., Array] = blockwise.attend,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in `compute_dtype`.
+    """Returns hidden states after the final norm, in `compute_dtype`.
 
     Args:
       position: of each token in its own context, for RoPE; siblings in a tree share it.
       subtree_end: one more than the last token that sees this one (see `attention.blockwise`).
-      remat: what the backward pass computes again, from least to most. "none": only attention's probabilities, which
-        are never kept; "attention": also queries, keys and values; "dots": all but the products with weights and what
-        attention read; "full": all but each layer's input.
-      place: applied to the stream before, between and after the layers; says on which devices it lives.
-      attend_trees: (q, k, v, subtree_end) to what each query reads; all ways give the same, to rounding.
+      remat: what the backward pass recomputes, from least to most. "none": only the attention probabilities, which no
+        kernel saves; "attention": also queries, keys and values; "dots": everything but products with weights and the
+        attention output; "full": everything but each layer's input.
+      constrain: sharding constraint on the residual stream, applied before, between and after the layers.
+      attend_trees: (q, k, v, subtree_end) to the attention output; all kernels agree to rounding.
 
     Raises:
       UserError: for an unknown `remat`.
     """
     if remat not in REMAT:
         raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
-    model = nnx.merge(_declare(config)[0], parameters)
+    model = bind(config, parameters)
     graph, layers = nnx.split(model.layers)
-    turn = _turn(config, position)
+    rotate = make_rotate(config, position)
 
     def attend(q, k, v):
         return attend_trees(q, k, v, subtree_end), None
@@ -259,66 +267,25 @@ def hidden_states(
     attention_policy, layer_policy = REMAT[remat]
 
     def body(x, layer):
-        return nnx.merge(graph, layer)(x, turn, attend, attention_policy)
+        return nnx.merge(graph, layer)(x, rotate, attend, attention_policy)
 
     if layer_policy is not None:
-        # A scan keeps the forward and backward pass apart by itself; the barrier that prevents CSE only costs.
+        # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
         body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
     x = model.embedding[...][tokens].astype(compute_dtype)  # [B, T, D]
     with jax.named_scope(LAYERS):
-        x, _ = jax.lax.scan(lambda x, layer: body(place(x), layer), place(x), layers)
-    x = place(x)
+        x, _ = jax.lax.scan(lambda x, layer: body(constrain(x), layer), constrain(x), layers)
+    x = constrain(x)
     return rms_norm(x, model.final_norm[...], config.norm_epsilon)
 
 
 def unembedding(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
-    """What turns hidden states into logits: the embedding itself where the two are tied."""
+    """Returns the matrix that maps hidden states to logits: the embedding itself where the two are tied."""
     return parameters["embedding"] if config.tie_embeddings else parameters["lm_head"]
 
 
-def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
-    """A cache of `capacity` tokens."""
-    shape = (config.layers, batch, capacity, config.kv_heads, config.head_dim)
-    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
-
-
-def extend(
-    config: DecoderConfig, parameters: dict, cache: Cache, tokens: Int[Array, "B T"], start: Int[Array, ""]
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of `tokens`, which follow the `start` tokens in the cache, and the cache with them added.
-
-    Computes in the type of the cache. What is in the cache from `start` on is overwritten or unseen, so rolling back is
-    a matter of a smaller `start`, and tokens may be padded on the right: later tokens overwrite what padding left.
-
-    Args:
-      start: at most capacity - T, or the write would land elsewhere; the caller's to ensure.
-    """
-    model = nnx.merge(_declare(config)[0], parameters)
-    graph, layers = nnx.split(model.layers)
-    position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
-    visible = jnp.arange(cache.keys.shape[2])[None, None, :] <= position[:, :, None]  # [1, T, C]
-    turn = _turn(config, jnp.broadcast_to(position, tokens.shape))
-
-    def body(carry, layer_and_index):
-        x, cache = carry
-        layer, index = layer_and_index
-
-        def attend(q, k, v):
-            corner = (index, 0, start, 0, 0)
-            grown = Cache(
-                keys=jax.lax.dynamic_update_slice(cache.keys, k[None], corner),
-                values=jax.lax.dynamic_update_slice(cache.values, v[None], corner),
-            )
-            return cached.attend(q, grown.keys[index], grown.values[index], visible), grown
-
-        return nnx.merge(graph, layer)(x, turn, attend), None
-
-    x = model.embedding[...][tokens].astype(cache.keys.dtype)  # [B, T, D]
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(config.layers)))
-    return rms_norm(x, model.final_norm[...], config.norm_epsilon), cache
-
-
-def _turn(config: DecoderConfig, position: Int[Array, "B T"]) -> Callable[[Array], Array]:
+def make_rotate(config: DecoderConfig, position: Int[Array, "B T"]) -> Rotate:
+    """Returns the function that rotates heads [B, T, N, H] by their `position`."""
     frequency = rotary.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cosine, sine = rotary.rotation(position, frequency)
     return lambda x: rotary.rotate(x, cosine, sine)

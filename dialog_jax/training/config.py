@@ -19,6 +19,7 @@ from dialog_jax.trees.objectives import ObjectiveConfig
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 REMAT = ("none", "attention", "dots", "full")
+ATTENTION = ("auto", "blockwise", "pallas", "splash")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
 
@@ -160,6 +161,9 @@ class TrainConfig:
     epochs: float = 1.0
     compute_dtype: str = "auto"
     """auto (bfloat16 on accelerators, float32 on CPU), float32 or bfloat16. Parameters and moments are float32."""
+    attention: str = "auto"
+    """auto (the fastest kernel that the devices support), blockwise (any device), pallas (NVIDIA GPUs) or splash (TPUs,
+    rows whose trees are all paths). A kernel named here that does not work is an error."""
     remat: str = "dots"
     """What the backward pass computes again to save memory: none, attention, dots or full."""
     evaluate_every: int = 50
@@ -211,6 +215,8 @@ class TrainConfig:
             )
         if self.evaluate_rows < 0:
             raise UserError(f"evaluate_rows is {self.evaluate_rows}; it must be at least 0 (0 for all).")
+        if self.attention not in ATTENTION:
+            raise UserError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTION)}.")
         if self.remat not in REMAT:
             raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}.")
         if self.data.workers < -1:

@@ -211,6 +211,7 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
         length=config.data.max_length,
         dtype=dtype,
         branching=config.data.share_prefixes or inputs.train.branching or inputs.held_out.branching,
+        name=config.attention,
     )
     distributed.check_same("attention", {"name": kernel.name})
     return kernel

@@ -135,7 +135,7 @@ def make_train_step(
             batch.subtree_end,
             compute_dtype=compute_dtype,
             remat=remat,
-            place=lambda x: jax.lax.with_sharding_constraint(x, activation_sharding),
+            constrain=lambda x: jax.lax.with_sharding_constraint(x, activation_sharding),
             attend_trees=attend,
         )
         unembedding = decoder.unembedding(model, parameters)

@@ -76,7 +76,7 @@ def _numbers(*values: float | None, digits: int = 2) -> list[str]:
 
 
 def _numerics_table(results: Results) -> str:
-    errors = ("read", "to queries", "to keys", "to values")
+    errors = ("output", "dq", "dk", "dv")
 
     def make_cells(figures):
         return [f"{figures[name]:.1e}" for name in errors]

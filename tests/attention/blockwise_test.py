@@ -18,7 +18,7 @@ def _random(rng, *shape):
 def _oracle(q, k, v, rows):
     """Token by token over its lineage, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    read = np.zeros(q.shape)
+    output = np.zeros(q.shape)
     for b, parents in enumerate(rows):
         for i in range(q.shape[1]):
             seen = forests.lineage(parents, i)
@@ -26,8 +26,8 @@ def _oracle(q, k, v, rows):
                 shared = n // (q.shape[2] // k.shape[2])
                 score = k[b, seen, shared] @ q[b, i, n] / math.sqrt(q.shape[3])
                 weight = np.exp(score - score.max())
-                read[b, i, n] = weight @ v[b, seen, shared] / weight.sum()
-    return read
+                output[b, i, n] = weight @ v[b, seen, shared] / weight.sum()
+    return output
 
 
 class AttentionTest(parameterized.TestCase):
@@ -74,10 +74,10 @@ class AttentionTest(parameterized.TestCase):
         direction = jnp.asarray(_random(rng, 2, 4))
         for query in (0, 100, 255, 256, 299):
 
-            def read(k, v, query=query):
+            def component(k, v, query=query):
                 return jnp.sum(blockwise.attend(q, k, v, subtree_end)[0, query] * direction)
 
-            to_key, to_value = jax.jit(jax.grad(read, argnums=(0, 1)))(k, v)
+            to_key, to_value = jax.jit(jax.grad(component, argnums=(0, 1)))(k, v)
             seen = forests.lineage(parents, query)
             reached = np.flatnonzero(np.any(np.asarray(to_value[0]) != 0, axis=(1, 2)))
             np.testing.assert_array_equal(reached, seen)
@@ -194,9 +194,9 @@ class AttentionTest(parameterized.TestCase):
         rng = np.random.default_rng(7)
         rows = [list(range(-1, 299)), forests.random_parents(rng, 300, root=0.01, branch=0.02)]
         given = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=16, dtype=jnp.bfloat16)
-        q, k, v, subtree_end, d_read = map(jnp.asarray, given)
+        q, k, v, subtree_end, d_output = map(jnp.asarray, given)
         _, pull = jax.vjp(lambda q, k, v: blockwise.attend(q, k, v, subtree_end, block=block), q, k, v)
-        for gradient, needed in zip(pull(d_read), oracle.attention(*given[:3], rows, given[4])[1:], strict=True):
+        for gradient, needed in zip(pull(d_output), oracle.attention(*given[:3], rows, given[4])[1:], strict=True):
             self.assertEqual(gradient.dtype, jnp.bfloat16)
             apart = np.linalg.norm(np.asarray(gradient, np.float64) - needed) / np.linalg.norm(needed)
             self.assertLess(apart, 0.8 * 2**-8)

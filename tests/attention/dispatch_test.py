@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise, dispatch, pallas_gpu, splash
 from dialog_jax.attention.pallas_gpu import Blocks, Tiling
+from dialog_jax.errors import UserError
 from dialog_jax.training import sharding
 from dialog_jax.training.config import MeshConfig
 from tests.attention import oracle
@@ -21,116 +22,182 @@ def _interpreted(q, k, v, subtree_end):
     return pallas_gpu.attend(q, k, v, subtree_end, blocks=blocks, interpret=True)
 
 
-def _chosen(*candidates, branching=True, for_trees=True, **changes):
-    """What is chosen on one CPU if these, each a name and a function, were kernels for CPUs."""
+def _select(*candidates, branching=True, for_trees=True, name="auto", **changes):
+    """The kernel selected on one CPU if `candidates`, pairs of a name and a function, were kernels for CPUs."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    listed = tuple(dispatch._Candidate(name, "cpu", for_trees, lambda f=attend: f) for name, attend in candidates)
-    with mock.patch.object(dispatch, "_CANDIDATES", listed):
-        return dispatch.select_kernel(mesh, branching=branching, **(_SHAPE | changes))
+    for_cpu = tuple(dispatch._Candidate(label, "cpu", for_trees, lambda f=attend: f) for label, attend in candidates)
+    with mock.patch.object(dispatch, "_CANDIDATES", for_cpu):
+        return dispatch.select_kernel(mesh, branching=branching, name=name, **(_SHAPE | changes))
 
 
-def _value_and_gradients(attend, q, k, v, subtree_end, d_read):
-    read, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
-    return read, *pull(d_read)
+def _value_and_gradients(attend, q, k, v, subtree_end, d_output):
+    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+    return output, *pull(d_output)
 
 
-class ChooseTest(parameterized.TestCase):
-    def test_cpus_take_blockwise_untried(self):
+class SelectKernelTest(parameterized.TestCase):
+    def test_auto_on_cpu_is_blockwise_without_a_probe(self):
         mesh = sharding.make_mesh(MeshConfig())
         with mock.patch.object(dispatch, "probe") as probe:
-            choice = dispatch.select_kernel(mesh, branching=True, **_SHAPE)
+            kernel = dispatch.select_kernel(mesh, branching=True, **_SHAPE)
         probe.assert_not_called()
-        self.assertEqual((choice.name, choice.reason), ("blockwise", "there is no kernel for cpu"))
+        self.assertEqual((kernel.name, kernel.reason), ("blockwise", "there is no other kernel for cpu"))
 
-    @parameterized.parameters(True, False)
-    def test_first_candidate_that_is_right_is_taken(self, branching):
-        choice = _chosen(("right", _interpreted), ("second", blockwise.attend), branching=branching)
-        self.assertEqual(choice.name, "right")
-        self.assertIs(choice.attend, _interpreted)
-        self.assertRegex(choice.reason, r"^equal to float64 on cpu to \d\.\de-0[67]$")
+    def test_blockwise_by_name_is_taken_without_a_probe(self):
+        with mock.patch.object(dispatch, "probe") as probe:
+            kernel = _select(("right", _interpreted), name="blockwise")
+        probe.assert_not_called()
+        self.assertEqual((kernel.name, kernel.reason), ("blockwise", "as configured"))
+        self.assertIs(kernel.attend, blockwise.attend)
 
-    def test_causal_attention_over_the_whole_row_is_passed_over(self):
+    @parameterized.product(branching=(True, False), name=("auto", "right"))
+    def test_first_supported_candidate_is_selected(self, branching, name):
+        kernel = _select(("right", _interpreted), ("second", blockwise.attend), branching=branching, name=name)
+        self.assertEqual(kernel.name, "right")
+        self.assertIs(kernel.attend, _interpreted)
+        self.assertRegex(kernel.reason, r"^equal to float64 on cpu to \d\.\de-0[67]$")
+
+    def test_named_candidate_is_selected_though_another_comes_first(self):
+        kernel = _select(("first", _interpreted), ("second", blockwise.attend), name="second")
+        self.assertEqual(kernel.name, "second")
+
+    @parameterized.parameters(100, 511, 512, 700, 1024, 2048, 100_000)
+    def test_probe_uses_the_block_length_of_the_run(self, length):
+        with mock.patch.object(dispatch, "probe", return_value={"output": 0.0}) as probe:
+            self.assertEqual(_select(("splash", splash.attend), length=length).name, "splash")
+        _, _, probe_length, *_ = probe.call_args.args
+        self.assertEqual(splash.block_length(probe_length), splash.block_length(length))
+        # Three blocks, so that one can be skipped.
+        self.assertGreaterEqual(probe_length, min(length, 2 * splash.LARGEST_BLOCK + 1))
+
+
+class WrongNumbersTest(parameterized.TestCase):
+    """A kernel that runs and is wrong is an error, named or not: never a slower path."""
+
+    def assert_wrong(self, attend, *patterns, **changes):
+        for name in ("auto", "wrong"):
+            with self.assertRaisesRegex(UserError, "kernel wrong computes wrong numbers on cpu: off by") as caught:
+                _select(("wrong", attend), ("right", _interpreted), name=name, **changes)
+            for pattern in (*patterns, "Set attention=blockwise, and report this"):
+                self.assertRegex(str(caught.exception), pattern)
+
+    def test_causal_attention_over_the_whole_row_is_an_error(self):
         def blind(q, k, v, subtree_end):
             return blockwise.attend(q, k, v, jnp.full_like(subtree_end, q.shape[1]))
 
-        choice = _chosen(("blind", blind), ("right", _interpreted))
-        self.assertEqual(choice.name, "right")
-        self.assertRegex(choice.reason, r"; blind: off by \S+ \(read\), \S+ \(to queries\), .* \(to values\)$")
+        self.assert_wrong(blind, r"\S+ \(output\), \S+ \(dq\), \S+ \(dk\), \S+ \(dv\)")
 
-    def test_attention_that_takes_trees_for_paths_is_passed_over_for_trees_only(self):
-        def paths(q, k, v, subtree_end):  # all that stands in between belongs to the token's own path
-            ends = jax.lax.cummax(subtree_end, axis=1)
-            return blockwise.attend(q, k, v, ends)
+    def test_attention_that_takes_trees_for_paths_is_an_error_for_trees_only(self):
+        def paths(q, k, v, subtree_end):  # every token in between belongs to the token's own path
+            return blockwise.attend(q, k, v, jax.lax.cummax(subtree_end, axis=1))
 
-        self.assertEqual(_chosen(("paths", paths), branching=False).name, "paths")
-        self.assertEqual(_chosen(("paths", paths), branching=True).name, "blockwise")
+        self.assertEqual(_select(("paths", paths), branching=False).name, "paths")
+        self.assert_wrong(paths, branching=True)
 
     @parameterized.parameters("gradient", "nan")
-    def test_right_value_with_wrong_gradient_or_nan_is_passed_over(self, kind):
+    def test_right_output_with_wrong_gradient_or_nan_is_an_error(self, kind):
         def wrong(q, k, v, subtree_end):
             if kind == "nan":
                 return blockwise.attend(q, k, v, subtree_end).at[0, 3].set(jnp.nan)
             return blockwise.attend(q, jax.lax.stop_gradient(k), v, subtree_end)
 
-        choice = _chosen(("wrong", wrong))
-        self.assertEqual(choice.name, "blockwise")
-        self.assertIn("1.0e+00 (to keys)" if kind == "gradient" else "nan (read)", choice.reason)
+        self.assert_wrong(wrong, r"1\.0e\+00 \(dk\)" if kind == "gradient" else r"nan \(output\)")
 
-    def test_products_in_bfloat16_are_passed_over_for_float32(self):
+    def test_bfloat16_products_are_an_error_for_float32_only(self):
         def coarse(q, k, v, subtree_end):
             q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
             return blockwise.attend(q, k, v, subtree_end).astype(jnp.float32)
 
-        self.assertEqual(_chosen(("coarse", coarse)).name, "blockwise")
-        self.assertEqual(_chosen(("coarse", blockwise.attend), dtype=jnp.bfloat16).name, "coarse")
+        self.assert_wrong(coarse)
+        self.assertEqual(_select(("coarse", blockwise.attend), dtype=jnp.bfloat16).name, "coarse")
 
-    @parameterized.parameters(
-        jax.errors.JaxRuntimeError("INTERNAL: no\nsecond line"), NotImplementedError("no"), ImportError("no")
-    )
-    def test_candidate_that_fails_is_passed_over_with_its_first_line(self, error):
-        def failing(q, k, v, subtree_end):
-            raise error
 
-        choice = _chosen(("failing", failing))
-        self.assertEqual(choice.name, "blockwise")
-        self.assertEqual(choice.reason, f"failing: {type(error).__name__}: {str(error).splitlines()[0]}")
+_OUR_OWN_MODULE = ImportError("no module", name="dialog_jax.attention.gone")
+_UNSUPPORTED = (
+    NotImplementedError("Only 2-argument concatenate is supported."),
+    ImportError("cannot import name 'triton'", name="jax.experimental.pallas"),
+    ModuleNotFoundError("No module named 'jax.experimental.pallas.triton'", name="jax.experimental.pallas.triton"),
+    ValueError("Cannot lower pallas_call on platform: gpu. To use Pallas on GPU, install jaxlib GPU."),
+    jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such custom call\nsecond line"),
+    jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Triton support is only enabled for Ampere GPUs and up"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 110592"),
+)
+_BUGS = (
+    TypeError("attend() takes 3 arguments"),
+    ValueError("shapes (2, 3) and (4, 5) do not match"),
+    AttributeError("module has no attribute 'CompilerParams'"),
+    ZeroDivisionError("division by zero"),
+    _OUR_OWN_MODULE,
+)
+_RUNTIME_ERRORS = (
+    jax.errors.JaxRuntimeError("INTERNAL: ptxas exited with non-zero error code 139"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2306867200 bytes."),
+)
 
-    def test_fault_of_another_kind_is_not_hidden(self):
-        def broken(q, k, v, subtree_end):
-            raise ZeroDivisionError
 
-        with self.assertRaises(ZeroDivisionError):
-            _chosen(("broken", broken))
+def _raiser(error):
+    def attend(q, k, v, subtree_end):
+        raise error
 
-    @parameterized.parameters(100, 511, 512, 700, 1024, 2048, 100_000)
-    def test_kernel_is_tried_with_the_blocks_of_the_run(self, length):
-        with mock.patch.object(dispatch, "probe", return_value={"read": 0.0}) as probe:
-            self.assertEqual(_chosen(("splash", splash.attend), length=length, branching=False).name, "splash")
-        _, _, tried, *_ = probe.call_args.args
-        self.assertEqual(splash.block_of(tried), splash.block_of(length))
-        self.assertGreaterEqual(tried, min(length, 2 * splash.LARGEST_BLOCK + 1))  # three blocks: one can be skipped
+    return attend
 
-    def test_candidate_for_paths_is_not_tried_on_trees(self):
-        choice = _chosen(("paths", _interpreted), for_trees=False)
-        self.assertEqual((choice.name, choice.reason), ("blockwise", "paths is for rows whose trees are all paths"))
-        self.assertEqual(_chosen(("paths", _interpreted), for_trees=False, branching=False).name, "paths")
 
-    def test_kernel_without_its_device_is_passed_over(self):
+class UnsupportedTest(parameterized.TestCase):
+    @parameterized.parameters(*_UNSUPPORTED)
+    def test_unsupported_candidate_is_passed_over_under_auto_with_the_reason(self, error):
+        first_line = f"unsupported: {type(error).__name__}: {str(error).splitlines()[0]}"
+        kernel = _select(("unsupported", _raiser(error)))
+        self.assertEqual((kernel.name, kernel.reason), ("blockwise", first_line))
+        kernel = _select(("unsupported", _raiser(error)), ("right", _interpreted))
+        self.assertEqual(kernel.name, "right")
+        self.assertEndsWith(kernel.reason, f"; {first_line}")
+
+    @parameterized.parameters(*_UNSUPPORTED, *_RUNTIME_ERRORS)
+    def test_named_kernel_that_cannot_run_is_a_user_error_with_the_reason(self, error):
+        with self.assertRaises(UserError) as caught:
+            _select(("asked", _raiser(error)), ("right", _interpreted), name="asked")
+        message = str(caught.exception)
+        self.assertStartsWith(message, "attention=asked does not work here: ")
+        self.assertIn(str(error).splitlines()[0], message)
+        self.assertEndsWith(message, "Set attention=auto or attention=blockwise.")
+
+    @parameterized.product(error=_BUGS, name=("auto", "broken"))
+    def test_bug_in_a_kernel_keeps_its_exception(self, error, name):
+        with self.assertRaises(type(error)) as caught:
+            _select(("broken", _raiser(error)), ("right", _interpreted), name=name)
+        self.assertIs(caught.exception, error)
+
+    @parameterized.parameters(*_RUNTIME_ERRORS)
+    def test_other_runtime_error_under_auto_is_raised(self, error):
+        with self.assertRaises(jax.errors.JaxRuntimeError) as caught:
+            _select(("broken", _raiser(error)), ("right", _interpreted))
+        self.assertIs(caught.exception, error)
+
+    def test_candidate_for_paths_is_passed_over_for_trees(self):
+        kernel = _select(("paths", _interpreted), for_trees=False)
+        self.assertEqual((kernel.name, kernel.reason), ("blockwise", "paths is for rows whose trees are all paths"))
+        self.assertEqual(_select(("paths", _interpreted), for_trees=False, branching=False).name, "paths")
+        with self.assertRaisesRegex(UserError, "attention=paths does not work here: paths is for rows whose trees"):
+            _select(("paths", _interpreted), for_trees=False, name="paths")
+
+    @parameterized.parameters("pallas", "splash")
+    def test_kernel_named_on_another_platform_is_a_user_error(self, name):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        self.assertEqual([candidate.name for candidate in dispatch._CANDIDATES], ["pallas_gpu", "splash"])
-        for candidate in dispatch._CANDIDATES:
-            attend, wrong = dispatch._tried(candidate, mesh, 4, 2, 64, 64, jnp.bfloat16, False)
-            self.assertIsNone(attend)
-            self.assertIn("Only interpret mode is supported on CPU", wrong)
+        with self.assertRaisesRegex(UserError, f"attention={name} does not work here: {name} is a kernel for .*pu"):
+            dispatch.select_kernel(mesh, branching=False, name=name, **_SHAPE)
+
+    def test_head_dimension_without_blocks_is_unsupported(self):
+        kernel = _select(("pallas", pallas_gpu.attend), head_dim=80)
+        self.assertRegex(kernel.reason, r"^pallas: NotImplementedError: head_dim is 80; the kernels have blocks for")
 
 
 class ReferenceTest(absltest.TestCase):
     def test_reference_equals_the_oracle_over_lineages(self):
         rng = np.random.default_rng(0)
         rows = oracle.rows_of(rng, 50, branching=True, padding=9)
-        q, k, v, subtree_end, d_read = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=8)
-        needed = oracle.attention(q, k, v, rows, d_read)
-        for got, exact in zip(dispatch.reference(q, k, v, subtree_end, d_read), needed, strict=True):
+        q, k, v, subtree_end, d_output = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=8)
+        needed = oracle.attention(q, k, v, rows, d_output)
+        for got, exact in zip(dispatch.reference(q, k, v, subtree_end, d_output), needed, strict=True):
             np.testing.assert_allclose(got, exact, atol=1e-12)
 
 

@@ -25,7 +25,7 @@ def shapes(*, length, heads, kv_heads, head_dim, dtype):
 
 
 def with_gradients(attend):
-    """What reads and gives the gradients of the sum of what is read to q, k and v."""
+    """A function that computes the sum of the attention output and its gradients for q, k and v."""
 
     def function(q, k, v, subtree_end):
         def total(q, k, v):

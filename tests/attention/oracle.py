@@ -13,10 +13,10 @@ def visible(parents):
     return seen
 
 
-def attention(q, k, v, rows, d_read):
-    """(what is read, and the gradients of sum(read * d_read) to q, k and v), row by row and head by head."""
-    q, k, v, d_read = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_read))
-    read, d_q, d_k, d_v = np.zeros(q.shape), np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+def attention(q, k, v, rows, d_output):
+    """(output, dq, dk, dv), the gradients of sum(output * d_output), row by row and head by head."""
+    q, k, v, d_output = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_output))
+    output, dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
     for b, parents in enumerate(rows):
         seen = visible(parents)
@@ -25,13 +25,13 @@ def attention(q, k, v, rows, d_read):
             score = np.where(seen, q[b, :, n] @ k[b, :, shared].T * scale, -np.inf)
             weight = np.exp(score - score.max(axis=1, keepdims=True))
             weight /= weight.sum(axis=1, keepdims=True)
-            read[b, :, n] = weight @ v[b, :, shared]
-            d_weight = d_read[b, :, n] @ v[b, :, shared].T
-            d_score = weight * (d_weight - np.sum(weight * d_weight, axis=1, keepdims=True)) * scale
-            d_q[b, :, n] = d_score @ k[b, :, shared]
-            d_k[b, :, shared] += d_score.T @ q[b, :, n]
-            d_v[b, :, shared] += weight.T @ d_read[b, :, n]
-    return read, d_q, d_k, d_v
+            output[b, :, n] = weight @ v[b, :, shared]
+            dp = d_output[b, :, n] @ v[b, :, shared].T
+            ds = weight * (dp - np.sum(weight * dp, axis=1, keepdims=True)) * scale
+            dq[b, :, n] = ds @ k[b, :, shared]
+            dk[b, :, shared] += ds.T @ q[b, :, n]
+            dv[b, :, shared] += weight.T @ d_output[b, :, n]
+    return output, dq, dk, dv
 
 
 def rows_of(rng, length, *, branching, padding=0):
@@ -43,8 +43,8 @@ def rows_of(rng, length, *, branching, padding=0):
 
 
 def inputs(rng, rows, *, heads, kv_heads, head_dim, dtype=np.float32):
-    """(q, k, v, subtree_end, d_read), normal."""
+    """(q, k, v, subtree_end, d_output), normal."""
     length = len(rows[0])
     sizes = (heads, kv_heads, kv_heads, heads)
-    q, k, v, d_read = (rng.standard_normal((len(rows), length, size, head_dim)).astype(dtype) for size in sizes)
-    return q, k, v, np.stack([forests.arrays(parents)[1] for parents in rows]), d_read
+    q, k, v, d_output = (rng.standard_normal((len(rows), length, size, head_dim)).astype(dtype) for size in sizes)
+    return q, k, v, np.stack([forests.arrays(parents)[1] for parents in rows]), d_output

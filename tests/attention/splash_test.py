@@ -10,11 +10,11 @@ from tests.attention import lowering, oracle
 
 
 @functools.partial(jax.jit, static_argnames="largest_block")
-def _attend(q, k, v, subtree_end, d_read, largest_block):
-    """(what is read, and the gradients of sum(read * d_read) to q, k and v)."""
+def _attend(q, k, v, subtree_end, d_output, largest_block):
+    """(output, dq, dk, dv), the gradients of sum(output * d_output)."""
     attend = functools.partial(splash.attend, largest_block=largest_block, interpret=True)
-    read, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
-    return read, *pull(d_read)
+    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+    return output, *pull(d_output)
 
 
 class SplashTest(parameterized.TestCase):
@@ -23,7 +23,7 @@ class SplashTest(parameterized.TestCase):
         dict(testcase_name="of_512_tokens", length=1100, heads=2, kv_heads=1, largest_block=splash.LARGEST_BLOCK),
         dict(testcase_name="padded", length=300, heads=2, kv_heads=2, largest_block=256),
     )
-    def test_read_and_gradients_equal_those_over_lineages(self, length, heads, kv_heads, largest_block):
+    def test_output_and_gradients_equal_those_over_lineages(self, length, heads, kv_heads, largest_block):
         rng = np.random.default_rng(length)
         rows = oracle.rows_of(rng, length, branching=False, padding=length // 3)
         given = oracle.inputs(rng, rows, heads=heads, kv_heads=kv_heads, head_dim=16)
@@ -34,11 +34,11 @@ class SplashTest(parameterized.TestCase):
     def test_blocks_of_other_paths_are_not_read(self):
         parents = [*range(-1, 127), -1, *range(128, 383)]  # 0-127 and 128-383
         rng = np.random.default_rng(0)
-        q, k, v, subtree_end, d_read = oracle.inputs(rng, [parents], heads=2, kv_heads=1, head_dim=16)
-        needed = oracle.attention(q, k, v, [parents], d_read)
+        q, k, v, subtree_end, d_output = oracle.inputs(rng, [parents], heads=2, kv_heads=1, head_dim=16)
+        needed = oracle.attention(q, k, v, [parents], d_output)
         for array in (q, k, v):
             array[:, :128] = np.nan
-        for got, exact in zip(_attend(q, k, v, subtree_end, d_read, 512), needed, strict=True):
+        for got, exact in zip(_attend(q, k, v, subtree_end, d_output, 512), needed, strict=True):
             np.testing.assert_allclose(got[:, 128:], exact[:, 128:], atol=1e-5)
             self.assertTrue(np.all(np.isnan(got[:, :128])))
 
