@@ -5,6 +5,7 @@ import dataclasses
 import ml_collections
 from absl.testing import absltest, parameterized
 
+from dialog_jax.attention import dispatch
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder
 from dialog_jax.training import config
@@ -26,6 +27,10 @@ class ConfigTest(parameterized.TestCase):
 
     def test_remat_names_those_of_the_decoder(self):
         self.assertEqual(config.REMAT, tuple(decoder.REMAT))
+
+    def test_attention_names_the_kernels(self):
+        kernels = [candidate.name for candidate in dispatch._CANDIDATES]
+        self.assertEqual(config.ATTENTION, ("auto", "blockwise", *kernels))
 
     def test_parts_of_a_mixture_can_be_overridden(self):
         mix = {"a": {"train": "a", "weight": 1}, "b": {"train": "b", "weight": 0.5}}
@@ -99,6 +104,7 @@ class ConfigTest(parameterized.TestCase):
             "data.workers is -2; it must be at least 0, or -1",
         ),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
+        ({"attention": "portable"}, "attention is 'portable'; it must be one of auto, blockwise, pallas, splash"),
     )
     def test_bad_value_is_refused(self, changes, message):
         with self.assertRaisesRegex(ValueError, message):

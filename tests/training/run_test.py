@@ -158,6 +158,13 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "t names token 600, but the model's vocabulary has 512"):
             self.run_in("run", data=data, loss=LossConfig(distillation=0.5))
 
+    def test_attention_kernel_that_this_device_lacks_is_an_error_and_claims_nothing(self):
+        with self.assertRaisesRegex(
+            UserError, "attention=pallas does not work here: pallas is a kernel for gpu, this is"
+        ):
+            self.run_in("run", attention="pallas")
+        self.assertFalse((self.directory / "run" / "config.json").exists())
+
     def test_no_absolute_path_is_written(self):
         self.run_in("run", steps=2)
         for file in (self.directory / "run").rglob("*"):
