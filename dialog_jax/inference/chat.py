@@ -1,6 +1,6 @@
-"""Messages in, the text of a reply out, piece by piece: a model directory made ready to talk.
+"""Replies to dialogues: messages in, the text of a reply out, in chunks as it is generated.
 
-Composes `data.rendering`, `model` and `generation`; knows no terminal and no file format.
+Composes rendering and `inference.generation`; knows no terminal and no file format.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,21 +11,19 @@ from dialog_jax.errors import UserError
 from dialog_jax.inference import generation
 from dialog_jax.inference.loading import Model
 
-_UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not yet a character
+_INCOMPLETE = "\ufffd"  # what a tokenizer decodes to for bytes that do not form a character yet
 
 
 class ReplyChunk(NamedTuple):
-    """The next piece of a reply, whole characters only. The last piece says in `end` why the reply is over:
-
-    `turn` (the model ended it), `max_new_tokens`, or `context` (there is no room for more).
-    """
+    """The next part of a reply, complete characters only."""
 
     text: str
     end: str = ""
+    """In the last chunk, why the reply ends: "turn" (the model ended it), "max_new_tokens" or "context" (full)."""
 
 
-def prompt(model: Model, messages: Sequence[Message]) -> list[int]:
-    """Returns the token ids that a reply to `messages` continues.
+def encode_prompt(model: Model, messages: Sequence[Message]) -> list[int]:
+    """Returns the token ids of `messages` as the chat template renders them for generation.
 
     Raises:
       UserError: the chat template refuses the messages.
@@ -43,21 +41,21 @@ def reply(
     seed: int,
     session: generation.Session | None = None,
 ) -> Iterator[ReplyChunk]:
-    """Yields a reply to `messages` as it is written; see `generation.generate` for the arguments.
+    """Yields a reply to `messages` as it is generated; see `generation.generate` for the arguments.
 
-    A character of several tokens appears when its last token is there.
+    A character of several tokens appears with its last token.
 
     Raises:
       UserError: an argument is out of range, the template refuses the messages, or their prompt fills the context.
     """
-    tokens = prompt(model, messages)
+    tokens = encode_prompt(model, messages)
     room = model.config.max_length - len(tokens)
     if room < 1:
         raise UserError(
             f"the history has {len(tokens):,} tokens and the model's context is {model.config.max_length:,}, which "
-            "leaves no room for a reply. Start anew, or with less history."
+            "leaves no room for a reply. Start a new chat, or shorten the history."
         )
-    generated = generation.generate(
+    new_tokens = generation.generate(
         model.config,
         model.parameters,
         tokens,
@@ -68,20 +66,20 @@ def reply(
         stop_tokens=model.stop_tokens,
         session=session,
     )
-    return _chunks(model, generated, "context" if room < max_new_tokens else "max_new_tokens")
+    return _decode_chunks(model, new_tokens, "context" if room < max_new_tokens else "max_new_tokens")
 
 
-def _chunks(model: Model, generated: Iterator[int], end: str) -> Iterator[ReplyChunk]:
+def _decode_chunks(model: Model, tokens: Iterator[int], end: str) -> Iterator[ReplyChunk]:
     backend = model.tokenizer.backend_tokenizer
     ids: list[int] = []
     shown = text = ""
-    for token in generated:
+    for token in tokens:
         if token in model.stop_tokens:
             end = "turn"
             break
         ids.append(token)
         text = backend.decode(ids, skip_special_tokens=True)
-        if not text.endswith(_UNFINISHED) and text.startswith(shown):
+        if not text.endswith(_INCOMPLETE) and text.startswith(shown):
             yield ReplyChunk(text[len(shown) :])
             shown = text
     yield ReplyChunk(text[len(shown) :], end)

@@ -1,6 +1,6 @@
-"""Replies, one token at a time, from a key/value cache that a chat keeps between its turns.
+"""Generation, one token at a time, with a key/value cache that a chat keeps between its turns.
 
-In: parameters and the tokens of a prompt. Out: token ids, each as soon as it is there. Knows no text and no roles.
+In: parameters and the tokens of a prompt. Out: token ids, each as soon as it is sampled. Knows no text and no roles.
 """
 
 import functools
@@ -14,16 +14,17 @@ from jaxtyping import Array, Float, Int, Key
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, decoding
 
-# Prompts are read in chunks of these lengths, the last one padded: one compilation each, whatever a prompt's length.
+# Prompts are processed in chunks of these lengths, the last one padded: one compilation each for prompts of any length.
 _CHUNKS = (8, 32, 128, 512)
 _SMALLEST_CAPACITY = 512
 
 
 class Session:
-    """The cache of one history, and the tokens it holds. Give the same session to every turn of a chat.
+    """The cache of one history and the tokens it holds. Pass the same session for every turn of a chat.
 
-    Each prompt keeps the part of the cache that it shares with what came before and computes the rest, so a prompt that
-    extends the last one costs its new tokens only, and one that goes back (a regenerated reply, `/reset`) is right too.
+    A prompt reuses the cache of the longest prefix that it shares with the tokens before it, and computes the rest. A
+    prompt that extends the last one costs only its new tokens; one that goes back (a regenerated reply, `/reset`) is
+    correct too.
     """
 
     def __init__(
@@ -31,17 +32,17 @@ class Session:
     ):
         self.config = config
         self.parameters = parameters
-        self.tokens: list[int] = []  # what the first len(tokens) slots of the cache hold
+        self.tokens: list[int] = []  # of the first len(tokens) slots of the cache
         self._cache = decoding.empty_cache(config, 1, _SMALLEST_CAPACITY, compute_dtype)
 
     def read(self, tokens: Sequence[int]) -> Float[Array, "V"]:
-        """Logits, float32, of the token that follows `tokens`; computes only what the cache does not hold.
+        """Returns the logits, float32, of the token that follows `tokens`; computes only what is not in the cache.
 
         Raises:
           UserError: if there are no tokens, one is outside the vocabulary, or they exceed the model's context.
         """
         _check_prompt(self.config, tokens)
-        # At least the last token is read again: the cache holds its keys, not its logits.
+        # At least the last token is recomputed: the cache holds its keys and values, not its logits.
         start = min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[start:]
         while True:
@@ -84,21 +85,21 @@ def generate(
     """Yields the ids that follow `tokens`: `max_new_tokens` of them, or up to and including the first stop token.
 
     Args:
-      tokens: the whole prompt, at least one token. What `session` has of it already is not computed again.
-      temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-      top_p: in (0, 1]; draws from the fewest likeliest tokens whose probabilities add up to at least this.
-      session: keeps the cache for the next turn; must be of the same config and parameters. None starts a new one.
+      tokens: the prompt, at least one token, from the start of the history. Tokens in `session` are not recomputed.
+      temperature: 0 selects the likeliest token; above 0, tokens are sampled from softmax(logits / temperature).
+      top_p: in (0, 1]; samples from the fewest likeliest tokens whose probabilities add up to at least this.
+      session: keeps the cache for the next turn; must have the same config and parameters. None starts a new one.
 
     Raises:
-      UserError: at once, before anything is computed, if an argument is out of range or prompt and new tokens together
-        exceed the model's context.
+      UserError: an argument is out of range, or prompt and new tokens exceed the model's context. Raised by the call
+        itself, before the first token is requested.
     """
     tokens = [int(token) for token in tokens]
     _check_prompt(config, tokens)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not temperature >= 0:
-        raise UserError(f"temperature is {temperature}; it must be at least 0 (0 takes the likeliest token)")
+        raise UserError(f"temperature is {temperature}; it must be at least 0 (0 selects the likeliest token)")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if len(tokens) + max_new_tokens > config.max_length:
@@ -109,7 +110,7 @@ def generate(
     if session is None:
         session = Session(config, parameters)
     elif session.config != config or session.parameters is not parameters:
-        raise UserError("the session was made for another config or other parameters; make a new one")
+        raise UserError("the session belongs to another config or other parameters; create a new one")
     return _generate(session, tokens, max_new_tokens, temperature, top_p, jax.random.key(seed), frozenset(stop_tokens))
 
 
@@ -129,16 +130,16 @@ def sample_token(
     temperature: float | Float[Array, ""],
     top_p: float | Float[Array, ""],
 ) -> Int[Array, ""]:
-    """A token id: the likeliest at temperature 0, else drawn from the nucleus of probability `top_p`.
+    """Returns a token id: the likeliest at temperature 0, otherwise sampled from the nucleus of probability `top_p`.
 
-    With probabilities 0.5, 0.3, 0.2 and top_p 0.7, draws the first two: 0.5 alone is less than 0.7, with 0.3 it is not.
+    With probabilities 0.5, 0.3, 0.2 and top_p 0.7, samples from the first two: 0.5 is less than 0.7, 0.5 + 0.3 is not.
     """
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
     order = jnp.argsort(-scaled)
     probability = jax.nn.softmax(scaled[order])
-    before = jnp.cumsum(probability) - probability  # of all that are likelier
-    drawn = order[jax.random.categorical(key, jnp.where(before < top_p, scaled[order], -jnp.inf))]
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+    likelier = jnp.cumsum(probability) - probability  # total probability of all likelier tokens
+    sample = order[jax.random.categorical(key, jnp.where(likelier < top_p, scaled[order], -jnp.inf))]
+    return jnp.where(temperature > 0, sample, jnp.argmax(logits))
 
 
 def _check_prompt(config: decoder.DecoderConfig, tokens: Sequence[int]) -> None:
@@ -165,5 +166,5 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
 def _extend(config, parameters, cache, tokens, start, last):
     hidden, cache = decoding.extend(config, parameters, cache, tokens, start)
-    matrix = decoder.unembedding(config, parameters)
-    return jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), matrix.astype(jnp.float32)), cache
+    unembedding = decoder.unembedding(config, parameters)
+    return jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), unembedding.astype(jnp.float32)), cache

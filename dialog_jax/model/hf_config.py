@@ -1,6 +1,6 @@
-"""The shape of a published model: config.json or the header of a GGUF file to `DecoderConfig`, and back to config.json.
+"""The structure of a published model: config.json or a GGUF header to `DecoderConfig`, and back to config.json.
 
-What we do not support is refused by name, never ignored.
+A setting that is not supported is an error that names it; none is ignored.
 """
 
 import pathlib
@@ -16,12 +16,12 @@ from dialog_jax.model import decoder, rotary
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# What each family's configuration class in transformers assumes where config.json is silent.
+# Defaults of each family's configuration class in transformers, for fields that config.json omits.
 _DEFAULT_BIAS = {"llama": False, "qwen2": True, "qwen3": False}
 
 
 def from_json(file: pathlib.Path, fields: Mapping[str, Any]) -> decoder.DecoderConfig:
-    """The shape that the `fields` of config.json describe; `file` is named in errors."""
+    """Returns the structure that the `fields` of config.json describe; errors name `file`."""
 
     def need(name):
         if fields.get(name) is None:
@@ -83,7 +83,7 @@ def _refuse_unsupported(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 
 
 def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, rotary.Llama3Scaling | None]:
-    # Since transformers 5 all is in rope_parameters; before, rope_theta stood alone and rope_scaling held the rest.
+    # transformers 5 writes everything to rope_parameters; earlier releases write rope_theta and rope_scaling.
     rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -103,17 +103,17 @@ def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, rotary.
 
 
 def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderConfig:
-    """The shape that the header of a GGUF file describes; `path` is named in errors."""
+    """Returns the structure that the header of a GGUF file describes; errors name `path`."""
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     family = gguf_file.contents(path, reader, "general.architecture", str)
     if family not in decoder.FAMILIES:
         raise UserError(f"{path}: general.architecture is {family!r}; supported are {', '.join(decoder.FAMILIES)}")
 
     def get(name, default=None, kind=int):
-        found = gguf_file.contents(path, reader, f"{family}.{name}", kind)
-        if found is None and default is None:
-            raise UserError(f"{path}: {family}.{name} is missing")
-        return default if found is None else found
+        value = gguf_file.contents(path, reader, f"{family}.{name}", kind)
+        if value is None and default is None:
+            raise UserError(f"{path}: {family}.{name} is missing; download the file again")
+        return default if value is None else value
 
     width, heads = get("embedding_length"), get("attention.head_count")
     if heads < 1:
@@ -129,7 +129,7 @@ def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderCon
             raise UserError(f"{path}: {family}.{name} is {got!r}, which is not supported (only {needed!r} is)")
     if "rope_freqs.weight" in shapes:
         raise UserError(
-            f"{path}: scaled RoPE (rope_freqs.weight) is read from safetensors only; use that form of the model"
+            f"{path}: scaled RoPE (rope_freqs.weight) is read from safetensors only; use the model's safetensors"
         )
     if "token_embd.weight" not in shapes:
         raise UserError(f"{path}: tensor token_embd.weight is missing; download the file again")
@@ -144,7 +144,7 @@ def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderCon
         feed_forward=get("feed_forward_length"),
         max_length=get("context_length"),
         rope_theta=float(get("rope.freq_base", 10000.0, float)),
-        # Written by others as the float32 nearest to a short decimal; read back as that decimal.
+        # Stored as the float32 nearest to a short decimal; read back as that decimal.
         norm_epsilon=float(np.format_float_scientific(np.float32(get("attention.layer_norm_rms_epsilon", kind=float)))),
         tie_embeddings="output.weight" not in shapes,
         qkv_bias="blk.0.attn_q.bias" in shapes,
@@ -154,7 +154,7 @@ def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderCon
 
 
 def to_json(config: decoder.DecoderConfig) -> dict[str, Any]:
-    """The fields of config.json, float32, as Hugging Face transformers and vLLM read them."""
+    """Returns the fields of config.json, float32, as Hugging Face transformers and vLLM read them."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := config.rope_scaling) is not None:
         rope = {
@@ -182,7 +182,7 @@ def to_json(config: decoder.DecoderConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": "float32",
-        # Both spellings: transformers 5 reads the first line, releases before it and vLLM the others.
+        # Both spellings: transformers 5 reads rope_parameters, earlier releases and vLLM the other two.
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else rope,
@@ -191,7 +191,7 @@ def to_json(config: decoder.DecoderConfig) -> dict[str, Any]:
     if config.family == "llama":
         fields["mlp_bias"] = False
     if config.family == "qwen2":
-        # Qwen2 in transformers derives head_dim; any other would not load there.
+        # Qwen2 in transformers derives head_dim from width and heads, so no other value would load.
         if config.head_dim * config.heads != config.width:
             raise UserError(
                 f"qwen2 needs width = heads * head_dim, got {config.width}, {config.heads}, {config.head_dim}"

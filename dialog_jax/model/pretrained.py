@@ -1,8 +1,8 @@
 """Published checkpoints to parameters and back.
 
 In: a Hugging Face model directory (config.json and safetensors), a GGUF file, or a hub name. Out: a `DecoderConfig` and
-the nested dict of parameters; and the same the other way, as a directory that Hugging Face transformers and vLLM open.
-One table of names, used both ways. Knows nothing of tokenizers but how to have one saved.
+the nested dict of parameters; in the other direction, a directory that Hugging Face transformers and vLLM open. One
+table of names serves both directions. Of tokenizers it knows only `save_pretrained`.
 """
 
 import hashlib
@@ -59,27 +59,27 @@ _NAMES: dict[str, _Name] = {
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
-    """A local directory or .gguf file as it is; otherwise the local copy of a Hugging Face Hub model, fetched at need.
+    """Returns a local directory or .gguf file as it is, otherwise the local copy of a Hub model, downloaded if needed.
 
     Raises:
-      UserError: if it is neither.
+      UserError: there is no such file, and no such model on the Hub.
     """
     path = pathlib.Path(name_or_path).expanduser()
     if path.exists():
         return path
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=wanted))
+        return pathlib.Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
-            f"model {str(name_or_path)!r} is no local directory or .gguf file, and could not be had from the Hugging "
-            f"Face Hub ({type(error).__name__}: {str(error).partition(chr(10))[0]}). Check the spelling; without "
-            "network access, give the path of a downloaded model."
+            f"model {str(name_or_path)!r} is no local directory or .gguf file and no model on the Hugging Face Hub "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Check the spelling; offline, give "
+            "the path of a downloaded model."
         ) from error
 
 
 def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
-    """The shape of the model in a Hugging Face directory or a .gguf file.
+    """Returns the structure of the model in a Hugging Face directory or a .gguf file.
 
     Raises:
       UserError: for a missing or broken config.json, an unknown model type, or a setting that we do not support.
@@ -101,13 +101,13 @@ def load_parameters(
     sharding: Sharding | None = None,
     dtype: jax.typing.DTypeLike = np.float32,
 ) -> dict:
-    """The parameters in a Hugging Face directory or a .gguf file, read one stacked parameter at a time.
+    """Returns the parameters in a Hugging Face directory or a .gguf file, read one stacked parameter at a time.
 
     Args:
-      sharding: (path of the parameter, its shape) to where it goes; None is JAX's default device.
+      sharding: (path of a parameter, its shape) to its sharding; None for JAX's default device.
 
     Raises:
-      UserError: for a missing, unexpected or misshapen tensor, or a truncated file.
+      UserError: a tensor is missing, unexpected or misshapen, or a file is truncated.
     """
     path = pathlib.Path(path)
     from_gguf = path.suffix == ".gguf"
@@ -152,7 +152,7 @@ def _check(
     for key, names in published.items():
         shape = flat[key].shape[1:] if key.startswith("layers/") else flat[key].shape
         expected.update(dict.fromkeys(names, shape[::-1] if _NAMES[key].transposed else shape))
-    # A copy of a tied output matrix, and the rotary buffers that old releases of transformers wrote, carry nothing new.
+    # Redundant: a copy of a tied unembedding, and the rotary buffers that old releases of transformers wrote.
     known = expected.keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
     unexpected = sorted(name for name in tensors.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq"))
     missing = sorted(expected.keys() - tensors.shapes.keys())
@@ -177,34 +177,34 @@ def _check(
 def _load(
     tensors: tensor_files.Tensors, key: str, shape, names: list[str], sharding: Sharding | None, dtype
 ) -> jax.Array:
-    whole = np.empty(shape, dtype)
-    slots = whole if key.startswith("layers/") else whole[None]
+    parameter = np.empty(shape, dtype)
+    slots = parameter if key.startswith("layers/") else parameter[None]
     for slot, name in zip(slots, names, strict=True):
         array = tensors.read(name)
         if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
             raise UserError(
                 f"{tensors.files[name]}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is needed. "
-                "Quantised safetensors are not supported."
+                "Quantized safetensors are not supported."
             )
         slot[...] = array.T if _NAMES[key].transposed else array
     if sharding is None:
-        return jax.device_put(whole)
+        return jax.device_put(parameter)
     placement = sharding(tuple(key.split("/")), shape)
-    return jax.make_array_from_callback(shape, placement, lambda index: whole[index])
+    return jax.make_array_from_callback(shape, placement, lambda index: parameter[index])
 
 
 def stop_tokens(path: pathlib.Path) -> set[int]:
-    """The ids at which a published model's config.json and generation_config.json say that generation ends."""
-    found: set[int] = set()
+    """Returns the ids at which generation ends, from a model's config.json and generation_config.json."""
+    ids: set[int] = set()
     for file in ("config.json", "generation_config.json"):
         if (path / file).is_file():
             ends = tensor_files.read_json(path / file).get("eos_token_id")
-            found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return found
+            ids.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return ids
 
 
 def fingerprint(path: pathlib.Path) -> str:
-    """A hash of a model's config and of names, sizes and headers of its weight files, which tells models apart fast."""
+    """Returns a hash of a model's config and of its weight files' names, sizes, first and last MiB."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
     for file in files:
@@ -225,14 +225,15 @@ def save_pretrained(
     stop_tokens: Collection[int] = (),
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-    """Writes a directory that Hugging Face transformers and vLLM open: float32 weights, config, tokenizer if given.
+    """Writes a directory that Hugging Face transformers and vLLM open: float32 weights, config and tokenizer.
 
-    `stop_tokens` are the ids at which generation ends; the tokenizer's own end if there are none.
+    The directory appears by a rename when it is complete; an interrupted save leaves a directory `.NAME.partial`.
 
-    All of it appears at once, by a rename: what is left of an interrupted save is a directory named `.NAME.partial`.
+    Args:
+      stop_tokens: ids at which generation ends; empty for the tokenizer's end token.
 
     Raises:
-      UserError: if `directory` is there and not empty, or parameters and config do not fit.
+      UserError: `directory` exists and is not empty, or parameters and config do not fit.
     """
     directory = pathlib.Path(os.path.abspath(directory))
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -254,11 +255,11 @@ def save_pretrained(
     generation = {name: value for name, value in (ids | ends).items() if value is not None}
     _write_json(partial / "generation_config.json", generation)
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / "config.json", file)  # the writer leaves them readable by their owner only
+        shutil.copymode(partial / "config.json", file)  # safetensors makes them readable only by their owner
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
         settings = partial / "tokenizer_config.json"
-        # transformers 5 writes a class name that transformers 4, and what is built on it, does not know.
+        # transformers 5 writes a class name that transformers 4 and its dependents do not know.
         text = settings.read_text(encoding="utf-8")
         settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
     partial.rename(directory)

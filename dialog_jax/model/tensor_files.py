@@ -1,6 +1,6 @@
 """Files of tensors, read lazily: safetensors (one file or shards with an index) and GGUF.
 
-A file that is missing, cut short or not what it says is an error that names it. Knows published names only.
+A file that is missing, truncated or inconsistent is an error that names it. Knows only published tensor names.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dialog_jax.model import decoder
 
 
 class Tensors(NamedTuple):
-    """The tensors of a model, read when asked for."""
+    """The tensors of a model, read on request."""
 
     where: pathlib.Path  # for errors
     shapes: Mapping[str, tuple[int, ...]]
@@ -34,10 +34,10 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
     if index.exists():
         listed = read_json(index).get("weight_map") or {}
         if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-            raise UserError(f"{index}: weight_map is no object of file names; download or save the model again")
+            raise UserError(f"{index}: weight_map does not map names to file names; download or save the model again")
         shards = sorted(set(listed.values()))
         for shard in shards:
-            # By name: in the cache of the Hub, files beside the index are links to files elsewhere.
+            # Checked by name, since files in the Hub's cache are links to files elsewhere.
             if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
                 raise UserError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
     else:
@@ -56,7 +56,7 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
                     handles[name], files[name] = handle, file
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
             except (OSError, safetensors.SafetensorError) as error:
-                raise UserError(f"{file} is not a whole safetensors file: {error}. Download it again.") from error
+                raise UserError(f"{file} is not a complete safetensors file: {error}. Download it again.") from error
         for name in listed.keys() - shapes.keys():
             raise UserError(f"{directory / listed[name]}: tensor {name} of {index.name} is missing; download it again")
         yield Tensors(directory, shapes, files, lambda name: handles[name].get_tensor(name))
@@ -66,7 +66,7 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
 def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[Tensors]:
     tensors = {tensor.name: tensor for tensor in gguf_file.open_gguf(path).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
-    # llama.cpp pairs components (2i, 2i + 1) in llama's rotary dimensions, Hugging Face (i, i + H/2); qwen's stay.
+    # llama.cpp pairs rotary components (2i, 2i + 1) for llama only; Hugging Face pairs (i, i + H/2) for all families.
     interleaved = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if config.family == "llama" else ()
 
     def read(name):
@@ -80,7 +80,7 @@ def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; anything else is an error."""
+    """Returns the object in a JSON file; anything else is an error."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -79,7 +79,7 @@ class OpenTest(parameterized.TestCase):
     )
     def test_a_header_that_lies_is_an_error_at_once(self, counts, entries):
         began = time.monotonic()
-        with self.assertRaisesRegex(ValueError, r"^m\.gguf is not a whole GGUF file: .+ Download it again"):
+        with self.assertRaisesRegex(ValueError, r"^m\.gguf is not a complete GGUF file: .+ Download it again"):
             self.open(*entries, **counts)
         self.assertLess(time.monotonic() - began, 5)
 
@@ -88,7 +88,7 @@ class OpenTest(parameterized.TestCase):
             gguf_file.open_gguf(self.file)
         for content in (b"", b"GG", b"GGUF", b"PK" * 100, b"GGUF" + bytes(20)):
             self.file.write_bytes(content)
-            with self.assertRaisesRegex(ValueError, "m.gguf is not a whole GGUF file"):
+            with self.assertRaisesRegex(ValueError, "m.gguf is not a complete GGUF file"):
                 gguf_file.open_gguf(self.file)
 
     @parameterized.parameters(

@@ -312,7 +312,7 @@ class LoadTest(_TemporaryTest):
         directory = self.copy()
         file = directory / "model.safetensors"
         file.write_bytes(file.read_bytes()[:kept])
-        self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file", "again")
+        self.assert_load_fails(directory, "model.safetensors is not a complete safetensors file", "again")
 
     def test_load_of_flipped_or_missing_bytes_loads_or_is_an_error_that_names_it(self):
         file = self.copy() / "model.safetensors"
@@ -335,13 +335,13 @@ class LoadTest(_TemporaryTest):
         }
         header = json.dumps(entries).encode()
         (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-        self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file")
+        self.assert_load_fails(directory, "model.safetensors is not a complete safetensors file")
 
     def test_load_of_a_header_that_is_no_text_is_an_error(self):
         directory = self.copy()
         for header, size in ((b"\xff\xfe{}", 4), (b"{}", 1 << 62), (b"[" * 100_000, 100_000), (b"{}", 0)):
             (directory / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header)
-            self.assert_load_fails(directory, "model.safetensors is not a whole safetensors file")
+            self.assert_load_fails(directory, "model.safetensors is not a complete safetensors file")
 
     def test_load_of_more_layers_than_tensors_is_an_error(self):
         directory = self.copy()
@@ -449,7 +449,7 @@ class GgufTest(_TemporaryTest):
         file = self.write("qwen3")
         for kept in (2, 1000, 100_000):
             file.write_bytes(file.read_bytes()[:kept])
-            self.assert_load_fails(file, r"qwen3\.gguf is not a whole GGUF file")
+            self.assert_load_fails(file, r"qwen3\.gguf is not a complete GGUF file")
             file = self.write("qwen3")
 
     def test_gguf_with_flipped_or_missing_bytes_loads_or_is_an_error_that_names_it(self):
