@@ -16,32 +16,32 @@ from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 
 
 class Tokenized(NamedTuple):
-    """A text and its tokens."""
+    """A text and its tokens, each with the characters of the text at which it starts and ends (exclusive)."""
 
     text: str
     ids: Int32[np.ndarray, " n"]
-    encoding: tokenizers.Encoding
+    starts: Int32[np.ndarray, " n"]
+    ends: Int32[np.ndarray, " n"]
 
-    def index_at(self, character: int) -> int | None:
-        """Number of tokens before `character`, or None where no token begins there."""
+    def count_before(self, character: int) -> int | None:
+        """Returns the number of tokens before `character`, or None where no token starts there."""
         if character == len(self.text):
             return len(self.ids)
-        index = self.encoding.char_to_token(character)
-        return index if index is not None and self.start(index) == character else None
+        index = int(np.searchsorted(self.ends, character, "right"))  # the first that ends behind it
+        return index if index < len(self.ids) and self.starts[index] == character else None
 
-    def starts(self) -> Int32[np.ndarray, " n"]:
-        """The character at which each token begins."""
-        return np.array(self.encoding.offsets, np.int32).reshape(-1, 2)[:, 0]
+    def cut(self, text: str, stop: int) -> "Tokenized":
+        """Returns the first `stop` tokens, of the text that they are then tokens of."""
+        return Tokenized(text, self.ids[:stop], self.starts[:stop], self.ends[:stop])
 
-    def ends(self) -> Int32[np.ndarray, " n"]:
-        """The character at which each token ends, exclusive."""
-        return np.array(self.encoding.offsets, np.int32).reshape(-1, 2)[:, 1]
-
-    def start(self, index: int) -> int:
-        """The character at which a token begins."""
-        characters = self.encoding.token_to_chars(index)
-        assert characters is not None, index
-        return characters[0]
+    def append(self, text: str, other: "Tokenized") -> "Tokenized":
+        """Returns these tokens and those of a text that continues theirs, of both texts together."""
+        return Tokenized(
+            text,
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.starts, other.starts + len(self.text)]),
+            np.concatenate([self.ends, other.ends + len(self.text)]),
+        )
 
 
 class Encoder:
@@ -65,7 +65,7 @@ class Encoder:
         # Behind a special token no space is put in front of a text.
         anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
         self._anchor = next(anchors, "")
-        ends = [index for index in self.encode_continuation(after_response).tolist() if index in added]
+        ends = [index for index in self.tokenize_continuation(after_response).ids.tolist() if index in added]
         special = [index for index in ends if added[index].special]
         named = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
         self.end_of_turn: int | None = next(iter(special + named), None)
@@ -77,13 +77,11 @@ class Encoder:
         """Token ids of a text by itself."""
         return self.tokenize([text])[0].ids
 
-    def encode_continuation(self, text: str) -> Int32[np.ndarray, " n"]:
-        """Token ids of a text that continues another."""
-        return self.encode(self._anchor + text)[bool(self._anchor) :]
-
-    def continuation_ends(self, text: str) -> Int32[np.ndarray, " n"]:
-        """The character of `text` at which each token of `encode_continuation` ends, exclusive."""
-        return self.tokenize([self._anchor + text])[0].ends()[bool(self._anchor) :] - len(self._anchor)
+    def tokenize_continuation(self, text: str) -> Tokenized:
+        """Returns the tokens of a text that continues another."""
+        _, ids, starts, ends = self.tokenize([self._anchor + text])[0]
+        skipped, length = bool(self._anchor), len(self._anchor)
+        return Tokenized(text, ids[skipped:], starts[skipped:] - length, ends[skipped:] - length)
 
     def decode(self, ids: Int32[np.ndarray, " n"]) -> str:
         """The text of token ids, special ones included."""
@@ -91,10 +89,11 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Each text with its tokens; several at once are faster than one by one."""
-        return [
-            Tokenized(text, np.array(encoding.ids, np.int32), encoding)
-            for text, encoding in zip(texts, self.escaper.encode(texts), strict=True)
-        ]
+        tokenized = []
+        for text, encoding in zip(texts, self.escaper.encode(texts), strict=True):
+            starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()
+            tokenized.append(Tokenized(text, np.array(encoding.ids, np.int32), starts, ends))
+        return tokenized
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
         """Number of tokens up to the last end of turn, or up to another special token that ends the text."""

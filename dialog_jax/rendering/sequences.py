@@ -23,7 +23,7 @@ from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
-from dialog_jax.rendering.token_spans import MessageSpan, locate_messages, locate_response_parts
+from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
 
 _SHARED_PREFIXES_KEPT = 4096
 _CHARACTERS_PER_TOKEN = 6  # so much is tokenised of a text for each token of the limit; what lies behind, turn by turn
@@ -152,62 +152,61 @@ class Renderer:
         full: bool,
         locate: Callable[[Message], bool] | None,
     ) -> Iterator[RenderedSequence]:
-        roles = [message.role for message in dialogue.messages]
-        wanted = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
-        shown = 0  # messages that the sequence before has shown
+        finder = SpanFinder(self._template, self._encoder, dialogue)
+        indices = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
+        stops: dict[int, int] = {}  # where the messages end that the sequence before has shown
         previous = beginning.ids[:0]
+
+        def find_new(tokenized: Tokenized, count: int, *, is_prompt: bool) -> tuple[MessageSpan, ...]:
+            """Returns the spans of messages that the tokens shared with the sequence before do not hold entirely."""
+            shared = _count_shared(tokenized.ids, previous)
+            for index in [index for index, stop in stops.items() if stop > shared]:
+                del stops[index]
+            new = [index for index in indices if index < count and index not in stops]
+            spans = tuple(finder.find_message(tokenized, count, index, is_prompt=is_prompt) for index in new)
+            stops.update({span.message_index: span.stop for span in spans})
+            return spans
+
+        roles = [message.role for message in dialogue.messages]
         for index, prompt, rendered in self._template.turns(dialogue):
             start = self._cut_prompt(beginning, prompt)
             if max_length and start is not None and start >= max_length:
                 return
-            if not rendered.startswith(prompt):
-                difference = _difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
-                raise UserError(
-                    f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
-                    f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
-                    "merge assistant messages that follow each other, set chat_template_kwargs (such as "
-                    "enable_thinking) or pass another chat template."
-                )
+            self._check_continues(dialogue, index, prompt, rendered)
             stop = None if start is None else self._cut_response(beginning, rendered, len(prompt))
             if start is None or stop is None:
-                tokens, start = self._tokenize_alone(dialogue, index, prompt, rendered)
+                tokenized, start = self._tokenize_alone(dialogue, index, prompt, rendered)
             else:
-                tokens = beginning.ids[:stop]
-            if max_length and len(tokens) > max_length:
+                tokenized = beginning.cut(rendered, stop)
+            if max_length and len(tokenized.ids) > max_length:
                 return
-            first = shown if _begins(tokens, previous) else 0
-            others = locate_messages(
-                self._template,
-                self._encoder,
-                dialogue,
-                prompt,
-                index,
-                [i for i in wanted if first <= i < index],
-                is_prompt=True,
-            )
-            parts = locate_response_parts(self._encoder, dialogue, index, prompt, rendered, tokens, start)
-            shown, previous = index + 1, tokens
-            yield RenderedSequence(tokens, start, index, roles[:index].count("assistant"), others, parts)
+            message_spans = find_new(tokenized.cut(prompt, start), index, is_prompt=True)
+            part_spans = finder.find_response_parts(tokenized, index, len(prompt))
+            stops[index], previous = len(tokenized.ids), tokenized.ids
+            turn = roles[:index].count("assistant")
+            yield RenderedSequence(tokenized.ids, start, index, turn, message_spans, part_spans)
         if full:
-            tokens = beginning.ids if len(beginning.text) == len(text) else self._encoder.encode(text)
-            if not max_length or len(tokens) <= max_length:
-                first = shown if _begins(tokens, previous) else 0
-                others = locate_messages(
-                    self._template,
-                    self._encoder,
-                    dialogue,
-                    text,
-                    len(roles),
-                    [i for i in wanted if first <= i],
-                    is_prompt=False,
-                )
-                yield RenderedSequence(tokens, len(tokens), -1, -1, others)
+            tokenized = beginning if len(beginning.text) == len(text) else self._encoder.tokenize([text])[0]
+            if not max_length or len(tokenized.ids) <= max_length:
+                message_spans = find_new(tokenized, len(roles), is_prompt=False)
+                yield RenderedSequence(tokenized.ids, len(tokenized.ids), -1, -1, message_spans)
+
+    def _check_continues(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> None:
+        """Raises UserError if what is rendered with message `index` does not begin with its prompt."""
+        if not rendered.startswith(prompt):
+            difference = _difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
+            raise UserError(
+                f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
+                f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
+                "merge assistant messages that follow each other, set chat_template_kwargs (such as "
+                "enable_thinking) or pass another chat template."
+            )
 
     def _cut_prompt(self, beginning: Tokenized, prompt: str) -> int | None:
         """Number of tokens of `prompt` in `beginning`; None where they are not the tokens that it has by itself."""
         if self.end_of_turn is None or not beginning.text.startswith(prompt):
             return None
-        start = beginning.index_at(len(prompt))
+        start = beginning.count_before(len(prompt))
         if start is None:
             return None
         # A special token splits the text it stands in, so only what follows the last one can tokenise differently
@@ -215,7 +214,7 @@ class Renderer:
         near = max(0, start - 64)
         special = np.flatnonzero(self._encoder.special[beginning.ids[near:start]])
         tail = near + int(special[-1]) if len(special) else 0
-        tail_ids = self._encode_tail(prompt[beginning.start(tail) if tail else 0 :])
+        tail_ids = self._encode_tail(prompt[beginning.starts[tail] if tail else 0 :])
         return start if np.array_equal(tail_ids, beginning.ids[tail:start]) else None
 
     def _cut_response(self, beginning: Tokenized, rendered: str, start: int) -> int | None:
@@ -227,31 +226,32 @@ class Renderer:
         last = rendered.rfind(self._encoder.end_text, start)
         if last < 0 or not beginning.text.startswith(rendered[: last + len(self._encoder.end_text)]):
             return None
-        index = beginning.index_at(last)
+        index = beginning.count_before(last)
         return index + 1 if index is not None and beginning.ids[index] == self.end_of_turn else None
 
-    def _tokenize_alone(
-        self, dialogue: Dialogue, index: int, prompt: str, rendered: str
-    ) -> tuple[Int32[np.ndarray, " n"], int]:
-        """(prompt ++ response, where the response starts) of one turn by itself."""
-        prompt_ids, ids = self._encoder.encode(prompt), self._encoder.encode(rendered)
-        start = len(prompt_ids)
-        if np.array_equal(ids[:start], prompt_ids):
-            response = ids[start:]
-        else:  # a token crosses from prompt to response: inference fixes the prompt's tokens first
-            response = self._encoder.encode_continuation(rendered[len(prompt) :])
-            if self._encoder.decode(np.concatenate([prompt_ids, response])) != self._encoder.decode(ids):
+    def _tokenize_alone(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> tuple[Tokenized, int]:
+        """Returns (the tokens of prompt ++ response, where the response starts) of one turn by itself."""
+        alone, tokenized = self._encoder.tokenize([prompt, rendered])
+        start = len(alone.ids)
+        if not np.array_equal(tokenized.ids[:start], alone.ids):
+            # A token crosses from prompt to response: inference fixes the prompt's tokens first.
+            crossing, response = tokenized, rendered[len(prompt) :]
+            tokenized = alone.append(rendered, self._encoder.tokenize_continuation(response))
+            if self._encoder.decode(tokenized.ids) != self._encoder.decode(crossing.ids):
                 raise UserError(
                     f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
                     f"cross from {self._escaper.unescape(prompt[-20:])!r} to "
-                    f"{self._escaper.unescape(rendered[len(prompt) :][:20])!r}. Pass a chat template that ends the "
+                    f"{self._escaper.unescape(response[:20])!r}. Pass a chat template that ends the "
                     "generation prompt where a token ends."
                 )
-        return np.concatenate([prompt_ids, response[: self._encoder.response_length(response)]]), start
+        return tokenized.cut(rendered, start + self._encoder.response_length(tokenized.ids[start:])), start
 
 
-def _begins(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, " m"]) -> bool:
-    return np.array_equal(tokens[: len(previous)], previous)
+def _count_shared(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, " m"]) -> int:
+    """Returns the number of tokens with which both begin."""
+    length = min(len(tokens), len(previous))
+    different = np.flatnonzero(tokens[:length] != previous[:length])
+    return int(different[0]) if len(different) else length
 
 
 def _difference(prompt: str, rendered: str) -> str:

@@ -1,6 +1,7 @@
-"""Where messages, and parts of them, stand among the tokens of a rendering.
+"""Which tokens of a rendering are which message, and which part of it.
 
-Knows templates and tokens; knows no weight and no objective.
+Messages are found by what the template renders with and without them, parts by their text. Knows no weight and no
+objective.
 """
 
 import dataclasses
@@ -8,12 +9,11 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
-from dialog_jax.rendering.encoder import Encoder
+from dialog_jax.rendering.encoder import Encoder, Tokenized
 
 
 class MessageSpan(NamedTuple):
@@ -23,96 +23,91 @@ class MessageSpan(NamedTuple):
     start: int
     stop: int
     part_spans: tuple[tuple[int, int], ...] = ()
-    """Likewise, the tokens of each of its `parts`; a token that crosses parts belongs to the one it ends in."""
+    """Start and stop of each of the message's `parts`; a token that crosses parts belongs to the one it ends in."""
 
 
-def locate_messages(
-    template: ChatTemplate,
-    encoder: Encoder,
-    dialogue: Dialogue,
-    text: str,
-    count: int,
-    wanted: list[int],
-    *,
-    is_prompt: bool,
-) -> tuple[MessageSpan, ...]:
-    """Where the `wanted` messages stand in the tokens of `text`, which renders the first `count` messages."""
-    if not wanted:
-        return ()
-    tokenized = encoder.tokenize([text])[0]
-    starts, ends = tokenized.starts(), tokenized.ends()
-    spans = []
-    for index in wanted:
-        begin, end = _place(template, dialogue, text, count, index, is_prompt=is_prompt)
-        start, stop = int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(starts, end, "left"))
-        if dialogue.messages[index].role == "assistant":
-            stop = start + encoder.response_length(tokenized.ids[start:stop])
-        if stop < len(tokenized.ids) and tokenized.ids[stop] == encoder.end_of_turn:
+class SpanFinder:
+    """Finds messages among the tokens of renderings of one dialogue.
+
+    The place of a message's content is what changes when another content replaces it:
+
+        rendering     <user> Hi there <end> <assistant>
+        with a probe  <user> Qx7 zebra <end> <assistant>        so the content is characters 7 to 15, "Hi there"
+
+        tokens        <user>  Hi   there  <end>  <assistant>
+        starts          0     6     9       15       21
+        ends            6     9    15       21       33
+                             |-----------------|                the content's tokens and the end of turn: 1 to 4
+
+    The first token is the first that ends behind character 7, the last the last that starts before character 15.
+    """
+
+    def __init__(self, template: ChatTemplate, encoder: Encoder, dialogue: Dialogue):
+        self._template = template
+        self._encoder = encoder
+        self._dialogue = dialogue
+
+    def find_message(self, tokenized: Tokenized, count: int, index: int, *, is_prompt: bool) -> MessageSpan:
+        """Returns the span of message `index` in a rendering of the first `count` messages.
+
+        Args:
+          is_prompt: the rendering has the generation prompt.
+
+        Raises:
+          UserError: the message changes more than its own part of the text.
+        """
+        begin, end = self._find_characters(tokenized.text, count, index, is_prompt=is_prompt)
+        start = int(np.searchsorted(tokenized.ends, begin, "right"))
+        stop = int(np.searchsorted(tokenized.starts, end, "left"))
+        if self._dialogue.messages[index].role == "assistant":
+            stop = start + self._encoder.response_length(tokenized.ids[start:stop])
+        if stop < len(tokenized.ids) and tokenized.ids[stop] == self._encoder.end_of_turn:
             stop += 1
-        parts = _locate_parts(encoder, dialogue, index, text[begin:end], ends - begin)
-        spans.append(MessageSpan(index, start, stop, parts))
-    return tuple(spans)
+        return MessageSpan(index, start, stop, self._find_parts(tokenized, index, begin, end))
 
+    def find_response_parts(self, tokenized: Tokenized, index: int, begin: int) -> tuple[tuple[int, int], ...]:
+        """Returns the span of each part of response `index`, whose text begins at character `begin`.
 
-def locate_response_parts(
-    encoder: Encoder,
-    dialogue: Dialogue,
-    index: int,
-    prompt: str,
-    rendered: str,
-    tokens: Int32[np.ndarray, " n"],
-    start: int,
-) -> tuple[tuple[int, int], ...]:
-    """Where the parts of a response stand in its sequence."""
-    if not dialogue.messages[index].parts:
-        return ()
-    tokenized = encoder.tokenize([rendered])[0]
-    ends = tokenized.ends()[: len(tokens)] - len(prompt)
-    if not np.array_equal(tokenized.ids[: len(tokens)], tokens):  # the response was tokenised by itself
-        ends = np.concatenate([np.zeros(start, np.int32), encoder.continuation_ends(rendered[len(prompt) :])])
-    last = rendered.rfind(encoder.end_text, len(prompt)) if encoder.end_text else len(rendered)
-    return _locate_parts(encoder, dialogue, index, rendered[len(prompt) : max(last, len(prompt))], ends)
+        Raises:
+          UserError: the template does not render the content as it is.
+        """
+        end_text = self._encoder.end_text
+        end = tokenized.text.rfind(end_text, begin) if end_text else len(tokenized.text)
+        return self._find_parts(tokenized, index, begin, max(end, begin))
 
+    def _find_characters(self, text: str, count: int, index: int, *, is_prompt: bool) -> tuple[int, int]:
+        """Returns (begin, end) in `text` of a message: all of a response, the content of any other."""
+        dialogue, message = self._dialogue, self._dialogue.messages[index]
+        if message.role == "assistant" and index:
+            prompt = self._template.text(dialogue, index, add_generation_prompt=True)
+            rendered = self._template.text(dialogue, index + 1)
+            if text.startswith(rendered) and rendered.startswith(prompt):
+                return len(prompt), len(rendered)
+        messages = list(dialogue.messages)
+        messages[index] = dataclasses.replace(message, content=PROBE)
+        probe = dataclasses.replace(dialogue, messages=tuple(messages))
+        before, content, after = self._template.text(probe, count, add_generation_prompt=is_prompt).partition(PROBE)
+        if not (content and text.startswith(before) and text[len(before) :].endswith(after)):
+            raise UserError(
+                f"{dialogue.name}: message {index} ({message.role}) cannot be weighted by itself, because its content "
+                "changes other parts of what the chat template renders. Leave its role out of the objective's roles, "
+                "or its weight at 1."
+            )
+        return len(before), len(text) - len(after)
 
-def _place(
-    template: ChatTemplate, dialogue: Dialogue, text: str, count: int, index: int, *, is_prompt: bool
-) -> tuple[int, int]:
-    """The characters of `text` that are message `index`: as a response where it is one, else its content."""
-    message = dialogue.messages[index]
-    if message.role == "assistant" and index:
-        prompt = template.text(dialogue, index, add_generation_prompt=True)
-        rendered = template.text(dialogue, index + 1)
-        if text.startswith(rendered) and rendered.startswith(prompt):
-            return len(prompt), len(rendered)
-    # The content is what changes when another stands in its place.
-    messages = list(dialogue.messages)
-    messages[index] = dataclasses.replace(message, content=PROBE)
-    probe = dataclasses.replace(dialogue, messages=tuple(messages))
-    before, found, after = template.text(probe, count, add_generation_prompt=is_prompt).partition(PROBE)
-    if not (found and text.startswith(before) and text[len(before) :].endswith(after)):
-        raise UserError(
-            f"{dialogue.name}: message {index} ({message.role}) cannot be weighted by itself, because its content "
-            "changes other parts of what the chat template renders. Leave its role out of the objective's roles, "
-            "or its weight at 1."
-        )
-    return len(before), len(text) - len(after)
-
-
-def _locate_parts(
-    encoder: Encoder, dialogue: Dialogue, index: int, text: str, ends: Int32[np.ndarray, " n"]
-) -> tuple[tuple[int, int], ...]:
-    """The tokens of a message's parts, from its text and where in it tokens end."""
-    message = dialogue.messages[index]
-    if not message.parts:
-        return ()
-    at = text.find(message.content)
-    if at < 0 or text.find(message.content, at + 1) >= 0:
-        found = "does not render its content as it is" if at < 0 else "renders its content more than once"
-        raise UserError(
-            f"{dialogue.name}: message {index} has parts with weights, but the chat template {found}: "
-            f"{encoder.escaper.unescape(text[:60])!r}. Write the content as the template renders it, white space "
-            "included, or leave out the weights of its parts."
-        )
-    stops = at + np.cumsum([0] + [len(part.text) for part in message.parts])
-    edges = np.searchsorted(ends, stops, "right").tolist()
-    return tuple(itertools.pairwise(edges))
+    def _find_parts(self, tokenized: Tokenized, index: int, begin: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Returns the span of each part of a message whose text is characters `begin` to `end`."""
+        message = self._dialogue.messages[index]
+        if not message.parts:
+            return ()
+        text = tokenized.text[begin:end]
+        place = text.find(message.content)
+        if place < 0 or text.find(message.content, place + 1) >= 0:
+            problem = "does not render its content as it is" if place < 0 else "renders its content more than once"
+            raise UserError(
+                f"{self._dialogue.name}: message {index} has parts with weights, but the chat template {problem}: "
+                f"{self._encoder.escaper.unescape(text[:60])!r}. Write the content as the template renders it, white "
+                "space included, or leave out the weights of its parts."
+            )
+        edges = begin + place + np.cumsum([0] + [len(part.text) for part in message.parts])
+        return tuple(itertools.pairwise(np.searchsorted(tokenized.ends, edges, "right").tolist()))

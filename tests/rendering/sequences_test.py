@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.rendering import sequences as sequences_lib
+from dialog_jax.rendering import special_tokens, template_process
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
 
@@ -402,6 +403,50 @@ class LocateTest(parameterized.TestCase):
         dialogue = said(("user", "Hi"), ("assistant", "x"))
         with self.assertRaisesRegex(ValueError, r"dialogue 0 \(said.jsonl:1\): message 0 \(user\).*Leave its role"):
             render(sequences_lib.Renderer(tokenizer), dialogue, locate=lambda m: m.role == "user")
+
+
+class CostTest(parameterized.TestCase):
+    """What is tokenized and rendered, counted."""
+
+    def costs(self, family, turns, **options):
+        """(characters tokenized, texts rendered) of a dialogue, the second time it is rendered."""
+        parts = tuple(Part(text=text, weight=0.5) for text in ("123", "abc", "456"))
+        pair = (
+            Message(role="user", content="Hello you", weight=0.5),
+            Message(role="assistant", content="123abc456", weight=0.5, parts=parts if options else ()),
+        )
+        dialogue = Dialogue(id=0, messages=pair * turns)
+        renderer = renderer_of(family)
+        render(renderer, dialogue, **options)
+        encode, render_texts = special_tokens.SpecialTokenEscaper.encode, template_process.render
+        characters, jobs = [], []
+
+        def count_characters(escaper, texts):
+            characters.extend(map(len, texts))
+            return encode(escaper, texts)
+
+        def count_jobs(template, messages, wanted, variables):
+            jobs.extend(wanted)
+            return render_texts(template, messages, wanted, variables)
+
+        with (
+            mock.patch.object(special_tokens.SpecialTokenEscaper, "encode", count_characters),
+            mock.patch.object(template_process, "render", count_jobs),
+        ):
+            self.assertLen(render(renderer, dialogue, **options), turns + bool(options))
+        return sum(characters), len(jobs)
+
+    @parameterized.product(
+        family=["chatml", "llama3", "gemma", "qwen3"],
+        locate=[lambda message: message.role == "user", lambda message: message.weight != 1],
+    )
+    def test_locating_messages_costs_no_more_with_turns_than_rendering_them(self, family, locate):
+        few, many = (self.costs(family, turns, full=True, locate=locate) for turns in (8, 64))
+        plain, _ = self.costs(family, 64)
+        self.assertLess(many[0], 1.5 * plain)
+        if family in ("chatml", "gemma"):  # in the others, responses do not continue what history renders
+            self.assertLess(many[0], 1.5 * 8 * few[0])
+        self.assertLess(many[1], 1.2 * 8 * few[1])
 
 
 class PartsTest(parameterized.TestCase):
