@@ -47,8 +47,8 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import loss, train_step
 from dialog_jax.trees import dataset, prefix_tree
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
-from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 
 _RESPONSES = 6  # the experiment uses the first held-out dialogue with this many
@@ -111,14 +111,12 @@ def response_losses(model: Model, dialogues: Sequence[Dialogue]) -> list[list[Fl
     Raises:
       UserError: a dialogue is longer than a row.
     """
-    trees = dataset.prepare(
-        dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
-    )
+    trees = dataset.prepare(dialogues, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH, truncate="error"))
     score_step = train_step.make_score_step(model.config, compute_dtype=jnp.float32)
     losses = []
     for number in range(len(trees)):
         tree = trees.tree(number)
-        row = batches.fill_rows(trees, [[number]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        row = batches.fill_rows(trees, [[number]], max_length=harness.MAX_LENGTH)
         _, nodes = prefix_tree.find_targets(tree)
         nll = np.asarray(score_step(model.parameters, row).nll[0, : len(nodes)])
         losses.append([nll[tree.turn[nodes] == turn] for turn in range(int(tree.turn.max()) + 1)])
@@ -156,7 +154,7 @@ def compute_influence(config: DecoderConfig, parameters: dict, trees: Trees) -> 
     norms, contexts, responses = [], [], []
     for turn in range(int(tree.turn.max()) + 1):
         turn_trees = dataclasses.replace(trees, weight=np.where(trees.turn == turn, trees.weight, 0).astype(np.float32))
-        row = batches.fill_rows(turn_trees, [[0]], max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        row = batches.fill_rows(turn_trees, [[0]], max_length=harness.MAX_LENGTH)
         gradient = _embedding_gradient(config, parameters, jax.tree.map(jnp.asarray, row))
         norms.append(np.linalg.norm(np.asarray(gradient, np.float64), axis=-1)[:size])
         contexts.append(_ancestors(tree, np.flatnonzero(tree.turn == turn)))
@@ -282,9 +280,7 @@ def _influence_table(influences: Mapping[str, Influence]) -> str:
 
 
 def _one_tree(renderer: Renderer, dialogue: Dialogue) -> Trees:
-    return dataset.prepare(
-        [dialogue], renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, truncate="error"
-    )
+    return dataset.prepare([dialogue], renderer, TreeConfig(max_length=harness.MAX_LENGTH, truncate="error"))
 
 
 def main(options: Options) -> None:

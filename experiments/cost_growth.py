@@ -42,8 +42,8 @@ from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import optimizer, sharding, train_step
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset, prefix_tree
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
-from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Span
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "scripts" / "benchmarks" / "data.py"
@@ -112,7 +112,7 @@ def measure_lengths(sizes: Sizes, trees: Trees) -> Iterator[Point]:
     model = sizes.model()
     for length in sizes.lengths:
         count = sizes.lengths[-1] // length
-        plan = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=count, seed=0)
+        plan = batches.Plan(trees, max_length=length, rows=1, micro_batches=count, seed=0)
         # The last row of an epoch may be half empty. A small vocabulary is enough here.
         batch = max(map(plan.batch, range(3)), key=lambda batch: int((batch.segment > 0).sum()))
         batch = batch._replace(tokens=batch.tokens % model.vocab_size, target=batch.target % model.vocab_size)
@@ -138,7 +138,7 @@ def measure_turns(sizes: Sizes) -> Iterator[Point]:
         }
         costs = {}
         for way, trees in ways.items():
-            rows = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=1, seed=0)
+            rows = batches.Plan(trees, max_length=length, rows=1, micro_batches=1, seed=0)
             filled = [rows.batch(number) for number in range(rows.rows_per_epoch)]
             batch = Batch(
                 *(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*filled, strict=True))
@@ -260,7 +260,7 @@ def main(options: Options, sizes: Sizes | None = None) -> None:
     renderer = Renderer(load_tokenizer(options.model))
     needed = 2 * sizes.lengths[-1] // 100  # dialogues have a hundred tokens and more
     dialogues = list(itertools.islice(read_dialogues(options.train), needed))
-    trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=sizes.lengths[0])
+    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=sizes.lengths[0]))
     ways = {
         "vocabularies": measure_vocabularies(sizes),
         "lengths": measure_lengths(sizes, trees),

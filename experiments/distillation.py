@@ -39,10 +39,10 @@ from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
-from dialog_jax.trees import dataset, teacher
+from dialog_jax.trees import dataset, teacher_file
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
-from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.teacher import TeacherFile
+from dialog_jax.trees.teacher_file import TeacherFile
 
 CHOICES = {
     "tokens alone": LossConfig(),
@@ -76,9 +76,7 @@ def select_fitting_dialogues(model: Model, path: str) -> list[Dialogue]:
 
 
 def _prepare(dialogues: Iterable[Dialogue], model: Model, **options: Any) -> Trees:
-    return dataset.prepare(
-        dialogues, model.renderer, objective=ObjectiveConfig(), max_length=harness.MAX_LENGTH, **options
-    )
+    return dataset.prepare(dialogues, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH), **options)
 
 
 def write_teacher(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
@@ -87,10 +85,10 @@ def write_teacher(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Pat
         dialogues, model.renderer, model.config, model.parameters, compute_dtype=jnp.float32, top_k=_TOP_K
     )
     tokenizer = fingerprint(model.tokenizer)
-    with teacher.write_file(path, top_k=_TOP_K, tokenizer=tokenizer, vocabulary=model.config.vocab_size) as add:
+    with teacher_file.write_file(path, top_k=_TOP_K, tokenizer=tokenizer, vocabulary=model.config.vocab_size) as add:
         for score in scores:
             add(score.record["id"], score.signals)
-    return teacher.read_file(path, tokenizer=tokenizer)
+    return teacher_file.read_file(path, tokenizer=tokenizer)
 
 
 def train(

@@ -141,12 +141,12 @@ def _check_same_dialogues(trainings: Mapping[str, Trees]) -> None:
 
 def make_plan(trees: Trees, seed: int) -> batches.Plan:
     """Returns the assignment of trees to rows and of rows to steps."""
-    return batches.Plan(trees, max_length=MAX_LENGTH, max_targets=MAX_LENGTH, rows=1, micro_batches=ROWS, seed=seed)
+    return batches.Plan(trees, max_length=MAX_LENGTH, rows=1, micro_batches=ROWS, seed=seed)
 
 
 def fill_step(trees: Trees, plan: batches.Plan, number: int) -> Batch:
     """Returns the batch [M, 1, ...] of a step: the rows of `plan`, filled with `trees` instead of the plan's trees."""
-    filled = batches.fill_rows(trees, plan.rows(number), max_length=MAX_LENGTH, max_targets=MAX_LENGTH)
+    filled = batches.fill_rows(trees, plan.rows(number), max_length=MAX_LENGTH)
     return filled.map(lambda array: array[:, None])
 
 
@@ -157,9 +157,7 @@ def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, row
       score_step: returned by `train_step.make_score_step`.
     """
     parts = []
-    for batch, (numbers,) in batches.evaluation_batches(
-        trees, max_length=MAX_LENGTH, max_targets=MAX_LENGTH, rows=1, limit=rows
-    ):
+    for batch, (numbers,) in batches.evaluation_batches(trees, max_length=MAX_LENGTH, rows=1, limit=rows):
         scores = score_step(parameters, batch.map(lambda array: array[0]))
         nll = np.asarray(scores.nll[0], np.float64)
         filled = 0

@@ -44,6 +44,7 @@ from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.objectives import ObjectiveConfig
 
@@ -90,7 +91,7 @@ def compare_gradients(
 
     def fill(trees: Trees, keep: Bool[np.ndarray, " N"]) -> Batch:
         weighted = dataclasses.replace(trees, weight=np.where(keep, trees.weight, 0).astype(np.float32))
-        filled = batches.fill_rows(weighted, rows, max_length=harness.MAX_LENGTH, max_targets=harness.MAX_LENGTH)
+        filled = batches.fill_rows(weighted, rows, max_length=harness.MAX_LENGTH)
         return jax.tree.map(jnp.asarray, filled)
 
     prompts, responses = fill(joint, joint.turn < 0), fill(joint, joint.turn >= 0)
@@ -232,7 +233,9 @@ def main(options: Options) -> None:
 
     def trees(dialogues: list[Dialogue], **objective: Any) -> Trees:
         return dataset.prepare(
-            dialogues, model.renderer, objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH
+            dialogues,
+            model.renderer,
+            TreeConfig(objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH),
         )
 
     joint, conditional = trees(train, name="joint"), trees(train)

@@ -46,7 +46,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import loss, metrics
 from dialog_jax.trees import dataset
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.chunks import TreeConfig
 
 TURNS = (1, 2, 4, 8, 16, 32)
 _REASONING = pathlib.Path(__file__).parent / "templates" / "reasoning.jinja"
@@ -96,11 +96,11 @@ def _responses(dialogue: Dialogue) -> list[int]:
 
 def fill_rows(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[Batch]:
     """Returns a batch of one row per dialogue, padded to a multiple of `_MULTIPLE`."""
-    trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
+    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=_NO_LIMIT))
     filled = []
-    for number, sizes in enumerate(zip(*trees.sizes(), strict=True)):
-        length, targets = (-(-int(size) // _MULTIPLE) * _MULTIPLE for size in sizes)
-        filled.append(batches.fill_rows(trees, [[number]], max_length=length, max_targets=targets))
+    for number in range(len(trees)):
+        length = -(-trees.size(number) // _MULTIPLE) * _MULTIPLE
+        filled.append(batches.fill_rows(trees, [[number]], max_length=length))
     return filled
 
 
@@ -198,7 +198,7 @@ def exponent(turns: Sequence[int], values: Sequence[float]) -> float:
 
 def select_median(dialogues: Sequence[Dialogue], renderer: Renderer) -> Dialogue:
     """Returns the dialogue whose tree has the median number of tokens."""
-    trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
+    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=_NO_LIMIT))
     tokens, _ = trees.sizes()
     return dialogues[int(np.argsort(tokens, kind="stable")[len(tokens) // 2])]
 
@@ -224,7 +224,7 @@ def _table_of_all(dialogues: Sequence[Dialogue], renderer: Renderer, turns: Sequ
     cells, means = [], []
     for count in turns:
         shorter = [truncate(dialogue, count) for dialogue in dialogues]
-        trees = dataset.prepare(shorter, renderer, objective=ObjectiveConfig(), max_length=_NO_LIMIT)
+        trees = dataset.prepare(shorter, renderer, TreeConfig(max_length=_NO_LIMIT))
         separate = sum(len(sequence.tokens) for sequences in renderer.render(shorter) for sequence in sequences)
         means.append((trees.report.tokens / len(shorter), separate / len(shorter)))
         one, many = means[-1]

@@ -24,8 +24,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
-from dialog_jax.trees import disk_cache
 
 GREY, BLUE, ORANGE, GREEN = "#6b7682", "#1f5fa8", "#c2681f", "#3a7d44"
 DPI = 120
@@ -130,7 +130,7 @@ def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, second
         ]
     )
     text = directory / f"{options.name}.md"
-    disk_cache.write_atomically(text, "\n\n".join([head, *paragraphs, f"![{options.name}]({picture.name})"]) + "\n")
+    atomic_files.write_text(text, "\n\n".join([head, *paragraphs, f"![{options.name}]({picture.name})"]) + "\n")
     return [text, picture]
 
 

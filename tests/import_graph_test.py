@@ -12,15 +12,15 @@ _PACKAGE = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_
 # The modules of each room, in the order of the flow. A module imports only modules and rooms that stand before it.
 # fmt: off
 _ROOMS = {
-    "": ("errors",),
+    "": ("errors", "atomic_files"),
     "formats": ("gguf_file",),
     "dialogues": ("dialogue", "sources", "schemas", "parsing", "holdout"),
     "rendering": (
         "template_process", "tokenizers", "special_tokens", "chat_template", "encoder", "token_spans", "sequences",
     ),
     "trees": (
-        "prefix_tree", "objectives", "fitting", "weighting", "teacher", "chunks", "dataset", "worker_pool",
-        "disk_cache",
+        "prefix_tree", "objectives", "fitting", "weighting", "teacher_file", "teacher", "chunks", "dataset",
+        "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
@@ -35,7 +35,7 @@ _ROOMS = {
     "planning": ("hlo", "compiling", "workload", "estimating"),
 }
 # fmt: on
-_WITHOUT_JAX = ("errors", "formats", "dialogues", "rendering", "trees", "batching", "audit")
+_WITHOUT_JAX = ("errors", "atomic_files", "formats", "dialogues", "rendering", "trees", "batching", "audit")
 _JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 _OF_OUR_ROOMS = {"attention": ("errors", "formats"), "model": ("errors", "formats", "attention")}
 

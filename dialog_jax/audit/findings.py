@@ -1,6 +1,6 @@
-"""What can be wrong with dialogues for training, in words: how bad it is, what it means and what to do.
+"""Findings about dialogues as training data: severity, meaning and remedy of each kind, and how often it occurs.
 
-Knows the sentences and how often each is true; what is counted, others know.
+Has the sentences and the counts; what is counted is decided by the caller.
 """
 
 import collections
@@ -9,19 +9,19 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 LEVELS = ("error", "warning", "note")
-_KEPT = 10  # examples of each kind
+_MAX_PLACES = 10  # of each kind
 
 
 class _Kind(NamedTuple):
     level: str
-    """`error`: training would stop, or teach what is surely not meant. `warning`: look at it. `note`: good to know."""
+    """`error`: training would stop, or teach what cannot be intended. `warning`: check it. `note`: for information."""
     what: str
-    of: str
-    """What they are counted among: a name in the totals, or empty where there is one thing only."""
+    total: str
+    """Name of the total that the count is a part of; empty for something that can be found only once."""
     remedy: str
 
 
-# In the order in which they are told.
+# In the order of the report.
 _KINDS = {
     "unreadable": _Kind(
         "error", "records that are no dialogue", "records", "Training stops at the first. Correct or remove them."
@@ -141,53 +141,53 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was found."""
+    """Something that an audit found in the data."""
 
     kind: str
     level: str
     what: str
     count: int
     among: int
-    """Of so many; 0 where it is found once or not at all."""
+    """What `count` is a part of; 0 for something that can be found only once."""
     remedy: str
     first: list[str]
-    """Where, for the first of them."""
+    """The first places."""
 
     def __str__(self) -> str:
         share = f": {self.count:,} of {self.among:,}" if self.among else ""
         return f"{self.what}{share}. {self.remedy}"
 
 
-class Found:
-    """Counts and first places of what is found, as it is found."""
+class FindingTally:
+    """Counts and first places of each kind of finding."""
 
     def __init__(self):
         self._counts: collections.Counter[str] = collections.Counter()
         self._first: dict[str, list[str]] = collections.defaultdict(list)
 
-    def wants(self, kind: str) -> bool:
-        """Whether a further place would be kept, so that it is worth describing."""
-        return len(self._first[kind]) < _KEPT
+    def has_room(self, kind: str) -> bool:
+        """Whether a further place would be stored, so that it is worth describing."""
+        return len(self._first[kind]) < _MAX_PLACES
 
     def add(self, kind: str, where: str = "", *, count: int = 1) -> None:
-        """Counts one more of a kind, or `count` more at one place."""
+        """Adds `count` occurrences of a kind at one place."""
         self._counts[kind] += count
-        if where and self.wants(kind):
+        if where and self.has_room(kind):
             self._first[kind].append(where)
 
-    def told(self, totals: Mapping[str, int]) -> list[Finding]:
-        """What was found, the worst first."""
-        made = [
+    def make_findings(self, totals: Mapping[str, int]) -> list[Finding]:
+        """Returns the findings, the worst first."""
+        findings = [
             Finding(
                 kind=kind,
                 level=_KINDS[kind].level,
                 what=_KINDS[kind].what,
                 count=self._counts[kind],
-                among=totals[_KINDS[kind].of] if _KINDS[kind].of else 0,
+                among=totals[_KINDS[kind].total] if _KINDS[kind].total else 0,
                 remedy=_KINDS[kind].remedy,
                 first=self._first[kind],
             )
             for kind in _KINDS
             if self._counts[kind]
         ]
-        return sorted(made, key=lambda finding: LEVELS.index(finding.level))
+        return sorted(findings, key=lambda finding: LEVELS.index(finding.level))

@@ -1,10 +1,11 @@
-"""One dialogue, looked at as training would see it: its sequences, its tree, and what happens where messages meet.
+"""One dialogue as training would see it: its sequences, and where the tokens of one diverge from those of another.
 
-Records in, what is known of each out. What is wrong with a record is a value here and does not end the reading. Knows
-nothing of rows, and no figures of more than one dialogue.
+Enter: records. Leave: what is known of each. An invalid record is a value here and does not stop the reading. Rows, and
+figures of more than one dialogue, are not known here.
 """
 
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool
 from dialog_jax.dialogues import sources
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_dialogue
+from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.trees import fitting, prefix_tree, weighting
 from dialog_jax.trees.fitting import Excerpt
@@ -24,162 +26,181 @@ from dialog_jax.trees.weighting import SupervisedSequence
 
 
 class Divergence(NamedTuple):
-    """A place where the tokens of one sequence are not simply those of another, or of its prompt, with more behind."""
+    """A place where the tokens of a sequence do not continue those of an earlier one, or of its prompt."""
 
     kind: str
-    """`prompt`: a token crosses from the prompt to the response, so that the two together tokenise otherwise.
-    `next`: likewise from the response to the next message. `history`: the template writes it otherwise in history."""
-    piece: Excerpt
+    """`prompt`: a token crosses from the prompt to the response, so that both together have other tokens. `next`: a
+    token crosses from the response to the next message. `history`: the template renders the response differently in
+    history."""
+    excerpt: Excerpt
     response: int
-    """Number of the response in the piece's dialogue."""
+    """Message index of the response in the excerpt."""
     later: int = -1
-    """Likewise, the next response, whose prompt holds the first one. -1 for `prompt`."""
+    """Message index of the next response, whose prompt contains the first one; -1 for `prompt`."""
 
 
 def list_special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict[int, str]:
-    """Id and text of every special token, those without a name such as EOS among them."""
+    """Returns the text of every special token by its id, with or without a role such as EOS."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {index: token.content for index, token in added.items() if token.special}
 
 
-def iterate_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue | ValueError]:
-    """Each record of what `read_dialogues` reads: as a dialogue, or as what is wrong with it.
+def mask_special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> Bool[np.ndarray, " vocabulary"]:
+    """Returns for each token id whether the token is special."""
+    mask = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
+    mask[list(list_special_tokens(tokenizer))] = True
+    return mask
+
+
+def compile_special_texts(tokenizer: transformers.PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Returns a pattern that finds the text of a special token, the longest that matches."""
+    texts = sorted(filter(None, list_special_tokens(tokenizer).values()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def iterate_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue | UserError]:
+    """Yields each record of a source as a dialogue, or as the error that `read_dialogues` would raise.
 
     Raises:
-      UserError: the source is not there, or is not what its name says.
+      UserError: the source does not exist, or is not of the format of its name.
     """
     for index, (where, record) in enumerate(sources.read_records(source, split=split, keep_errors=True)):
-        found: Dialogue | ValueError
         try:
-            found = record if isinstance(record, ValueError) else parse_dialogue(record, index=index, where=where)
-        except ValueError as error:
-            found = error
-        yield found
+            dialogue = record if isinstance(record, UserError) else parse_dialogue(record, index=index, where=where)
+        except UserError as error:
+            yield error
+        else:
+            yield dialogue
 
 
 def render_dialogues(
     dialogues: Sequence[Dialogue], renderer: Renderer, objective: ObjectiveConfig
-) -> Iterator[list[Excerpt] | ValueError]:
-    """For each dialogue its paths with all their sequences, however long, or why there are none."""
+) -> Iterator[list[Excerpt] | UserError]:
+    """Yields for each dialogue its paths with all their sequences, however long, or the template's error."""
     unfolded = [fitting.unfold(dialogue, objective) for dialogue in dialogues]
-    parts = [piece.dialogue for pieces in unfolded for piece in pieces]
+    parts = [excerpt.dialogue for excerpts in unfolded for excerpt in excerpts]
     try:
-        rendered = iter(renderer.render(parts, full=objective.whole, locate=objective.locates))
-    except ValueError as error:
+        rendered = iter(renderer.render(parts, full=objective.needs_full_rendering, locate=objective.needs_span))
+    except UserError as error:
         if len(dialogues) == 1:
             yield error
             return
         for dialogue in dialogues:
             yield from render_dialogues([dialogue], renderer, objective)
         return
-    for pieces in unfolded:
-        found: list[Excerpt] | ValueError
-        own = [next(rendered) for _ in pieces]
+    for excerpts in unfolded:
+        sequences = [next(rendered) for _ in excerpts]
         try:
-            found = [piece._replace(sequences=list(some)) for piece, some in zip(pieces, own, strict=True)]
-        except ValueError as error:
-            found = error
-        yield found
+            complete = [
+                excerpt._replace(sequences=list(some)) for excerpt, some in zip(excerpts, sequences, strict=True)
+            ]
+        except UserError as error:
+            yield error
+        else:
+            yield complete
 
 
 def find_divergences(
-    pieces: Sequence[Excerpt], tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
+    excerpts: Sequence[Excerpt], tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
 ) -> list[Divergence]:
-    """Where messages meet otherwise than end to end; none where the dialogue is one string of tokens, cut in K places.
+    """Returns the divergences of a dialogue; none where its sequences are prefixes of one string of tokens.
 
-    Judged by tokens and what they decode to, so that no text is rendered again.
+    Sequence 0 is `h x a b` and sequence 1 `h x b u c`, in which history has `b` for the response `a b`: they diverge in
+    `history`. The text is not rendered again; tokens and what they decode to are enough.
 
     Args:
-      special: whether a token is special; such a token ends what can merge.
+      special: whether a token is special; a special token never merges with its neighbours.
     """
-    shown: dict[int, tuple[Excerpt, RenderedSequence]] = {}
-    continued: set[int] = set()
-    found = []
-    for piece in pieces:
-        for sequence in piece.sequences:
-            if sequence.turn < 0 or piece.messages[sequence.message_index] in shown:
+    shown: dict[int, tuple[Excerpt, RenderedSequence]] = {}  # the first sequence of each response
+    continued: set[int] = set()  # responses whose sequence begins a later one
+    later_divergences = []
+    for excerpt in excerpts:
+        for sequence in excerpt.sequences:
+            if sequence.turn < 0 or excerpt.original_indices[sequence.message_index] in shown:
                 continue
-            history = piece.messages[: sequence.message_index]
+            history = excerpt.original_indices[: sequence.message_index]
             previous = next((place for place in reversed(range(len(history))) if history[place] in shown), -1)
             if previous >= 0:
                 before = shown[history[previous]][1].tokens
-                at = prefix_tree.common_prefix_length(before, sequence.tokens)
-                if at == len(before):
+                length = prefix_tree.common_prefix_length(before, sequence.tokens)
+                if length == len(before):
                     continued.add(history[previous])
                 else:
-                    same = _text(tokenizer, sequence.tokens[at:]).startswith(_text(tokenizer, before[at:]))
-                    found.append(Divergence("next" if same else "history", piece, previous, sequence.message_index))
-            shown[piece.messages[sequence.message_index]] = piece, sequence
-    # Where another sequence begins with a response, response and prompt were tokenised together there.
+                    same = _decode(tokenizer, sequence.tokens[length:]).startswith(_decode(tokenizer, before[length:]))
+                    kind = "next" if same else "history"
+                    later_divergences.append(Divergence(kind, excerpt, previous, sequence.message_index))
+            shown[excerpt.original_indices[sequence.message_index]] = excerpt, sequence
+    # A response that another sequence begins with was tokenised together with its prompt there.
     crossing = {
-        message: Divergence("prompt", piece, sequence.message_index)
-        for message, (piece, sequence) in shown.items()
+        message: Divergence("prompt", excerpt, sequence.message_index)
+        for message, (excerpt, sequence) in shown.items()
         if message not in continued and _crosses(sequence, tokenizer, special)
     }
     others = [
         divergence
-        for divergence in found
-        if divergence.kind != "next" or divergence.piece.messages[divergence.response] not in crossing
+        for divergence in later_divergences
+        if divergence.kind != "next" or divergence.excerpt.original_indices[divergence.response] not in crossing
     ]
     return [*crossing.values(), *others]
 
 
 def split_by_rendered(
-    pieces: Sequence[Excerpt], sequences: Sequence[SupervisedSequence], renderer: Renderer
+    excerpts: Sequence[Excerpt], sequences: Sequence[SupervisedSequence], renderer: Renderer
 ) -> tuple[list[Message], list[tuple[int, Message]]]:
-    """(messages of the tree, responses apart, with the content that the template writes; number and message of others).
+    """Returns (messages whose content the template renders; (original index, message) of those it does not).
 
-    A content counts as written where the rendering has it somewhere, white space at its ends aside.
+    Only messages of the tree that are not trained responses. A content is rendered if the text contains it, except for
+    white space at its ends.
     """
     shown = set(weighting.select_responses(sequences))
-    written, missing = [], []
-    for piece in pieces:
-        ends = [one.sequence.message_index for one in sequences if one.piece is piece]
-        whole = min(ends, default=0) < 0
-        count = len(piece.messages) if whole else max(ends, default=0)
-        text = renderer.render_text(piece.dialogue, count, add_generation_prompt=not whole) if count else ""
-        for index, message in zip(piece.messages[:count], piece.dialogue.messages, strict=False):
+    rendered, missing = [], []
+    for excerpt in excerpts:
+        ends = [one.sequence.message_index for one in sequences if one.excerpt is excerpt]
+        full = min(ends, default=0) < 0
+        count = len(excerpt.original_indices) if full else max(ends, default=0)
+        text = renderer.render_text(excerpt.dialogue, count, add_generation_prompt=not full) if count else ""
+        for index, message in zip(excerpt.original_indices[:count], excerpt.dialogue.messages, strict=False):
             if index in shown:
                 continue
             shown.add(index)
             if message.content.strip() in text:
-                written.append(message)
+                rendered.append(message)
             else:
                 missing.append((index, message))
-    return written, missing
+    return rendered, missing
 
 
 def describe_divergence(divergence: Divergence, renderer: Renderer) -> str:
-    """What stands at a divergence, as text."""
-    dialogue = divergence.piece.dialogue
-    whole = renderer.render_text(dialogue, divergence.response + 1)
-    name = f"{dialogue.name}: message {divergence.piece.messages[divergence.response]}"
+    """Returns the text around a divergence, with the name of its dialogue."""
+    excerpt, dialogue = divergence.excerpt, divergence.excerpt.dialogue
+    text = renderer.render_text(dialogue, divergence.response + 1)
+    name = f"{dialogue.name}: message {excerpt.original_indices[divergence.response]}"
     if divergence.kind == "prompt":
-        cut = len(renderer.render_text(dialogue, divergence.response, add_generation_prompt=True))
-        return f"{name}: {whole[max(0, cut - 20) : cut]!r} + {whole[cut : cut + 20]!r}"
+        place = len(renderer.render_text(dialogue, divergence.response, add_generation_prompt=True))
+        return f"{name}: {text[max(0, place - 20) : place]!r} + {text[place : place + 20]!r}"
     later = renderer.render_text(dialogue, divergence.later, add_generation_prompt=True)
-    pairs = enumerate(zip(whole, later, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(later)))
+    pairs = enumerate(zip(text, later, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(text), len(later)))
     if divergence.kind == "next":
-        return f"{name}: {later[max(0, at - 20) : at]!r} + {later[at : at + 20]!r}"
+        return f"{name}: {later[max(0, place - 20) : place]!r} + {later[place : place + 20]!r}"
     return (
-        f"{name}: after {whole[max(0, at - 30) : at]!r} was generated {whole[at : at + 50]!r}, but the prompt of "
-        f"message {divergence.piece.messages[divergence.later]} has {later[at : at + 50]!r}"
+        f"{name}: after {text[max(0, place - 30) : place]!r} was generated {text[place : place + 50]!r}, but the "
+        f"prompt of message {excerpt.original_indices[divergence.later]} has {later[place : place + 50]!r}"
     )
 
 
 def _crosses(
     sequence: RenderedSequence, tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
 ) -> bool:
-    """Whether prompt and response together tokenise otherwise than one after the other.
+    """Whether prompt and response, tokenised together, have other tokens than one after the other.
 
-    Not told where ordinary text spells special tokens, which would be parsed here.
+    False where ordinary text spells special tokens, which would be parsed here.
     """
     before = np.flatnonzero(special[sequence.tokens[: sequence.start]])
-    near = sequence.tokens[int(before[-1]) if len(before) else 0 :]
-    again = tokenizer.encode(_text(tokenizer, near), add_special_tokens=False).ids
-    return not np.array_equal(again, near) and bool(special[again].sum() == special[near].sum())
+    tokens = sequence.tokens[int(before[-1]) if len(before) else 0 :]
+    together = tokenizer.encode(_decode(tokenizer, tokens), add_special_tokens=False).ids
+    return not np.array_equal(together, tokens) and bool(special[together].sum() == special[tokens].sum())
 
 
-def _text(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray) -> str:
+def _decode(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray) -> str:
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)

@@ -1,6 +1,6 @@
-"""How long dialogues are, what those that are too long lose at several lengths of a row, and how full the rows are.
+"""Lengths of dialogues, what truncation loses at several row lengths, and how full the rows are.
 
-Does what `dataset.prepare` and `batches.Plan` do, for many lengths from one rendering. Knows no text.
+Does what `dataset.prepare` and `batches.Plan` do, for many lengths from one rendering. Texts are not known here.
 """
 
 import dataclasses
@@ -11,8 +11,7 @@ import numpy as np
 
 from dialog_jax.batching import packing
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.trees import fitting as fitting_lib
-from dialog_jax.trees import weighting
+from dialog_jax.trees import fitting, weighting
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
@@ -22,104 +21,106 @@ LENGTHS = tuple(2**power for power in range(9, 18))  # tokens of a row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How long things are."""
+    """A distribution of lengths."""
 
     median: int
     most: int
-    """19 of 20 are at most so long."""
+    """The 95th percentile."""
     longest: int
     where: str
-    """What is the longest."""
+    """The name of what is the longest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fill:
-    """What rows of `max_length` tokens hold, if dialogues that are too long lose their last turns."""
+    """Rows of `max_length` tokens, if dialogues that are too long lose their last turns."""
 
     max_length: int
     rows: int
     used: float
     """Share of the rows' tokens that is not padding."""
     too_long: int
-    """Dialogues that do not fit whole."""
+    """Number of dialogues that do not fit completely."""
     dropped: int
-    """Those of them of which nothing fits."""
+    """Number of dialogues of which nothing fits."""
     responses_cut: int
     targets_lost: float
     """Share of all targets."""
 
 
 class Fit(NamedTuple):
-    """What a dialogue's tree has at some max_length."""
+    """What is left of a dialogue's tree at some max_length."""
 
     tokens: int
     targets: int
     responses: int
-    whole: bool
+    complete: bool
 
 
-def spread(values: Sequence[tuple[int, str]]) -> Spread | None:
-    """Of (how long, what) of each; None of none."""
+def measure_spread(values: Sequence[tuple[int, str]]) -> Spread | None:
+    """Returns the spread of (length, name) pairs; None if there are none.
+
+    [(3, "a"), (9, "b"), (5, "c")]   ->   Spread(median=5, most=9, longest=9, where="b")
+    """
     if not values:
         return None
     sizes = np.sort([size for size, _ in values])
     longest, where = max(values, key=lambda value: value[0])
-    middle, most = np.quantile(sizes, (0.5, 0.95), method="inverted_cdf").tolist()
-    return Spread(median=middle, most=most, longest=longest, where=where)
+    median, most = np.quantile(sizes, (0.5, 0.95), method="inverted_cdf").tolist()
+    return Spread(median=median, most=most, longest=longest, where=where)
 
 
-def fits(
-    dialogue: Dialogue, pieces: Sequence[Excerpt], tree: Tree, objective: ObjectiveConfig, lengths: Sequence[int]
+def measure_fits(
+    dialogue: Dialogue, excerpts: Sequence[Excerpt], tree: Tree, objective: ObjectiveConfig, lengths: Sequence[int]
 ) -> list[Fit]:
-    """What is left of a dialogue at each of `lengths`, which ascend, as `prepare` does it with truncate=turns.
+    """Returns what is left of a dialogue at each of `lengths`, which ascend, as with truncate=turns.
 
-    The last one is what it has without a limit.
+    The last one is what the dialogue has without a limit.
     """
-    full = Fit(len(tree.tokens), int((tree.weight > 0).sum()), sum(len(piece.responses) for piece in pieces), True)
-    made: list[Fit] = []
+    responses = sum(len(excerpt.response_turns) for excerpt in excerpts)
+    complete = Fit(len(tree.tokens), int((tree.weight > 0).sum()), responses, True)
+    fits: list[Fit] = []
     for max_length in lengths:
-        if made and made[-1].whole:
-            made.append(full)
+        if fits and fits[-1].complete:
+            fits.append(complete)
             continue
-        fitting = fitting_lib.select_fitting([piece.sequences for piece in pieces], objective, max_length)
-        left = [piece._replace(sequences=own) for piece, own in zip(pieces, fitting, strict=True)]
-        kept = sum(len(piece.responses) for piece in left)
-        if all(fitting_lib.is_complete(piece, objective) for piece in left):
-            made.append(full)
-        elif kept and (
-            some := weighting.build_trees(weighting.select_supervised(dialogue, [left], objective), objective)[0]
-        ):
-            made.append(Fit(len(some.tokens), int((some.weight > 0).sum()), kept, False))
-        else:
-            made.append(Fit(0, 0, kept, False))
-    return [*made, full]
+        selected = fitting.select_fitting([excerpt.sequences for excerpt in excerpts], objective, max_length)
+        shorter = [excerpt._replace(sequences=some) for excerpt, some in zip(excerpts, selected, strict=True)]
+        responses = sum(len(excerpt.response_turns) for excerpt in shorter)
+        if all(fitting.is_complete(excerpt, objective) for excerpt in shorter):
+            fits.append(complete)
+            continue
+        sequences = weighting.select_supervised(dialogue, [shorter], objective)
+        (rest,) = weighting.build_trees(sequences, objective) if responses else (None,)
+        tokens, targets = (0, 0) if rest is None else (len(rest.tokens), int((rest.weight > 0).sum()))
+        fits.append(Fit(tokens, targets, responses, False))
+    return [*fits, complete]
 
 
-def fills(all_fits: Sequence[Sequence[Fit]], lengths: Sequence[int], max_length: int) -> list[Fill]:
-    """What rows hold at `max_length`, and at the other `lengths` up to the first that cuts nothing.
+def measure_fills(all_fits: Sequence[Sequence[Fit]], lengths: Sequence[int], max_length: int) -> list[Fill]:
+    """Returns the rows at `max_length`, and at the other `lengths` up to the first that cuts nothing.
 
     Args:
-      all_fits: of each tree its `fits` at `lengths`.
+      all_fits: of each tree its `measure_fits` at `lengths`.
     """
-    made: list[Fill] = []
-    for length, fits_there in zip(lengths, zip(*all_fits, strict=True), strict=False):
-        if not made or made[-1].too_long or length == max_length:
-            made.append(_fill(fits_there, [own[-1] for own in all_fits], length))
-    return made
+    fills: list[Fill] = []
+    for length, fits in zip(lengths, zip(*all_fits, strict=True), strict=False):
+        if not fills or fills[-1].too_long or length == max_length:
+            fills.append(_measure_fill(fits, [tree_fits[-1] for tree_fits in all_fits], length))
+    return fills
 
 
-def _fill(fits: Sequence[Fit], full: Sequence[Fit], max_length: int) -> Fill:
-    tokens, targets, responses, whole = (np.array(column) for column in zip(*fits, strict=True))
-    kept = tokens > 0
-    rows = packing.pack_trees(
-        tokens[kept], targets[kept], max_length=max_length, max_targets=max_length, rng=np.random.default_rng(0)
-    )
+def _measure_fill(fits: Sequence[Fit], complete_fits: Sequence[Fit], max_length: int) -> Fill:
+    tokens, targets, responses, complete = (np.array(column) for column in zip(*fits, strict=True))
+    fitting_trees = tokens > 0
+    rng = np.random.default_rng(0)
+    rows = packing.pack_trees(tokens[fitting_trees], targets[fitting_trees], max_length=max_length, rng=rng)
     return Fill(
         max_length=max_length,
         rows=len(rows),
         used=float(tokens.sum() / max(1, len(rows) * max_length)),
-        too_long=int((~whole).sum()),
-        dropped=int((~kept).sum()),
-        responses_cut=int(sum(fit.responses for fit in full) - responses.sum()),
-        targets_lost=float(1 - targets.sum() / sum(fit.targets for fit in full)),
+        too_long=int((~complete).sum()),
+        dropped=int((~fitting_trees).sum()),
+        responses_cut=int(sum(fit.responses for fit in complete_fits) - responses.sum()),
+        targets_lost=float(1 - targets.sum() / sum(fit.targets for fit in complete_fits)),
     )

@@ -26,11 +26,11 @@ import rich.status
 import rich.table
 from absl import flags
 
-from dialog_jax.audit.figures import Audit
-from dialog_jax.audit.figures import audit as make_audit
+from dialog_jax.audit.figures import Audit, make_audit
 from dialog_jax.audit.row_lengths import Spread
 from dialog_jax.commands import config_flag, config_inputs
 from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.errors import UserError
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.data_sources import Source
@@ -176,7 +176,7 @@ def write(audit: Audit, config: TrainConfig, source: Source, out: pathlib.Path) 
         partial.unlink(missing_ok=True)
 
 
-def _counted(records: Iterable[Dialogue | ValueError], status: rich.status.Status) -> Iterator[Dialogue | ValueError]:
+def _counted(records: Iterable[Dialogue | UserError], status: rich.status.Status) -> Iterator[Dialogue | UserError]:
     for number, record in enumerate(records, start=1):
         status.update(f"{number:,} records read")
         yield record

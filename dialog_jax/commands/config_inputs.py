@@ -25,7 +25,7 @@ def define_data() -> flags.FlagHolder[str]:
     )
 
 
-def iterate_records(source: Source) -> Iterator[Dialogue | ValueError]:
+def iterate_records(source: Source) -> Iterator[Dialogue | UserError]:
     """Yields each record: as a dialogue, or as the error that it is."""
     for path in source.paths:
         for record in inspection.iterate_dialogues(path, split=source.split):

@@ -43,8 +43,8 @@ from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import compilation_cache, data_sources
 from dialog_jax.training.config import require_fields
 from dialog_jax.training.data_sources import Source
-from dialog_jax.trees import teacher
-from dialog_jax.trees.teacher import Signal
+from dialog_jax.trees import teacher_file
+from dialog_jax.trees.teacher_file import Signal
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
@@ -140,7 +140,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if top_k_out:
             add = stack.enter_context(
-                teacher.write_file(
+                teacher_file.write_file(
                     top_k_out,
                     top_k=_TOP_K.value,
                     tokenizer=fingerprint(model.tokenizer),

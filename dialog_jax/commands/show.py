@@ -55,7 +55,7 @@ def find_dialogue(source: Source, index: int) -> Dialogue:
     count = 0
     for count, record in enumerate(config_inputs.iterate_records(source), start=1):
         if count > index:
-            if isinstance(record, ValueError):
+            if isinstance(record, UserError):
                 raise record
             return record
     raise UserError(f"--index={index}: {source.name} has {count:,} records, counted from 0.")
@@ -75,11 +75,11 @@ def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[SupervisedSeque
         shared = prefix_tree.common_prefix_length(before, one.sequence.tokens) if len(before) else 0
         spans = {message: span for message, span in spans.items() if span[1] <= shared}
         spans |= {
-            one.piece.messages[place.message_index]: (place.start, place.stop)
+            one.excerpt.original_indices[place.message_index]: (place.start, place.stop)
             for place in _places(one, spans, renderer)
         }
-        if one.message >= 0:
-            spans[one.message] = one.sequence.start, len(one.sequence.tokens)
+        if one.original_index >= 0:
+            spans[one.original_index] = one.sequence.start, len(one.sequence.tokens)
         for message, (start, stop) in spans.items():
             for node in nodes[start:stop]:
                 found[node] = dialogue.messages[message].role
@@ -89,16 +89,18 @@ def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[SupervisedSeque
 
 def _places(one: SupervisedSequence, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
     """Where in a sequence the messages before its response stand, less the `known` ones."""
-    messages = one.piece.dialogue.messages
+    messages = one.excerpt.dialogue.messages
     stop = one.sequence.message_index + 1 or len(messages)
     # Only the response has a weight, so that nothing else is a sequence of its own.
     alone = tuple(
         dataclasses.replace(message, weight=float(index == one.sequence.message_index), parts=())
         for index, message in enumerate(messages[:stop])
     )
-    wanted = [message for message, number in zip(alone, one.piece.messages, strict=False) if number not in known]
+    wanted = [
+        message for message, number in zip(alone, one.excerpt.original_indices, strict=False) if number not in known
+    ]
     (rendered,) = renderer.render(
-        [dataclasses.replace(one.piece.dialogue, messages=alone)],
+        [dataclasses.replace(one.excerpt.dialogue, messages=alone)],
         full=one.sequence.turn < 0,
         locate=lambda message: any(message is other for other in wanted),
     )
@@ -220,7 +222,7 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
     tokenizer, renderer = config_inputs.open_renderer(config)
     objective = config.objective
     (pieces,) = inspection.render_dialogues([dialogue], renderer, objective)
-    if isinstance(pieces, ValueError):
+    if isinstance(pieces, UserError):
         raise pieces
     trained = weighting.select_supervised(dialogue, [pieces], objective)[0]
     tree = weighting.build_trees([trained], objective)[0]

@@ -28,6 +28,7 @@ from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees import fitting as fitting_lib
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 _OBJECTIVE = ObjectiveConfig()
@@ -73,11 +74,11 @@ def compare(
     outcome.response_tokens = sum(len(one.weight) for one in every)
     outcome.k_pass_tokens = sum(len(one.tokens) for one in every)
     numbered = [dataclasses.replace(dialogue, id=number) for number, (dialogue, _) in enumerate(kept)]
-    trees = dataset.prepare(numbered, renderer, objective=_OBJECTIVE, max_length=max_length)
+    trees = dataset.prepare(numbered, renderer, TreeConfig(objective=_OBJECTIVE, max_length=max_length))
     assert trees.ids == tuple(range(len(kept))), trees.ids
     outcome.one_pass_tokens, outcome.branching = trees.report.tokens, trees.report.branching
     length = min(max_length, -(-trees.report.tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-    plan = batches.Plan(trees, max_length=length, max_targets=length, rows=1, micro_batches=1, seed=0)
+    plan = batches.Plan(trees, max_length=length, rows=1, micro_batches=1, seed=0)
     outcome.row_length = length
     with jax.default_matmul_precision("highest"):
         _compare_rows(kept, plan, tokenizer, model, parameters, outcome, tell)
@@ -124,7 +125,9 @@ def _fitting(dialogue: Dialogue, renderer: Renderer, max_length: int) -> set[int
     paths = fitting_lib.unfold(dialogue, _OBJECTIVE)
     sequences = [list(each) for each in renderer.render([path.dialogue for path in paths])]
     fitting = fitting_lib.select_fitting(sequences, _OBJECTIVE, max_length)
-    return {path.messages[each.message_index] for path, some in zip(paths, fitting, strict=True) for each in some}
+    return {
+        path.original_indices[each.message_index] for path, some in zip(paths, fitting, strict=True) for each in some
+    }
 
 
 def _compare_rows(

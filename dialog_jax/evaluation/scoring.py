@@ -22,12 +22,12 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.training import train_step
 from dialog_jax.training.loss import TargetScores
-from dialog_jax.trees import dataset, prefix_tree, teacher
+from dialog_jax.trees import dataset, prefix_tree, teacher_file
 from dialog_jax.trees import fitting as fitting_lib
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.teacher import Signal
+from dialog_jax.trees.teacher_file import Signal
 
 _WINDOW = 1024  # dialogues that are packed together
 _RENDER_BATCH = 128  # paths that are rendered by one call
@@ -115,7 +115,7 @@ def score_dialogues(
 def _build_trees(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tuple[list[_ScoredTree], list[int]]:
     """Returns (the trees of the window's dialogues, for each dialogue how many responses exceed the context)."""
     paths = [(index, path) for index, dialogue in enumerate(window) for path in fitting_lib.unfold(dialogue, _ALL)]
-    paths = [(index, path) for index, path in paths if path.wanted]
+    paths = [(index, path) for index, path in paths if path.supervised_messages]
     sequences: list[list[RenderedSequence]] = [[] for _ in window]
     turns_cut = [0] * len(window)
     for start in range(0, len(paths), _RENDER_BATCH):
@@ -123,9 +123,9 @@ def _build_trees(window: Sequence[Dialogue], renderer: Renderer, context: int) -
         rendered = renderer.render([path.dialogue for _, path in part], max_length=context)
         for (index, path), path_sequences in zip(part, rendered, strict=True):
             fitting = _select_fitting(path, list(path_sequences), renderer, context)
-            turns_cut[index] += len(path.wanted) - len(fitting)
+            turns_cut[index] += len(path.supervised_messages) - len(fitting)
             sequences[index] += [
-                sequence._replace(message_index=path.messages[sequence.message_index]) for sequence in fitting
+                sequence._replace(message_index=path.original_indices[sequence.message_index]) for sequence in fitting
             ]
     trees = []
     for index, dialogue_sequences in enumerate(sequences):
@@ -146,9 +146,9 @@ def _select_fitting(
     If the template renders history as it was generated, each sequence is longer than the one before. If it strips
     reasoning, a sequence that fits may follow one that does not.
     """
-    if len(first) == len(path.wanted):
+    if len(first) == len(path.supervised_messages):
         return first
-    too_long = path.wanted[len(first)]
+    too_long = path.supervised_messages[len(first)]
     text = renderer.render_text(path.dialogue, len(path.dialogue.messages))
     if text.startswith(renderer.render_text(path.dialogue, too_long + 1)):
         return first
@@ -184,7 +184,7 @@ def _score_rows(
     trees = dataset.concatenate_trees([scored_tree.tree for scored_tree in scored_trees])
 
     def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], TargetScores]:
-        return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length, max_targets=length))
+        return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length))
 
     def finish(rows: list[list[int]], scores: TargetScores) -> Iterator[tuple[list[_ScoredTree], TargetScores]]:
         scores = jax.device_get(scores)
@@ -218,7 +218,6 @@ def _batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iterator[
             tokens[remaining],
             targets[remaining],
             max_length=length,
-            max_targets=length,
             rng=np.random.default_rng(0),
         )
         rows = [remaining[indices].tolist() for indices in packed]
@@ -288,7 +287,7 @@ def _list_signals(scored_tree: _ScoredTree, scores: TargetScores) -> list[Signal
         signals.append(
             Signal(
                 message=sequence.message_index,
-                prompt=teacher.checksum(sequence.tokens[:start]),
+                prompt=teacher_file.checksum(sequence.tokens[:start]),
                 token=sequence.tokens[start:],
                 top_token=np.asarray(scores.top_token)[response],
                 top_log_probability=np.asarray(scores.top_log_probability)[response],

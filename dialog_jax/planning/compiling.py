@@ -126,7 +126,7 @@ def compile_step(
         largest = _find_largest(_read_dump(directory, "buffer-assignment"), hlo.parse(compiled.as_text() or ""))
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the CPU's compiler reports its memory"
-    tile = min(loss.TILE, config.data.max_targets or config.data.max_length)
+    tile = min(loss.TILE, config.data.max_length)
     trip_counts = {
         blockwise.PAIRS: _block_pairs(config.data.max_length, attention_pairs),
         loss.TILES: float(-(-targets // tile)),
@@ -197,13 +197,12 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
         return jax.ShapeDtypeStruct((*lead, size, *more), dtype, sharding=layout)
 
     tokens = shape(config.data.max_length, jnp.int32)
-    size = config.data.max_targets or config.data.max_length
-    targets, weight = shape(size, jnp.int32), shape(size, jnp.float32)
+    targets, weight = shape(config.data.max_length, jnp.int32), shape(config.data.max_length, jnp.float32)
     batch = Batch(tokens, tokens, tokens, tokens, targets, targets, weight, targets)
     if config.data.teacher:
         batch = batch._replace(
-            teacher_token=shape(size, jnp.int32, TEACHER_TOKENS),
-            teacher_log_probability=shape(size, jnp.float32, TEACHER_TOKENS),
+            teacher_token=shape(config.data.max_length, jnp.int32, TEACHER_TOKENS),
+            teacher_log_probability=shape(config.data.max_length, jnp.float32, TEACHER_TOKENS),
         )
     return batch
 

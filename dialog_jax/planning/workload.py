@@ -55,15 +55,11 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
             chat_template_kwargs=config.data.chat_template_kwargs,
             allow_special_tokens=config.data.allow_special_tokens,
         ),
-        objective=config.objective,
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        share_prefixes=config.data.share_prefixes,
+        config.make_tree_config(),
     )
     plan = batches.Plan(
         trees,
         max_length=config.data.max_length,
-        max_targets=config.data.max_targets or config.data.max_length,
         rows=config.rows,
         micro_batches=config.gradient_accumulation,
         seed=config.seed,
@@ -97,7 +93,7 @@ def assume_workload(config: TrainConfig, *, tokens: float, targets: float) -> Wo
     """
     rows = config.rows * config.gradient_accumulation
     length = round(tokens * config.data.max_length)
-    row_targets = min(round(targets * length), config.data.max_targets or length)
+    row_targets = round(targets * length)
     return Workload(
         rows * length,
         rows * length * (length + 1) // 2,

@@ -64,11 +64,22 @@ class Renderer:
         allow_special_tokens: bool = False,
     ):
         self.allow_special_tokens = allow_special_tokens
+        self.tokenizer = tokenizer
+        self._chat_template_kwargs = chat_template_kwargs
         self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper)
         self._encoder = Encoder(tokenizer, self._template.after_response(), self._escaper)
         self._encode_tail = functools.lru_cache(maxsize=4096)(self._encoder.encode)
         self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
+
+    def __reduce__(self) -> tuple[Callable[..., "Renderer"], tuple[Any, ...]]:
+        """Pickled as its arguments, so that another process makes its own."""
+        make = functools.partial(
+            Renderer,
+            chat_template_kwargs=self._chat_template_kwargs,
+            allow_special_tokens=self.allow_special_tokens,
+        )
+        return make, (self.tokenizer,)
 
     @property
     def end_of_turn(self) -> int | None:

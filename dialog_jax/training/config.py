@@ -14,7 +14,7 @@ import ml_collections
 
 from dialog_jax.batching import mixture
 from dialog_jax.errors import UserError
-from dialog_jax.trees import chunks
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -42,10 +42,8 @@ class DataConfig:
     validation_split: str = "validation"
     max_length: int = 1024
     """Tokens of a row, and at most of a dialogue."""
-    max_targets: int = 0
-    """Targets of a row; 0 for as many as tokens."""
     truncate: str = "turns"
-    """What becomes of longer dialogues: turns, drop, split or error (see `data.dataset.prepare`)."""
+    """What becomes of longer dialogues: turns, drop, split or error (see `trees.chunks.TreeConfig`)."""
     share_prefixes: bool = False
     """Dialogues of a row that begin with the same system prompt share it: the same loss from fewer tokens."""
     chat_template: str = ""
@@ -200,12 +198,9 @@ class TrainConfig:
         ):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1.")
-        if self.data.max_length < 2:
-            raise UserError(f"data.max_length is {self.data.max_length}; it must be at least 2.")
+        self.make_tree_config()
         if not 0 < self.data.validation_share < 1:
             raise UserError(f"data.validation_share is {self.data.validation_share}; it must be above 0 and below 1.")
-        if not 0 <= self.data.max_targets <= self.data.max_length:
-            raise UserError(f"data.max_targets is {self.data.max_targets}; it must be 0 to data.max_length.")
         if self.steps < 0 or (not self.steps and not 0 < self.epochs < math.inf):
             raise UserError(f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0, and finite.")
         if self.checkpoint_every % self.evaluate_every:
@@ -221,12 +216,17 @@ class TrainConfig:
             raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}.")
         if self.data.workers < -1:
             raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
-        if self.data.truncate not in chunks.TRUNCATIONS:
-            raise UserError(
-                f"data.truncate is {self.data.truncate!r}; it must be one of {', '.join(chunks.TRUNCATIONS)}."
-            )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
+
+    def make_tree_config(self) -> TreeConfig:
+        """Returns the part that says how dialogues become trees; raises UserError where it is not valid."""
+        return TreeConfig(
+            objective=self.objective,
+            max_length=self.data.max_length,
+            truncate=self.data.truncate,
+            share_prefixes=self.data.share_prefixes,
+        )
 
 
 def require_fields(config: TrainConfig, user: str, *fields: str) -> None:

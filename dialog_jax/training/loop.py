@@ -157,10 +157,9 @@ def _evaluate(run: Run, step: int, state: TrainState, outputs: _Outputs) -> None
     for batch, _ in batches.evaluation_batches(
         run.inputs.held_out,
         max_length=data.max_length,
-        max_targets=data.max_targets or data.max_length,
         rows=run.config.rows,
         limit=run.config.evaluate_rows,
-        own=sharding.find_local_rows(run.mesh, run.config.rows),
+        local_rows=sharding.find_local_rows(run.mesh, run.config.rows),
     ):
         evaluation.add(run.evaluation_step(state.parameters, _place(run, batch)))
         if run.listener.received:

@@ -171,13 +171,12 @@ def _plan_steps(
     plan = Plan(
         train,
         max_length=config.data.max_length,
-        max_targets=config.data.max_targets or config.data.max_length,
         rows=config.rows,
         micro_batches=config.gradient_accumulation,
         seed=config.seed,
         shards=shards,
     )
-    for line in plan.mixed:
+    for line in plan.mixture_summary:
         console.print(line)
     rows_per_step = config.rows * config.gradient_accumulation
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
@@ -188,7 +187,9 @@ def _plan_steps(
     )
     if shards > 1:
         weighed = range(min(steps, _STEPS_WEIGHED))
-        balanced, unbalanced = (np.mean([plan.imbalance(step, dealt=way) for step in weighed]) for way in (True, False))
+        balanced, unbalanced = (
+            np.mean([plan.imbalance(step, balanced=way) for step in weighed]) for way in (True, False)
+        )
         console.print(
             f"attention costs the busiest of {shards} shards {balanced:.3f} times the mean with rows assigned by cost, "
             f"{unbalanced:.3f} times in their order ({len(weighed)} steps)"

@@ -28,11 +28,11 @@ from typing import Any
 
 import transformers
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.trees import disk_cache
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
 _UNFINISHED = ".unfinished"  # ends the name of what is not yet whole
@@ -153,9 +153,9 @@ def claim(
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(directory / "tokenizer"))
         record = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
-        disk_cache.write_atomically(directory / "model.json", json.dumps(record, indent=1) + "\n")
-        disk_cache.write_atomically(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        disk_cache.write_atomically(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
+        atomic_files.write_text(directory / "model.json", json.dumps(record, indent=1) + "\n")
+        atomic_files.write_text(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        atomic_files.write_text(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
 
 
 def move_damaged_checkpoint(directory: pathlib.Path, step: int) -> str:

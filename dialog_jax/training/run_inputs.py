@@ -5,11 +5,12 @@ prepared trees.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import rich.console
 import transformers
@@ -21,16 +22,14 @@ from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
 from dialog_jax.model import pretrained
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.data_sources import Source
-from dialog_jax.trees import disk_cache
-from dialog_jax.trees import teacher as teacher_lib
-from dialog_jax.trees.chunks import Recipe
+from dialog_jax.trees import disk_cache, teacher_file
 from dialog_jax.trees.dataset import Trees
-from dialog_jax.trees.teacher import TeacherFile
-from dialog_jax.trees.worker_pool import Preparation
+from dialog_jax.trees.teacher_file import TeacherFile
 
 # Of DataConfig: what does not change trees, or is in their key by its content.
 _NOT_IN_TREES = {
@@ -40,7 +39,6 @@ _NOT_IN_TREES = {
     "validation_share",
     "train_split",
     "validation_split",
-    "max_targets",
     "chat_template",
     "cache_dir",
     "teacher",
@@ -68,30 +66,24 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     Raises:
       UserError: something is missing or broken, or model, tokenizer and data do not go together.
     """
-    options: dict[str, Any] = {
-        "chat_template_kwargs": config.data.chat_template_kwargs,
-        "allow_special_tokens": config.data.allow_special_tokens,
-    }
     model = loading.open_model(
-        config.model, tokenizer=config.tokenizer, chat_template=config.data.chat_template, **options
+        config.model,
+        tokenizer=config.tokenizer,
+        chat_template=config.data.chat_template,
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        allow_special_tokens=config.data.allow_special_tokens,
     )
     loading.check_context(model.config, config.data.max_length)
-    recipe = Recipe(
-        objective=config.objective,
-        max_length=config.data.max_length,
-        truncate=config.data.truncate,
-        share_prefixes=config.data.share_prefixes,
-    )
-    untaught = Preparation(recipe, model.tokenizer, options)
-    taught = untaught._replace(teacher=_teacher(config, model.tokenizer, model.config))
+    teacher = _read_teacher(config, model.tokenizer, model.config)
+    prepare = functools.partial(_prepare_trees, config, model.renderer, directory, console)
     sets: dict[str, Trees] = {}
     hashes = {"model": pretrained.fingerprint(model.path)}
     validation = data_sources.validation_source(config)
     if validation.held_out:
         console.print(f"data.validation is empty: {validation.name} is held out, chosen by a hash of each dialogue")
     for field, source in data_sources.training_sources(config).items():
-        sets[field], hashes[field] = _trees(config, source, taught, directory, console)
-    held_out, hashes["data.validation"] = _trees(config, validation, untaught, directory, console)
+        sets[field], hashes[field] = prepare(source, teacher)
+    held_out, hashes["data.validation"] = prepare(validation, None)
     return Inputs(
         model_path=model.path,
         model=model.config,
@@ -105,42 +97,39 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     )
 
 
-def _trees(
+def _prepare_trees(
     config: TrainConfig,
-    source: Source,
-    preparation: Preparation,
+    renderer: Renderer,
     directory: pathlib.Path,
     console: rich.console.Console,
+    source: Source,
+    teacher: TeacherFile | None,
 ) -> tuple[Trees, str]:
-    """(the prepared trees of one source, from the cache if they are there; a hash of all that determines them)."""
+    """Returns (the trees of a source, from the cache if they are there; a hash of everything that determines them)."""
     files = [pathlib.Path(path).expanduser() for path in source.paths]
     versions = [_file_version(file) for file in files]
     key = {
         "dialogues": [_hash_dialogues(path, source.split) for path in source.paths],
         "held_out": [source.held_out, source.share],
-        "tokenizer": fingerprint(preparation.tokenizer),
-        "chat_template": preparation.tokenizer.chat_template,
+        "tokenizer": fingerprint(renderer.tokenizer),
+        "chat_template": renderer.tokenizer.chat_template,
         "objective": dataclasses.asdict(config.objective),
         # All other fields, so that a new one is not forgotten.
         **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
     }
-    if preparation.teacher is not None:
-        key["teacher"] = preparation.teacher.digest
+    if teacher is not None:
+        key["teacher"] = teacher.digest
     with console.status(f"preparing {source.name}"):
         trees = disk_cache.load_or_build(
             config.data.cache_dir or directory / "trees",
             key,
             _unchanged(source.read(), files, versions),
-            preparation,
+            renderer,
+            config.make_tree_config(),
+            teacher=teacher,
             workers=config.data.workers,
         )
     console.print(f"{source.name}: {trees.report}")
-    targets = trees.targets
-    if config.data.max_targets and targets.max() > config.data.max_targets:
-        raise UserError(
-            f"dialogue {trees.ids[int(targets.argmax())]} ({source.name}) has {targets.max():,} targets, "
-            f"but data.max_targets is {config.data.max_targets:,}. Raise it, or set it to 0 for as many as tokens."
-        )
     return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
@@ -176,13 +165,13 @@ def _unchanged(
             raise UserError(f"{file.name} changed while it was read. Start again once it is written in full.")
 
 
-def _teacher(
+def _read_teacher(
     config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig
 ) -> TeacherFile | None:
     """The file of data.teacher, if there is one."""
     if not config.data.teacher:
         return None
-    teacher = teacher_lib.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))
+    teacher = teacher_file.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))
     if teacher.largest >= model.vocab_size:
         raise UserError(
             f"{teacher.name} names token {teacher.largest:,}, but the model's vocabulary has {model.vocab_size:,}. "

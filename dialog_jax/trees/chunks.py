@@ -1,14 +1,13 @@
-"""Dialogues to chunks of trees: renders, weighs, cuts to length and builds the trees of some dialogues, and counts.
+"""Dialogues to chunks of trees: renders, weighs, truncates and builds the trees of some dialogues, and counts them.
 
-A chunk is what one worker makes at a time; chunks after each other are the same trees wherever the dialogues were cut
-into chunks. Knows no file and no process.
+A chunk is what one worker makes at a time. The trees do not depend on how the dialogues are divided into chunks. Files
+and processes are not known here.
 """
 
 import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,13 +17,13 @@ from jaxtyping import Int32
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import fitting as fitting_lib
-from dialog_jax.trees import prefix_tree, weighting
+from dialog_jax.trees import fitting, prefix_tree, weighting
 from dialog_jax.trees import teacher as teacher_lib
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.teacher import TeacherFile
+from dialog_jax.trees.teacher_file import TeacherFile
+from dialog_jax.trees.weighting import SupervisedSequence
 
 TOO_LONG, NO_TARGET = "dropped, too long", "dropped, no target"
 TRUNCATIONS = ("turns", "drop", "split", "error")
@@ -43,45 +42,52 @@ TREE_COLUMNS: dict[str, type[np.generic]] = {
     "shared_prefix_length": np.int32,
     "shared_prefix_id": np.int64,
 }
-_DIALOGUES = 256  # of a chunk, at most
-_CHARACTERS = 1 << 18  # of a chunk, but for its last dialogue; what a chunk needs of memory grows with them
-_NAMES_KEPT = 1000  # dialogues named for each reason
+_MAX_DIALOGUES = 256  # of a chunk
+_MAX_CHARACTERS = 1 << 18  # after which a chunk ends; its memory grows with them
+_MAX_NAMES = 1000  # dialogues that are named for each reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How dialogues become trees; see `dataset.prepare`."""
+class TreeConfig:
+    """How rendered dialogues become trees."""
 
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     max_length: int
+    """Tokens of a tree, at most."""
     truncate: str = "turns"
+    """What becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a supervised
+    response; `drop` leaves it out; `split` divides it into several trees, each with the system prompt and as many of
+    the turns before as fit half of `max_length`; `error` refuses it."""
     share_prefixes: bool = False
+    """Let trees of a row that begin with the same system prompt share it."""
 
     def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserError(f"data.max_length is {self.max_length}; it must be at least 2.")
         if self.truncate not in TRUNCATIONS:
-            raise UserError(f"truncate is {self.truncate!r}; it must be one of {', '.join(TRUNCATIONS)}.")
+            raise UserError(f"data.truncate is {self.truncate!r}; it must be one of {', '.join(TRUNCATIONS)}.")
 
 
 class Chunk(NamedTuple):
-    """The trees of some dialogues, end to end, and what became of those."""
+    """The trees of some dialogues, end to end, and what became of these dialogues."""
 
     columns: dict[str, np.ndarray]
     """Those of `TOKEN_COLUMNS` and `TREE_COLUMNS`, and with a teacher the token column `teacher_row`."""
     ids: list[str | int]
-    """The dialogue of each tree."""
+    """The id of each tree's dialogue."""
     counts: collections.Counter[str]
     named: dict[str, list[str]]
-    """The first dialogues of each reason."""
+    """The first dialogues of each reason why a dialogue is not trained on completely."""
 
 
 def batch_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
-    """Yields the dialogues of one chunk after another: not too many, and not too much text."""
+    """Yields the dialogues of one chunk after another, limited in number and in text."""
     batch: list[Dialogue] = []
     characters = 0
     for dialogue in dialogues:
         batch.append(dialogue)
         characters += sum(len(message.content) for message in dialogue.messages)
-        if len(batch) == _DIALOGUES or characters >= _CHARACTERS:
+        if len(batch) == _MAX_DIALOGUES or characters >= _MAX_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -89,91 +95,119 @@ def batch_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
 
 
 def build_chunks(
-    batches: Iterable[list[Dialogue]], renderer: Renderer, recipe: Recipe, teacher: TeacherFile | None
+    batches: Iterable[list[Dialogue]], renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None = None
 ) -> Iterator[Chunk]:
-    """Yields the chunk of each batch; the next one is rendered meanwhile, since the tokenizer leaves Python to others.
+    """Yields the chunk of each batch; a thread renders the next one meanwhile, since tokenizers release the GIL.
 
     Raises:
-      UserError: what `build` raises.
+      UserError: what `build_chunk` raises.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        waiting: collections.deque = collections.deque()
-        for batch in itertools.chain(batches, [None]):
-            if batch is not None:
-                waiting.append((batch, executor.submit(_rendered, batch, renderer, recipe)))
-            while len(waiting) > (batch is not None):
-                done, rendered = waiting.popleft()
-                yield _assembled(done, rendered.result(), renderer, recipe, teacher)
+        previous: tuple[list[Dialogue], concurrent.futures.Future[list[list[Excerpt]]]] | None = None
+        for batch in batches:
+            future = executor.submit(_render, batch, renderer, config)
+            if previous is not None:
+                yield _assemble(previous[0], previous[1].result(), renderer, config, teacher)
+            previous = batch, future
+        if previous is not None:
+            yield _assemble(previous[0], previous[1].result(), renderer, config, teacher)
 
 
 def build_chunk(
-    batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe, teacher: TeacherFile | None = None
+    batch: Sequence[Dialogue], renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None = None
 ) -> Chunk:
     """Returns the chunk of a batch.
 
     Raises:
-      UserError: a dialogue is too long and `truncate` is `error`; the teacher knows nothing of a response, or other
-        tokens; what `Renderer.render` raises. Names the dialogue, where it stands and what to do.
+      UserError: a dialogue is too long and `truncate` is `error`; the teacher's file lacks a response or has other
+        tokens; what `Renderer.render` raises. Names the dialogue, its place and the remedy.
     """
-    return _assembled(batch, _rendered(batch, renderer, recipe), renderer, recipe, teacher)
+    return _assemble(batch, _render(batch, renderer, config), renderer, config, teacher)
 
 
 def add_counts(counts: collections.Counter[str], named: dict[str, list[str]], chunk: Chunk) -> None:
-    """Adds what became of a further chunk's dialogues to what became of those before it."""
+    """Adds the counts and names of a chunk to those of the chunks before it."""
     counts.update(chunk.counts)
     for reason, names in chunk.named.items():
-        own = named.setdefault(reason, [])
-        own += names[: _NAMES_KEPT - len(own)]
+        all_names = named.setdefault(reason, [])
+        all_names += names[: _MAX_NAMES - len(all_names)]
 
 
-def _rendered(batch: Sequence[Dialogue], renderer: Renderer, recipe: Recipe) -> list[list[Excerpt]]:
-    objective = recipe.objective
-    unfolded = [fitting_lib.unfold(dialogue, objective) for dialogue in batch]
-    parts = [piece.dialogue for pieces in unfolded for piece in pieces]
+def trees_to_columns(trees: Sequence[Tree], shared_prefix_lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """Returns the columns of trees, end to end.
+
+    Trees 7 8 9 and 7 8, each with a shared prefix of 1 token:
+
+        tokens                7 8 9 7 8        size                  3  2
+        position              0 1 2 0 1        targets               2  1
+        subtree_end           3 3 3 2 2        shared_prefix_length  1  1
+        weight                0 1 1 0 1        shared_prefix_id      the same number twice
+
+    Args:
+      shared_prefix_lengths: number of leading tokens of each tree that it may share with others.
+    """
+    columns = {
+        field: np.concatenate([np.zeros(0, kind), *(getattr(tree, field) for tree in trees)])
+        for field, kind in TOKEN_COLUMNS.items()
+    }
+    prefixes = [tree.tokens[:length] for tree, length in zip(trees, shared_prefix_lengths, strict=True)]
+    return columns | {
+        "size": np.array([len(tree.tokens) for tree in trees], np.int64),
+        "targets": np.array([np.count_nonzero(tree.weight > 0) for tree in trees], np.int32),
+        "shared_prefix_length": np.array(shared_prefix_lengths, np.int32),
+        "shared_prefix_id": np.array([_hash_prefix(prefix) for prefix in prefixes], np.int64),
+    }
+
+
+def _render(batch: Sequence[Dialogue], renderer: Renderer, config: TreeConfig) -> list[list[Excerpt]]:
+    """Returns the excerpts of each dialogue, one per path, with all sequences of at most `max_length` tokens."""
+    objective = config.objective
+    unfolded = [fitting.unfold(dialogue, objective) for dialogue in batch]
     sequences = iter(
-        renderer.render(parts, max_length=recipe.max_length, full=objective.whole, locate=objective.locates)
+        renderer.render(
+            [excerpt.dialogue for excerpts in unfolded for excerpt in excerpts],
+            max_length=config.max_length,
+            full=objective.needs_full_rendering,
+            locate=objective.needs_span,
+        )
     )
-    return [[piece._replace(sequences=list(next(sequences))) for piece in pieces] for pieces in unfolded]
+    return [[excerpt._replace(sequences=list(next(sequences))) for excerpt in excerpts] for excerpts in unfolded]
 
 
-def _assembled(
+def _assemble(
     batch: Sequence[Dialogue],
     rendered: Sequence[Sequence[Excerpt]],
     renderer: Renderer,
-    recipe: Recipe,
+    config: TreeConfig,
     teacher: TeacherFile | None,
 ) -> Chunk:
+    """Returns the chunk of a batch from its rendered excerpts."""
     counts: collections.Counter[str] = collections.Counter()
     named: dict[str, list[str]] = {}
     trees: list[Tree] = []
     ids: list[str | int] = []
     shared_prefix_lengths: list[int] = []
-    rows: list[np.ndarray] = []
-    for dialogue, pieces in zip(batch, rendered, strict=True):
+    teacher_rows: list[np.ndarray] = []
+    for dialogue, excerpts in zip(batch, rendered, strict=True):
         counts["dialogues"] += 1
-        groups, reason, detail = _fitted(dialogue, pieces, renderer, recipe, counts)
+        groups, reason, detail = _fit(dialogue, excerpts, renderer, config, counts)
         if groups:
-            made = len(trees)
-            supervised = weighting.select_supervised(dialogue, groups, recipe.objective)
-            built = weighting.build_trees(supervised, recipe.objective)
-            for trained, tree in zip(supervised, built, strict=True):
-                if tree is None:
-                    continue
-                counts["turns"] += len(weighting.select_responses(trained))
+            built = _build_trees(dialogue, groups, config.objective)
+            for sequences, tree in built:
+                counts["turns"] += len(weighting.select_responses(sequences))
                 trees.append(tree)
                 ids.append(dialogue.id)
-                shared_prefix_lengths.append(
-                    _shared_prefix_length(tree, renderer.encode_shared_prefix(dialogue)) if recipe.share_prefixes else 0
-                )
+                prefix = renderer.encode_shared_prefix(dialogue) if config.share_prefixes else tree.tokens[:0]
+                shared_prefix_lengths.append(_measure_shared_prefix(tree, prefix))
                 if teacher is not None:
-                    rows.append(teacher_lib.find_rows(teacher, dialogue, tree, trained))
-            if made == len(trees):
-                _name(counts, named, NO_TARGET, dialogue.name)
+                    teacher_rows.append(teacher_lib.find_rows(teacher, dialogue, tree, sequences))
+            if not built:
+                _add_name(counts, named, NO_TARGET, dialogue.name)
         if reason:
-            _name(counts, named, reason, dialogue.name + detail)
+            _add_name(counts, named, reason, dialogue.name + detail)
     columns = trees_to_columns(trees, shared_prefix_lengths)
     if teacher is not None:
-        columns["teacher_row"] = np.concatenate([np.zeros(0, np.int64), *rows])
+        columns["teacher_row"] = np.concatenate([np.zeros(0, np.int64), *teacher_rows])
     counts["trees"] += len(trees)
     counts["tokens"] += len(columns["tokens"])
     counts["targets"] += int(columns["targets"].sum())
@@ -181,67 +215,61 @@ def _assembled(
     return Chunk(columns, ids, counts, named)
 
 
-def trees_to_columns(trees: Sequence[Tree], shared_prefix_lengths: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns the columns of trees, end to end; `shared_prefix_lengths` has the leading tokens of each to share."""
-    columns = {
-        field: np.concatenate([np.zeros(0, kind), *(getattr(tree, field) for tree in trees)])
-        for field, kind in TOKEN_COLUMNS.items()
-    }
-    shared = [_shared_prefix_id(tree.tokens[:count]) for tree, count in zip(trees, shared_prefix_lengths, strict=True)]
-    return columns | {
-        "size": np.array([len(tree.tokens) for tree in trees], np.int64),
-        "targets": np.array([np.count_nonzero(tree.weight > 0) for tree in trees], np.int32),
-        "shared_prefix_length": np.array(shared_prefix_lengths, np.int32),
-        "shared_prefix_id": np.array(shared, np.int64),
-    }
+def _build_trees(
+    dialogue: Dialogue, groups: Sequence[Sequence[Excerpt]], objective: ObjectiveConfig
+) -> list[tuple[list[SupervisedSequence], Tree]]:
+    """Returns the supervised sequences and the tree of each group in which something is trained on."""
+    supervised = weighting.select_supervised(dialogue, groups, objective)
+    trees = weighting.build_trees(supervised, objective)
+    return [(sequences, tree) for sequences, tree in zip(supervised, trees, strict=True) if tree is not None]
 
 
-def _fitted(
+def _fit(
     dialogue: Dialogue,
-    pieces: Sequence[Excerpt],
+    excerpts: Sequence[Excerpt],
     renderer: Renderer,
-    recipe: Recipe,
+    config: TreeConfig,
     counts: collections.Counter[str],
 ) -> tuple[list[list[Excerpt]], str, str]:
-    """(groups of pieces that fit, a tree each; why they are not the whole dialogue, or empty; more about it)."""
-    objective, max_length = recipe.objective, recipe.max_length
-    wanted = sum(len(piece.wanted) for piece in pieces)
-    fitting = fitting_lib.select_fitting([piece.sequences for piece in pieces], objective, max_length)
-    groups = [[piece._replace(sequences=own) for piece, own in zip(pieces, fitting, strict=True)]]
-    if all(fitting_lib.is_complete(piece, objective) for piece in groups[0]):
+    """Returns (groups of excerpts, each of which fits a tree; why the dialogue is not complete, or ""; a detail)."""
+    objective, max_length = config.objective, config.max_length
+    turns = sum(len(excerpt.supervised_messages) for excerpt in excerpts)
+    selected = fitting.select_fitting([excerpt.sequences for excerpt in excerpts], objective, max_length)
+    groups = [[excerpt._replace(sequences=some) for excerpt, some in zip(excerpts, selected, strict=True)]]
+    if all(fitting.is_complete(excerpt, objective) for excerpt in groups[0]):
         return groups, "", ""
-    if recipe.truncate == "error":
+    if config.truncate == "error":
         raise UserError(
             f"{dialogue.name}: has more than max_length = {max_length:,} tokens. Raise max_length, or set truncate to "
             "turns, split or drop."
         )
-    if recipe.truncate == "split":
-        groups = fitting_lib.split_excerpts(pieces, renderer, objective, max_length)
-    kept = sum(len(piece.responses) for group in groups for piece in group)
-    if recipe.truncate == "drop" or not kept:
-        counts["turns cut"] += wanted
-        detail = "" if kept else f", no turn of which fits {max_length:,} tokens with what leads to it"
+    if config.truncate == "split":
+        groups = fitting.split_excerpts(excerpts, renderer, objective, max_length)
+    remaining = sum(len(excerpt.response_turns) for group in groups for excerpt in group)
+    if config.truncate == "drop" or not remaining:
+        counts["turns cut"] += turns
+        detail = "" if remaining else f", no turn of which fits {max_length:,} tokens together with its context"
         return [], TOO_LONG, detail
-    counts["turns cut"] += wanted - kept
+    counts["turns cut"] += turns - remaining
     return groups, "split" if len(groups) > 1 else "shortened", ""
 
 
-def _name(counts: collections.Counter[str], named: dict[str, list[str]], reason: str, name: str) -> None:
+def _add_name(counts: collections.Counter[str], named: dict[str, list[str]], reason: str, name: str) -> None:
     counts[reason] += 1
-    own = named.setdefault(reason, [])
-    if len(own) < _NAMES_KEPT:
-        own.append(name)
+    names = named.setdefault(reason, [])
+    if len(names) < _MAX_NAMES:
+        names.append(name)
 
 
-def _shared_prefix_length(tree: Tree, prefix: Int32[np.ndarray, " n"]) -> int:
-    """How many tokens a tree begins with as `prefix` does, before anything branches."""
+def _measure_shared_prefix(tree: Tree, prefix: Int32[np.ndarray, " n"]) -> int:
+    """Returns how many leading tokens of `prefix` a tree begins with before it branches."""
     branches = np.flatnonzero(tree.subtree_end != len(tree.tokens))
     path = int(branches[0]) if len(branches) else len(tree.tokens)
     return min(prefix_tree.common_prefix_length(tree.tokens, prefix), path)
 
 
-def _shared_prefix_id(prefix: Int32[np.ndarray, " n"]) -> int:
-    """A number in [0, 2^63) that no other prefix is likely to have, so that none is remembered; -1 of none."""
+def _hash_prefix(prefix: Int32[np.ndarray, " n"]) -> int:
+    """Returns a number in [0, 2^63) that other prefixes are unlikely to have; -1 for an empty one."""
     if not len(prefix):
         return -1
     return int.from_bytes(hashlib.blake2b(prefix.astype("<i4").tobytes(), digest_size=8).digest(), "little") >> 1

@@ -1,6 +1,6 @@
-"""Dialogues to trees: many of them end to end in flat arrays, and a report of what became of each dialogue.
+"""Dialogues to trees: many of them end to end in flat arrays, and a report of what became of the dialogues.
 
-`prepare` makes them in memory; `data.storage` keeps them in files, for sets of any size.
+`prepare` makes them in memory; `disk_cache` keeps them in files, for sets of any size.
 """
 
 import collections
@@ -8,24 +8,22 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks
-from dialog_jax.trees import teacher as teacher_lib
-from dialog_jax.trees.chunks import Recipe
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.teacher import TeacherFile
+from dialog_jax.trees.teacher_file import TeacherFile
 
 _NAMES_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What became of a set of dialogues. Counts; `named` lists the first dialogues of each reason."""
+    """What became of a set of dialogues: counts, and in `named` the first dialogues of each reason."""
 
     dialogues: int
     trees: int
@@ -34,13 +32,14 @@ class Report:
     turns: int
     """Responses that are trained on."""
     turns_cut: int
-    """Responses that were left out because their dialogue is too long."""
+    """Responses that are left out because their dialogue is too long."""
     shortened: int
     split: int
     dropped_too_long: int
     dropped_no_target: int
     branching: int
-    """Trees with branches: messages with several answers, or history rendered otherwise than it was generated."""
+    """Trees with branches: messages with several answers, or history that is rendered differently from how it was
+    generated."""
     named: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
@@ -50,12 +49,12 @@ class Report:
         ]
         if self.branching:
             lines.append(
-                f"{self.branching:,} trees branch: a message has several answers, or the template renders history not "
-                "as it was generated"
+                f"{self.branching:,} trees branch: a message has several answers, or the template renders history "
+                "differently from how it was generated"
             )
         for reason, count, remedy in (
             ("shortened", self.shortened, "raise max_length, or set truncate to split"),
-            ("split", self.split, "raise max_length to keep them whole"),
+            ("split", self.split, "raise max_length to keep each in one tree"),
             (chunks.TOO_LONG, self.dropped_too_long, "raise max_length"),
             (chunks.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
         ):
@@ -70,7 +69,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """Many trees end to end: tree n is tokens `offsets[n]` to `offsets[n + 1]`. The arrays may lie in files."""
+    """Many trees end to end: tree n is tokens `offsets[n]` to `offsets[n + 1]`. The arrays may be mapped from files."""
 
     tokens: Int32[np.ndarray, " N"]
     parent: Int32[np.ndarray, " N"]
@@ -80,16 +79,16 @@ class Trees:
     turn: Int32[np.ndarray, " N"]
     offsets: Int64[np.ndarray, " offsets"]
     shared_prefix_length: Int32[np.ndarray, " trees"]
-    """Tokens at the beginning of each tree that it may share with others in a row; 0 for none."""
+    """Number of leading tokens of each tree that it may share with others in a row."""
     ids: Sequence[str | int]
-    """The dialogue of each tree."""
+    """The id of each tree's dialogue."""
     report: Report
     targets: Int32[np.ndarray, " trees"]
-    """Tokens of each tree that were given a weight above 0."""
+    """Number of tokens of each tree with a weight above 0."""
     shared_prefix_id: Int64[np.ndarray, " trees"]
-    """A number for each tree that is the same where the shared prefix is; -1 for those without one."""
+    """Equal for trees with the same shared prefix; -1 for trees without one."""
     teacher_row: Int64[np.ndarray, " N"] | None = None
-    """Of each token that a teacher says something of, its row in `teacher`; else -1."""
+    """Row in `teacher` of each token that it scored; -1 for others."""
     teacher: TeacherFile | None = None
 
     def __len__(self) -> int:
@@ -97,108 +96,91 @@ class Trees:
 
     @property
     def branching(self) -> bool:
-        """Whether some tree is no path."""
+        """Whether some tree has branches."""
         return self.report.branching > 0
 
     def tree(self, number: int) -> Tree:
-        """Tree `number`, as views."""
+        """Returns tree `number`, as views."""
         part = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
         return Tree(*(getattr(self, field)[part] for field in Tree._fields))
 
     def size(self, number: int) -> int:
-        """Tokens of tree `number`."""
+        """Returns the number of tokens of tree `number`."""
         return int(self.offsets[number + 1] - self.offsets[number])
 
     def shared_prefix(self, number: int) -> tuple[int, int]:
-        """(id, length) of the shared prefix of tree `number`."""
+        """Returns (id, length) of the shared prefix of tree `number`."""
         return int(self.shared_prefix_id[number]), int(self.shared_prefix_length[number])
 
     def dialogue(self, number: int) -> str:
-        """The dialogue of tree `number`."""
+        """Returns the id of the dialogue of tree `number`."""
         return str(self.ids[number])
 
-    def signal(
-        self, number: int, nodes: Int[np.ndarray, " s"]
-    ) -> tuple[Int32[np.ndarray, "s N"], Float32[np.ndarray, "s N"]]:
-        """(likeliest tokens, their log-probabilities) that the teacher gives for some nodes of tree `number`."""
-        assert self.teacher is not None and self.teacher_row is not None
-        return teacher_lib.read_rows(self.teacher, self.teacher_row[self.offsets[number] + nodes])
+    def teacher_rows(self, number: int) -> Int64[np.ndarray, " n"]:
+        """Returns for each node of tree `number` its row in `teacher`; -1 where the teacher has none."""
+        assert self.teacher_row is not None
+        return self.teacher_row[self.offsets[number] : self.offsets[number + 1]]
 
     def sizes(self) -> tuple[Int64[np.ndarray, " trees"], Int64[np.ndarray, " trees"]]:
-        """(tokens, targets) of each tree."""
+        """Returns (number of tokens, number of targets) of each tree."""
         return np.diff(self.offsets), self.targets.astype(np.int64)
 
 
 def prepare(
-    dialogues: Iterable[Dialogue],
-    renderer: Renderer,
-    *,
-    objective: ObjectiveConfig,
-    max_length: int,
-    truncate: str = "turns",
-    share_prefixes: bool = False,
-    teacher: TeacherFile | None = None,
+    dialogues: Iterable[Dialogue], renderer: Renderer, config: TreeConfig, *, teacher: TeacherFile | None = None
 ) -> Trees:
-    """Returns the trees of `dialogues`, in order.
+    """Returns the trees of `dialogues`, in order, in memory.
 
     Args:
-      max_length: tokens a tree may have.
-      truncate: what becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a
-        supervised response; `drop` leaves it out; `split` goes on in further trees, each with the system prompt and as
-        many of the turns before as fit half of `max_length`; `error` refuses it.
-      share_prefixes: let trees of a row that begin with the same system prompt share it.
-      teacher: must say something of every response that is trained on.
+      teacher: has log-probabilities of every response that is trained on.
 
     Raises:
-      UserError: nothing is left to train on; a dialogue is too long and `truncate` is `error`; the teacher knows
-        nothing of a response, or other tokens; what `Renderer.render` raises. Names the dialogue, where it stands and
-        what to do.
+      UserError: nothing is left to train on; what `chunks.build_chunk` raises.
     """
-    recipe = Recipe(objective=objective, max_length=max_length, truncate=truncate, share_prefixes=share_prefixes)
     counts: collections.Counter[str] = collections.Counter()
     named: dict[str, list[str]] = {}
     parts = []
-    for chunk in chunks.build_chunks(chunks.batch_dialogues(dialogues), renderer, recipe, teacher):
+    for chunk in chunks.build_chunks(chunks.batch_dialogues(dialogues), renderer, config, teacher):
         chunks.add_counts(counts, named, chunk)
         parts.append(chunk)
     report = make_report(counts, named)
-    check_not_empty(report, recipe)
+    check_not_empty(report, config)
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-    return _trees(columns, [name for part in parts for name in part.ids], report, teacher)
+    return _make_trees(columns, [name for part in parts for name in part.ids], report, teacher)
 
 
 def concatenate_trees(
     trees: Sequence[Tree], *, ids: Sequence[str | int] = (), shared_prefix_lengths: Sequence[int] = ()
 ) -> Trees:
-    """Returns trees that stand in no file, with an empty report.
+    """Returns trees end to end (see `chunks.trees_to_columns`), with an empty report.
 
     Args:
-      ids: their dialogues'; numbers if left out.
-      shared_prefix_lengths: tokens at the beginning of each that it may share with others; none if left out.
+      ids: of their dialogues; numbers if omitted.
+      shared_prefix_lengths: number of leading tokens of each that it may share with others; 0 if omitted.
     """
     columns = chunks.trees_to_columns(trees, shared_prefix_lengths or [0] * len(trees))
-    return _trees(columns, ids or range(len(trees)), make_report({}, {}), None)
+    return _make_trees(columns, ids or range(len(trees)), make_report({}, {}), None)
 
 
-def check_not_empty(report: Report, recipe: Recipe) -> None:
+def check_not_empty(report: Report, config: TreeConfig) -> None:
     """Raises UserError if there is no tree."""
     if not report.trees:
         raise UserError(
-            f"None of {report.dialogues:,} dialogues has a target under objective {recipe.objective.name!r} within "
-            f"{recipe.max_length:,} tokens.\n{report}"
+            f"None of {report.dialogues:,} dialogues has a target under objective {config.objective.name!r} within "
+            f"{config.max_length:,} tokens.\n{report}"
         )
 
 
 def make_report(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Report:
-    """Returns the report of what chunks have counted."""
+    """Returns the report of the counts and names of chunks."""
     fields = [field.name for field in dataclasses.fields(Report) if field.name != "named"]
     reasons = {"turns_cut": "turns cut", "dropped_too_long": chunks.TOO_LONG, "dropped_no_target": chunks.NO_TARGET}
     return Report(named=dict(named), **{field: counts.get(reasons.get(field, field), 0) for field in fields})
 
 
-def _trees(
+def _make_trees(
     columns: Mapping[str, np.ndarray], ids: Sequence[str | int], report: Report, teacher: TeacherFile | None
 ) -> Trees:
-    flat = {name: column for name, column in columns.items() if name != "size"}
+    stored = {name: column for name, column in columns.items() if name != "size"}
     offsets = np.concatenate([[0], np.cumsum(columns["size"])]).astype(np.int64)
-    return Trees(**flat, offsets=offsets, ids=tuple(ids), report=report, teacher=teacher)
+    return Trees(**stored, offsets=offsets, ids=tuple(ids), report=report, teacher=teacher)

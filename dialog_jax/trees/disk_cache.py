@@ -1,22 +1,23 @@
 """Trees in files: built once, for a set of any size, and mapped into memory from then on.
 
-A set of trees is a directory named by a hash of all that determines them:
+A set of trees is a directory named by a hash of everything that determines them:
 
-    tokens, parent, ...    a column each, without header: those of `building.TOKEN_COLUMNS`, and per tree `offsets` (one
-                           more than trees), `targets`, `shared_prefix_length`, `shared_prefix_id`
-    ids, id_offsets        the JSON of each tree's dialogue's id, end to end, and where each begins
-    journal.json           the length of every column in bytes, and what was counted
+    tokens, parent, ...    one file per column, without header: those of `chunks.TOKEN_COLUMNS`, and per tree `offsets`
+                           (one more than trees), `targets`, `shared_prefix_length`, `shared_prefix_id`
+    ids, id_offsets        the id of each tree's dialogue as JSON, end to end, and the offset of each
+    journal.json           the length of every column in bytes, and the counts so far
     report.json, key.json  for people to read
 
-Until it is whole its name ends in `.unfinished`. There the journal is written anew every few seconds, after the columns
-have reached the disk: a build that was interrupted cuts them to the last journal and goes on behind it. One process
-builds at a time, by a lock on the file beside it, which the system takes from a process that dies; others wait.
+Until it is complete, the directory's name ends in `.unfinished`. The journal is written every few seconds, after the
+columns have reached the disk; an interrupted build truncates the columns to the last journal and resumes there. A lock
+on a file beside the directory lets one process build at a time; the system releases it when a process dies.
 """
 
 import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -24,21 +25,22 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from dialog_jax import atomic_files
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks, dataset, worker_pool
-from dialog_jax.trees.chunks import Chunk
+from dialog_jax.trees.chunks import Chunk, TreeConfig
 from dialog_jax.trees.dataset import Trees
-from dialog_jax.trees.teacher import TeacherFile
-from dialog_jax.trees.worker_pool import Preparation
+from dialog_jax.trees.teacher_file import TeacherFile
 
-FORMAT = 6  # raise whenever the same input gives other trees, or other files
-MAX_WORKERS = 16  # started unless more are asked for; so many are given work by one process that reads
+FORMAT = 6  # raise when the same input gives different trees, or different files
+MAX_WORKERS = 16  # by default; one process that reads can keep about this many busy
 _TYPES: dict[str, type[np.generic]] = {
     **chunks.TOKEN_COLUMNS,
     **{name: kind for name, kind in chunks.TREE_COLUMNS.items() if name != "size"},
@@ -51,7 +53,7 @@ _SECONDS = 5.0  # between journals
 
 
 class Ids(Sequence[str | int]):
-    """Ids that lie in files and are read one by one."""
+    """Ids in a file, each read when it is asked for."""
 
     def __init__(self, text: np.ndarray, offsets: np.ndarray):
         self._text, self._offsets = text, offsets
@@ -61,8 +63,8 @@ class Ids(Sequence[str | int]):
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # negative ones, and those out of range
+            return [self[index] for index in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # as a list does with negative numbers and those out of range
         start, stop = self._offsets[number : number + 2].tolist()
         return json.loads(self._text[start:stop].tobytes())
 
@@ -71,24 +73,26 @@ def load_or_build(
     cache_directory: str | os.PathLike,
     key: Mapping[str, Any],
     dialogues: Iterable[Dialogue],
-    preparation: Preparation,
+    renderer: Renderer,
+    config: TreeConfig,
     *,
+    teacher: TeacherFile | None = None,
     workers: int = -1,
     seconds: float = _SECONDS,
 ) -> Trees:
-    """Returns the stored trees of `key`, built first, or built to the end, if they are not there.
+    """Returns the stored trees of `key`; builds them, or resumes an interrupted build, if they are not complete.
 
     Args:
-      cache_directory: holds one directory for each key; made if missing.
-      key: all that determines the trees, as JSON values.
+      cache_directory: has one directory for each key; created if missing.
+      key: everything that determines the trees, as JSON values.
       dialogues: read only if there is something to build.
-      workers: processes that build; 0 for none but this one, -1 for as many as there are processors, but at most
-        `MAX_WORKERS`. The trees are the same.
-      seconds: of work that an interruption may cost.
+      workers: number of worker processes; 0 builds in this process, -1 starts one per processor but at most
+        `MAX_WORKERS`. The trees do not depend on it.
+      seconds: of work that an interruption may lose.
 
     Raises:
-      UserError: nothing is left to train on; what `workers.build` raises; files have not the length they were built
-        with.
+      UserError: nothing is left to train on; what `worker_pool.build_chunks` raises; a file does not have the length
+        it was built with.
     """
     text = json.dumps({**key, "format": FORMAT}, sort_keys=True)
     directory = pathlib.Path(cache_directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -96,72 +100,77 @@ def load_or_build(
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f"{directory.name}.lock")):
             if not directory.exists():  # another process may have built it while this one waited
-                _build(directory, text, dialogues, preparation, _processes(workers), seconds)
-    return _load(directory, preparation.teacher)
-
-
-def _processes(workers: int) -> int:
-    return workers if workers >= 0 else min(MAX_WORKERS, os.cpu_count() or 1)
+                processes = workers if workers >= 0 else min(MAX_WORKERS, os.cpu_count() or 1)
+                names = [name for name in _TYPES if name != "teacher_row" or teacher is not None]
+                build = functools.partial(
+                    worker_pool.build_chunks, renderer=renderer, config=config, teacher=teacher, workers=processes
+                )
+                _build(directory, text, dialogues, build, config, names, seconds)
+    return _load(directory, teacher)
 
 
 def _build(
     directory: pathlib.Path,
     key: str,
     dialogues: Iterable[Dialogue],
-    preparation: Preparation,
-    processes: int,
+    build_chunks: Callable[[Iterable[list[Dialogue]]], Iterator[Chunk]],
+    config: TreeConfig,
+    columns: Sequence[str],
     seconds: float,
 ) -> None:
+    """Builds the columns of a set in `directory`, or resumes an interrupted build."""
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     unfinished.mkdir(exist_ok=True)
-    names = [name for name in _TYPES if name != "teacher_row" or preparation.teacher is not None]
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((unfinished / name).open("ab")) for name in names}
+        files = {name: stack.enter_context((unfinished / name).open("ab")) for name in columns}
         counts, named = _resume(unfinished, files)
         rest = itertools.islice(dialogues, counts["dialogues"], None)
         written = time.monotonic()
         try:
-            for chunk in worker_pool.build_chunks(chunks.batch_dialogues(rest), preparation, workers=processes):
+            for chunk in build_chunks(chunks.batch_dialogues(rest)):
                 chunks.add_counts(counts, named, chunk)
                 _append(files, chunk)
                 if time.monotonic() - written >= seconds:
                     _write_journal(unfinished, files, counts, named)
                     written = time.monotonic()
             report = dataset.make_report(counts, named)
-            dataset.check_not_empty(report, preparation.recipe)
-        except ValueError as error:
-            if not isinstance(error, worker_pool.WorkerError):  # but of the data: once corrected, they have another key
-                shutil.rmtree(unfinished)
+            dataset.check_not_empty(report, config)
+        except worker_pool.WorkerError:
+            raise
+        except UserError:  # an error of the data, which has another key once it is corrected
+            shutil.rmtree(unfinished)
             raise
         _write_journal(unfinished, files, counts, named)
-    write_atomically(unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
-    write_atomically(unfinished / "key.json", key)
+    atomic_files.write_text(
+        unfinished / "report.json", json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True)
+    )
+    atomic_files.write_text(unfinished / "key.json", key)
     unfinished.rename(directory)
-    _fsync_directory(directory.parent)
+    atomic_files.sync_directory(directory.parent)
 
 
 def _resume(
     unfinished: pathlib.Path, files: Mapping[str, BinaryIO]
 ) -> tuple[collections.Counter[str], dict[str, list[str]]]:
-    """Cuts the columns to the last journal, or to nothing; what had been counted and named there."""
-    journal = unfinished / "journal.json"
-    before = json.loads(journal.read_text(encoding="utf-8")) if journal.exists() else None
-    if before is not None and any(
-        os.fstat(files[name].fileno()).st_size < size for name, size in before["bytes"].items()
+    """Truncates the columns to the last journal, or to nothing; returns the journal's counts and names."""
+    file = unfinished / "journal.json"
+    journal = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if journal is not None and any(
+        os.fstat(files[name].fileno()).st_size < size for name, size in journal["bytes"].items()
     ):
-        before = None  # the disk lost what it had said it kept: from the beginning
-    for name, file in files.items():
-        file.truncate(before["bytes"][name] if before else 0)
-        file.seek(0, os.SEEK_END)
-    if before is None:
+        journal = None  # the disk lost what it had reported as written: build from the beginning
+    for name, column in files.items():
+        column.truncate(journal["bytes"][name] if journal else 0)
+        column.seek(0, os.SEEK_END)
+    if journal is None:
         for name in ("offsets", "id_offsets"):
             files[name].write(np.zeros(1, _TYPES[name]).tobytes())
         return collections.Counter(), {}
-    return collections.Counter(before["counts"]), before["named"]
+    return collections.Counter(journal["counts"]), journal["named"]
 
 
 def _append(files: Mapping[str, BinaryIO], chunk: Chunk) -> None:
-    """Writes a chunk behind those before it."""
+    """Appends a chunk to the columns."""
     ids = [json.dumps(name).encode() for name in chunk.ids]
     columns = {
         **{name: column for name, column in chunk.columns.items() if name != "size"},
@@ -184,23 +193,23 @@ def _write_journal(
         file.flush()
         os.fsync(file.fileno())
     sizes = {name: file.tell() for name, file in files.items()}
-    write_atomically(
+    atomic_files.write_text(
         directory / "journal.json", json.dumps({"bytes": sizes, "counts": counts, "named": named}, sort_keys=True)
     )
-    _fsync_directory(directory)
+    atomic_files.sync_directory(directory)
 
 
 def _load(directory: pathlib.Path, teacher: TeacherFile | None) -> Trees:
-    """The trees of a whole directory."""
+    """Returns the trees of a complete directory."""
     journal = json.loads((directory / "journal.json").read_text(encoding="utf-8"))
     columns = {}
     for name, size in journal["bytes"].items():
         file = directory / name
-        there = file.stat().st_size if file.exists() else 0
-        if there != size:
+        length = file.stat().st_size if file.exists() else 0
+        if length != size:
             raise UserError(
-                f"{directory.name}/{name}: has {there:,} bytes; needed {size:,}, as it was built. Remove the directory "
-                f"{directory}, so that it is built again."
+                f"{directory.name}/{name}: has {length:,} bytes; needed {size:,}, as it was built. Remove the "
+                f"directory {directory}, so that it is built again."
             )
         columns[name] = np.memmap(file, _TYPES[name], "r")
     ids = Ids(columns.pop("ids"), columns.pop("id_offsets"))
@@ -210,28 +219,9 @@ def _load(directory: pathlib.Path, teacher: TeacherFile | None) -> Trees:
 
 @contextlib.contextmanager
 def _locked(file: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process is in here with the same file."""
+    """Waits until no other process has the lock of this file."""
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
         # Whoever waits for the removed file, or locks a new one, finds the finished directory.
         file.unlink(missing_ok=True)
-
-
-def write_atomically(file: pathlib.Path, text: str) -> None:
-    """Writes a file that is whole or as it was before, even after a loss of power."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
-
-
-def _fsync_directory(directory: pathlib.Path) -> None:
-    """Waits until the names in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,19 +16,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, NoReturn
-
-import transformers
+from typing import NoReturn
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import chunks
-from dialog_jax.trees import teacher as teacher_lib
-from dialog_jax.trees.chunks import Chunk, Recipe
-from dialog_jax.trees.teacher import TeacherFile
+from dialog_jax.trees import chunks, teacher_file
+from dialog_jax.trees.chunks import Chunk, TreeConfig
+from dialog_jax.trees.teacher_file import TeacherFile
 
 MEMORY = 8 << 30  # bytes that a worker may have, besides the files it reads
 SECONDS = 600.0  # that a chunk is waited for
@@ -38,23 +35,11 @@ class WorkerError(UserError):
     """A worker needs too much time or memory, or was ended: what was built before it may be gone on with."""
 
 
-class Preparation(NamedTuple):
-    """All that makes trees of dialogues, in a form that another process can be given."""
-
-    recipe: Recipe
-    tokenizer: transformers.PreTrainedTokenizerFast
-    renderer_options: Mapping[str, Any] = {}
-    """Of `Renderer`."""
-    teacher: TeacherFile | None = None
-
-    def renderer(self) -> Renderer:
-        """A renderer of its own."""
-        return Renderer(self.tokenizer, **self.renderer_options)
-
-
 def build_chunks(
     batches: Iterable[list[Dialogue]],
-    preparation: Preparation,
+    renderer: Renderer,
+    config: TreeConfig,
+    teacher: TeacherFile | None = None,
     *,
     workers: int,
     memory: int = MEMORY,
@@ -69,20 +54,20 @@ def build_chunks(
       seconds: that this process waits for a chunk.
 
     Raises:
-      UserError: what `building.build` raises.
+      UserError: what `chunks.build_chunk` raises.
       WorkerError: a batch takes too much memory or time, or its worker was ended. Names the dialogues.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
     batches = itertools.chain(first, batches)
     if not workers or len(first) < 2:
-        yield from chunks.build_chunks(batches, preparation.renderer(), preparation.recipe, preparation.teacher)
+        yield from chunks.build_chunks(batches, renderer, config, teacher)
         return
     with contextlib.ExitStack() as stack:
         working: collections.deque[_Worker] = collections.deque()  # the one whose chunk is next stands first
         for batch in batches:  # read while the workers work
             if len(working) < workers:
-                worker, chunk = stack.enter_context(_start(preparation, memory)), None
+                worker, chunk = stack.enter_context(_start(renderer, config, teacher, memory)), None
             else:
                 worker = working.popleft()
                 chunk = worker.chunk(seconds)
@@ -126,13 +111,13 @@ class _Worker:
             ) from None
         if isinstance(answer, MemoryError):
             raise WorkerError(f"{among}: need more memory than a worker may have. Look for what is very long.")
-        if isinstance(answer, ValueError):
+        if isinstance(answer, UserError):
             raise answer
         return answer
 
 
 @contextlib.contextmanager
-def _start(preparation: Preparation, memory: int) -> Iterator[_Worker]:
+def _start(renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None, memory: int) -> Iterator[_Worker]:
     """Gives a worker, which is gone afterwards."""
     ours, theirs = socket.socketpair()
     environment = {
@@ -149,10 +134,9 @@ def _start(preparation: Preparation, memory: int) -> Iterator[_Worker]:
     connection = Connection(ours.detach())
     worker = _Worker(process, connection)
     try:
-        teacher = preparation.teacher
         file = ("", False) if teacher is None else (teacher.path, teacher.same_tokenizer)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.send((preparation._replace(teacher=None), *file))  # a mapped file would be sent whole
+            connection.send((renderer, config, *file))  # of the teacher its path, since its arrays would be copied
         yield worker
     finally:
         connection.close()
@@ -179,18 +163,17 @@ def _serve(connection: Connection, memory: int) -> NoReturn:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
-    preparation, path, same_tokenizer = connection.recv()
-    renderer = preparation.renderer()
+    renderer, config, path, same_tokenizer = connection.recv()
     teacher = None
     if path:
-        teacher = dataclasses.replace(teacher_lib.read_file(path, tokenizer=""), same_tokenizer=same_tokenizer)
+        teacher = dataclasses.replace(teacher_file.read_file(path, tokenizer=""), same_tokenizer=same_tokenizer)
     while True:
         batch = connection.recv()
-        answer: Chunk | ValueError | MemoryError
+        answer: Chunk | UserError | MemoryError
         try:
-            answer = chunks.build_chunk(batch, renderer, preparation.recipe, teacher)
-        except ValueError as error:
-            answer = ValueError(str(error))
+            answer = chunks.build_chunk(batch, renderer, config, teacher)
+        except UserError as error:
+            answer = UserError(str(error))
         except MemoryError:
             answer = MemoryError()
         del batch

@@ -22,12 +22,11 @@ from absl import app, flags
 from dialog_jax.batching.batches import Plan
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import disk_cache
-from dialog_jax.trees.chunks import Recipe
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
-from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.worker_pool import Preparation
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "assets/smollm2-135m-instruct", "Model directory, GGUF file or Hub name.")
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "File of dialogues.")
@@ -42,11 +41,9 @@ _STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.0, "Seconds per step, to me
 def prepare(directory: str) -> tuple[Trees, dict[str, float | int]]:
     """Returns (trees stored under `directory`, figures of their preparation)."""
     start, start_times = time.perf_counter(), os.times()
-    preparation = Preparation(
-        Recipe(objective=ObjectiveConfig(), max_length=_MAX_LENGTH.value), load_tokenizer(_TOKENIZER.value)
-    )
+    renderer, config = Renderer(load_tokenizer(_TOKENIZER.value)), TreeConfig(max_length=_MAX_LENGTH.value)
     dialogues = itertools.islice(read_dialogues(_DATA.value), _DIALOGUES.value or None)
-    trees = disk_cache.load_or_build(directory, {}, dialogues, preparation, workers=_WORKERS.value)
+    trees = disk_cache.load_or_build(directory, {}, dialogues, renderer, config, workers=_WORKERS.value)
     seconds, end_times = time.perf_counter() - start, os.times()
     cpu_seconds = sum(end_times[:4]) - sum(start_times[:4])
     return trees, {
@@ -64,7 +61,7 @@ def measure_loading(trees: Trees) -> dict[str, float]:
     """Returns the seconds to plan an epoch and to build a step's batch, and the share of a step spent waiting."""
     start = time.perf_counter()
     length = _MAX_LENGTH.value
-    plan = Plan(trees, max_length=length, max_targets=length, rows=_ROWS.value, micro_batches=1, seed=0)
+    plan = Plan(trees, max_length=length, rows=_ROWS.value, micro_batches=1, seed=0)
     plan_seconds = time.perf_counter() - start
     start = time.perf_counter()
     steps = sum(1 for _ in plan.batches(0, _STEPS.value))

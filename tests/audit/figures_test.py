@@ -11,8 +11,10 @@ from absl.testing import absltest, parameterized
 from dialog_jax.audit import figures as audit
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_dialogue
+from dialog_jax.errors import UserError
 from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
@@ -34,7 +36,7 @@ def fresh(family, template=None):
 def look(records, tokenizer, *, max_length=100_000, **objective):
     if isinstance(tokenizer, str):
         tokenizer = chat_templates.train_tokenizer(tokenizer)
-    return audit.audit(
+    return audit.make_audit(
         records,
         tokenizer,
         sequences_lib.Renderer(tokenizer),
@@ -141,7 +143,9 @@ class FiguresTest(parameterized.TestCase):
         dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 4, reasoning=True, id=i) for i in range(12)]
         dialogues.append(parse_dialogue({"prompt": "Hi", "continuations": ["a", "b c", "d"]}, index=12, where=""))
         renderer = sequences_lib.Renderer(chat_templates.train_tokenizer("qwen3"))
-        trees = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(**objective), max_length=100_000)
+        trees = dataset.prepare(
+            dialogues, renderer, TreeConfig(objective=ObjectiveConfig(**objective), max_length=100_000)
+        )
         result = look(dialogues, "qwen3", **objective)
         self.assertEqual(
             (result.trees, result.tokens, result.targets, result.responses),
@@ -325,7 +329,7 @@ class FindingsTest(parameterized.TestCase):
     def test_bad_records_are_counted_and_named_and_the_rest_is_looked_at(self):
         good = [said(("user", f"{i}"), ("assistant", "Hello!"), id=i) for i in range(2)]
         refused = said(("user", "a"), ("user", "b"), ("assistant", "c"), id=7)
-        result = look([good[0], ValueError("x.jsonl:2: not JSON"), refused, good[1]], "gemma")
+        result = look([good[0], UserError("x.jsonl:2: not JSON"), refused, good[1]], "gemma")
         self.assertEqual((result.records, result.dialogues, result.trees), (4, 2, 2))
         self.assertEqual(found(result), {"unreadable": ("error", 1, 4), "refused": ("error", 1, 4)})
         self.assertEqual(first(result, "unreadable"), ["x.jsonl:2: not JSON"])
@@ -381,8 +385,8 @@ class FindingsTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         renderer = sequences_lib.Renderer(tokenizer, allow_special_tokens=True)
         settings = {"objective": ObjectiveConfig(), "max_length": 1024}
-        parsed = audit.audit([dialogue], tokenizer, renderer, **settings)
-        text = audit.audit([dialogue], tokenizer, sequences_lib.Renderer(tokenizer), **settings)
+        parsed = audit.make_audit([dialogue], tokenizer, renderer, **settings)
+        text = audit.make_audit([dialogue], tokenizer, sequences_lib.Renderer(tokenizer), **settings)
         self.assertEqual(found(parsed), {"special_parsed": ("warning", 2, 2)})
         self.assertEqual(found(text), {"special": ("note", 2, 2)})
         pieces = len(tokenizer.tokenize("<|im_")) + len(tokenizer.tokenize("end|>"))

@@ -46,9 +46,7 @@ def trees_of(batch):
 
 
 def plan_of(trees, **options):
-    return batches.Plan(
-        trees, **{"max_length": 32, "max_targets": 32, "rows": 2, "micro_batches": 1, "seed": 0, **options}
-    )
+    return batches.Plan(trees, **{"max_length": 32, "rows": 2, "micro_batches": 1, "seed": 0, **options})
 
 
 def assert_equal(first, second):
@@ -65,32 +63,32 @@ class FillRowsTest(parameterized.TestCase):
             ]
         )
         trees = stored(path([7, 8, 9], 1, turn=3), branching)
-        batch = batches.fill_rows(trees, [[1, 0], []], max_length=12, max_targets=6)
+        batch = batches.fill_rows(trees, [[1, 0], []], max_length=12)
         # fmt: off
         pictures = batches.Batch(
             tokens=     [[11, 12, 13, 14, 14, 15, 16,  7,  8,  9,  0,  0], [0] * 12],
             position=   [[ 0,  1,  2,  3,  2,  3,  4,  0,  1,  2,  0,  0], [0] * 12],
             subtree_end=[[ 7,  7,  4,  4,  7,  7,  7, 10, 10, 10, 11, 12], range(1, 13)],
             segment=    [[ 1,  1,  1,  1,  1,  1,  1,  2,  2,  2,  0,  0], [0] * 12],
-            source=     [[ 1,  2,  5,   7, 8,  0], [ 0] * 6],
-            target=     [[13, 14, 16,   8, 9,  0], [ 0] * 6],
-            weight=     [[ 1,  1, 0.5,  1, 1,  0], [ 0] * 6],
-            turn=       [[ 0,  0,  1,   3, 3, -1], [-1] * 6],
+            source=     [[ 1,  2,  5,   7, 8,  0] + [ 0] * 6, [ 0] * 12],
+            target=     [[13, 14, 16,   8, 9,  0] + [ 0] * 6, [ 0] * 12],
+            weight=     [[ 1,  1, 0.5,  1, 1,  0] + [ 0] * 6, [ 0] * 12],
+            turn=       [[ 0,  0,  1,   3, 3, -1] + [-1] * 6, [-1] * 12],
         )
         # fmt: on
         self.assertIsNone(batch.teacher_token)
         self.assertIsNone(batch.teacher_log_probability)
         for name, picture in pictures._asdict().items():
-            array = getattr(batch, name)
             if picture is None:
                 continue
+            array = getattr(batch, name)
             np.testing.assert_array_equal(array, np.array([list(row) for row in picture]), err_msg=name)
             self.assertEqual(array.dtype, np.float32 if name == "weight" else np.int32)
 
     def test_a_token_sees_its_tree_and_padding_sees_itself(self):
         trees = random_trees(0, 12)
         rows = [[3, 1], [0], [], [5, 7, 2]]
-        batch = batches.fill_rows(trees, rows, max_length=96, max_targets=96)
+        batch = batches.fill_rows(trees, rows, max_length=96)
         for b in range(len(rows)):
             for i in range(96):
                 visible = [j for j in range(i + 1) if i < batch.subtree_end[b, j]]
@@ -157,7 +155,7 @@ class PlanTest(parameterized.TestCase):
         lengths = np.minimum(rng.lognormal(np.log(437), 1.1, 4000).astype(int) + 20, 1024)
         ones = [path(np.ones(length), 1) for length in range(2, 1025)]
         trees = stored(*(ones[length - 2] for length in lengths))
-        plan = plan_of(trees, max_length=1024, max_targets=1024, rows=4)
+        plan = plan_of(trees, max_length=1024, rows=4)
         used = collections.Counter()
         for step in range(plan.rows_per_epoch // 4):
             segment = plan.batch(step).segment
@@ -169,7 +167,7 @@ class EvaluationTest(parameterized.TestCase):
     @parameterized.parameters(1, 3, 100)
     def test_every_tree_comes_once_and_padding_fills_the_last_batch(self, rows):
         trees = random_trees(6, 80)
-        given = list(batches.evaluation_batches(trees, max_length=32, max_targets=32, rows=rows))
+        given = list(batches.evaluation_batches(trees, max_length=32, rows=rows))
         for batch, numbers in given:
             self.assertEqual(batch.tokens.shape, (1, rows, 32))
             self.assertEqual(trees_of(batch), numbers)
@@ -180,7 +178,7 @@ class EvaluationTest(parameterized.TestCase):
         trees = random_trees(7, 80)
         sets = []
         for rows in (1, 2, 5):
-            given = batches.evaluation_batches(trees, max_length=32, max_targets=32, rows=rows, limit=7)
+            given = batches.evaluation_batches(trees, max_length=32, rows=rows, limit=7)
             sets.append([row for _, part in given for row in part if row])
         self.assertLen(sets[0], 7)
         self.assertEqual(sets[0], sets[1])
@@ -188,9 +186,9 @@ class EvaluationTest(parameterized.TestCase):
 
     def test_a_host_fills_its_own_rows_of_each_batch(self):
         trees = random_trees(6, 30)
-        options = dict(max_length=32, max_targets=32, rows=4)
+        options = dict(max_length=32, rows=4)
         for (own, numbers), (whole, all_numbers) in zip(
-            batches.evaluation_batches(trees, own=[3, 0], **options),
+            batches.evaluation_batches(trees, local_rows=[3, 0], **options),
             batches.evaluation_batches(trees, **options),
             strict=True,
         ):
@@ -233,19 +231,19 @@ def targets_of(batch, b):
     return found
 
 
-class PreambleTest(parameterized.TestCase):
+class SharedPrefixTest(parameterized.TestCase):
     def test_picture(self):
         trees = stored(
             path([7, 8, 9], 2), path([7, 8, 5], 2), path([4, 4], 1), path([7, 8, 6, 6], 3), shared_prefix_length=2
         )
-        batch = batches.fill_rows(trees, [[0, 2, 1, 3]], max_length=9, max_targets=5)
+        batch = batches.fill_rows(trees, [[0, 2, 1, 3]], max_length=9)
         # fmt: off
         np.testing.assert_array_equal(batch.tokens,      [[7, 8, 9, 5, 6, 6, 4, 4, 0]])
         np.testing.assert_array_equal(batch.position,    [[0, 1, 2, 2, 2, 3, 0, 1, 0]])
         np.testing.assert_array_equal(batch.subtree_end, [[6, 6, 3, 4, 6, 6, 8, 8, 9]])
         np.testing.assert_array_equal(batch.segment,     [[1, 1, 1, 1, 1, 1, 2, 2, 0]])
-        np.testing.assert_array_equal(batch.source,      [[1, 1, 4, 6, 0]])
-        np.testing.assert_array_equal(batch.target,      [[9, 5, 6, 4, 0]])
+        np.testing.assert_array_equal(batch.source,      [[1, 1, 4, 6, 0, 0, 0, 0, 0]])
+        np.testing.assert_array_equal(batch.target,      [[9, 5, 6, 4, 0, 0, 0, 0, 0]])
         # fmt: on
 
     @parameterized.parameters(range(10))
@@ -254,10 +252,10 @@ class PreambleTest(parameterized.TestCase):
         made = [tree_with_shared_prefix(int(rng.integers(3)), (seed, n)) for n in range(8)]
         trees = stored(*made, shared_prefix_length=3)
         row = rng.permutation(8).tolist()
-        batch = batches.fill_rows(trees, [row], max_length=120, max_targets=120)
+        batch = batches.fill_rows(trees, [row], max_length=120)
         expected = {}
         for number in row:
-            alone = batches.fill_rows(trees, [[number]], max_length=120, max_targets=120)
+            alone = batches.fill_rows(trees, [[number]], max_length=120)
             for key, (weight, turn) in targets_of(alone, 0).items():
                 expected[key] = (expected.get(key, (0,))[0] + weight, turn)
         got = targets_of(batch, 0)
@@ -270,8 +268,8 @@ class PreambleTest(parameterized.TestCase):
 
     def test_plan_counts_a_shared_prefix_once(self):
         made = [tree_with_shared_prefix(n % 2, (0, n)) for n in range(40)]
-        plan = plan_of(stored(*made, shared_prefix_length=3), max_length=64, max_targets=64, rows=1)
-        alone = plan_of(stored(*made), max_length=64, max_targets=64, rows=1)
+        plan = plan_of(stored(*made, shared_prefix_length=3), max_length=64, rows=1)
+        alone = plan_of(stored(*made), max_length=64, rows=1)
         self.assertLess(plan.rows_per_epoch, alone.rows_per_epoch)
         for some in (plan, alone):
             filled = sum(int((some.batch(step).segment > 0).sum()) for step in range(some.rows_per_epoch))

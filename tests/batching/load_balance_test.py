@@ -1,4 +1,4 @@
-"""Rows dealt by cost: the same rows, in shards that cost about the same."""
+"""Rows assigned by cost: the same rows, in shards that cost about the same."""
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -34,8 +34,8 @@ class DealTest(parameterized.TestCase):
             costs = rng.lognormal(10, 1, rows * micro_batches).astype(int).tolist()
             order = load_balance.assign_rows(costs, rows=rows, shards=shards)
             self.assertCountEqual(order, range(len(costs)))
-            dealt = [costs[row] for row in order]
-            for own, given in ((before, costs), (after, dealt)):
+            balanced = [costs[row] for row in order]
+            for own, given in ((before, costs), (after, balanced)):
                 own.append(load_balance.compute_imbalance(given, rows=rows, shards=shards))
                 self.assertAlmostEqual(own[-1], figure(given, rows, shards), places=9)
         if (rows, micro_batches) == (shards, 1):  # each shard has a row, whichever it is
@@ -49,19 +49,19 @@ class DealTest(parameterized.TestCase):
 
 class PlanTest(parameterized.TestCase):
     @parameterized.parameters((2, 1), (4, 3), (8, 2))
-    def test_a_step_has_the_same_rows_dealt_or_not(self, shards, micro_batches):
+    def test_a_step_has_the_same_rows_balanced_or_not(self, shards, micro_batches):
         rng = np.random.default_rng(0)
         lengths = np.minimum(rng.lognormal(3, 1, 600).astype(int) + 2, 128)
         trees = stored(*(path(np.full(length, 1), 1) for length in lengths))
-        options = {"max_length": 128, "max_targets": 128, "rows": 8, "micro_batches": micro_batches}
-        dealt, plain = plan_of(trees, shards=shards, **options), plan_of(trees, **options)
+        options = {"max_length": 128, "rows": 8, "micro_batches": micro_batches}
+        balanced, plain = plan_of(trees, shards=shards, **options), plan_of(trees, **options)
         before, after = [], []
         for step in range(plain.rows_per_epoch // (8 * micro_batches)):
-            self.assertCountEqual(map(tuple, dealt.rows(step)), map(tuple, plain.rows(step)))
-            costs = [int((lengths[row] ** 2).sum()) for row in dealt.rows(step)]
-            self.assertAlmostEqual(dealt.imbalance(step), figure(costs, 8, shards), places=9)
-            after.append(dealt.imbalance(step))
-            before.append(dealt.imbalance(step, dealt=False))
+            self.assertCountEqual(map(tuple, balanced.rows(step)), map(tuple, plain.rows(step)))
+            costs = [int((lengths[row] ** 2).sum()) for row in balanced.rows(step)]
+            self.assertAlmostEqual(balanced.imbalance(step), figure(costs, 8, shards), places=9)
+            after.append(balanced.imbalance(step))
+            before.append(balanced.imbalance(step, balanced=False))
             self.assertEqual(plain.imbalance(step), 1.0)
         self.assertLess(np.mean(after) - 1, (1.0 if shards == 8 else 0.5) * (np.mean(before) - 1))
 

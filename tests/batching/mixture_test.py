@@ -139,7 +139,9 @@ class PlanTest(parameterized.TestCase):
         plan = plan_of(mixed)
         tokens = [passes * len(mixed.sets[name].tokens) for name, passes in (("a", 1), ("b", 3))]
         self.assertEqual(plan.tokens_per_epoch, sum(tokens))
-        self.assertIn(f"3.00 passes over 20 trees, {tokens[1] / sum(tokens):.1%} of the tokens", plan.mixed[1])
+        self.assertIn(
+            f"3.00 passes over 20 trees, {tokens[1] / sum(tokens):.1%} of the tokens", plan.mixture_summary[1]
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Packing: every tree once, budgets kept, rows full, the same for the same seed."""
+"""Packing: every tree once, no row too long, rows full, the same for the same seed."""
 
 import time
 
@@ -8,10 +8,10 @@ from absl.testing import absltest, parameterized
 from dialog_jax.batching import packing
 
 
-def pack(tokens, targets, *, max_length, max_targets=None, seed=0):
+def pack(tokens, targets, *, max_length, seed=0):
     tokens, targets = np.array(tokens), np.array(targets)
     rng = np.random.default_rng(seed)
-    return packing.pack_trees(tokens, targets, max_length=max_length, max_targets=max_targets or max_length, rng=rng)
+    return packing.pack_trees(tokens, targets, max_length=max_length, rng=rng)
 
 
 class PackTest(parameterized.TestCase):
@@ -21,19 +21,15 @@ class PackTest(parameterized.TestCase):
     def test_a_tree_of_the_full_length_has_a_row_to_itself(self):
         self.assertCountEqual(pack([10, 1], [1, 1], max_length=10), [[0], [1]])
 
-    def test_the_target_budget_separates_trees_that_would_fit_by_tokens(self):
-        self.assertLen(pack([2, 2, 2, 2], [2, 2, 2, 2], max_length=8, max_targets=4), 2)
-
     @parameterized.parameters(range(20))
-    def test_random_trees_each_stand_once_within_both_budgets(self, seed):
+    def test_random_trees_each_stand_once_within_max_length(self, seed):
         rng = np.random.default_rng(seed)
         tokens = rng.integers(1, 65, 300)
         targets = rng.integers(0, tokens + 1).clip(max=40)
-        rows = pack(tokens, targets, max_length=64, max_targets=40, seed=seed)
+        rows = pack(tokens, targets, max_length=64, seed=seed)
         self.assertCountEqual([tree for row in rows for tree in row], range(300))
         for row in rows:
             self.assertLessEqual(tokens[row].sum(), 64)
-            self.assertLessEqual(targets[row].sum(), 40)
 
     def test_seeds_change_the_neighbours_but_not_the_number_of_rows(self):
         tokens = np.random.default_rng(0).integers(1, 65, 1000)
@@ -52,15 +48,14 @@ class PackTest(parameterized.TestCase):
         self.assertLess(seconds, 6.0, "100,000 trees in a fifth of a second, with room for checked types")
 
 
-class PreambleTest(parameterized.TestCase):
-    """Trees of one group begin alike; a row holds what they begin with once."""
+class SharedPrefixTest(parameterized.TestCase):
+    """Trees with the same shared prefix; a row holds it once."""
 
-    def pack(self, tokens, targets, shared_prefix_length, shared_prefix_id, *, max_length, max_targets=None, seed=0):
+    def pack(self, tokens, targets, shared_prefix_length, shared_prefix_id, *, max_length, seed=0):
         return packing.pack_trees(
             np.array(tokens),
             np.array(targets),
             max_length=max_length,
-            max_targets=max_targets or max_length,
             rng=np.random.default_rng(seed),
             shared_prefix_length=np.array(shared_prefix_length),
             shared_prefix_id=np.array(shared_prefix_id),
@@ -75,20 +70,17 @@ class PreambleTest(parameterized.TestCase):
         self.assertLen(rows, 1)
 
     @parameterized.parameters(range(20))
-    def test_random_trees_each_stand_once_within_both_budgets(self, seed):
+    def test_random_trees_each_stand_once_within_max_length(self, seed):
         rng = np.random.default_rng(seed)
         shared_prefix_id = rng.integers(-1, 1 + seed, 300)
         shared_prefix_length = np.where(shared_prefix_id >= 0, 3 + shared_prefix_id % 9, 0)
         tokens = shared_prefix_length + rng.integers(1, 50, 300)
         targets = rng.integers(0, tokens - shared_prefix_length + 1).clip(max=40)
-        rows = self.pack(
-            tokens, targets, shared_prefix_length, shared_prefix_id, max_length=64, max_targets=40, seed=seed
-        )
+        rows = self.pack(tokens, targets, shared_prefix_length, shared_prefix_id, max_length=64, seed=seed)
         self.assertCountEqual([tree for row in rows for tree in row], range(300))
         for row in rows:
             heads = {int(shared_prefix_id[tree]): int(shared_prefix_length[tree]) for tree in row}
             self.assertLessEqual((tokens[row] - shared_prefix_length[row]).sum() + sum(heads.values()), 64)
-            self.assertLessEqual(targets[row].sum(), 40)
 
     @parameterized.parameters(range(10))
     def test_seeds_change_the_neighbours_but_not_the_rows_sizes(self, seed):
@@ -104,7 +96,6 @@ class PreambleTest(parameterized.TestCase):
                 shared_prefix_length,
                 shared_prefix_id * 10**15,
                 max_length=40,
-                max_targets=15,
                 seed=other,
             )
             for other in range(12)

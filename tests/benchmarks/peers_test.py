@@ -12,7 +12,7 @@ from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import dataset
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.chunks import TreeConfig
 from tests.rendering import chat_templates
 from tests.scripts import running
 
@@ -64,9 +64,7 @@ class SharedInputsTest(absltest.TestCase):
     def test_write_inputs_targets_equal_those_of_our_trees(self):
         written = self.write()
         renderer = Renderer(load_tokenizer(str(self.directory / "model")))
-        trees = dataset.prepare(
-            list(read_dialogues(str(self.data))), renderer, objective=ObjectiveConfig(), max_length=4096
-        )
+        trees = dataset.prepare(list(read_dialogues(str(self.data))), renderer, TreeConfig(max_length=4096))
         ours = [one.tokens[one.weight > 0].tolist() for one in map(trees.tree, range(4))]
         labels = [one["labels"][1:] for one in self.read("tokens.jsonl")]
         peers = [[label for label in row if label != shared_inputs.IGNORED] for row in labels]

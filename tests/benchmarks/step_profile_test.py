@@ -133,7 +133,7 @@ class ProfileTest(absltest.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         model = tiny.config(len(tokenizer))
         trees = tiny.trees(dialogues, tokenizer)
-        plan = batches.Plan(trees, max_length=length, max_targets=length, rows=rows, micro_batches=1, seed=0)
+        plan = batches.Plan(trees, max_length=length, rows=rows, micro_batches=1, seed=0)
         batch = plan.batch(0)
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         events, compiled = _traced(model, mesh, batch)

@@ -12,6 +12,7 @@ from harness import Losses
 
 from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.experiments import tiny_run
 
@@ -25,7 +26,9 @@ _LOSSES = Losses(
 
 def trees(model, dialogues, **objective):
     return dataset.prepare(
-        dialogues, model.renderer, objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH
+        dialogues,
+        model.renderer,
+        TreeConfig(objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH),
     )
 
 

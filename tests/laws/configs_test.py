@@ -9,6 +9,7 @@ import ml_collections
 from absl.testing import absltest
 from hypothesis import strategies as st
 
+from dialog_jax.errors import UserError
 from dialog_jax.training import config, metrics
 from tests.laws import budget
 from tests.laws.readers_test import damaged
@@ -52,8 +53,7 @@ class ConfigTest(absltest.TestCase):
             inner[path[-1]] = data.draw(own)
         try:
             found = config.from_config_dict(made)
-        except ValueError as error:
-            self.assertIs(type(error), ValueError)
+        except UserError as error:
             self.assertTrue(any(path[-1] in str(error) or path[0] in str(error) for path, _ in leaves(made)))
             return
         self.assertEqual(repr(config.from_config_dict(config.to_config_dict(found))), repr(found))

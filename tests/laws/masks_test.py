@@ -16,7 +16,7 @@ class MaskTest(parameterized.TestCase):
         trees = strategies.stored(data.draw(strategies.forests(max_trees=5)))
         row = data.draw(st.permutations(range(len(trees))))
         length = int(trees.offsets[-1]) + data.draw(st.integers(0, 5))
-        batch = batches.fill_rows(trees, [row, []], max_length=length, max_targets=length)
+        batch = batches.fill_rows(trees, [row, []], max_length=length)
         visible, depth, segments, tokens = [], [], [], []
         for segment, number in enumerate(row, 1):
             tree, start = trees.tree(number), len(visible)
@@ -39,7 +39,7 @@ class MaskTest(parameterized.TestCase):
     def test_trees_that_share_a_beginning_see_it_and_not_each_other(self, data):
         trees = strategies.stored(data.draw(strategies.forests(max_trees=5, shared_prefixes=True)))
         length = int(trees.offsets[-1])
-        batch = batches.fill_rows(trees, [range(len(trees))], max_length=length, max_targets=length)
+        batch = batches.fill_rows(trees, [range(len(trees))], max_length=length)
         # What a token sees is the string that it ends; the tokens of a shared beginning stand there once.
         expected, heads = [], set()
         for number in range(len(trees)):

@@ -105,7 +105,7 @@ class OnePassTest(parameterized.TestCase):
         ]
         trees = prepare(dialogues, family, max_length=_LENGTH, **objective)
         hypothesis.assume(trees is not None)
-        given = batches.evaluation_batches(trees, max_length=_LENGTH, max_targets=_LENGTH, rows=_ROWS)
+        given = batches.evaluation_batches(trees, max_length=_LENGTH, rows=_ROWS)
         got = added([packed(parameters(), batch.map(lambda array: array[0])) for batch, _ in given])
         assert_close(self, got, one_by_one(weighted))
 
@@ -119,7 +119,7 @@ class PackingTest(absltest.TestCase):
 
     def filled(self, data, trees):
         rows = data.draw(assignments(trees.sizes()[0].tolist(), _LENGTH))
-        return batches.fill_rows(trees, rows, max_length=_LENGTH, max_targets=_LENGTH)
+        return batches.fill_rows(trees, rows, max_length=_LENGTH)
 
     @budget.cases(10)
     @hypothesis.given(data=st.data())
@@ -128,9 +128,7 @@ class PackingTest(absltest.TestCase):
         by_itself = []
         for tree in range(len(trees)):
             rows = [[tree], *[[]] * (_ROWS - 1)]
-            by_itself.append(
-                packed(parameters(), batches.fill_rows(trees, rows, max_length=_LENGTH, max_targets=_LENGTH))
-            )
+            by_itself.append(packed(parameters(), batches.fill_rows(trees, rows, max_length=_LENGTH)))
         assert_close(self, packed(parameters(), self.filled(data, trees)), added(by_itself))
 
     @budget.cases(6)
@@ -175,7 +173,7 @@ class CausalityTest(absltest.TestCase):
     def test_another_token_moves_its_descendants_only(self, data):
         trees = strategies.stored(data.draw(strategies.forests(max_trees=5, shared_prefixes=True)))
         row = list(range(len(trees)))
-        batch = batches.fill_rows(trees, [row], max_length=_LENGTH, max_targets=_LENGTH)
+        batch = batches.fill_rows(trees, [row], max_length=_LENGTH)
         used = int((batch.segment > 0).sum())
         at = data.draw(st.integers(0, used - 1))
         changed = batch.tokens.copy()

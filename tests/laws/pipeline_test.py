@@ -4,11 +4,12 @@ import hypothesis
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
+from dialog_jax.batching import batches
 from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
 from tests.laws import budget, oracles
 from tests.laws.readers_test import mutants
-from tests.laws.targets_test import plan_of, prepare
+from tests.laws.targets_test import prepare
 
 
 class PipelineTest(parameterized.TestCase):
@@ -40,7 +41,7 @@ class PipelineTest(parameterized.TestCase):
             return
         if trees is not None:
             length = int(trees.sizes()[0].max())
-            batch = plan_of(trees, max_length=length, max_targets=length, rows=1, micro_batches=1, seed=0).batch(0)
+            batch = batches.Plan(trees, max_length=length, rows=1, micro_batches=1, seed=0).batch(0)
             self.assertNotEmpty(oracles.row_targets(batch))
 
 

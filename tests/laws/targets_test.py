@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dialog_jax.batching import batches
 from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset, fitting, objectives, prefix_tree
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import budget, oracles, strategies
 from tests.rendering import chat_templates
@@ -22,10 +23,12 @@ def prepare(dialogues, family, *, max_length=100_000, truncate="turns", share_pr
         return dataset.prepare(
             dialogues,
             sequences_lib.Renderer(chat_templates.train_tokenizer(family)),
-            objective=ObjectiveConfig(**objective),
-            max_length=max_length,
-            truncate=truncate,
-            share_prefixes=share_prefixes,
+            TreeConfig(
+                objective=ObjectiveConfig(**objective),
+                max_length=max_length,
+                truncate=truncate,
+                share_prefixes=share_prefixes,
+            ),
         )
     except ValueError as error:
         if "has a target under objective" not in str(error):
@@ -83,12 +86,16 @@ class LeavesTest(parameterized.TestCase):
         renderer = sequences_lib.Renderer(chat_templates.train_tokenizer(family))
         config = ObjectiveConfig(**objective)
         pieces = fitting.unfold(dialogue, config)
-        rendered = renderer.render([p.dialogue for p in pieces], full=config.whole, locate=config.locates)
+        rendered = renderer.render(
+            [p.dialogue for p in pieces], full=config.needs_full_rendering, locate=config.needs_span
+        )
         pieces = [piece._replace(sequences=list(own)) for piece, own in zip(pieces, rendered, strict=True)]
         factors = fitting.compute_factors(dialogue, pieces, config)
         found = []
         for piece, own in zip(pieces, factors, strict=True):
-            spans = objectives.supervise(piece.sequences, piece.dialogue, config, own, trained=piece.trained)
+            spans = objectives.supervise(
+                piece.sequences, piece.dialogue, config, own, context_messages=piece.context_messages
+            )
             number = piece.path if config.merge_weights == "sum" else 0
             turned = [[s._replace(turn=s.turn + piece.first_turn * (s.turn >= 0)) for s in some] for some in spans]
             found += [(sequence.tokens, some, number) for sequence, some in zip(piece.sequences, turned, strict=True)]
@@ -151,18 +158,11 @@ class BuildTreeTest(absltest.TestCase):
         self.assertEqual(got, wanted)
 
 
-def plan_of(trees, *, max_length, max_targets, rows, micro_batches, seed):
-    return batches.Plan(
-        trees, max_length=max_length, max_targets=max_targets, rows=rows, micro_batches=micro_batches, seed=seed
-    )
-
-
 @st.composite
-def budgets(draw, trees):
-    """max_length and max_targets, often no larger than the largest tree needs."""
-    tokens, targets = trees.sizes()
-    length = int(tokens.max()) + draw(st.sampled_from([0, 0, 1, 5, 30]))
-    return {"max_length": length, "max_targets": min(length, int(targets.max()) + draw(st.sampled_from([0, 1, 4, 40])))}
+def row_lengths(draw, trees):
+    """A max_length, often no larger than the largest tree."""
+    tokens, _ = trees.sizes()
+    return int(tokens.max()) + draw(st.sampled_from([0, 0, 1, 5, 30]))
 
 
 class EpochTest(parameterized.TestCase):
@@ -171,9 +171,9 @@ class EpochTest(parameterized.TestCase):
     @hypothesis.given(data=st.data())
     def test_an_epoch_has_every_target_of_every_tree_once(self, shared_prefixes, data):
         trees = strategies.stored(data.draw(strategies.forests(shared_prefixes=shared_prefixes)))
-        plan = plan_of(
+        plan = batches.Plan(
             trees,
-            **data.draw(budgets(trees)),
+            max_length=data.draw(row_lengths(trees)),
             rows=data.draw(st.sampled_from([1, 2, 4])),
             micro_batches=data.draw(st.sampled_from([1, 2, 3])),
             seed=data.draw(st.integers(0, 2**40)),
@@ -201,7 +201,7 @@ class EpochTest(parameterized.TestCase):
     @hypothesis.given(data=st.data())
     def test_evaluation_has_every_target_once(self, data):
         trees = strategies.stored(data.draw(strategies.forests()))
-        options = data.draw(budgets(trees)) | {"rows": data.draw(st.integers(1, 5))}
+        options = {"max_length": data.draw(row_lengths(trees)), "rows": data.draw(st.integers(1, 5))}
         given = [batch for batch, _ in batches.evaluation_batches(trees, **options)]
         expected = [target for number in range(len(trees)) for target in oracles.tree_targets(trees.tree(number))]
         self.assertCountEqual([target for batch in given for target in oracles.row_targets(batch)], expected)
@@ -221,7 +221,9 @@ class EpochTest(parameterized.TestCase):
         self.assertEqual(trees is None, not expected)
         if trees is None:
             return
-        plan = plan_of(trees, **data.draw(budgets(trees)), rows=1, micro_batches=1, seed=data.draw(st.integers(0, 99)))
+        plan = batches.Plan(
+            trees, max_length=data.draw(row_lengths(trees)), rows=1, micro_batches=1, seed=data.draw(st.integers(0, 99))
+        )
         found = [target for step in range(plan.rows_per_epoch) for target in oracles.row_targets(plan.batch(step))]
         got = oracles.added_up(found)
         self.assertEqual(got.keys(), expected.keys())
@@ -234,11 +236,16 @@ class HostsTest(absltest.TestCase):
     def test_hosts_together_have_the_whole_batch(self, data):
         trees = strategies.stored(data.draw(strategies.forests(shared_prefixes=True)))
         rows = data.draw(st.sampled_from([1, 2, 4, 6]))
-        options = data.draw(budgets(trees)) | {"rows": rows, "micro_batches": data.draw(st.integers(1, 3)), "seed": 5}
+        options = {
+            "max_length": data.draw(row_lengths(trees)),
+            "rows": rows,
+            "micro_batches": data.draw(st.integers(1, 3)),
+            "seed": 5,
+        }
         cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
         order = data.draw(st.permutations(range(rows)))
         shares = [order[start:stop] for start, stop in itertools.pairwise(cuts)]
-        plan, step = plan_of(trees, **options), data.draw(st.sampled_from([0, 1, 7]))
+        plan, step = batches.Plan(trees, **options), data.draw(st.sampled_from([0, 1, 7]))
         whole, parts = plan.batch(step), [plan.batch(step, own) for own in shares]
         for name, array in whole._asdict().items():
             if array is not None:
@@ -251,11 +258,16 @@ class PlanTest(absltest.TestCase):
     @hypothesis.given(data=st.data())
     def test_a_batch_is_a_function_of_seed_and_step(self, data):
         trees = strategies.stored(data.draw(strategies.forests(shared_prefixes=True)))
-        options = data.draw(budgets(trees)) | {"rows": 2, "micro_batches": 2, "seed": data.draw(st.integers(0, 9))}
+        options = {
+            "max_length": data.draw(row_lengths(trees)),
+            "rows": 2,
+            "micro_batches": 2,
+            "seed": data.draw(st.integers(0, 9)),
+        }
         asked = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
-        plan = plan_of(trees, **options)
+        plan = batches.Plan(trees, **options)
         for step in asked:
-            first, fresh = plan.batch(step), plan_of(trees, **options).batch(step)
+            first, fresh = plan.batch(step), batches.Plan(trees, **options).batch(step)
             for name, array in first._asdict().items():
                 np.testing.assert_array_equal(array, getattr(fresh, name), err_msg=name)
 

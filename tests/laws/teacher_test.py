@@ -9,9 +9,10 @@ import safetensors.numpy
 from absl.testing import absltest
 from hypothesis import strategies as st
 
+from dialog_jax.errors import UserError
 from dialog_jax.rendering import sequences
-from dialog_jax.trees import dataset, teacher
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees import dataset, teacher, teacher_file
+from dialog_jax.trees.chunks import TreeConfig
 from tests.laws import budget, oracles, strategies
 from tests.laws.readers_test import damaged, values
 from tests.rendering import chat_templates
@@ -31,9 +32,9 @@ _RECORD = {
 def signal(one):
     """What a teacher that finds the right token likeliest says of a response."""
     right = np.array(one.tokens, np.int32)
-    return teacher.Signal(
+    return teacher_file.Signal(
         one.message,
-        teacher.checksum(np.array(one.prompt, np.int32)),
+        teacher_file.checksum(np.array(one.prompt, np.int32)),
         right,
         np.stack([right, (right + 1) % 500], axis=1).astype(np.int32),
         np.log(np.full((len(right), _TOP), [0.75, 0.2])).astype(np.float32),
@@ -43,10 +44,10 @@ def signal(one):
 def train_on(path):
     """Reads the file and the teacher's word on every target; True if it all went well."""
     (dialogue,) = strategies.parsed([_RECORD])
-    file = teacher.read_file(path, tokenizer="t")
+    file = teacher_file.read_file(path, tokenizer="t")
     renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
-    trees = dataset.prepare([dialogue], renderer, objective=ObjectiveConfig(), max_length=256, teacher=file)
-    token, log_probability = trees.signal(0, np.flatnonzero(trees.tree(0).weight > 0))
+    trees = dataset.prepare([dialogue], renderer, TreeConfig(max_length=256), teacher=file)
+    token, log_probability = teacher.read_rows(trees.teacher, trees.teacher_rows(0)[trees.tree(0).weight > 0])
     assert token.min() >= 0 and token.max() <= file.largest, (token.min(), token.max())
     assert (np.exp(log_probability).sum(axis=-1) <= 1.01).all()
 
@@ -57,15 +58,14 @@ class TeacherFileTest(absltest.TestCase):
         (dialogue,) = strategies.parsed([_RECORD])
         self.directory = pathlib.Path(self.create_tempdir().full_path)
         self.path = self.directory / "teacher.safetensors"
-        with teacher.write_file(self.path, top_k=_TOP, tokenizer="t", vocabulary=512) as add:
+        with teacher_file.write_file(self.path, top_k=_TOP, tokenizer="t", vocabulary=512) as add:
             add("a", [signal(oracles.response(dialogue, message, "chatml")) for message in (1, 3)])
         self.whole = self.path.read_bytes()
 
     def check(self):
         try:
             train_on(self.path)
-        except ValueError as error:
-            self.assertIs(type(error), ValueError)
+        except UserError as error:
             self.assertIn(self.path.name, str(error))
 
     def test_the_file_as_written_is_read(self):

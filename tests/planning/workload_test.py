@@ -59,10 +59,10 @@ class MeasuredTest(parameterized.TestCase):
 
 class AssumedTest(absltest.TestCase):
     def test_rows_are_one_dialogue_each(self):
-        data = DataConfig(train="t.jsonl", validation="v.jsonl", max_length=10, max_targets=3)
+        data = DataConfig(train="t.jsonl", validation="v.jsonl", max_length=10)
         config = TrainConfig(model="m", data=data, rows=2, gradient_accumulation=3)
         work = workload.assume_workload(config, tokens=0.8, targets=0.5)
-        self.assertEqual(work[:4], (6 * 8, 6 * 36, 6 * 3, None))
+        self.assertEqual(work[:4], (6 * 8, 6 * 36, 6 * 4, None))
         self.assertStartsWith(work.source, "ASSUMED: one dialogue per row, 80% of the row used, 50%")
 
 

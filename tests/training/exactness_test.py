@@ -19,6 +19,7 @@ from dialog_jax.model import decoder
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -266,9 +267,7 @@ class SharedPrefixTest(parameterized.TestCase):
             prepared = dataset.prepare(
                 dialogues,
                 Renderer(tokenizer),
-                objective=ObjectiveConfig(name=name),
-                max_length=512,
-                share_prefixes=share,
+                TreeConfig(objective=ObjectiveConfig(name=name), max_length=512, share_prefixes=share),
             )
             batch = tiny.rows(prepared, [[0, 1, 2, 3]], max_length=768)
             results.append((int((batch.segment > 0).sum()), *run(parameters, batch)))

@@ -10,6 +10,7 @@ from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 
@@ -41,7 +42,9 @@ def parameters(model, seed=0):
 def trees(dialogues, tokenizer, *, max_length=512, **objective):
     """The trees of dialogues under an objective."""
     return dataset.prepare(
-        dialogues, Renderer(tokenizer), objective=ObjectiveConfig(**objective), max_length=max_length
+        dialogues,
+        Renderer(tokenizer),
+        TreeConfig(objective=ObjectiveConfig(**objective), max_length=max_length),
     )
 
 
@@ -76,7 +79,7 @@ def run_config(directory, **changes):
 
 def rows(prepared, assignment, *, max_length):
     """A [B, ...] batch of rows on the device, given as lists of tree numbers."""
-    filled = batches.fill_rows(prepared, assignment, max_length=max_length, max_targets=max_length)
+    filled = batches.fill_rows(prepared, assignment, max_length=max_length)
     return jax.tree.map(jax.numpy.asarray, filled)
 
 

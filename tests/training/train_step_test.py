@@ -34,7 +34,7 @@ def batch_of(micro_batches, rows, length=_LENGTH):
     _, trees = prepared()
     count = micro_batches * rows
     assignment = [[tree for tree in range(8) if tree % count == row] for row in range(count)]
-    filled = batches.fill_rows(trees, assignment, max_length=length, max_targets=length)
+    filled = batches.fill_rows(trees, assignment, max_length=length)
     return filled.map(lambda array: array.reshape(micro_batches, rows, -1))
 
 

@@ -10,10 +10,9 @@ import transformers
 
 from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import disk_cache
-from dialog_jax.trees.chunks import Recipe
-from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.worker_pool import Preparation
+from dialog_jax.trees.chunks import TreeConfig
 
 _TEMPLATE = """\
 {%- for message in messages %}{{ message.content }}{{ '<end>' if message.role == 'assistant' }}{% endfor -%}"""
@@ -43,21 +42,20 @@ def _dialogues(count: int):
 
 def main(directory: str, megabytes: int) -> None:
     """Prints the limit, the bytes stored, and what became of reading them whole and of reading them in batches."""
-    recipe = Recipe(objective=ObjectiveConfig(), max_length=_WORDS + 100)
-    preparation = Preparation(recipe, _tokenizer())
+    renderer, config = Renderer(_tokenizer()), TreeConfig(max_length=_WORDS + 100)
     # What every process needs once: threads, the parts of libraries that are loaded when they are first used.
-    small = disk_cache.load_or_build(directory, {"size": "small"}, _dialogues(100), preparation, workers=0)
-    batches.Plan(small, max_length=8192, max_targets=64, rows=2, micro_batches=1, seed=0).batch(0)
+    small = disk_cache.load_or_build(directory, {"size": "small"}, _dialogues(100), renderer, config, workers=0)
+    batches.Plan(small, max_length=8192, rows=2, micro_batches=1, seed=0).batch(0)
     limit = megabytes << 20
     resource.setrlimit(resource.RLIMIT_DATA, (_private() + limit, _private() + limit))
     count = -(-20 * limit // _BYTES)
-    trees = disk_cache.load_or_build(directory, {"size": "large"}, _dialogues(count), preparation, workers=0)
+    trees = disk_cache.load_or_build(directory, {"size": "large"}, _dialogues(count), renderer, config, workers=0)
     columns = [trees.tokens, trees.parent, trees.position, trees.subtree_end, trees.weight, trees.turn]
     try:
         read = [np.array(column) for column in columns]
     except MemoryError:
         read = None
-    plan = batches.Plan(trees, max_length=8192, max_targets=64, rows=1, micro_batches=1, seed=0)
+    plan = batches.Plan(trees, max_length=8192, rows=1, micro_batches=1, seed=0)
     tokens = sum(int((plan.batch(step).segment > 0).sum()) for step in range(plan.rows_per_epoch))
     print(limit, sum(column.nbytes for column in columns), len(trees), tokens, "refused" if read is None else "read")
 

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
@@ -29,7 +30,9 @@ def turns(count, *, words=3, id=0, system=True):
 def prepare(dialogues, *, family="chatml", max_length=10_000, truncate="turns", **objective):
     renderer = sequences_lib.Renderer(chat_templates.train_tokenizer(family))
     return dataset.prepare(
-        dialogues, renderer, objective=ObjectiveConfig(**objective), max_length=max_length, truncate=truncate
+        dialogues,
+        renderer,
+        TreeConfig(objective=ObjectiveConfig(**objective), max_length=max_length, truncate=truncate),
     )
 
 
@@ -108,7 +111,7 @@ class PrepareTest(parameterized.TestCase):
     def test_many_dialogues_keep_their_order_over_batches(self):
         dialogues = [turns(1 + id % 3, id=id) for id in range(600)]
         renderer = sequences_lib.Renderer(chat_templates.train_tokenizer("chatml"))
-        trees = dataset.prepare(iter(dialogues), renderer, objective=ObjectiveConfig(), max_length=500)
+        trees = dataset.prepare(iter(dialogues), renderer, TreeConfig(max_length=500))
         self.assertEqual(list(trees.ids), list(range(600)))
         tokenizer = chat_templates.train_tokenizer("chatml")
         for number in (0, 255, 256, 599):

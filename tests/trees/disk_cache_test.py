@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import unittest
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -17,21 +18,25 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks as chunks_lib
-from dialog_jax.trees import dataset, disk_cache, teacher, worker_pool
-from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.worker_pool import Preparation
+from dialog_jax.trees import dataset, disk_cache, teacher_file, worker_pool
+from dialog_jax.trees.chunks import TreeConfig
 from tests.rendering import chat_templates
 from tests.trees import teacher_test
 from tests.trees.dataset_test import said, turns
 
 
-def preparation(*, family="chatml", max_length=300, truncate="turns", share_prefixes=False, template="", file=None):
+class Arguments(NamedTuple):
+    """What trees are built with."""
+
+    renderer: Renderer
+    config: TreeConfig
+    teacher: teacher_file.TeacherFile | None = None
+
+
+def arguments(*, family="chatml", template="", file=None, max_length=300, **config):
     tokenizer = chat_templates.train_tokenizer.__wrapped__(family)
     tokenizer.chat_template = template or tokenizer.chat_template
-    recipe = chunks_lib.Recipe(
-        objective=ObjectiveConfig(), max_length=max_length, truncate=truncate, share_prefixes=share_prefixes
-    )
-    return Preparation(recipe, tokenizer, {}, file)
+    return Arguments(Renderer(tokenizer), TreeConfig(max_length=max_length, **config), file)
 
 
 def awkward(count):
@@ -51,12 +56,7 @@ def awkward(count):
 
 
 def in_memory(dialogues, given):
-    return dataset.prepare(
-        dialogues,
-        Renderer(given.tokenizer),
-        **{field.name: getattr(given.recipe, field.name) for field in dataclasses.fields(given.recipe)},
-        teacher=given.teacher,
-    )
+    return dataset.prepare(dialogues, given.renderer, given.config, teacher=given.teacher)
 
 
 def files_of(directory):
@@ -66,7 +66,7 @@ def files_of(directory):
 
 def together(count):
     """So many dialogues in a chunk."""
-    return mock.patch.object(chunks_lib, "_DIALOGUES", count)
+    return mock.patch.object(chunks_lib, "_MAX_DIALOGUES", count)
 
 
 def build_in_small_chunks(directory, dialogues):
@@ -77,7 +77,7 @@ def build_in_small_chunks(directory, dialogues):
         yield from dialogues
 
     with together(16):
-        disk_cache.load_or_build(directory, {"a": 1}, read(), preparation(), workers=0, seconds=0.0)
+        disk_cache.load_or_build(directory, {"a": 1}, read(), *arguments()[:2], workers=0, seconds=0.0)
 
 
 class StorageTest(parameterized.TestCase):
@@ -86,8 +86,9 @@ class StorageTest(parameterized.TestCase):
         self.directory = pathlib.Path(self.create_tempdir().full_path)
 
     def load(self, dialogues, given=None, *, name="trees", key=None, **options):
+        renderer, config, taught = given or arguments()
         return disk_cache.load_or_build(
-            self.directory / name, key or {"a": 1}, dialogues, given or preparation(), **options
+            self.directory / name, key or {"a": 1}, dialogues, renderer, config, teacher=taught, **options
         )
 
     def assert_same(self, got, wanted):
@@ -104,7 +105,7 @@ class StorageTest(parameterized.TestCase):
 
     @parameterized.parameters("turns", "split")
     def test_any_workers_and_any_chunks_give_the_same_bytes(self, truncate):
-        given = preparation(truncate=truncate, share_prefixes=True)
+        given = arguments(truncate=truncate, share_prefixes=True)
         dialogues = awkward(60)
         wanted = in_memory(dialogues, given)
         self.assertGreater(wanted.report.dropped_no_target, 0)
@@ -137,7 +138,7 @@ class StorageTest(parameterized.TestCase):
     @parameterized.parameters(0, 2)
     def test_an_interrupted_build_goes_on_behind_its_journal(self, processes):
         dialogues = awkward(60)
-        wanted = in_memory(dialogues, preparation())
+        wanted = in_memory(dialogues, arguments())
         given = []
 
         def interrupted(stop):
@@ -177,7 +178,7 @@ class StorageTest(parameterized.TestCase):
         (unfinished,) = (self.directory / "trees").glob("*.unfinished")
         with (unfinished / "turn").open("r+b") as column:
             column.truncate(8)
-        self.assert_same(self.load(dialogues), in_memory(dialogues, preparation()))
+        self.assert_same(self.load(dialogues), in_memory(dialogues, arguments()))
 
     def test_a_killed_build_leaves_its_lock_and_the_next_one_goes_on(self):
         dialogues = [turns(2 + n % 3, id=n) for n in range(1000)]
@@ -193,7 +194,7 @@ class StorageTest(parameterized.TestCase):
         process.join()
         with together(16):
             trees = self.load(dialogues, workers=0)
-        self.assert_same(trees, in_memory(dialogues, preparation()))
+        self.assert_same(trees, in_memory(dialogues, arguments()))
 
     def test_of_two_processes_one_builds_and_the_other_waits(self):
         dialogues = [turns(2 + n % 3, id=n) for n in range(200)]
@@ -211,13 +212,13 @@ class StorageTest(parameterized.TestCase):
         self.assertLen(made, 1)
         made[0].unlink()
         self.assertLen(list((self.directory / "trees").iterdir()), 1)
-        self.assert_same(self.load(iter(())), in_memory(dialogues, preparation()))
+        self.assert_same(self.load(iter(())), in_memory(dialogues, arguments()))
 
     def test_an_error_in_the_data_names_the_dialogue_and_leaves_nothing(self):
         dialogues = [turns(1, system=False, id=id) for id in range(40)] + [turns(1, id=40)]
         for processes in (0, 2):
             with together(8), self.assertRaisesRegex(ValueError, r"dialogue 40 \(said.jsonl:41\).*refuses"):
-                self.load(dialogues, preparation(family="gemma"), workers=processes)
+                self.load(dialogues, arguments(family="gemma"), workers=processes)
             self.assertEmpty(list((self.directory / "trees").glob("*.unfinished")))
         with self.assertRaisesRegex(ValueError, r"(?s)None of 1 dialogues has a target.*said.jsonl:1"):
             self.load([said(("user", "a"), ("assistant", "b", 0))])
@@ -243,7 +244,7 @@ class StorageTest(parameterized.TestCase):
             self.assertIn(kept, (24, 30))  # the fifth chunk may have been sent before
             self.assertStartsWith(str(refused.exception), f"dialogue {kept} (")
             before = len(given)
-            self.assert_same(self.load(dialogues, workers=1), in_memory(dialogues, preparation()))
+            self.assert_same(self.load(dialogues, workers=1), in_memory(dialogues, arguments()))
         self.assertLen(given, before + 10 - kept // 6)
 
     def test_a_column_of_another_length_is_refused(self):
@@ -258,17 +259,17 @@ class StorageTest(parameterized.TestCase):
         dialogues = [teacher_test.turns(1 + n % 3, id=n) for n in range(12)]
         saying = teacher_test.Saying()
         path = self.directory / "teacher.safetensors"
-        with teacher.write_file(path, top_k=3, tokenizer="T", vocabulary=512) as add:
+        with teacher_file.write_file(path, top_k=3, tokenizer="T", vocabulary=512) as add:
             for dialogue in dialogues:
                 add(dialogue.id, saying.signals(dialogue, "chatml"))
-        given = preparation(file=teacher.read_file(path, tokenizer="T"))
+        given = arguments(file=teacher_file.read_file(path, tokenizer="T"))
         wanted = in_memory(dialogues, given)
         with together(3):
             trees = self.load(dialogues, given, workers=2)
             self.assert_same(trees, wanted)
             self.assertIs(trees.teacher, given.teacher)
             other = [*dialogues, teacher_test.turns(2, id=99)]
-            with self.assertRaisesRegex(ValueError, "dialogue 99 .*holds no dialogue of this id"):
+            with self.assertRaisesRegex(ValueError, "dialogue 99 .*has no dialogue with this id"):
                 self.load(other, given, workers=2, key={"a": 2})
 
 
@@ -292,7 +293,7 @@ class BoundedMemoryTest(absltest.TestCase):
 
 class WorkersTest(parameterized.TestCase):
     def build(self, batches, given, **options):
-        return list(worker_pool.build_chunks(batches, given, workers=2, **options))
+        return list(worker_pool.build_chunks(batches, *given, workers=2, **options))
 
     def test_a_template_that_does_not_end_is_ended_and_its_dialogues_named(self):
         loop = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
@@ -303,15 +304,15 @@ class WorkersTest(parameterized.TestCase):
         )
         batches = [[turns(1, id=1), said(("user", "Loop."), ("assistant", "a"), id=2)], [turns(1, id=3)]]
         with self.assertRaisesRegex(ValueError, r"dialogue 1 \(said.jsonl:2\) to dialogue 2 .* not rendered after 1"):
-            self.build(batches, preparation(template=template), seconds=1.0)
+            self.build(batches, arguments(template=template), seconds=1.0)
 
     def test_what_needs_too_much_memory_is_named(self):
         huge = said(("user", "a " * 3_000_000), ("assistant", "b"), id=1)
         with self.assertRaisesRegex(ValueError, r"dialogue 1 \(said.jsonl:2\): (need more memory|the process that)"):
-            self.build([[turns(1)], [huge], [turns(1, id=2)]], preparation(max_length=10**8), memory=300 << 20)
+            self.build([[turns(1)], [huge], [turns(1, id=2)]], arguments(max_length=10**8), memory=300 << 20)
 
     def test_no_process_stays(self):
-        chunks = worker_pool.build_chunks([[turns(1, id=n)] for n in range(9)], preparation(), workers=2)
+        chunks = worker_pool.build_chunks([[turns(1, id=n)] for n in range(9)], *arguments(), workers=2)
         next(chunks)
         chunks.close()
         self.assertEmpty(multiprocessing.active_children())

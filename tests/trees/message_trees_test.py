@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering import sequences
 from dialog_jax.trees import dataset
-from dialog_jax.trees.objectives import ObjectiveConfig
+from dialog_jax.trees.chunks import TreeConfig
 from tests.rendering import chat_templates
 from tests.trees.dataset_test import contexts, prepare, sequences_of
 
@@ -238,10 +238,10 @@ class BatchTest(absltest.TestCase):
             for n in range(300)
         ]
         renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
-        together = dataset.prepare(dialogues, renderer, objective=ObjectiveConfig(), max_length=2000)
+        together = dataset.prepare(dialogues, renderer, TreeConfig(max_length=2000))
         self.assertEqual(list(together.ids), list(range(300)))
         for number in (0, 1, 255, 256, 258, 299):
-            alone = dataset.prepare([dialogues[number]], renderer, objective=ObjectiveConfig(), max_length=2000)
+            alone = dataset.prepare([dialogues[number]], renderer, TreeConfig(max_length=2000))
             np.testing.assert_array_equal(together.tree(number).tokens, alone.tree(0).tokens)
             np.testing.assert_array_equal(together.tree(number).weight, alone.tree(0).weight)
 

@@ -6,6 +6,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.rendering import sequences
 from dialog_jax.trees import dataset
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 
@@ -42,7 +43,7 @@ def renderer():
 
 def tree_of(messages, **objective):
     config = ObjectiveConfig(**objective)
-    trees = dataset.prepare([said(*messages)], renderer(), objective=config, max_length=64)
+    trees = dataset.prepare([said(*messages)], renderer(), TreeConfig(objective=config, max_length=64))
     return trees.tree(0)
 
 
@@ -153,7 +154,7 @@ class SuperviseTest(parameterized.TestCase):
         messages.append(Message(role="user", content="e", parts=(Part(text="e", weight=2.0),)))
         dialogue = Dialogue(id=0, messages=tuple(messages))
         config = ObjectiveConfig(**objective)
-        return dataset.prepare([dialogue], renderer(), objective=config, max_length=64).tree(0)
+        return dataset.prepare([dialogue], renderer(), TreeConfig(objective=config, max_length=64)).tree(0)
 
     @parameterized.parameters(
         ("turn", {}, [1 / 3] * 3 + [1 / 4] * 4),
@@ -177,7 +178,7 @@ class BranchingTest(parameterized.TestCase):
         rng = np.random.default_rng(seed)
         dialogue = chat_templates.random_dialogue(rng, turns=5, system=True, reasoning=True)
         made = sequences.Renderer(chat_templates.train_tokenizer("qwen3"))
-        trees = dataset.prepare([dialogue], made, objective=ObjectiveConfig(**objective), max_length=10_000)
+        trees = dataset.prepare([dialogue], made, TreeConfig(objective=ObjectiveConfig(**objective), max_length=10_000))
         return dialogue, trees.tree(0)
 
     @parameterized.parameters(range(5))
@@ -213,7 +214,7 @@ class BranchingTest(parameterized.TestCase):
         dialogue = Dialogue(id=0, messages=tuple(messages))
         made = sequences.Renderer(chat_templates.train_tokenizer("qwen3"))
         config = ObjectiveConfig(name="joint")
-        tree = dataset.prepare([dialogue], made, objective=config, max_length=1000).tree(0)
+        tree = dataset.prepare([dialogue], made, TreeConfig(objective=config, max_length=1000)).tree(0)
 
         tokenizer = chat_templates.train_tokenizer("qwen3")
         dicts = [message.as_dict() for message in messages]

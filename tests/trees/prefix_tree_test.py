@@ -152,5 +152,39 @@ class NormaliseTest(absltest.TestCase):
             np.testing.assert_array_equal(prefix_tree.normalise([tree], unit)[0].weight, [0, 0, 0])
 
 
+class JoinTreesTest(absltest.TestCase):
+    def test_picture(self):
+        trees = [
+            prefix_tree.build_tree([(np.array(tokens, np.int32), [prefix_tree.Span(1, len(tokens), 1.0, 0)])])
+            for tokens in ([7, 8, 9], [7, 8, 5, 6])
+        ]
+        tree = prefix_tree.join_trees(trees, 2)
+        # fmt: off
+        np.testing.assert_array_equal(tree.tokens,      [ 7, 8, 9, 5, 6])
+        np.testing.assert_array_equal(tree.parent,      [-1, 0, 1, 1, 3])
+        np.testing.assert_array_equal(tree.position,    [ 0, 1, 2, 2, 3])
+        np.testing.assert_array_equal(tree.subtree_end, [ 5, 5, 3, 5, 5])
+        np.testing.assert_array_equal(tree.weight,      [ 0, 2, 1, 1, 1])
+        # fmt: on
+
+    def test_joined_trees_are_the_tree_of_all_sequences(self):
+        """Where no two of them share more than the prefix."""
+        sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6], [1, 2, 7, 7], [1, 2, 7, 8, 9]]
+        parts = [sequences[:2], sequences[2:3], sequences[3:]]
+        trees = [prefix_tree.build_trie([np.array(one, np.int32) for one in part])[0] for part in parts]
+        wanted, _ = prefix_tree.build_trie([np.array(one, np.int32) for one in sequences])
+
+        def sets(tree):
+            return {
+                tuple(tree.tokens[[j for j in range(i + 1) if i < tree.subtree_end[j]]].tolist())
+                for i in range(len(tree.tokens))
+            }
+
+        joined = prefix_tree.join_trees(trees, 2)
+        self.assertEqual(sets(joined), sets(wanted))
+        self.assertLen(joined.tokens, len(wanted.tokens))
+        self.assertEqual([column.dtype for column in joined], [column.dtype for column in wanted])
+
+
 if __name__ == "__main__":
     absltest.main()

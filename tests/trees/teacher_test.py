@@ -17,10 +17,9 @@ from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import dataset, disk_cache, prefix_tree, teacher
-from dialog_jax.trees.chunks import Recipe
+from dialog_jax.trees import dataset, disk_cache, prefix_tree, teacher_file
+from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.worker_pool import Preparation
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
 
@@ -59,7 +58,7 @@ class Saying:
             words.append(self.of_context.setdefault(context, 10 * len(self.of_context)))
         top = np.array(words)[:, None] + np.arange(_TOP)
         log_probability = np.log(np.array([0.5, 0.3, 0.1])) - top % 7 / 50
-        return teacher.Signal(
+        return teacher_file.Signal(
             message,
             zlib.crc32(np.array(prompt, "<i4").tobytes()),
             np.array(response, np.int32),
@@ -118,7 +117,7 @@ class TeacherTest(parameterized.TestCase):
     def write(self, dialogues, family="chatml"):
         """What the teacher said of which string of tokens."""
         saying = Saying()
-        with teacher.write_file(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add:
+        with teacher_file.write_file(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add:
             for dialogue in dialogues:
                 add(dialogue.id, saying.signals(dialogue, family))
         return saying.of_context
@@ -137,11 +136,13 @@ class TeacherTest(parameterized.TestCase):
         return dataset.prepare(
             dialogues,
             Renderer(chat_templates.train_tokenizer(family)),
-            objective=ObjectiveConfig(**objective),
-            max_length=max_length,
-            truncate=truncate,
-            share_prefixes=share_prefixes,
-            teacher=teacher.read_file(self.path, tokenizer=tokenizer),
+            TreeConfig(
+                objective=ObjectiveConfig(**objective),
+                max_length=max_length,
+                truncate=truncate,
+                share_prefixes=share_prefixes,
+            ),
+            teacher=teacher_file.read_file(self.path, tokenizer=tokenizer),
         )
 
 
@@ -170,8 +171,8 @@ class FileTest(TeacherTest):
     def test_error_while_writing_leaves_what_was_there(self):
         self.path.write_text("earlier")
         with (
-            self.assertRaisesRegex(ValueError, "two dialogues have the id 'a', so teacher.safetensors could not"),
-            teacher.write_file(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add,
+            self.assertRaisesRegex(ValueError, "two dialogues have the id 'a', which teacher.safetensors could"),
+            teacher_file.write_file(self.path, top_k=_TOP, tokenizer="T", vocabulary=512) as add,
         ):
             add("a", Saying().signals(two_turns(), "chatml"))
             add("a", [])
@@ -180,18 +181,18 @@ class FileTest(TeacherTest):
 
     def test_a_file_that_is_none_of_these_is_refused(self):
         for nothing in (self.path, self.directory):
-            with self.assertRaisesRegex(ValueError, f"{nothing.name} is no file.*--top_k"):
-                teacher.read_file(nothing, tokenizer="T")
+            with self.assertRaisesRegex(ValueError, f"{nothing.name} is not a file.*--top_k"):
+                teacher_file.read_file(nothing, tokenizer="T")
         self.write([two_turns()])
         self.path.write_bytes(self.path.read_bytes()[:-8])
-        with self.assertRaisesRegex(ValueError, "teacher.safetensors is not a whole safetensors file"):
-            teacher.read_file(self.path, tokenizer="T")
+        with self.assertRaisesRegex(ValueError, "teacher.safetensors is not a complete safetensors file"):
+            teacher_file.read_file(self.path, tokenizer="T")
         safetensors.numpy.save_file({"embedding": np.zeros(3)}, self.path)
-        with self.assertRaisesRegex(ValueError, "teacher.safetensors holds no teacher's signals. Make it with"):
-            teacher.read_file(self.path, tokenizer="T")
+        with self.assertRaisesRegex(ValueError, "teacher.safetensors is not a teacher's file. Make it with"):
+            teacher_file.read_file(self.path, tokenizer="T")
         self.write([])
-        with self.assertRaisesRegex(ValueError, "teacher.safetensors holds no response"):
-            teacher.read_file(self.path, tokenizer="T")
+        with self.assertRaisesRegex(ValueError, "teacher.safetensors has no response"):
+            teacher_file.read_file(self.path, tokenizer="T")
 
     @parameterized.parameters((np.nan, "sum to nan"), (0.5, r"sum to 2\.\d+"))
     def test_what_are_no_probabilities_is_refused(self, value, message):
@@ -200,13 +201,13 @@ class FileTest(TeacherTest):
         arrays["top_log_probability"][4, 1] = value
         safetensors.numpy.save_file(arrays, self.path, {"ids": '["a"]'})
         with self.assertRaisesRegex(ValueError, f"the probabilities at token 4 {message}"):
-            teacher.read_file(self.path, tokenizer="T")
+            teacher_file.read_file(self.path, tokenizer="T")
 
     def test_digest_tells_files_apart(self):
         digests = set()
         for dialogue in (two_turns(), turns(2)):
             self.write([dialogue])
-            digests.add(teacher.read_file(self.path, tokenizer="T").digest)
+            digests.add(teacher_file.read_file(self.path, tokenizer="T").digest)
         self.assertLen(digests, 2)
 
 
@@ -225,9 +226,9 @@ class PrepareTest(TeacherTest):
         said = self.write(dialogues[::-1], family)  # the order of the file is its own affair
         trees = self.prepare(dialogues, family, **objective)
         numbers = list(range(len(trees)))
-        batch = batches.fill_rows(trees, [numbers, []], max_length=500, max_targets=400)
+        batch = batches.fill_rows(trees, [numbers, []], max_length=500)
         self.assertEqual(batch.segment.max() < len(trees), "share_prefixes" in objective)
-        self.assertEqual(batch.teacher_token.shape, (2, 400, _TOP))
+        self.assertEqual(batch.teacher_token.shape, (2, 500, _TOP))
         taught = (batch.weight > 0) & (batch.turn >= 0)
         self.assertGreater(taught.sum(), 40)
         np.testing.assert_array_equal(np.isfinite(batch.teacher_log_probability).all(axis=-1), taught)
@@ -253,38 +254,37 @@ class PrepareTest(TeacherTest):
         dialogues = [two_turns(), turns(3)]
         self.write(dialogues)
         made = self.prepare(dialogues)
-        file = teacher.read_file(self.path, tokenizer="T")
-        recipe = Recipe(objective=ObjectiveConfig(), max_length=1000)
-        preparation = Preparation(recipe, chat_templates.train_tokenizer("chatml"), {}, file)
+        file = teacher_file.read_file(self.path, tokenizer="T")
+        renderer, config = Renderer(chat_templates.train_tokenizer("chatml")), TreeConfig(max_length=1000)
         for _ in range(2):  # made, then read
             stored = disk_cache.load_or_build(
-                self.directory / "trees", {"teacher": file.digest}, dialogues, preparation
+                self.directory / "trees", {"teacher": file.digest}, dialogues, renderer, config, teacher=file
             )
-            options = {"max_length": 200, "max_targets": 100}
+            options = {"max_length": 200}
             for a, b in zip(
                 batches.fill_rows(made, [[1, 0]], **options),
                 batches.fill_rows(stored, [[1, 0]], **options),
                 strict=True,
             ):
                 np.testing.assert_array_equal(a, b)
-        plan = batches.Plan(stored, max_length=200, max_targets=100, rows=1, micro_batches=2, seed=0)
-        self.assertEqual(plan.batch(0).teacher_token.shape, (2, 1, 100, _TOP))
+        plan = batches.Plan(stored, max_length=200, rows=1, micro_batches=2, seed=0)
+        self.assertEqual(plan.batch(0).teacher_token.shape, (2, 1, 200, _TOP))
 
     @parameterized.named_parameters(
         (
             "no_dialogue",
             two_turns(id="b"),
             "T",
-            r"message 2 has no teacher: teacher.safetensors holds no dialogue of this",
+            r"message 2 has no teacher: teacher.safetensors has no dialogue with this",
         ),
         (
             "no_message",
             two_turns(weight=0.0),
             "T",
-            "message 4 has no teacher: teacher.safetensors holds other messages",
+            "message 4 has no teacher: teacher.safetensors has only other messages",
         ),
         ("shorter", two_turns(answer="I am"), "T", r"message 4, token \d+: its id is \d+ here, but is \d+ in teacher"),
-        ("other", two_turns(answer="You"), "T", "message 4, token 0: .* the chat template or the dialogue is not what"),
+        ("other", two_turns(answer="You"), "T", "message 4, token 0: .* the chat template or the dialogue has changed"),
         ("tokenizer", two_turns(answer="You"), "U", "message 4, token 0: .* the tokenizer differs. Score again"),
         (
             "prompt",

@@ -1,0 +1,44 @@
+"""Files that are either complete or as they were before, whatever interrupts the writing.
+
+A file is written under another name in the same directory, forced to the disk and then renamed, which replaces an
+older file in one step. The only place that does so.
+"""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replace(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a path to write to; the file there becomes `file` if the block ends without an exception.
+
+    with replace(directory / "plot.png") as unfinished:
+        figure.savefig(unfinished)
+
+    The path ends as `file` does, since some libraries choose a format by it. After an exception `file` is as before.
+    """
+    unfinished = file.with_name(f".unfinished.{file.name}")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as stream:
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Writes text to a file in UTF-8."""
+    with replace(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def sync_directory(directory: pathlib.Path) -> None:
+    """Waits until the names of the files in a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
