@@ -20,7 +20,7 @@ _EXPERIMENTS = tuple(f"experiments/{file.name}" for file in sorted((_ROOT / "exp
 # Written by commands in the documents.
 _GENERATED = ("runs/", "assets/", "damaged/")
 _COMMAND_FILES = {name: _ROOT / "dialog_jax/commands" / f"{name}.py" for name in entry.COMMANDS}
-_COMMON_FLAGS = {"help", "debug", "config"}
+_SHARED_FLAGS = {"config_flag.define": "config", "config_inputs.define_data": "data"}
 _SUFFIXES = ("py", "md", "json", "jsonl", "png")
 
 
@@ -129,7 +129,8 @@ class DocumentTest(parameterized.TestCase):
         for command, *words in _command_lines(_read(name)):
             self.assertIn(command, entry.COMMANDS)
             source = _COMMAND_FILES[command].read_text(encoding="utf-8")
-            flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | _COMMON_FLAGS
+            flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help", "debug"}
+            flags |= {name for function, name in _SHARED_FLAGS.items() if f"{function}(" in source}
             used = {re.split(r"[=.]", word.removeprefix("--"))[0] for word in words if word.startswith("--")}
             self.assertEmpty(used - flags, f"dialog_jax {command}")
 
