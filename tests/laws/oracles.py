@@ -1,14 +1,18 @@
-"""What the data room must make of a dialogue, by dictionaries of prefixes: no trie, no spans, no mask, no packing.
+"""K passes, which one pass must equal: dictionaries of prefixes and causal sequences; no trie, mask or packing.
 
-Every response is rendered and tokenised by itself with the tokenizer's own chat interface, behind the messages that a
-walk over parents finds.
+Each response is rendered and tokenized by itself with the tokenizer's own chat interface, after the messages that a
+walk over parents finds. Its loss is that of a plain causal sequence with a log-softmax over all logits.
 """
 
 import collections
+import functools
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dialog_jax.model import decoder
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
 
@@ -74,6 +78,15 @@ def response(dialogue, index, family):
     return Response(
         index, turn, prompt_ids, own, _part_weights(dialogue.messages[index], text[len(prompt) :], own, family)
     )
+
+
+def responses(dialogue, family):
+    """The responses of weight above 0, in the order of their messages."""
+    return [
+        response(dialogue, index, family)
+        for index, message in enumerate(dialogue.messages)
+        if message.role == "assistant" and message.weight > 0
+    ]
 
 
 def _part_weights(message, text, tokens, family):
@@ -150,14 +163,9 @@ def targets(dialogue, objective, family):
 
 
 def nodes(dialogue, family):
-    """All beginnings of the sequences of the responses of weight above 0."""
-    found = set()
-    for message in range(len(dialogue.messages)):
-        if dialogue.messages[message].role == "assistant" and dialogue.messages[message].weight > 0:
-            one = response(dialogue, message, family)
-            ids = one.prompt + one.tokens
-            found |= {tuple(ids[:stop]) for stop in range(1, len(ids) + 1)}
-    return found
+    """All prefixes of the sequences of the responses of weight above 0."""
+    sequences = [one.prompt + one.tokens for one in responses(dialogue, family)]
+    return {tuple(ids[:stop]) for ids in sequences for stop in range(1, len(ids) + 1)}
 
 
 def context(tree, node):
@@ -198,3 +206,38 @@ def added_up(found):
     for context, token, weight, _ in found:
         sums[context, token] += weight
     return sums
+
+
+_LENGTH = 256  # tokens of the longest sequence; all have one shape, so that one program is compiled
+_SEQUENCES = 8  # that run at once
+
+
+def k_passes(model, parameters, weighted):
+    """(sum of weighted loss, its gradient) of [(Response, the weight of each of its tokens)], each by itself."""
+    results = []
+    for start in range(0, len(weighted), _SEQUENCES):
+        tokens = np.zeros((_SEQUENCES, _LENGTH), np.int32)
+        weight = np.zeros((_SEQUENCES, _LENGTH - 1), np.float32)
+        for row, (one, weights) in enumerate(weighted[start : start + _SEQUENCES]):
+            stop = len(one.prompt) + len(one.tokens)
+            tokens[row, :stop] = one.prompt + one.tokens
+            weight[row, len(one.prompt) - 1 : stop - 1] = weights
+        results.append(_causal_loss(model, parameters, tokens, weight))
+    return add_results(results)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def _causal_loss(model, parameters, tokens, weight):
+    """Sum of weighted loss of sequences [N, T], each by itself; weight [N, T - 1] is of the tokens but the first."""
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = decoder.hidden_states(model, parameters, tokens, position, jnp.full(tokens.shape, tokens.shape[1]))
+    logits = jnp.einsum("ntd,vd->ntv", hidden[:, :-1], decoder.unembedding(model, parameters))
+    log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
+    return -jnp.sum(weight * log_probability)
+
+
+def add_results(results):
+    """The sum of (value, gradient) pairs."""
+    values, gradients = zip(*results, strict=True)
+    return sum(values), jax.tree.map(lambda *leaves: sum(leaves), *gradients)

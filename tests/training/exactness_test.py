@@ -1,8 +1,4 @@
-"""The laws of DESIGN.md section 6 that concern loss and gradient, against K separate passes.
-
-The oracle renders and tokenises every turn by `apply_chat_template`, runs it alone as a plain causal sequence and
-takes the whole vocabulary's log-softmax at every position: no trie, no packing, no list of targets.
-"""
+"""The laws of loss and gradient on chosen dialogues; `tests/laws/model_test.py` has the same of random ones."""
 
 import dataclasses
 import functools
@@ -21,10 +17,11 @@ from dialog_jax.training import loss
 from dialog_jax.trees import dataset
 from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.laws import oracles
 from tests.rendering import chat_templates
 from tests.training import tiny
 
-_LENGTH = 256
+_LENGTH = 768
 
 
 @functools.cache
@@ -67,181 +64,58 @@ def message_tree():
     )
 
 
-def alone_dialogue(dialogue, index):
-    """The message and what leads to it."""
-    return Dialogue(id="a", messages=tuple(dialogue.messages[i] for i in (*dialogue.ancestors(index), index)))
-
-
 def plain_dialogue(seed=0, turns=4):
     return chat_templates.random_dialogue(np.random.default_rng(seed), turns=turns)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def packed_loss(model, parameters, batch):
-    """Sum of weighted loss of [B, ...] rows."""
-    hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
-    targets = loss.Targets(batch.source, batch.target, batch.weight)
-    return loss.weighted_loss(hidden, decoder.unembedding(model, parameters), targets)[0]
-
-
-def alone_nll(model, parameters, tokens):
-    """-log p of every token but the first, of one sequence by itself under the causal mask.
-
-    Zeros after its end, which it cannot see, keep the number of compilations down.
-    """
-    padded = jnp.zeros((1, 256), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
-    return _causal_nll(model, parameters, padded)[: len(tokens) - 1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _causal_nll(model, parameters, tokens):
-    length = tokens.shape[1]
-    hidden = decoder.hidden_states(
-        model, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
-    )
-    logits = jnp.einsum("td,vd->tv", hidden[0, :-1], decoder.unembedding(model, parameters))
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
-
-
-def turns_of(dialogue, tokenizer):
-    """(prompt ids, response ids) of every assistant message, from the tokenizer's own chat interface."""
-    found = []
-    for index, message in enumerate(dialogue.messages):
-        if message.role != "assistant":
-            continue
-        dicts = [entry.as_dict() for entry in dialogue.messages]
-        prompt = tokenizer.apply_chat_template(dicts[:index], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(dicts[: index + 1], tokenize=False)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        response_ids = tokenizer(whole, add_special_tokens=False)["input_ids"][len(prompt_ids) :]
-        stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        found.append((prompt_ids, response_ids[: response_ids.index(stop) + 1]))
-    return found
-
-
-def k_pass_loss(model, tokenizer, dialogues, parameters):
-    total = 0.0
-    for dialogue in dialogues:
-        for prompt, response in turns_of(dialogue, tokenizer):
-            total += alone_nll(model, parameters, prompt + response)[len(prompt) - 1 :].sum()
-    return total
-
-
 class OnePassTest(parameterized.TestCase):
-    @parameterized.named_parameters(
-        ("prefix_preserving_template", "chatml", plain_dialogue()),
-        ("reasoning_stripped_from_history", "qwen3", reasoning_dialogue()),
-    )
-    def test_one_pass_equals_k_passes(self, family, dialogue):
+    def check(self, family, dialogues, **objective):
+        """The trees of dialogues, after one pass over them in one row was found equal to K passes."""
         tokenizer, model, parameters = tokenizer_and_model(family)
-        prepared = tiny.trees([dialogue], tokenizer)
-        batch = tiny.rows(prepared, [[0]], max_length=_LENGTH)
-        value, gradient = jax.value_and_grad(functools.partial(packed_loss, model))(parameters, batch)
-        expected, expected_gradient = jax.value_and_grad(
-            lambda parameters: k_pass_loss(model, tokenizer, [dialogue], parameters)
-        )(parameters)
+        trees = tiny.trees(dialogues, tokenizer, **objective)
+        batch = tiny.rows(trees, [list(range(len(trees)))[::-1]], max_length=_LENGTH)
+        value, gradient = tiny.loss_and_gradient(model, parameters, batch)
+        weighted = [pair for one in dialogues for pair in oracles.response_weights(one, objective, family)]
+        expected, expected_gradient = oracles.k_passes(model, parameters, weighted)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         self.assertLess(tiny.largest_difference(gradient, expected_gradient), 1e-4)
+        total = sum(weights.sum() for _, weights in weighted)
+        np.testing.assert_allclose(
+            sum(trees.tree(number).weight.sum() for number in range(len(trees))), total, rtol=1e-5
+        )
+        return trees, weighted
 
-    def test_reasoning_branches_and_saves_tokens(self):
-        tokenizer, _, _ = tokenizer_and_model("qwen3")
-        prepared = tiny.trees([reasoning_dialogue()], tokenizer)
-        tree = prepared.tree(0)
+    def test_template_that_keeps_its_prefixes_gives_one_path(self):
+        trees, weighted = self.check("chatml", [plain_dialogue()])
+        tree = trees.tree(0)
+        self.assertTrue((tree.subtree_end == len(tree.tokens)).all())
+        last, _ = weighted[-1]
+        self.assertEqual(tree.tokens.tolist(), last.prompt + last.tokens)
+
+    def test_reasoning_stripped_from_history_branches_and_saves_tokens(self):
+        trees, weighted = self.check("qwen3", [reasoning_dialogue()])
+        tree = trees.tree(0)
         self.assertFalse((tree.subtree_end == len(tree.tokens)).all())
-        separate = sum(len(prompt) + len(response) for prompt, response in turns_of(reasoning_dialogue(), tokenizer))
-        self.assertLess(len(tree.tokens), separate)
+        self.assertLess(len(tree.tokens), sum(len(one.prompt + one.tokens) for one, _ in weighted))
 
     @parameterized.parameters("chatml", "qwen3")
-    def test_message_tree_equals_its_responses_one_by_one(self, family):
-        tokenizer, model, parameters = tokenizer_and_model(family)
-        dialogue = message_tree()
-        prepared = tiny.trees([dialogue], tokenizer)
-        batch = tiny.rows(prepared, [[0]], max_length=_LENGTH)
-        value, gradient = jax.value_and_grad(functools.partial(packed_loss, model))(parameters, batch)
-        alone = [
-            (alone_dialogue(dialogue, index), message.weight)
-            for index, message in enumerate(dialogue.messages)
-            if message.role == "assistant"
-        ]
-        self.assertLess(
-            len(prepared.tree(0).tokens),
-            sum(len(prompt + response) for one, _ in alone for prompt, response in turns_of(one, tokenizer)[-1:]),
-        )
+    def test_message_tree_shares_what_its_responses_share(self, family):
+        trees, weighted = self.check(family, [message_tree()])
+        self.assertLen(weighted, 5)
+        self.assertLess(len(trees.tree(0).tokens), sum(len(one.prompt + one.tokens) for one, _ in weighted))
 
-        def separately(parameters):
-            total = 0.0
-            for one, weight in alone:
-                prompt, response = turns_of(one, tokenizer)[-1]
-                total += weight * alone_nll(model, parameters, prompt + response)[len(prompt) - 1 :].sum()
-            return total
-
-        expected, expected_gradient = jax.value_and_grad(separately)(parameters)
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
-        self.assertLess(tiny.largest_difference(gradient, expected_gradient), 1e-4)
-
-
-def k_pass_weights(dialogue, responses, objective):
-    """The weight of each token of each response, as the README says it."""
-    weights = []
-    count = len(responses)
-    messages = [message for message in dialogue.messages if message.role == "assistant"]
-    for k, (message, response) in enumerate(zip(messages, responses, strict=True)):
-        weight = message.weight * objective.get("turn_discount", 1.0) ** (count - 1 - k)
-        if schedule := objective.get("turn_weights"):
-            weight *= schedule[min(k, len(schedule) - 1)]
-        if objective.get("name") == "last" and k < count - 1:
-            weight = 0.0
-        if objective.get("normalise") == "turn":
-            weight /= len(response)
-        weights.append(np.full(len(response), weight))
-    if objective.get("normalise") == "dialogue":
-        total = sum(weight.sum() for weight in weights)
-        weights = [weight / total for weight in weights]
-    return weights
-
-
-class WeightsTest(parameterized.TestCase):
-    @parameterized.product(
-        family=("chatml", "qwen3"),
-        objective=(
-            {"turn_discount": 0.5},
-            {"turn_weights": (0.25, 2.0), "normalise": "turn"},
-            {"turn_discount": 2.0, "normalise": "dialogue"},
-            {"name": "last", "normalise": "turn"},
-            {"name": "roles", "normalise": "dialogue", "turn_weights": (1.0, 0.0, 3.0)},
-        ),
+    @parameterized.parameters(
+        {"turn_discount": 0.5},
+        {"turn_weights": (0.25, 2.0), "normalise": "turn"},
+        {"turn_discount": 2.0, "normalise": "dialogue"},
+        {"name": "last", "normalise": "turn"},
+        {"name": "roles", "normalise": "dialogue", "turn_weights": (1.0, 0.0, 3.0)},
     )
-    def test_every_weighting_of_packed_dialogues_equals_k_passes(self, family, objective):
-        tokenizer, model, parameters = tokenizer_and_model(family)
+    def test_weightings_of_packed_dialogues(self, **objective):
         reasoning = reasoning_dialogue()
         messages = [dataclasses.replace(m, weight=0.5) if i == 3 else m for i, m in enumerate(reasoning.messages)]
-        dialogues = [dataclasses.replace(reasoning, messages=tuple(messages)), plain_dialogue(1, turns=2)]
-        prepared = tiny.trees(dialogues, tokenizer, **objective)
-        value = packed_loss(model, parameters, tiny.rows(prepared, [[1, 0]], max_length=768))
-        expected, total = 0.0, 0.0
-        for dialogue in dialogues:
-            turns = turns_of(dialogue, tokenizer)
-            for (prompt, response), weight in zip(
-                turns, k_pass_weights(dialogue, [response for _, response in turns], objective), strict=True
-            ):
-                expected += weight @ alone_nll(model, parameters, prompt + response)[len(prompt) - 1 :]
-                total += weight.sum()
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
-        weights = [prepared.tree(number).weight.sum() for number in range(2)]
-        np.testing.assert_allclose(sum(weights), total, rtol=1e-5)
-
-
-class PackingTest(absltest.TestCase):
-    def test_a_row_equals_its_dialogues_alone(self):
-        tokenizer, model, parameters = tokenizer_and_model("chatml")
-        prepared = tiny.trees([plain_dialogue(seed, turns=2) for seed in range(4)], tokenizer)
-        together = tiny.rows(prepared, [[2, 0, 3], [1]], max_length=768)
-        run = jax.jit(jax.value_and_grad(functools.partial(packed_loss, model)))
-        value, gradient = run(parameters, together)
-        alone = [run(parameters, tiny.rows(prepared, [[tree]], max_length=_LENGTH)) for tree in range(4)]
-        np.testing.assert_allclose(value, sum(part[0] for part in alone), rtol=1e-5)
-        summed = jax.tree.map(lambda *leaves: sum(leaves), *[part[1] for part in alone])
-        self.assertLess(tiny.largest_difference(gradient, summed), 1e-4)
+        weighted_dialogue = dataclasses.replace(reasoning, messages=tuple(messages))
+        self.check("qwen3", [weighted_dialogue, plain_dialogue(1, turns=2)], **objective)
 
 
 class SharedPrefixTest(parameterized.TestCase):
@@ -261,7 +135,6 @@ class SharedPrefixTest(parameterized.TestCase):
                 ]
             )
         ]
-        run = jax.jit(jax.value_and_grad(functools.partial(packed_loss, model)))
         results = []
         for share in (False, True):
             prepared = dataset.prepare(
@@ -269,8 +142,8 @@ class SharedPrefixTest(parameterized.TestCase):
                 Renderer(tokenizer),
                 TreeConfig(objective=ObjectiveConfig(name=name), max_length=512, share_prefixes=share),
             )
-            batch = tiny.rows(prepared, [[0, 1, 2, 3]], max_length=768)
-            results.append((int((batch.segment > 0).sum()), *run(parameters, batch)))
+            batch = tiny.rows(prepared, [[0, 1, 2, 3]], max_length=_LENGTH)
+            results.append((int((batch.segment > 0).sum()), *tiny.loss_and_gradient(model, parameters, batch)))
         (tokens, value, gradient), (fewer, shared_value, shared_gradient) = results
         preamble = tokenizer.apply_chat_template([kind.as_dict()], tokenize=True)["input_ids"]
         self.assertGreaterEqual(tokens - fewer, 2 * len(preamble))
@@ -310,8 +183,8 @@ class CausalityTest(absltest.TestCase):
     def test_no_gradient_reaches_a_token_that_is_no_ancestor(self):
         tokenizer, _, parameters = tokenizer_and_model("qwen3")
         prepared = tiny.trees([reasoning_dialogue(), plain_dialogue()], tokenizer)
-        batch = tiny.rows(prepared, [[1, 0]], max_length=768)
-        length = 768
+        batch = tiny.rows(prepared, [[1, 0]], max_length=_LENGTH)
+        length = _LENGTH
         tree = prepared.tree(0)
         offset = len(prepared.tree(1).tokens)
         tokens = jnp.asarray(batch.tokens)
@@ -350,9 +223,10 @@ class JointTest(absltest.TestCase):
                 for name in ("source", "target", "weight", "turn")
             }
         )
-        run = jax.jit(jax.value_and_grad(functools.partial(packed_loss, model)))
-        (all_value, all_gradient), (prompt_value, prompt_gradient) = run(parameters, joint), run(parameters, prompt)
-        value, gradient = run(parameters, conditional)
+        (all_value, all_gradient), (prompt_value, prompt_gradient) = (
+            tiny.loss_and_gradient(model, parameters, batch) for batch in (joint, prompt)
+        )
+        value, gradient = tiny.loss_and_gradient(model, parameters, conditional)
         np.testing.assert_allclose(all_value - prompt_value, value, rtol=1e-5)
         self.assertLess(
             tiny.largest_difference(jax.tree.map(jnp.subtract, all_gradient, prompt_gradient), gradient), 1e-4

@@ -1,5 +1,6 @@
 """A decoder small enough for tests, random parameters for it, and dialogues through the whole data room."""
 
+import functools
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.training import loss
 from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees.chunks import TreeConfig
@@ -81,6 +83,15 @@ def rows(prepared, assignment, *, max_length):
     """A [B, ...] batch of rows on the device, given as lists of tree numbers."""
     filled = batches.fill_rows(prepared, assignment, max_length=max_length)
     return jax.tree.map(jax.numpy.asarray, filled)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def loss_and_gradient(model, parameters, batch):
+    """(sum of weighted loss, its gradient) of [B, ...] rows, in one pass."""
+    hidden = decoder.hidden_states(model, parameters, batch.tokens, batch.position, batch.subtree_end)
+    targets = loss.Targets(batch.source, batch.target, batch.weight)
+    return loss.weighted_loss(hidden, decoder.unembedding(model, parameters), targets)[0]
 
 
 def largest_difference(a, b):

@@ -10,8 +10,8 @@ from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset
 from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.laws import oracles
 from tests.rendering import chat_templates
-from tests.rendering.chat_templates import FAMILIES
 
 
 def said(*messages, id=0):
@@ -37,40 +37,19 @@ def prepare(dialogues, *, family="chatml", max_length=10_000, truncate="turns", 
 
 
 def sequences_of(dialogue, family):
-    """(prompt ids, response ids) of every trained response, from transformers and the text of the end of turn."""
-    tokenizer, messages = chat_templates.train_tokenizer(family), [message.as_dict() for message in dialogue.messages]
-    end = FAMILIES[family].end_of_turn
-    for k, message in enumerate(dialogue.messages):
-        if message.role == "assistant" and message.weight > 0:
-            prompt = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True)["input_ids"]
-            text = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
-            ids = tokenizer.encode(text[: text.rindex(end) + len(end)], add_special_tokens=False)
-            if ids[: len(prompt)] == prompt:
-                yield prompt, ids[len(prompt) :]
-            else:  # these tokenizers are byte-level, so that text is tokenised alike wherever it stands
-                shown = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, tokenize=False)
-                response = text[len(shown) : text.rindex(end) + len(end)]
-                yield prompt, tokenizer.encode(response, add_special_tokens=False)
+    """(prompt ids, response ids) of every response of weight above 0."""
+    return [(one.prompt, one.tokens) for one in oracles.responses(dialogue, family)]
 
 
 def tree_size(sequences):
-    return len(
-        {
-            tuple(ids[:i])
-            for prompt, response in sequences
-            for ids in [prompt + response]
-            for i in range(1, len(ids) + 1)
-        }
-    )
+    """How many different prefixes sequences have."""
+    joined = [prompt + response for prompt, response in sequences]
+    return len({tuple(ids[:stop]) for ids in joined for stop in range(1, len(ids) + 1)})
 
 
 def contexts(tree):
-    """For each node, its ancestors and itself by walking up."""
-    for node in range(len(tree.tokens)):
-        path = [node]
-        while tree.parent[path[-1]] >= 0:
-            path.append(int(tree.parent[path[-1]]))
-        yield path[::-1]
+    """For each node, its ancestors and itself."""
+    return [oracles.context(tree, node) for node in range(len(tree.tokens))]
 
 
 class PrepareTest(parameterized.TestCase):

@@ -20,26 +20,15 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import dataset, disk_cache, prefix_tree, teacher_file
 from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
+from tests.laws import oracles
 from tests.rendering import chat_templates
-from tests.rendering.chat_templates import FAMILIES
 
 _TOP = 3
 
 
 def responses_of(dialogue, family):
     """[(message, prompt ids, response ids)] of the assistant messages of weight above 0."""
-    tokenizer, end = chat_templates.train_tokenizer(family), FAMILIES[family].end_of_turn
-    found = []
-    for index, message in enumerate(dialogue.messages):
-        if message.role != "assistant" or not message.weight:
-            continue
-        history = [dialogue.messages[i].as_dict() for i in dialogue.ancestors(index)]
-        prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
-        text = tokenizer.apply_chat_template([*history, message.as_dict()], tokenize=False)
-        stop = text.rindex(end) + len(end)
-        ids = [tokenizer.encode(part, add_special_tokens=False) for part in (prompt, text[len(prompt) : stop])]
-        found.append((index, *ids))
-    return found
+    return [(one.message, one.prompt, one.tokens) for one in oracles.responses(dialogue, family)]
 
 
 class Saying:
