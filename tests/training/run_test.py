@@ -27,7 +27,7 @@ from dialog_jax.training import checkpoints, metrics, run_directory, run_inputs
 from dialog_jax.training import loop as loop_lib
 from dialog_jax.training import run as run_lib
 from dialog_jax.training import train_step as step_lib
-from dialog_jax.training.config import LossConfig, MeshConfig
+from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
 from dialog_jax.training.signals import StoppedError
 from dialog_jax.trees import disk_cache, teacher_file
 from tests.rendering import chat_templates
@@ -265,12 +265,14 @@ class RunTest(parameterized.TestCase):
         self.run_in("run", steps=2)
 
     def test_other_mesh_goes_on_to_the_same_parameters(self):
-        self.run_in("whole")
+        # With so large an epsilon Adam does not turn the rounding of gradients near 0 into steps.
+        optimizer = OptimizerConfig(learning_rate=3e-3, epsilon=1e-2)
+        self.run_in("whole", optimizer=optimizer)
         with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
-            self.run_in("run")
-        self.run_in("run", mesh=MeshConfig(data=4, fsdp=1, tensor=2))
+            self.run_in("run", optimizer=optimizer)
+        self.run_in("run", optimizer=optimizer, mesh=MeshConfig(data=4, fsdp=1, tensor=2))
         gap = tiny.largest_difference(self.parameters_of("run", 6), self.parameters_of("whole", 6))
-        self.assertLess(gap, 1e-5)
+        self.assertLess(gap, 1e-6)
 
     def test_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(self):
         self.run_in("whole")
