@@ -3,19 +3,21 @@
 Importing `tests` in pytest's first process also makes the directory of compiled programs that its workers share.
 """
 
+import os
 import pathlib
 
 import pytest
 
 _TESTS = pathlib.Path(__file__).parent
 _FULL_DIRECTORIES = ("benchmarks", "experiments")
+_FULL_FILES = ("pallas_gpu_test.py", "splash_test.py", "compilation_cache_test.py")  # emulated kernels, many processes
 # One byte-level, one that strips reasoning from the history, one with SentencePiece's spaces.
 _QUICK_FAMILIES = ("chatml", "qwen3", "mistral")
 _FULL_FAMILIES = ("llama3", "gemma", "plain", "phi3")
 
 
-def _in_full_directory(item: pytest.Item) -> bool:
-    return item.path.relative_to(_TESTS).parts[0] in _FULL_DIRECTORIES
+def _is_in_full_place(item: pytest.Item) -> bool:
+    return item.path.relative_to(_TESTS).parts[0] in _FULL_DIRECTORIES or item.path.name in _FULL_FILES
 
 
 def _is_of_full_families(item: pytest.Item) -> bool:
@@ -25,10 +27,15 @@ def _is_of_full_families(item: pytest.Item) -> bool:
     return full and not quick
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not full":
+        os.environ.setdefault("DIALOG_JAX_LAWS", "quick")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # A file runs in one worker. The longest are those of the full tier: they start first, so that no worker ends alone.
-    long_files = {item.path for item in items if item.get_closest_marker("full") or _in_full_directory(item)}
+    long_files = {item.path for item in items if item.get_closest_marker("full") or _is_in_full_place(item)}
     items.sort(key=lambda item: item.path not in long_files)
     for item in items:
-        if _in_full_directory(item) or _is_of_full_families(item):
+        if _is_in_full_place(item) or _is_of_full_families(item):
             item.add_marker(pytest.mark.full)

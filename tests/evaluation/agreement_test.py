@@ -6,6 +6,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import batches
@@ -133,6 +134,7 @@ class AgreementTest(parameterized.TestCase):
         self.assertGreater(outcome.branching, 0)
         self.assertEqual(outcome.findings["token ids"].compared, outcome.response_tokens)
 
+    @pytest.mark.full
     def test_random_dialogues_in_several_rows_pass(self):
         rng = np.random.default_rng(3)
         drawn = [chat_templates.random_dialogue(rng, turns=3, reasoning=True, weights=True, id=n) for n in range(8)]
@@ -158,6 +160,7 @@ class AgreementTest(parameterized.TestCase):
         self.assertEqual(outcome.dialogues, 4)
         self.assertGreaterEqual(outcome.branching, 2)
 
+    @pytest.mark.full
     def test_message_tree_that_exceeds_the_row_is_compared_as_far_as_it_fits(self):
         tree = message_trees_test.random_tree(0)
         responses = sum(message.role == "assistant" for message in tree.messages)
@@ -193,6 +196,7 @@ class AgreementTest(parameterized.TestCase):
         self.assertEqual(outcome.branching, 0)
         self.assertTrue(outcome.passed)
 
+    @pytest.mark.full
     def test_wrong_gradient_of_a_right_loss_fails_and_the_parameter_is_named(self):
         def without_unembedding(hidden, unembedding, *rest, **kwargs):
             return _weighted_loss(hidden, jax.lax.stop_gradient(unembedding), *rest, **kwargs)
@@ -250,6 +254,7 @@ class LeftOutTest(absltest.TestCase):
         self.assertFalse(outcome.passed)
         self.assertEqual(outcome.findings["refusals"].beyond, 1)
 
+    @pytest.mark.full
     def test_responses_that_exceed_the_row_are_counted_and_the_others_compared(self):
         first = dialogues()[0]
         lengths = [

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise
@@ -62,6 +63,7 @@ class MemoryTest(parameterized.TestCase):
         self.assertEqual(memory.compiled, memory.parameters + memory.moments + memory.batch + memory.temporaries)
 
     @parameterized.parameters((True, 1), (True, 2), (False, 1))
+    @pytest.mark.full
     def test_sum_of_micro_batches_is_held_beside_the_gradient_of_one(self, tied, divided):
         wide = dict(width=256, layers=4, head_dim=32, feed_forward=1024, tie_embeddings=tied)
         model = dataclasses.replace(_MODEL, vocab_size=1024, **wide)
@@ -84,6 +86,7 @@ class MemoryTest(parameterized.TestCase):
         more = twice.temporaries - once.temporaries
         self.assertAlmostEqual(more / (twice.gradients - once.gradients), 1, delta=0.1)
 
+    @pytest.mark.full
     def test_full_recomputation_keeps_the_input_of_each_layer(self):
         full = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16)
         self.assertEqual(full.memory.activations, 3 * 128 * 64 * 2)  # layers, tokens of the one row, width, bytes
@@ -91,6 +94,7 @@ class MemoryTest(parameterized.TestCase):
         self.assertEqual(alone.memory.activations, 8 * full.memory.activations)
         self.assertEmpty(alone.collectives)
 
+    @pytest.mark.full
     def test_largest_temporary_is_named(self):
         largest = compiled(MeshConfig(), run_config(length=512)).largest
         self.assertGreaterEqual(largest.bytes, 8 * 256 * 256 * 4)  # scores of 8 heads, 256 queries and 256 keys
@@ -113,6 +117,7 @@ class FlopsTest(parameterized.TestCase):
         )
 
     @parameterized.parameters((8, MeshConfig(), "none"), (1, MeshConfig(), "full"))
+    @pytest.mark.full
     def test_executed_flops_are_counted_product_by_product(self, devices, mesh, remat):
         step_plan = compiled(mesh, run_config(remat=remat, gradient_accumulation=2), devices=devices)
         tokens, layers = 2 * 8 * 128, 3
@@ -125,6 +130,7 @@ class FlopsTest(parameterized.TestCase):
         expected = 2 * tokens * (layers * (matrices + attention) + vocabulary)
         self.assertAlmostEqual(step_plan.products.flops * devices / expected, 1, delta=0.03)
 
+    @pytest.mark.full
     def test_half_as_many_tiles_of_targets_are_half_the_work(self):
         some, all_ = (compiled(MeshConfig(), run_config(length=512), targets=targets) for targets in (256, 512))
         tile = 3 * 2 * 256 * 512 * 64

@@ -18,6 +18,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from dialog_jax.commands import entry
@@ -55,6 +56,7 @@ def _lock(directory, answer):
         answer.put(str(error))
 
 
+@pytest.mark.full
 class KillTest(absltest.TestCase):
     @classmethod
     def setUpClass(cls):

@@ -8,6 +8,7 @@ import sys
 import time
 from unittest import mock
 
+import pytest
 from absl.testing import absltest
 
 from dialog_jax.training import distributed
@@ -96,6 +97,7 @@ class EarlySignalTest(absltest.TestCase):
     def test_signal_before_the_first_step_stops_all_at_the_step_gone_on_from(self):
         self.assertEqual(self.stopped("early"), [10, 10])
 
+    @pytest.mark.full
     def test_signal_among_the_steps_stops_all_after_the_same(self):
         first, second = self.stopped("late")
         self.assertEqual(first, second)
