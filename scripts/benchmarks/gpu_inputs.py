@@ -10,7 +10,7 @@ import numpy as np
 from dialog_jax.batching.batches import Batch
 from dialog_jax.model import decoder, hf_config
 
-_SHAPES = pathlib.Path(__file__).parents[2] / "experiments" / "shapes"
+_SHAPES = pathlib.Path(__file__).parents[2] / "dialog_jax" / "planning" / "shapes"
 
 # Dialogue lengths in tokens: log-normal, clipped.
 MEAN_LENGTH, LOG_DEVIATION, MIN_LENGTH, MAX_LENGTH = 400.0, 0.8, 16, 2048
