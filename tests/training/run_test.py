@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import rich.console
 from absl.testing import absltest, parameterized
 
@@ -130,6 +131,7 @@ class RunTest(parameterized.TestCase):
         data = dataclasses.replace(self.config.data, teacher=str(self.directory / name))
         return {"data": data, "loss": LossConfig(distillation=1.0)}
 
+    @pytest.mark.full
     def test_student_comes_near_its_teacher_and_resumes_with_that_teacher_only(self):
         dialogues = list(read_dialogues(self.directory / "train.jsonl"))
         config = self.taught("teacher.safetensors", dialogues)
@@ -163,6 +165,7 @@ class RunTest(parameterized.TestCase):
             self.run_in("run", attention="pallas")
         self.assertFalse((self.directory / "run" / "config.json").exists())
 
+    @pytest.mark.full
     def test_no_absolute_path_is_written(self):
         self.run_in("run", steps=2)
         for file in (self.directory / "run").rglob("*"):
@@ -212,10 +215,16 @@ class RunTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ("_place", 4, signal.SIGTERM, 2),  # the first place is taken by the evaluation before training
-        ("_wait_for_figures", 1, signal.SIGINT, 4),
         ("_evaluate", 1, signal.SIGTERM, 4),
     )
-    def test_signal_finishes_the_step_saves_it_and_says_how_to_go_on(self, function, rows, number, step):
+    @pytest.mark.full
+    def test_signal_elsewhere_finishes_the_step_saves_it_and_says_how_to_go_on(self, *case):
+        self.check_signal(*case)
+
+    def test_signal_finishes_the_step_saves_it_and_says_how_to_go_on(self):
+        self.check_signal("_wait_for_figures", 1, signal.SIGINT, 4)
+
+    def check_signal(self, function, rows, number, step):
         with self.stopping_in(function, number), self.assertRaises(StoppedError) as stopped:
             self.run_in("stopped", checkpoint_every=6, evaluate_rows=rows)
         self.assertEqual((stopped.exception.signal, stopped.exception.step), (number, step))
@@ -234,6 +243,7 @@ class RunTest(parameterized.TestCase):
         self.assertFalse((self.directory / "run" / "config.json").exists())
         self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
 
+    @pytest.mark.full
     def test_damaged_checkpoint_is_told_and_the_one_before_gives_the_same_bits(self):
         self.run_in("whole")
         with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
@@ -246,6 +256,7 @@ class RunTest(parameterized.TestCase):
         self.assertIn("checkpoint 4 was moved to damaged/4\nresuming from step 2", told)
         self.assert_same("whole", "run")
 
+    @pytest.mark.full
     def test_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(self):
         with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
             self.run_in("run")
@@ -264,6 +275,7 @@ class RunTest(parameterized.TestCase):
             self.run_in("run")
         self.run_in("run", steps=2)
 
+    @pytest.mark.full
     def test_other_mesh_goes_on_to_the_same_parameters(self):
         # With so large an epsilon Adam does not turn the rounding of gradients near 0 into steps.
         optimizer = OptimizerConfig(learning_rate=3e-3, epsilon=1e-2)
@@ -274,6 +286,7 @@ class RunTest(parameterized.TestCase):
         gap = tiny.largest_difference(self.parameters_of("run", 6), self.parameters_of("whole", 6))
         self.assertLess(gap, 1e-6)
 
+    @pytest.mark.full
     def test_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(self):
         self.run_in("whole")
         shutil.copytree(self.directory / "whole", self.directory / "run")
@@ -287,6 +300,7 @@ class RunTest(parameterized.TestCase):
             self.run_in("run", steps=2, compute_dtype="bfloat16")
         self.assertEqual(self.run_in("run", steps=2, compute_dtype="float32").step, 2)
 
+    @pytest.mark.full
     def test_same_files_in_another_place_are_the_same(self):
         self.run_in("run", steps=2)
         moved = self.directory / "moved.jsonl"
@@ -305,6 +319,7 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"seed: 0 there, 1 asked for.*--output_dir"):
             self.run_in("run", steps=2, seed=1)
 
+    @pytest.mark.full
     def test_changes_that_are_allowed_are_told_and_noted(self):
         self.run_in("run", steps=2)
         self.run_in("run", steps=4, seed=1, allow_changes=True)
@@ -383,6 +398,7 @@ class RunTest(parameterized.TestCase):
             self.run_in("run", model=str(broken))
         self.assertFalse((self.directory / "run" / "config.json").exists())
 
+    @pytest.mark.full
     def test_mixture_goes_on_as_if_never_stopped_and_each_set_is_watched(self):
         (self.directory / "other.jsonl").write_text((self.directory / "validation.jsonl").read_text())
         mix = {
@@ -471,6 +487,7 @@ class RunTest(parameterized.TestCase):
         self.assertNotEqual(held_out[4], held_out[3])
         jax.tree.map(np.testing.assert_array_equal, self.parameters_of("run", 2), self.parameters_of("run", 3))
 
+    @pytest.mark.full
     def test_too_many_bad_steps_in_a_row_stop_with_dialogues_and_keep_the_last_checkpoint(self):
         with (
             self.poisoned_at(1, 4, 5, 6),
