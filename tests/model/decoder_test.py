@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise
@@ -83,6 +84,7 @@ class DecoderTest(parameterized.TestCase):
             np.testing.assert_array_equal(np.flatnonzero(reached[token]), forests.lineage(parents, token))
 
     @parameterized.parameters("attention", "dots", "full")
+    @pytest.mark.full
     def test_remat_leaves_values_and_gradients(self, remat):
         parameters, tokens = _parameters(_QWEN3), jnp.arange(20)[None]
 
@@ -94,6 +96,7 @@ class DecoderTest(parameterized.TestCase):
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, needed)
 
+    @pytest.mark.full
     def test_remat_saves_memory_in_the_order_of_its_names(self):
         config = dataclasses.replace(_LLAMA, layers=8)
         parameters, tokens = decoder.abstract_parameters(config), jax.ShapeDtypeStruct((1, 256), jnp.int32)
