@@ -114,7 +114,7 @@ def main() -> int:
             chat_template_kwargs=options["chat_template_kwargs"],
             allow_special_tokens=options["allow_special_tokens"],
             max_length=config.data.max_length,
-            tell=status.update,
+            report_progress=status.update,
         )
     out = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     if not out.is_terminal:
