@@ -110,7 +110,7 @@ def _make_comparable_passes(
     if cut := sum(one.message not in fitting for one in passes):
         agreement.left_out.append(
             f"{dialogue.name}: {cut:,} of {len(passes):,} responses, which exceed {max_length:,} tokens together with "
-            "their prompts (raise --max_length)"
+            "their prompts (raise data.max_length)"
         )
     return [one for one in passes if one.message in fitting]
 

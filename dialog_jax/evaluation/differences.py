@@ -188,7 +188,7 @@ def compare_gradients(one_pass: dict, k_passes: dict, where: str, findings: dict
 def _find_divergence(
     tokens: Int[np.ndarray, " n"], targets: Sequence[Target], tokenizer: transformers.PreTrainedTokenizerFast
 ) -> tuple[str, str, str]:
-    """Returns (where, token of one pass, token of the K passes) where the most similar context diverges from `tokens`."""
+    """Returns (where, token of one pass, token of K passes) where the most similar context diverges from `tokens`."""
     contexts = [np.append(target.context, target.token) for target in targets]
     lengths = [_count_common(context, tokens) for context in contexts]
     common = max(lengths, default=0)

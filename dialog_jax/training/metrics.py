@@ -1,4 +1,4 @@
-"""Sums to figures, and figures to files: held-out loss by turn, throughput, MFU, JSONL and TensorBoard."""
+"""Evaluation sums to figures, FLOPs of a step, and figures to JSONL and TensorBoard files."""
 
 import contextlib
 import json
@@ -35,12 +35,12 @@ PEAK_FLOPS = {
 def count_flops(
     config: DecoderConfig, *, tokens: int | float, attention_pairs: int | float, targets: int | float
 ) -> float:
-    """FLOPs that forward and backward pass need: no padding, no masked pair, no logit without a target.
+    """Returns the FLOPs that forward and backward pass need, without padding, masked pairs, or logits without a target.
 
-    A multiply-add is two; the backward pass costs twice the forward pass; recomputation does not count.
+    A multiply-add is two FLOPs; the backward pass costs twice the forward pass; recomputation does not count.
 
     Args:
-      attention_pairs: of a token and what it sees, itself included.
+      attention_pairs: pairs of a token and a token that it sees, itself included.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
@@ -53,7 +53,7 @@ def count_flops(
 
 
 def find_peak_flops(device: jax.Device) -> float | None:
-    """Dense bf16 FLOP/s of one device; None where it is not known, as on CPUs."""
+    """Returns the peak dense bfloat16 FLOP/s of a device; None where it is unknown, as on CPUs."""
     kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
@@ -70,22 +70,23 @@ class Evaluation:
         self._sums = wide if self._sums is None else list(map(np.add, self._sums, wide))
 
     def figures(self) -> dict[str, Any]:
-        """{"loss", "accuracy", "targets", "turns": [{"turn", "loss", "accuracy", "targets"}, ...]}.
+        """Returns {"loss", "accuracy", "targets", "turns": [{"turn", "loss", "accuracy", "targets"}, ...]}.
 
-        `loss` is a weighted mean in nats; `turns` holds those that have targets, and its last entry, whose `turn` ends
-        in "+", all later ones together.
+        "loss" is a weighted mean in nats. "turns" lists the turns that have targets; the last entry, whose "turn" ends
+        in "+", is of all later turns together.
         """
         assert self._sums is not None, "no batch was added"
         nll, weight, targets, correct = self._sums
         turns = []
-        for place in range(1, len(nll)):
-            if weight[place] > 0:
+        for turn in range(len(nll) - 1):
+            index = turn + 1  # bin 0 is of targets outside responses
+            if weight[index] > 0:
                 turns.append(
                     {
-                        "turn": place - 1 if place < len(nll) - 1 else f"{place - 1}+",
-                        "loss": nll[place] / weight[place],
-                        "accuracy": correct[place] / targets[place],
-                        "targets": int(targets[place]),
+                        "turn": turn if index < len(nll) - 1 else f"{turn}+",
+                        "loss": nll[index] / weight[index],
+                        "accuracy": correct[index] / targets[index],
+                        "targets": int(targets[index]),
                     }
                 )
         return {
@@ -97,50 +98,50 @@ class Evaluation:
 
 
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def _write_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"figures could not be written: {error.strerror}. Make room on the disk, or the directory writable; the "
-            "same command goes on from the last checkpoint."
+        raise UserError(
+            f"metrics could not be written: {error.strerror}. Make room on the disk, or the directory writable; the "
+            "same command resumes from the last checkpoint."
         ) from error
 
 
 class Writer:
     """Appends figures to `metrics.jsonl`, `evaluation.jsonl` and TensorBoard files in a run's directory.
 
-    Lines are only ever added. What is not finite is null.
+    Lines are only appended. Values that are not finite are null.
 
     Args:
-      directory: made if missing.
-      step: the run goes on from here; lines of later steps, left by an interrupted run, are cut off.
+      directory: created if missing.
+      step: from which the run resumes; lines of later steps, left by an interrupted run, are removed.
 
     Raises:
-      OSError: any method, where something cannot be written.
+      UserError: a file cannot be written; from any method.
     """
 
-    @_writing()
+    @_write_errors()
     def __init__(self, directory: pathlib.Path, *, step: int):
         directory.mkdir(parents=True, exist_ok=True)
         self._train = _open_from(directory / "metrics.jsonl", step)
         self._evaluation = _open_from(directory / "evaluation.jsonl", step)
         (directory / "tensorboard").mkdir(exist_ok=True)
-        # Not a SummaryWriter: its thread ends at the first error, as of a full disk, and whoever writes waits for ever.
+        # Not a SummaryWriter: its thread ends at the first error, such as a full disk, and later writes block forever.
         self._tensorboard = event_file_writer.EventsWriter(str(directory / "tensorboard" / "events"), f".{step}")
-        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what came after `step`
-        self._tensorboard.write_event(event_pb2.Event(step=step + 1 if step else 0, session_log=begin))
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides earlier events of later steps
+        self._tensorboard.write_event(event_pb2.Event(step=step + 1 if step else 0, session_log=session))
 
-    @_writing()
+    @_write_errors()
     def train(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the figures of update `step` (the first is 1)."""
         _write_line(self._train, {"step": step, **figures})
         for name, value in figures.items():
             self._scalar(f"train/{name}", value, step)
 
-    @_writing()
+    @_write_errors()
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Writes what `Evaluation.figures` gave after update `step`."""
+        """Writes the result of `Evaluation.figures` after update `step`."""
         _write_line(self._evaluation, {"step": step, **figures})
         for name in ("loss", "accuracy"):
             self._scalar(f"held_out/{name}", figures[name], step)
@@ -152,49 +153,49 @@ class Writer:
         summary = tensorboardX.summary.scalar(name, value)
         self._tensorboard.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
-    @_writing()
+    @_write_errors()
     def sync(self) -> None:
-        """Waits until all lines are on the disk, where a power failure leaves them."""
+        """Waits until all lines are on the disk and survive a power failure."""
         for file in (self._train, self._evaluation):
             os.fsync(file.fileno())
 
-    @_writing()
+    @_write_errors()
     def close(self) -> None:
         """Flushes and closes the files."""
-        with contextlib.ExitStack() as stack:  # all of them, whatever one says
+        with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
             for file in (self._train, self._evaluation, self._tensorboard):
                 stack.callback(file.close)
 
 
 class NullWriter:
-    """In the place of a `Writer` on all processes of a run but the first."""
+    """Replaces `Writer` on all processes of a run but the primary one."""
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
-        """Writes nothing."""
+        """Does nothing."""
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Writes nothing."""
+        """Does nothing."""
 
     def sync(self) -> None:
-        """There is nothing to wait for."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing."""
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file written here; a last line that was cut off is left out.
+    """Returns the records of a JSONL file that `Writer` wrote, without a last line that was cut off.
 
     Raises:
-      UserError: another line is no record of a step.
+      UserError: another line is not a record of a step.
     """
     return [record for record, _ in _records(path)]
 
 
 def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
-    """Each record, and the number of bytes up to its end."""
+    """Returns each record with the number of bytes up to its end."""
     data = path.read_bytes() if path.exists() else b""
-    found, end = [], 0
+    records, end = [], 0
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(keepends=True), 1):
         end += len(line)
         try:
@@ -202,15 +203,15 @@ def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"{path.name}:{number}: no record of a step ({error}). Nothing here writes such a line: put the file "
-                "back, or take out the line."
+                f"{path.name}:{number}: not a record of a step ({error}). Another program wrote it: restore it or "
+                "remove the line."
             ) from None
-        found.append((record, end))
-    return found
+        records.append((record, end))
+    return records
 
 
 def _open_from(path: pathlib.Path, step: int):
-    """Opens for appending, after cutting off the lines of steps after `step`; at step 0, all of them."""
+    """Returns the file opened for appending, without the lines of steps after `step`; at step 0 without any."""
     size = max((end for record, end in _records(path) if step and record["step"] <= step), default=0)
     file = path.open("a", encoding="utf-8")
     file.truncate(size)

@@ -13,11 +13,14 @@ _WARMUP_FRACTION = 0.03  # of the steps, for warmup_steps = -1
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, counted from 0, for a run of `steps` steps.
 
-    The first of `warmup_steps` = w steps has 1/w of the peak, step w - 1 the peak.
+    During `warmup_steps` = 4 it is 1/4, 2/4, 3/4 and 4/4 of the peak, and then follows `config.schedule`.
+
+    Raises:
+      UserError: the warm-up is not shorter than the run.
     """
     warmup = int(_WARMUP_FRACTION * steps) if config.warmup_steps == -1 else config.warmup_steps
     if warmup >= steps:
-        raise UserError(f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps only.")
+        raise UserError(f"optimizer.warmup_steps is {warmup}, but the run has only {steps} steps. Lower it.")
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     rest = steps - warmup
     if config.schedule == "cosine":
@@ -36,9 +39,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(parameters: dict) -> dict:
-    """True on the parameters that weight decay shrinks: all matrices but the embedding.
+    """Returns True for the parameters that weight decay applies to: all matrices but the embedding.
 
-    Parameters of layers are stacked, so a norm or a bias has two axes there and a matrix three.
+    Parameters of layers are stacked, so a norm or a bias has two axes there and a matrix has three.
     """
 
     def decays(path: tuple[jax.tree_util.DictKey, ...], parameter: jax.Array) -> bool:
@@ -49,9 +52,9 @@ def decay_mask(parameters: dict) -> dict:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Returns clipping and AdamW under the schedule of a run of `steps` steps.
+    """Returns clipping followed by AdamW, with the schedule of a run of `steps` steps.
 
-    Its `update` takes `norm` besides, the gradient's global norm.
+    Its `update` needs `norm`, the gradient's global norm, as an additional argument.
     """
     adamw = optax.adamw(
         make_schedule(config, steps),
@@ -65,9 +68,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Scales a gradient whose global norm, given as `norm`, is above the limit down to it.
+    """Returns the scaling of a gradient whose global norm, the argument `norm`, exceeds the limit, down to the limit.
 
-    By one factor for all of it: dividing each number, as optax does, makes XLA:CPU keep a second copy of the gradient.
+    It multiplies the gradient by one factor; optax divides each number, for which XLA:CPU keeps a second copy.
     """
 
     def update(gradient, state, parameters=None, *, norm, **_):

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, and one table of rules from a parameter's path and shape to its PartitionSpec."""
+"""The mesh, and one table of rules from a parameter's path and shape to its PartitionSpec."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ ROW_AXES = MESH_AXES[:3]
 
 _Rule = tuple[str | tuple[str, ...] | None, ...]
 
-# Mesh axes for the trailing axes of each parameter; axes that are not named, such as that of layers, are whole. The
-# first rule of a column that divides a shape evenly is taken. All of them are right; the first is the fastest.
+# Mesh axes for the trailing axes of each parameter; leading axes, such as that of layers, are not divided. The first
+# rule that divides a shape evenly is used. All rules are correct; the first is the fastest.
 _BOTH = ("fsdp", "tensor")
 # fmt: off
 _INTO_TENSOR: tuple[_Rule, ...] = (
@@ -39,13 +39,13 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     "w_up": _INTO_TENSOR,
     "w_down": _FROM_TENSOR,
 }
-_WHOLE: tuple[_Rule, ...] = ((),)
+_REPLICATED: tuple[_Rule, ...] = ((),)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over `devices` (all by default).
 
-    With `dcn_data` above 1 each of its places is one slice, or one process where all devices are of one slice; the
+    With `dcn_data` above 1, each index of that axis is one slice, or one process if all devices are in one slice; the
     devices of a single process are divided in their order.
 
     Raises:
@@ -57,20 +57,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
         asked = {axis: getattr(config, axis) for axis in MESH_AXES}
-        raise UserError(f"mesh sizes {asked} do not multiply to the {len(devices)} devices that there are.")
+        raise UserError(
+            f"mesh sizes {asked} do not multiply to the number of devices, {len(devices)}. Set one of them to -1."
+        )
     return Mesh(arrange_devices(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def arrange_devices(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
-    """Returns the devices in an array of `sizes`, near ones along the last axes; see `make_mesh`."""
+    """Returns the devices as an array of shape `sizes` with nearby devices along the last axes; see `make_mesh`."""
     slices = {getattr(device, "slice_index", None) for device in devices}
     processes = {device.process_index for device in devices}
     if sizes[0] == 1 or len(processes) == 1:
         return mesh_utils.create_device_mesh(sizes, devices)
-    joined, kind = (len(slices), "slices") if len(slices) > 1 else (len(processes), "processes")
-    if sizes[0] != joined:
+    count, kind = (len(slices), "slices") if len(slices) > 1 else (len(processes), "processes")
+    if sizes[0] != count:
         raise UserError(
-            f"mesh.dcn_data is {sizes[0]}, but the devices are in {joined} {kind}. Set it to {joined}, or to 1."
+            f"mesh.dcn_data is {sizes[0]}, but the devices are in {count} {kind}. Set it to {count}, or to 1."
         )
     return mesh_utils.create_hybrid_device_mesh(
         (1, *sizes[1:]), (sizes[0], 1, 1, 1), devices, process_is_granule=kind == "processes"
@@ -78,26 +80,31 @@ def arrange_devices(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
 
 
 def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-    """Returns how the parameter at `path` is laid out: by the first of its rules that divides `shape` evenly."""
-    rules = _RULES.get(path[-1], _WHOLE)
-    taken = next(rule for rule in rules if not _obstacle(mesh, rule, shape))
-    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - len(taken)), *taken))
+    """Returns the layout of the parameter at `path`, from the first of its rules that divides `shape` evenly.
+
+    On a mesh of fsdp=2 and tensor=4, w_up of shape [L, 64, 256] is laid out as (None, fsdp, tensor), and one of shape
+    [L, 64, 258], which tensor does not divide, as (None, tensor, fsdp).
+    """
+    rules = _RULES.get(path[-1], _REPLICATED)
+    rule = next(rule for rule in rules if not _explain_uneven(mesh, rule, shape))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - len(rule)), *rule))
 
 
 def describe_uneven_layouts(mesh: Mesh, parameters: dict) -> list[str]:
-    """Returns a line for each parameter that its first rule does not divide evenly: why, and what was taken instead."""
+    """Returns a line for each parameter that its first rule does not divide evenly: why, and the rule used instead."""
     lines = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         path = [key.key for key in keys]
-        rules = _RULES.get(path[-1], _WHOLE)
-        if reason := _obstacle(mesh, rules[0], leaf.shape):
-            taken = parameter_sharding(mesh, path, leaf.shape).spec[leaf.ndim - len(rules[0]) :]
-            lines.append(f"{'/'.join(path)}: {reason}; laid out as {_shown(mesh, taken)}, not {_shown(mesh, rules[0])}")
+        rules = _RULES.get(path[-1], _REPLICATED)
+        if reason := _explain_uneven(mesh, rules[0], leaf.shape):
+            rule = parameter_sharding(mesh, path, leaf.shape).spec[leaf.ndim - len(rules[0]) :]
+            layout, preferred = _format_rule(mesh, rule), _format_rule(mesh, rules[0])
+            lines.append(f"{'/'.join(path)}: {reason}; laid out as {layout}, not {preferred}")
     return lines
 
 
-def _obstacle(mesh: Mesh, rule: Sequence, shape: Sequence[int]) -> str:
-    """What of `shape` the rule does not divide evenly; empty if there is nothing."""
+def _explain_uneven(mesh: Mesh, rule: Sequence, shape: Sequence[int]) -> str:
+    """Returns which size of `shape` the rule does not divide evenly; empty if it divides all."""
     for axes, size in zip(rule, shape[len(shape) - len(rule) :], strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
         if size % math.prod(mesh.shape[name] for name in names):
@@ -105,59 +112,59 @@ def _obstacle(mesh: Mesh, rule: Sequence, shape: Sequence[int]) -> str:
     return ""
 
 
-def _shown(mesh: Mesh, rule: Sequence) -> str:
-    """(tensor, fsdp), (whole, fsdp * tensor) and so on; axes of size 1 divide nothing and are left out."""
+def _format_rule(mesh: Mesh, rule: Sequence) -> str:
+    """Returns "(tensor, fsdp)", "(whole, fsdp * tensor)" and so on, without axes of size 1, which divide nothing."""
     named = [(axes,) if isinstance(axes, str) else axes or () for axes in rule]
     divided = [" * ".join(name for name in names if mesh.shape[name] > 1) for names in named]
     return f"({', '.join(axes or 'whole' for axes in divided)})"
 
 
 def state_sharding(mesh: Mesh, state):
-    """Returns shardings for a train state: an array whose path ends like a parameter's is laid out as that is.
+    """Returns the shardings of parameters or a train state, by the last part of each array's path.
 
-    Optimizer moments are trees of the parameters' form, so they follow their parameters.
+    Optimizer moments are trees of the same structure as the parameters and get the same layouts.
     """
 
-    def place(keys, leaf):
+    def find_sharding(keys, leaf):
         path = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
         return parameter_sharding(mesh, path or [""], leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(find_sharding, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns how arrays [M, B, ...] are laid out: rows over `ROW_AXES`."""
+    """Returns the layout of arrays [M, B, ...], rows over `ROW_AXES`."""
     return NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
 
 
 def count_row_shards(mesh: Mesh) -> int:
-    """Returns into how many parts the rows of a micro-batch are divided."""
+    """Returns the number of parts into which the rows of a micro-batch are divided."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def find_local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Returns which of the rows 0 to `rows` - 1 of a micro-batch this process must fill, in order.
+    """Returns which of the rows 0 to `rows` - 1 of a micro-batch this process fills, in order.
 
-    Two processes fill the same rows where the axis `tensor` lies across them.
+    Processes that share a position on all axes but `tensor` fill the same rows.
     """
     indices = [index for index in batch_sharding(mesh).addressable_devices_indices_map((1, rows)).values() if index]
     return sorted({row for index in indices for row in range(rows)[index[1]]})
 
 
-def place_rows(mesh: Mesh, array: np.ndarray, own: Sequence[int], rows: int) -> jax.Array:
-    """Returns the global array [M, rows, ...] of which `array` holds the rows `own`; see `find_local_rows`."""
+def place_rows(mesh: Mesh, array: np.ndarray, local_rows: Sequence[int], rows: int) -> jax.Array:
+    """Returns the global array [M, rows, ...] of which `array` holds `local_rows`; see `find_local_rows`."""
 
-    def held(index: tuple[slice, ...] | None) -> np.ndarray:
+    def read_shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         start, stop, _ = index[1].indices(rows)
-        first = own.index(start)
+        first = local_rows.index(start)
         return array[:, first : first + stop - start]
 
-    return jax.make_array_from_callback((array.shape[0], rows, *array.shape[2:]), batch_sharding(mesh), held)
+    return jax.make_array_from_callback((array.shape[0], rows, *array.shape[2:]), batch_sharding(mesh), read_shard)
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of what every device holds whole."""
+    """Returns the layout of arrays of which every device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 

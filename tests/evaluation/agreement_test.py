@@ -172,13 +172,19 @@ class AgreementTest(parameterized.TestCase):
     # Which findings must be beyond, at least, and what the first of them must say.
     @parameterized.named_parameters(
         ("positions", positions_go_on, "chatml", ("positions", "loss of a response", "gradient by parameter"), r"turn"),
-        ("mask", mask_is_causal_only, "chatml", ("token ids", "loss of a row", "gradient direction"), r"they part at"),
+        (
+            "mask",
+            mask_is_causal_only,
+            "chatml",
+            ("token ids", "loss of a row", "gradient direction"),
+            r"they diverge at",
+        ),
         ("branches", branches_are_seen_by_their_dialogue, "qwen3", ("token ids", "loss of a row"), r"dialogue 0"),
         ("source", source_is_one_too_early, "chatml", ("token ids", "loss of a row", "gradient norm"), r"token 0 "),
         ("lost", one_weight_is_lost, "chatml", ("token ids", "loss of a row"), r"token 4 "),
         ("doubled", one_weight_is_doubled, "chatml", ("weights", "loss of a row", "gradient norm"), r"token 4 "),
         ("target", one_target_is_another_token, "chatml", ("token ids", "weights", "loss of a row"), r"token 4 "),
-        ("position", one_position_is_wrong, "chatml", ("positions", "loss of a response"), r": token 3 of what"),
+        ("position", one_position_is_wrong, "chatml", ("positions", "loss of a response"), r": token 3 of its context"),
     )
     def test_broken_row_fails_and_the_place_is_named(self, change, family, kinds, where):
         with broken(change):

@@ -234,7 +234,7 @@ class KillTest(absltest.TestCase):
         process.join()
         self.assertEqual(process.exitcode, 1, told)
         self.assertRegex(
-            told, r"dialog_jax train: a checkpoint could not be written: .*\. Those before it stay\. Make room"
+            told, r"dialog_jax train: a checkpoint could not be written: .*\. Earlier ones stay\. Make room"
         )
         kept = [path.name for path in (self.directory / "full" / "checkpoints").iterdir() if "tmp" not in path.name]
         self.assertContainsSubset(before, kept)

@@ -8,6 +8,7 @@ import numpy as np
 from absl.testing import absltest
 from tensorboardX.proto import event_pb2
 
+from dialog_jax.errors import UserError
 from dialog_jax.training import metrics
 from dialog_jax.training.train_step import EvaluationSums
 from tests.rendering import chat_templates
@@ -97,7 +98,7 @@ class WriterTest(absltest.TestCase):
         file = pathlib.Path(self.create_tempdir().full_path) / "metrics.jsonl"
         for line in ("no JSON", "[1]", '{"loss": 1}', '{"step": Infinity}', "[" * 5000):
             file.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
-            with self.assertRaisesRegex(ValueError, r"^metrics.jsonl:2: no record of a step"):
+            with self.assertRaisesRegex(ValueError, r"^metrics.jsonl:2: not a record of a step"):
                 metrics.read_records(file)
 
     def test_tensorboard_shows_each_step_once(self):
@@ -125,10 +126,12 @@ class WriterTest(absltest.TestCase):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
-            with self.assertRaisesRegex(OSError, "figures could not be written: File too large. Make room on the disk"):
+            with self.assertRaisesRegex(
+                UserError, "metrics could not be written: File too large. Make room on the disk"
+            ):
                 for step in range(1, 1000):
                     writer.train(step, {f"figure{number}": 1.0 for number in range(20)})
-            with self.assertRaisesRegex(OSError, "figures could not be written"):
+            with self.assertRaisesRegex(UserError, "metrics could not be written"):
                 writer.close()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

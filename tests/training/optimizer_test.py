@@ -43,7 +43,7 @@ class ScheduleTest(parameterized.TestCase):
         np.testing.assert_allclose(rates[15:], [1 - 0.9 * step / 5 for step in range(5)], rtol=1e-5)
 
     def test_warmup_as_long_as_the_run_is_refused(self):
-        with self.assertRaisesRegex(ValueError, "warmup_steps is 20, but the run has 20 steps only"):
+        with self.assertRaisesRegex(ValueError, "warmup_steps is 20, but the run has only 20 steps"):
             self.rates(warmup_steps=20)
 
     @parameterized.parameters(

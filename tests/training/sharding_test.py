@@ -33,7 +33,7 @@ class MeshTest(parameterized.TestCase):
         MeshConfig(data=3), MeshConfig(data=-1, fsdp=3), MeshConfig(data=16), MeshConfig(dcn_data=3)
     )
     def test_sizes_that_do_not_multiply_to_the_devices_are_refused(self, config):
-        with self.assertRaisesRegex(ValueError, "do not multiply to the 8 devices"):
+        with self.assertRaisesRegex(ValueError, "do not multiply to the number of devices, 8"):
             sharding.make_mesh(config)
 
     def test_two_free_axes_are_refused(self):
