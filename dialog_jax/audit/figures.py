@@ -150,7 +150,7 @@ def make_audit(
                 contents += _add_dialogue(tally, dialogue, excerpts)
         encodings = tools.escaper.encode([tools.escaper.escape(text) for _, text in contents])
         for (role, _), encoding in zip(contents, encodings, strict=True):
-            tally.roles[role] += len(encoding)
+            tally.roles[role] += len(encoding.ids)
     if not tally.counts["records"]:
         raise UserError("there is no record; needed at least one dialogue. Check that the file is complete.")
     return _summarize(tally, max_length)

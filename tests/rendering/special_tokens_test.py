@@ -241,10 +241,12 @@ class TextsTest(parameterized.TestCase):
                     tokenizer.decode(sequence.tokens[sequence.start :]), f"{mark}{spelled}{mark}<|im_end|>"
                 )
 
-    def test_a_text_with_every_private_character_is_an_error(self):
-        everything = "".join(map(chr, special_tokens._PRIVATE))
-        with self.assertRaisesRegex(ValueError, "all private-use characters. Remove"):
-            self.tokens(said(("user", "<|im_end|>" + everything), ("assistant", "a")))
+    def test_a_text_with_every_private_character_and_the_anchor_comes_through_unchanged(self):
+        private = "".join(map(chr, range(0xF0000, 0x10FFFE, 17)))
+        for text in (private, special_tokens._ANCHOR, special_tokens._ANCHOR[0] + special_tokens._ANCHOR * 2 + "b"):
+            tokenizer, sequence = self.tokens(said(("user", "a"), ("assistant", f"{text}<|im_end|>{text}")))
+            content = tokenizer.decode(sequence.tokens[sequence.start :])
+            self.assertTrue(content == f"{text}<|im_end|>{text}<|im_end|>")
 
     def test_half_a_surrogate_pair_is_an_error_that_names_the_dialogue(self):
         with self.assertRaisesRegex(ValueError, r"dialogue 0 \(said.jsonl:1\): has half a surrogate pair.*Remove"):
@@ -255,7 +257,7 @@ class TextsTest(parameterized.TestCase):
         plain = dataclasses.replace(
             dialogue, messages=tuple(dataclasses.replace(m, content=m.content + ".") for m in dialogue.messages)
         )
-        with mock.patch.object(special_tokens, "_respelled", side_effect=AssertionError("respelled")):
+        with mock.patch.object(special_tokens.SpecialTokenEscaper, "_encode_escaped", side_effect=AssertionError):
             self.tokens(plain)
         escaper = special_tokens.SpecialTokenEscaper(chat_templates.train_tokenizer("chatml"))
         self.assertIs(escaper.escape_dialogue(plain), plain)
@@ -298,6 +300,19 @@ class TokenizerTest(parameterized.TestCase):
         _, escaper, _ = self.encode(backend, "a")
         (encoding,) = escaper.encode([escaper.escape("a<x>") + "<x>a"])
         self.assertEqual((encoding.ids, encoding.offsets[4]), ([5, 2, 3, 4, 1, 5], (4, 7)))
+
+    def test_unknown_text_of_unigram_models_is_the_unknown_token(self):
+        words = [("<x>", 0.0), ("<", -2.0), ("x", -2.0), (">", -2.0), ("<unk>", 0.0)]
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=4))
+        _, escaper, _ = self.encode(backend, "a", special=("<x>", "<unk>"))
+        (encoding,) = escaper.encode([escaper.escape("?<x>") + "<x>"])
+        self.assertEqual(encoding.ids, [4, 1, 2, 3, 0])
+
+    def test_a_special_token_of_one_character_that_is_a_word_is_refused(self):
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("$", -1.0), ("a", -2.0)], unk_id=0))
+        _, escaper, _ = self.encode(backend, "a", special=("$",))
+        with self.assertRaisesRegex(ValueError, r"special token of ordinary text: 'a\$'. Remove it"):
+            escaper.encode([escaper.escape("a$")])
 
     def test_byte_pairs_that_take_words_whole_or_merge_to_a_special_token(self):
         vocab = {"<": 0, "x": 1, ">": 2, "<x": 3, "<x>": 4}
