@@ -15,6 +15,7 @@ export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 run=runs/quickstart
+model=assets/smollm2-135m-instruct
 python=.venv/bin/python
 command=.venv/bin/dialog_jax
 held_out=assets/chitchat/validation.jsonl
@@ -39,7 +40,7 @@ step "5/6 plot"
 
 step "6/6 one held-out dialogue, before and after"
 if [[ ! -f $run/compare.txt || $run/compare.txt -ot $run/model/export.json ]]; then
-  "$command" compare --models="assets/smollm2-135m-instruct,$run/model" --config.data.train="$held_out" \
+  "$command" compare --models="$model,$run/model" --config.data.train="$held_out" \
     --index=36 --turn=2 >"$run/compare.unfinished"
   mv "$run/compare.unfinished" "$run/compare.txt"
 fi
@@ -57,8 +58,7 @@ cat <<END
 Next:
   chat with it      $command chat --config.model=$run/model
   score a file      $command score --config.model=$run/model --config.data.train=$held_out --out=scores.jsonl
-  train your own    $command train --config=experiments/quickstart.py --output_dir=runs/mine \\
-                      --config.data.train=my_train.jsonl --config.data.validation=my_validation.jsonl
+  train your own    $command train --config.model=$model --config.data.train=my.jsonl --output_dir=runs/mine
   the full run      $command train --config=experiments/chitchat.py --output_dir=runs/chitchat
                       (for a GPU or TPU; the README says how to install for one)
 END

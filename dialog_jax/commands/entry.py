@@ -3,6 +3,7 @@
 A command is a module with absl flags and a function `main`, which returns its exit code, None for 0.
 """
 
+import errno
 import importlib
 import sys
 import traceback
@@ -16,6 +17,8 @@ from dialog_jax.training import console
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of every error, also of those in your input.")
 
+# Errors of the machine, not bugs: no permission, no room, a disk that cannot be written or read.
+_ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 
 
@@ -29,20 +32,32 @@ def run(command: str, arguments: Sequence[str]) -> int:
     try:
         module = importlib.import_module(f"dialog_jax.commands.{command}")
         if not {"--help", "-h"}.isdisjoint(arguments):
-            print(help_text(module.__doc__ or "", module.__name__))
+            from dialog_jax.commands import help_text  # imports transformers, which must be quiet by now
+
+            shared = [flags.FLAGS[name] for name in ("data", "debug") if name in flags.FLAGS]
+            own_flags = [*flags.FLAGS.get_flags_for_module(module.__name__), *shared]
+            print(help_text.format_help(module.__doc__ or "", own_flags, with_config="config" in flags.FLAGS))
             return 0
         positional = flags.FLAGS(sys.argv)[1:]
         if positional:
             raise UserError(f"got {positional[0]!r}; all arguments are flags, see --help.")
         return module.main() or 0
-    except (UserError, flags.Error, OSError) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        print_message(str(error))
-        return 1
+    except (UserError, flags.Error) as error:
+        return _report(error, arguments)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        return _report(error, arguments)
     except KeyboardInterrupt:
         print_message("interrupted")
         return _INTERRUPTED
+
+
+def _report(error: Exception, arguments: Sequence[str]) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    print_message(" ".join(str(error).split("\n")))
+    return 1
 
 
 def required(flag: flags.FlagHolder, example: str) -> Any:
@@ -59,13 +74,3 @@ def required(flag: flags.FlagHolder, example: str) -> Any:
 def print_message(text: str) -> None:
     """Prints a line to the user, outside the command's output: `dialog_jax train: text`."""
     print(f"{sys.argv[0]}: {text}", file=sys.stderr)
-
-
-def help_text(docstring: str, module: str) -> str:
-    """What --help prints: the command's docstring and its flags."""
-    defined = [*flags.FLAGS.get_flags_for_module(module), *flags.FLAGS.get_flags_for_module(__name__)]
-    lines = [docstring.strip(), "", "Flags:"]
-    for flag in sorted(defined, key=lambda flag: flag.name):
-        default = f" (default: {flag.default})" if flag.default else ""
-        lines.append(f"  --{flag.name}: {flag.help}{default}")
-    return "\n".join(lines)

@@ -4,7 +4,8 @@
 
 Writes one line of JSON per dialogue, in the order of the input:
 
-    {"id": "a1", "tokens": 19, "nll": 61.2, "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2}]}
+    {"id": "a1", "tokens": 19, "nll": 61.2,
+     "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2}]}
 
 `id` is the dialogue's own, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
 `messages`; `nll` is summed over the `tokens` of the response, its end of turn included. Every assistant message is

@@ -3,7 +3,7 @@
     dialog_jax show --config.model=MODEL --config.data.train=my.jsonl --index=7
 
     ⟦ ⟧     trained on; ⟦0.5: ⟧ with that weight, if it is not 1
-    ⏎ ⇥     a line break and a tab of the text; a line without ⏎ at its end continues on the next
+    ⏎ ⇥     a line break and a tab of the text; a line without ⏎ continues on the next
     turn 2  response number 2 of its path starts here, counted from 0
     ├ │     a branch; the largest branch continues below without indentation
 

@@ -1,7 +1,7 @@
 """Fine-tunes a model on dialogues; started again with the same flags, it resumes from the last checkpoint.
 
     dialog_jax train --config.model=MODEL --config.data.train=my.jsonl --output_dir=runs/mine
-    dialog_jax train --config=experiments/finetune.py --config.optimizer.learning_rate=1e-5 --output_dir=runs/mine
+    dialog_jax train --config=experiments/finetune.py --config.epochs=2 --output_dir=runs/mine
 
 Every field of the config is a flag, --config. and its path, as listed below; without --config=FILE the defaults apply.
 The files of a run are listed in `dialog_jax/training/run_directory.py`.

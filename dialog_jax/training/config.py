@@ -25,52 +25,54 @@ MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where dialogues come from and how long a row is."""
+    """Where dialogues come from, how they are rendered, and how long a row is."""
 
     train: str = ""
-    """A .jsonl, .json or .parquet file, or the name of a hub data set."""
+    """Dialogues to train on: a .jsonl, .json or .parquet file, or the name of a hub data set."""
     mix: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Instead of `train`, several sets: name -> {"train": source, "weight": share} or {..., "epochs": passes}."""
+    """Several sets instead of `train`: {name: {"train": source, "weight": share}}, or "epochs" in place of "weight"."""
     validation: str = ""
     """Held-out dialogues, as `train`; empty to hold out a share of the training data."""
     validation_share: float = 0.05
     """Share of the training data that is held out if `validation` is empty, chosen by a hash of each dialogue."""
     teacher: str = ""
-    """What a teacher says of the training data: a file that dialog_jax score --top_k=N wrote, for loss.distillation."""
+    """A teacher's predictions on the training data, for loss.distillation: a file from dialog_jax score --top_k=N."""
     train_split: str = "train"
-    """Of a hub data set; files have none."""
+    """The split of a hub data set that `train` names; files have none."""
     validation_split: str = "validation"
+    """The split of a hub data set that `validation` names."""
     max_length: int = 1024
-    """Tokens of a row, and at most of a dialogue."""
+    """Tokens per row. Dialogues that are longer are treated as `truncate` says."""
     truncate: str = "turns"
-    """What becomes of longer dialogues: turns, drop, split or error (see `trees.chunks.TreeConfig`)."""
+    """What happens to dialogues that exceed max_length: `turns` cuts their last turns, `drop` leaves them out, `split`
+    divides them into rows that repeat the shared history, `error` stops."""
     share_prefixes: bool = False
-    """Dialogues of a row that begin with the same system prompt share it: the same loss from fewer tokens."""
+    """Compute a system prompt once for all dialogues of a row that begin with it: the same loss from fewer tokens."""
     chat_template: str = ""
-    """A Jinja file, or the template's text; empty for the tokenizer's own."""
+    """A Jinja file, or the text of the template; empty for the tokenizer's own."""
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further variables of the template, such as enable_thinking."""
+    """Further variables of the chat template, such as {"enable_thinking": False}."""
     allow_special_tokens: bool = False
-    """Parse special tokens that the texts of dialogues spell; otherwise they are ordinary text there."""
+    """Parse special tokens that the text of a message spells; otherwise they are ordinary text there."""
     cache_dir: str = ""
-    """Where prepared trees are kept; empty for the run's own directory."""
+    """Directory for prepared data, which several runs can share; empty for the run's own directory."""
     workers: int = -1
-    """Processes that prepare trees; 0 for none but the run's own, -1 for one a processor, but at most 16."""
+    """Processes that prepare data; 0 for the main process alone, -1 for one per processor, at most 16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised for each target, times its weight:
+    """What is minimized, for each target times its weight:
 
     (1 - distillation) * cross-entropy + distillation * KL(teacher || model) + z_loss * log(Z) ** 2
     """
 
     z_loss: float = 0.0
-    """>= 0. Z is the sum of exp(logits); holds the logits near a scale at which bfloat16 is fine enough."""
+    """At least 0. Weight of log(Z) ** 2, with Z the sum of exp(logits); keeps logits in a range suited to bfloat16."""
     label_smoothing: float = 0.0
-    """In [0, 1): this much of the cross-entropy's target is spread evenly over the vocabulary."""
+    """In [0, 1). Share of the target distribution that is spread evenly over the vocabulary."""
     distillation: float = 0.0
-    """In [0, 1]: the share of the loss that is divergence from a teacher (see `Teacher`)."""
+    """In [0, 1]. Share of the loss that is the KL divergence from the predictions in data.teacher."""
 
     def __post_init__(self):
         if not 0 <= self.z_loss < math.inf:
@@ -86,18 +88,24 @@ class OptimizerConfig:
     """AdamW after clipping by the global norm. Moments are float32, as the parameters are."""
 
     learning_rate: float = 2e-5
+    """Peak of the schedule."""
     schedule: str = "cosine"
     """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
     falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
     warmup_steps: int = -1
     """Steps in which the learning rate rises to its peak; -1 for 3% of the steps."""
     final_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak; read by `cosine` and `linear`."""
     decay_fraction: float = 0.2
+    """Fraction of the steps in which `warmup_stable_decay` decays."""
     weight_decay: float = 0.0
-    """Applied to matrices; norms, biases and the embedding are left alone."""
+    """Applies to matrices; not to norms, biases and the embedding."""
     b1: float = 0.9
+    """Decay of AdamW's first moment."""
     b2: float = 0.99
+    """Decay of AdamW's second moment."""
     epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 for no clipping."""
 
@@ -119,16 +127,20 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh's axes; one may be -1, for all devices that the others leave.
+    """Sizes of the axes of the device mesh; one may be -1, for all devices that the others leave.
 
     `dcn_data` and `data` replicate parameters and divide rows, the first over slices or hosts that a slow network
     joins; `fsdp` divides rows, parameters and moments; `tensor` divides parameters and the work of a row.
     """
 
     dcn_data: int = 1
+    """Replicates parameters and divides rows over slices or hosts that a slow network joins."""
     data: int = -1
+    """Replicates parameters and divides rows."""
     fsdp: int = 1
+    """Divides rows, parameters and moments."""
     tensor: int = 1
+    """Divides parameters and the work of a row."""
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in MESH_AXES]
@@ -139,42 +151,44 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. `experiments/` holds examples."""
+    """One run; experiments/finetune.py is an example to copy."""
 
     model: str = ""
     """A directory with config.json and safetensors, a .gguf file, or a name on the Hugging Face Hub."""
     tokenizer: str = ""
-    """Likewise; empty for the model's own."""
+    """A directory, .gguf file or Hub name to load the tokenizer from; empty for the model's own."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     rows: int = 1
-    """Rows of a micro-batch, over all devices."""
+    """Rows per micro-batch, over all devices: a multiple of mesh.dcn_data * mesh.data * mesh.fsdp."""
     gradient_accumulation: int = 8
-    """Micro-batches of an update."""
+    """Micro-batches per update."""
     steps: int = 0
-    """Updates; 0 for `epochs`."""
+    """Number of updates; 0 to derive it from `epochs`."""
     epochs: float = 1.0
+    """Passes over the training data; read if steps is 0."""
     compute_dtype: str = "auto"
     """auto (bfloat16 on accelerators, float32 on CPU), float32 or bfloat16. Parameters and moments are float32."""
     attention: str = "auto"
     """auto (the fastest kernel that the devices support), blockwise (any device), pallas (NVIDIA GPUs) or splash (TPUs,
     rows whose trees are all paths). A kernel named here that does not work is an error."""
     remat: str = "dots"
-    """What the backward pass computes again to save memory: none, attention, dots or full."""
+    """What the backward pass recomputes to save memory: none, attention, dots or full."""
     evaluate_every: int = 50
-    """Updates between evaluations on held-out dialogues; there is one before the first and one after the last."""
+    """Updates between evaluations on held-out dialogues. There is also one before the first and after the last."""
     evaluate_rows: int = 64
-    """Rows of an evaluation, always the same; 0 for all."""
+    """Rows of held-out dialogues per evaluation, always the same; 0 for all."""
     checkpoint_every: int = 50
-    """Updates between checkpoints, a multiple of evaluate_every; one more when a signal stops a run."""
+    """Updates between checkpoints, a multiple of evaluate_every. A run that a signal stops also saves one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; if one is damaged, a run goes on from the one before. The best is kept besides."""
+    """Number of newest checkpoints to keep, in case one is damaged. The best by held-out loss is kept as well."""
     max_bad_steps: int = 5
-    """Steps in a row whose loss or gradient is not finite, each without an update, after which a run stops."""
+    """Consecutive steps with a loss or gradient that is not finite, each skipped, after which a run stops."""
     seed: int = 0
+    """Of the order of the data."""
 
     def __post_init__(self):
         if self.data.mix and (self.data.train or self.data.teacher):

@@ -39,12 +39,13 @@ class ObjectiveConfig:
     """
 
     name: str = "conditional"
+    """conditional (every assistant message), joint (every token), last (the last assistant message) or roles."""
     roles: tuple[str, ...] = ("assistant",)
-    """Used by the objective `roles` only."""
+    """Whose messages the objective `roles` trains on."""
     turn_discount: float = 1.0
-    """Above 0; below 1, later turns weigh more."""
+    """Weights are multiplied by turn_discount ** (number of turns that follow); above 0."""
     turn_weights: tuple[float, ...] = ()
-    """One weight per turn, from the first; further turns have the last weight. Empty for `turn_discount`."""
+    """Weights by turn, from the first; the last one holds for all later turns. Empty to use turn_discount."""
     normalise: str = "token"
     """`token`: weights as they are. `turn`: the weights of each response sum to its message's weight times its
     schedule. `dialogue`: all weights of a dialogue sum to 1; a message tree is one dialogue."""

@@ -1,5 +1,6 @@
 """dialog_jax audit: what it prints, writes and returns."""
 
+import errno
 import json
 import pathlib
 import tempfile
@@ -138,11 +139,11 @@ class AuditTest(absltest.TestCase):
         data, tokenizer = self.directory / "data.jsonl", self.directory / "tokenizer"
         data.write_text(json.dumps(_GOOD[0]))
         chat_templates.train_tokenizer("chatml").save_pretrained(tokenizer)
-        with mock.patch.object(pathlib.Path, "replace", side_effect=OSError("disk full")):
+        with mock.patch.object(pathlib.Path, "replace", side_effect=OSError(errno.ENOSPC, "disk full")):
             _, error = running.run(
                 "audit", f"--config.tokenizer={tokenizer}", f"--config.data.train={data}", f"--out={self.out}"
             )
-        self.assertRegex(error, r"(?s)dialog_jax audit: disk full.*\[exit code 1\]$")
+        self.assertRegex(error, r"(?s)dialog_jax audit: .*disk full.*\[exit code 1\]$")
         self.assertEqual(self.out.read_text(), '{"earlier": 1}')
         self.assertLen(list(self.out.parent.iterdir()), 1)
 
