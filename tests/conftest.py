@@ -11,6 +11,7 @@ import pytest
 _TESTS = pathlib.Path(__file__).parent
 _FULL_DIRECTORIES = ("benchmarks", "experiments")
 _FULL_FILES = ("pallas_gpu_test.py", "splash_test.py", "compilation_cache_test.py")  # emulated kernels, many processes
+_LONGEST_FILES = ("kill_test.py", "many_processes_test.py")
 # One byte-level, one that strips reasoning from the history, one with SentencePiece's spaces.
 _QUICK_FAMILIES = ("chatml", "qwen3", "mistral")
 _FULL_FAMILIES = ("llama3", "gemma", "plain", "phi3")
@@ -33,9 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # A file runs in one worker. The longest are those of the full tier: they start first, so that no worker ends alone.
+    # A file runs in one worker. The longest start first, so that no worker ends alone.
     long_files = {item.path for item in items if item.get_closest_marker("full") or _is_in_full_place(item)}
-    items.sort(key=lambda item: item.path not in long_files)
+    items.sort(key=lambda item: (item.path.name not in _LONGEST_FILES, item.path not in long_files))
     for item in items:
         if _is_in_full_place(item) or _is_of_full_families(item):
             item.add_marker(pytest.mark.full)
