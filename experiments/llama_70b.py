@@ -6,7 +6,7 @@ Hardware:  planned for a v5e slice of 256 chips.
 Time:      not run yet.
 Result:    not run yet.
 
-The shape of the model, as published, is in experiments/shapes; weights and dialogues come from the Hugging Face Hub.
+The published shape of the model is in dialog_jax/planning/shapes; weights and dialogues are on the Hugging Face Hub.
 """
 
 import ml_collections

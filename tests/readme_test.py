@@ -85,8 +85,11 @@ class DocumentTest(parameterized.TestCase):
             r"(?<![\w./-])(?:\.\./|\./)*[\w-]+(?:/[\w.-]+)*/[\w.-]+\.(?:py|sh|ipynb|md|yaml|json|png|jinja|txt)\b",
             _read(name),
         )
+        paths += re.findall(
+            r"(?<![\w./-])(?:scripts|experiments|tests|docs|dialog_jax)(?:/[\w-]+)+(?![\w./*-])", _read(name)
+        )
         bases = (_ROOT / name).parent, _ROOT, _ROOT / "dialog_jax"
-        missing = [path for path in paths if not any((base / path).is_file() for base in bases)]
+        missing = [path for path in paths if not any((base / path).exists() for base in bases)]
         self.assertEmpty([path for path in missing if not path.startswith(_GENERATED)])
 
     @parameterized.parameters(*_DOCS, *_RESULTS)

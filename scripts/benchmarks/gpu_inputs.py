@@ -30,7 +30,7 @@ _OTHER_MODELS: dict[str, dict[str, Any]] = {
 
 
 def model_config(name: str) -> decoder.DecoderConfig:
-    """Returns the shape of a published model in experiments/shapes, of SmolLM2-135M, or of a tiny one."""
+    """Returns the shape of a published model in dialog_jax/planning/shapes, of SmolLM2-135M, or of a tiny one."""
     if name in _OTHER_MODELS:
         return decoder.DecoderConfig(**_OTHER_MODELS[name])
     file = _SHAPES / f"{name}.json"
