@@ -1,17 +1,17 @@
-"""The directory of a run: whose it is, and what an export needs beside the parameters.
+"""The directory of a run: which run it belongs to, and what an export needs besides the parameters.
 
 output_dir/
-  config.json        what was asked for; a directory serves one config only
-  inputs.json        hashes of model and data, which must not change while a run goes on
-  changes.jsonl      what of both was changed later, if --allow_changes let it
+  config.json        the config; a directory belongs to one config
+  inputs.json        hashes of model and data, which must not change before the run is finished
+  changes.jsonl      later changes of both, made with --allow_changes
   lock               held by the process that trains here
   model.json         the shape of the model, and the tokens at which a reply ends
   tokenizer/         with its chat template
-  trees/             prepared data
+  trees/             prepared data; trees/*/report.json names the dialogues that were shortened or dropped
   checkpoints/       train states, orbax
-  damaged/           checkpoints that could not be read, moved out of the way
-  metrics.jsonl      a line an update
-  evaluation.jsonl   held-out figures, a line an evaluation; step 0 is before training
+  damaged/           checkpoints that could not be read
+  metrics.jsonl      one line per update
+  evaluation.jsonl   held-out figures, one line per evaluation; step 0 is before training
   tensorboard/       the same for TensorBoard
 """
 
@@ -35,14 +35,14 @@ from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
-_UNFINISHED = ".unfinished"  # ends the name of what is not yet whole
-# Fields that may differ when a run goes on.
+_UNFINISHED = ".unfinished"  # suffix of files and directories that are being written
+# Fields that may differ when a run is resumed.
 _FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
-_BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # what they name is in the hashes
+_BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # their content is in the hashes
 
 
 def _described(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON values; absolute paths are given by their last part, since the file may be shared."""
+    """Returns the config as JSON values; of absolute paths only the last part, because the file may be shared."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -57,17 +57,17 @@ def _described(config: TrainConfig) -> dict[str, Any]:
 
 
 def flatten_config(config: TrainConfig) -> dict[str, Any]:
-    """The config's fields by their paths, as `config.json` has them: what all processes of a run agree on."""
+    """Returns {path of a field: value}, with the values of config.json. All processes of a run have the same."""
     return _flat(_described(config))
 
 
 def check_directory(directory: pathlib.Path) -> None:
-    """Raises UserError if the directory holds files that are no run's."""
+    """Raises UserError if the directory holds files that are not of a run."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory.name} is a file. Choose another --output_dir.")
     if (directory / "config.json").exists() or not directory.exists():
         return
-    # Trees are prepared before the directory is claimed, since that is when errors in the data are found.
+    # Trees are prepared before the directory is claimed, because that finds errors in the data.
     names = {file.name.removesuffix(_UNFINISHED) for file in directory.iterdir()}
     if names - _BEFORE_A_CLAIM - {"config.json"}:
         raise UserError(
@@ -77,7 +77,7 @@ def check_directory(directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def lock(directory: pathlib.Path) -> Iterator[None]:
-    """Makes the directory and keeps other processes from training in it; however this one ends, the lock ends with it.
+    """Creates the directory and keeps other processes from training in it until this process ends, for any reason.
 
     Raises:
       UserError: another process trains there, or the directory cannot be written.
@@ -106,9 +106,9 @@ def lock(directory: pathlib.Path) -> Iterator[None]:
 
 
 def find_config_changes(directory: pathlib.Path, config: TrainConfig) -> list[str]:
-    """Returns how the run in the directory was configured otherwise: "seed: 0 there, 1 asked for"; empty if it was not.
+    """Returns how `config` differs from that of the run in the directory: ["seed: 0 there, 1 asked for"].
 
-    What changes where and how fast a run goes on, but not what it computes, is left out.
+    Fields that change only where and how fast a run continues are left out.
     """
     if not (directory / "config.json").exists():
         return []
@@ -122,7 +122,7 @@ def find_config_changes(directory: pathlib.Path, config: TrainConfig) -> list[st
 
 
 def find_input_changes(directory: pathlib.Path, inputs: Mapping[str, Any]) -> list[str]:
-    """Returns what the run began with otherwise: "data.train: 1f... there, 9a... now"; empty for the same."""
+    """Returns how `inputs` differ from those of the run in the directory: ["data.train: 1f... there, 9a... now"]."""
     if not (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
         return []
     before = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
@@ -141,10 +141,10 @@ def claim(
     stop_tokens: Collection[int],
     changes: Sequence[str] = (),
 ) -> None:
-    """Makes the directory this config's own: writes what an export needs, the inputs' hashes and, last, the config.
+    """Claims the directory for a config: writes what an export needs, the inputs' hashes and, last, the config.
 
     Args:
-      changes: what differs from the run that is there, and was allowed to; noted in changes.jsonl.
+      changes: allowed differences from the run in the directory; appended to changes.jsonl.
     """
     if changes:
         with (directory / "changes.jsonl").open("a", encoding="utf-8") as file:
@@ -159,7 +159,7 @@ def claim(
 
 
 def move_damaged_checkpoint(directory: pathlib.Path, step: int) -> str:
-    """Moves the checkpoint of a step to damaged/, where no run looks; returns its place in the run's directory."""
+    """Moves the checkpoint of a step to damaged/; returns its new path within the run's directory."""
     (directory / "damaged").mkdir(exist_ok=True)
     names = (f"{step}{suffix}" for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))))
     place = next(directory / "damaged" / name for name in names if not (directory / "damaged" / name).exists())
@@ -178,7 +178,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
-    """(shape of the model that a run trains, ids of the tokens at which a reply ends).
+    """Returns (config of the model that a run trains, ids of the tokens at which a reply ends).
 
     Raises:
       UserError: there is no run in the directory.

@@ -1,7 +1,6 @@
-"""What a run reads before it begins: model, tokenizer and prepared trees, and a hash of each.
+"""What a run reads before it starts: model, tokenizer and prepared trees, and a hash of each.
 
-Knows no devices and no steps. All that can be wrong with a user's files is found here, before anything is written but
-prepared trees.
+Knows no devices and no steps. Errors in the user's files are found here, before anything but prepared trees is written.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ from dialog_jax.trees import disk_cache, teacher_file
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.teacher_file import TeacherFile
 
-# Of DataConfig: what does not change trees, or is in their key by its content.
+# Fields of DataConfig that do not change trees, or whose content is in their key.
 _NOT_IN_TREES = {
     "train",
     "mix",
@@ -57,14 +56,14 @@ class Inputs(NamedTuple):
     train: Trees | Mixture
     held_out: Trees
     hashes: Mapping[str, str]
-    """Of the content of model and data, by the config's fields."""
+    """Of the content of model and data, by config field."""
 
 
 def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
-    """Returns what `config` names; trees are prepared unless they are stored, in `directory` or data.cache_dir.
+    """Returns the inputs that `config` names. Trees are prepared unless `directory` or data.cache_dir has them.
 
     Raises:
-      UserError: something is missing or broken, or model, tokenizer and data do not go together.
+      UserError: a file is missing or broken, or model, tokenizer and data do not fit together.
     """
     model = loading.open_model(
         config.model,
@@ -129,12 +128,13 @@ def _prepare_trees(
             teacher=teacher,
             workers=config.data.workers,
         )
-    console.print(f"{source.name}: {trees.report}")
+    names_file = f"{config.data.cache_dir or 'trees'}/*/report.json"
+    console.print(f"{source.name}: {trees.report.format(names_file)}")
     return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_dialogues(path: str, split: str) -> str:
-    """A hash of a file's bytes, or of the dialogues of a hub data set."""
+    """Returns a hash of a file's bytes, or of the dialogues of a hub data set."""
     digest = hashlib.sha256()
     file = pathlib.Path(path).expanduser()
     if file.is_file():
@@ -148,7 +148,7 @@ def _hash_dialogues(path: str, split: str) -> str:
 
 
 def _file_version(file: pathlib.Path) -> tuple[int, ...] | None:
-    """What differs once a file is written to or replaced; None if there is no file."""
+    """Returns what changes when a file is written to or replaced; None if there is no file."""
     if not file.is_file():
         return None
     status = file.stat()
@@ -168,7 +168,7 @@ def _unchanged(
 def _read_teacher(
     config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig
 ) -> TeacherFile | None:
-    """The file of data.teacher, if there is one."""
+    """Returns the file of data.teacher, if there is one."""
     if not config.data.teacher:
         return None
     teacher = teacher_file.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))

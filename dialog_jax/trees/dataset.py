@@ -43,6 +43,14 @@ class Report:
     named: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
+        return self.format()
+
+    def format(self, names_file: str = "") -> str:
+        """Returns the report as lines of text.
+
+        Args:
+          names_file: the file that lists the named dialogues; the text points to it. Without one, the text names some.
+        """
         lines = [
             f"{self.dialogues:,} dialogues read, {self.trees:,} trees kept: {self.tokens:,} tokens, "
             f"{self.targets:,} of them targets ({self.targets / max(1, self.tokens):.2%}), in {self.turns:,} turns"
@@ -58,7 +66,9 @@ class Report:
             (chunks.TOO_LONG, self.dropped_too_long, "raise max_length"),
             (chunks.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
         ):
-            if count:
+            if count and names_file:
+                lines.append(f"{count:,} {reason}, listed in {names_file} ({remedy})")
+            elif count:
                 names = self.named[reason][:_NAMES_SHOWN]
                 more = f" and {count - len(names):,} more" if count > len(names) else ""
                 lines.append(f"{count:,} {reason}: {'; '.join(names)}{more} ({remedy})")

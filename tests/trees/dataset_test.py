@@ -295,5 +295,15 @@ class SplitTest(parameterized.TestCase):
             self.assertEqual(int((trees.weight > 0).sum()), prepare([turns(20)], name=name).report.targets)
 
 
+class ReportTest(absltest.TestCase):
+    def test_report_with_a_file_of_names_counts_and_points_to_it(self):
+        counts = {"dialogues": 9, "trees": 9, "tokens": 90, "targets": 9, "turns": 9, "shortened": 2}
+        report = dataset.make_report(counts, {"shortened": ["dialogue a", "dialogue b"]})
+        self.assertIn("2 shortened: dialogue a; dialogue b (raise max_length", str(report))
+        text = report.format("trees/*/report.json")
+        self.assertIn("2 shortened, listed in trees/*/report.json (raise max_length", text)
+        self.assertNotIn("dialogue a", text)
+
+
 if __name__ == "__main__":
     absltest.main()
