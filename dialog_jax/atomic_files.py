@@ -9,6 +9,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+UNFINISHED = ".unfinished."  # begins the name of a file that is being written; a killed process leaves it
+
 
 @contextlib.contextmanager
 def replace(file: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -19,7 +21,7 @@ def replace(file: pathlib.Path) -> Iterator[pathlib.Path]:
 
     The path ends as `file` does, since some libraries choose a format by it. After an exception `file` is as before.
     """
-    unfinished = file.with_name(f".unfinished.{file.name}")
+    unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
         yield unfinished
         with unfinished.open("rb") as stream:

@@ -35,7 +35,6 @@ from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
-_UNFINISHED = ".unfinished"  # suffix of files and directories that are being written
 # Fields that may differ when a run is resumed.
 _FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
 _BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # their content is in the hashes
@@ -68,7 +67,7 @@ def check_directory(directory: pathlib.Path) -> None:
     if (directory / "config.json").exists() or not directory.exists():
         return
     # Trees are prepared before the directory is claimed, because that finds errors in the data.
-    names = {file.name.removesuffix(_UNFINISHED) for file in directory.iterdir()}
+    names = {file.name.removeprefix(atomic_files.UNFINISHED) for file in directory.iterdir()}
     if names - _BEFORE_A_CLAIM - {"config.json"}:
         raise UserError(
             f"{directory.name} is not empty and holds no run (no config.json). Choose another --output_dir."

@@ -264,7 +264,7 @@ class LeftOutTest(absltest.TestCase):
     def test_responses_that_exceed_the_row_are_counted_and_the_others_compared(self):
         first = dialogues()[0]
         lengths = [
-            len(one.tokens) for one in agreement.k_passes.passes(first, chat_templates.train_tokenizer("chatml"))
+            len(one.tokens) for one in agreement.k_passes.make_passes(first, chat_templates.train_tokenizer("chatml"))
         ]
         outcome = compare("chatml", [first], max_length=lengths[1])
         self.assertTrue(outcome.passed, outcome)
