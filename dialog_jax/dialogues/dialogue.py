@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a message's content with a weight of its own, which the message's weight multiplies."""
+    """A part of a message's content; its tokens have the message's weight times this one."""
 
     text: str
     weight: float
@@ -15,42 +15,42 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Message:
-    """One message. `weight` multiplies its loss; `fields` is what else a template may read, such as `tool_calls`."""
+    """One message. `weight` multiplies its loss; `fields` holds what else a template may read, such as `tool_calls`."""
 
     role: str
     content: str
     weight: float = 1.0
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parts: tuple[Part, ...] = ()
-    """What `content` is joined from, where not all of it has weight 1; else empty."""
+    """Parts that join to `content`, if one of them has a weight other than 1; otherwise empty."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What a chat template sees: role, content and the further fields, never the weight."""
+        """Returns what a chat template sees: role, content and the further fields, never the weight."""
         return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """Messages, in order or as a tree. `id` is the record's own, or its index in the source; `where` is for errors."""
+    """Messages, in order or as a tree. `id` is the record's, or else its index in the source; `where` is for errors."""
 
     id: str | int
     messages: tuple[Message, ...]
     parents: tuple[int, ...] = ()
-    """Empty where each message follows the one before it; else the index of each one's parent, -1 for the first."""
+    """The index of each message's parent, -1 for the first; empty if each message follows the one before it."""
     tools: tuple[Mapping[str, Any], ...] | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     where: str = ""
 
     @property
     def name(self) -> str:
-        """How messages to the user call it: `dialogue 412 (train.jsonl:413)`."""
+        """What errors call the dialogue: `dialogue 412 (train.jsonl:413)`."""
         return name_dialogue(self.id, self.where)
 
     def __str__(self) -> str:
         return self.name
 
     def ancestors(self, index: int) -> tuple[int, ...]:
-        """The messages that lead to message `index`, the first of the dialogue first."""
+        """Returns the indices of the messages that lead to message `index`, from the first of the dialogue."""
         if not self.parents:
             return tuple(range(index))
         path = []
@@ -59,7 +59,7 @@ class Dialogue:
         return tuple(reversed(path))
 
     def paths(self) -> list[tuple[int, ...]]:
-        """The messages from the first to each that none follows, depth first; a list of messages is one path."""
+        """Returns the indices of the messages on each path from the first message to a leaf, depth first."""
         if not self.parents:
             return [tuple(range(len(self.messages)))]
         leaves = set(range(len(self.messages))) - set(self.parents)
@@ -67,5 +67,5 @@ class Dialogue:
 
 
 def name_dialogue(identifier: str | int, where: str) -> str:
-    """Returns how messages to the user call a dialogue: `dialogue 412 (train.jsonl:413)`."""
+    """Returns what errors call a dialogue: `dialogue 412 (train.jsonl:413)`."""
     return f"dialogue {identifier} ({where})" if where else f"dialogue {identifier}"

@@ -1,6 +1,6 @@
-"""Files, hub data sets and Python records in; checked `Dialogue`s out, one at a time.
+"""Files, hub data sets and Python records to checked `Dialogue`s, one at a time.
 
-Knows the forms people give dialogues, and nothing of templates, tokens or loss.
+Knows the formats of records, and nothing of templates, tokens or loss.
 """
 
 import math
@@ -16,7 +16,7 @@ _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-30, 1e30
 
 
 def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue]:
-    """The dialogues of a file or data set, read as they are asked for.
+    """Returns an iterator over the dialogues of a file or data set.
 
     Args:
       source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
@@ -30,15 +30,19 @@ def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Itera
     return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
 
 
-def parse_records(given: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
-    """The dialogues of Python records in any of the formats of `parse_dialogue`; `source` names them in errors."""
-    return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(given)), source)
+def parse_records(records: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
+    """Returns an iterator over the dialogues of Python records, in any format of `parse_dialogue`.
+
+    Args:
+      source: what errors call the records.
+    """
+    return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(records)), source)
 
 
 def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
-    """One record as a Dialogue.
+    """Returns the dialogue of a record.
 
-    The formats, tried in this order; every other key of the record is kept as metadata:
+    These are the formats, tried in this order; every other key of the record is kept as metadata:
 
         {"messages": [{"role": "user", "content": "Hi", "weight": 0.5, "name": "Ann"}, ...], "tools": [...]}
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind."}
@@ -51,9 +55,9 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
                       {"id": "a", "parent": "q", "role": "assistant", "content": "Hello"},
                       {"id": "b", "parent": "q", "role": "assistant", "content": "Good day"}]}
 
-    `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with a weight of its own.
+    `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with its own weight.
     A message's `weight` is 1 unless given, and `"train": false` makes it 0. An assistant message inside `prompt` is
-    history, not what the record teaches: its weight is 0 unless given. A message's field that is null is absent, and
+    history: its weight is 0 unless given. A message's field that is null is absent, and
     null `content` is the empty string where there are `tool_calls`. JSON text in `tool_calls` and in the fields of a
     tool stays text; `tools` itself may be JSON text, and an empty list of tools is none.
 
@@ -62,7 +66,7 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
       where: "train.jsonl:413", for errors.
 
     Raises:
-      UserError: got something else. Says what, what was needed, where, and the remedy.
+      UserError: the record has none of the formats; names what it has, what is needed, the place and the remedy.
     """
     schemas.check_depth(record, name_dialogue(index, where))
     if not isinstance(record, Mapping):
@@ -171,7 +175,7 @@ def _weight(item: Mapping[str, Any], where: str) -> float:
             f"{where} has weight {schemas.shown(weight)}; needed a finite number >= 0. "
             'Write 1 for a message that is trained on, 0 (or "train": false) for one that is not.'
         )
-    # It will be a float32: neither infinite there, nor 0 though it is not.
+    # Weights become float32, in which they must be neither infinite nor rounded to 0.
     if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
         raise UserError(
             f"{where} has weight {schemas.shown(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "

@@ -1,6 +1,6 @@
-"""Records, as people write dialogues, to the messages in them, not yet checked one by one, and what follows what.
+"""Records in any of the supported formats to lists of messages, with the parent of each; messages are not yet checked.
 
-Knows the forms of records, and nothing of weights, templates or tokens.
+Knows the formats of records, and nothing of weights, templates or tokens.
 """
 
 import json
@@ -36,22 +36,22 @@ FORMATS = (
 
 
 class Unpacked(NamedTuple):
-    """What a record holds."""
+    """The contents of a record."""
 
     messages: list[Any]
-    """As they stand there."""
+    """As in the record, unchecked."""
     parents: list[int]
     """The index of each one's parent, -1 for the first."""
     tools: tuple[Mapping[str, Any], ...] | None
     used: set[str]
-    """The record's keys that are no metadata."""
+    """The keys of the record that are not metadata."""
 
 
 def unpack(record: Mapping[str, Any], name: str) -> Unpacked:
     """Returns what `dialogues.parse_dialogue` needs of a record; `name` is the dialogue's, for errors.
 
     Raises:
-      UserError: the record has none of the forms, or what it has is no list of messages, or their parents are wrong.
+      UserError: the record has none of the formats, its messages are not a list, or their parents are wrong.
     """
     used = {"id", "tools"}
     if record.get("messages") is not None:
@@ -133,7 +133,7 @@ def _items(value: Any, key: str, name: str) -> list[Any]:
 
 
 def _system_items(system: Any, items: list[Any], name: str) -> list[Any]:
-    """The system message that some ShareGPT data sets keep beside the conversation."""
+    """Returns the system message that some ShareGPT data sets keep beside the conversation."""
     if system is None or system == "":
         return []
     if any(isinstance(item, Mapping) and "system" in (item.get("from"), item.get("role")) for item in items):
@@ -154,7 +154,7 @@ def _prompt_items(prompt: Any, name: str) -> list[Any]:
 
 
 def _chain(value: Any, key: str, name: str) -> list[Any]:
-    """One message or several of a completion: text and a message without a role are the assistant's."""
+    """Returns the messages of a completion: a string, or a message without a role, is the assistant's."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     if isinstance(value, Mapping):
@@ -183,18 +183,20 @@ def _tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
 
 
 def check_depth(value: Any, where: str) -> None:
-    """Raises UserError if lists and objects nest so deeply in the value that what calls itself for each could fail."""
+    """Raises UserError if lists and objects nest so deeply in the value that a recursive function could fail."""
     level = [value]
     for _ in range(_DEEPEST):
-        held = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, _CONTAINERS)]
-        level = [entry for entries in held for entry in entries]
+        containers = [
+            one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, _CONTAINERS)
+        ]
+        level = [entry for entries in containers for entry in entries]
         if not level:
             return
     raise UserError(f"{where}: nests lists and objects more than {_DEEPEST} deep. Flatten it, or write it as text.")
 
 
 def check_text(value: Any, where: str) -> None:
-    """Raises UserError if there is a string in the value, or a key, that is no text."""
+    """Raises UserError if a string or key in the value is not Unicode text."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -213,6 +215,6 @@ def check_text(value: Any, where: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """The value and its type, short enough for an error."""
+    """Returns the value and its type, short enough for an error."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""Files and hub data sets in; records, as they are written there, out, one at a time, each with its place.
+"""Files and hub data sets to records, one at a time, each with its place for errors.
 
 Knows file formats, and nothing of dialogues.
 """
@@ -14,17 +14,16 @@ _PARQUET_BATCH = 256  # records held in memory at once
 
 
 def read_records(source: str | pathlib.Path, *, split: str, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
-    """(place for errors, such as "train.jsonl:413"; record) of each record, read as they are asked for.
+    """Returns an iterator over (place for errors, such as "train.jsonl:413"; record).
 
     Args:
       source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
         hub name that the optional package `datasets` reads.
       split: which split of a data set; files have none.
-      keep_errors: go on after a line of a `.jsonl` file that is no JSON, with the error in the record's place.
+      keep_errors: yield the error in place of a line of a `.jsonl` file that is not JSON, and continue.
 
     Raises:
-      UserError: the source does not exist, or cannot be read as what its name says. The missing or unknown file at
-        once, the rest while reading.
+      UserError: the file is missing or has an unknown suffix; while reading: its content is not what its suffix says.
     """
     path = pathlib.Path(source).expanduser()
     readers: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Any]]]] = {
@@ -156,9 +155,9 @@ def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tu
 
 
 def _check_inside(directory: pathlib.Path) -> None:
-    """Raises UserError if a data set's directory names a file outside it, in what `datasets` would follow.
+    """Raises UserError if a data set's directory refers to a file outside it that `datasets` would read.
 
-    By name: in the cache of the Hub, the files of a directory are links to files elsewhere.
+    Names are checked, not links: in the cache of the Hub, the files of a directory are links to files elsewhere.
     """
     import huggingface_hub
     import yaml  # which that package reads cards with
@@ -188,7 +187,7 @@ def _check_inside(directory: pathlib.Path) -> None:
 
 
 def _names(value: Any) -> Iterator[str]:
-    """The patterns in what a data set's card says of files."""
+    """Yields the file patterns in a data set's card."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -201,7 +200,7 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value less null fields: in a column every struct has all keys of all structs, null where it had none."""
+    """Returns the value without null fields: in a column, every struct has the keys of all structs, null if absent."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(field) for key, field in value.items() if field is not None}
     if isinstance(value, list):

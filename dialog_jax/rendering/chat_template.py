@@ -16,9 +16,9 @@ from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEsc
 from dialog_jax.rendering.template_process import Job, Rendering, TemplateStopped
 
 PROBE = "Qx7 zebra"
-"""Stands for a message's content, to find what is around it; any text that no template contains."""
+"""Replaces a message's content to find what the template writes around it; no template contains this text."""
 _TURNS_PER_REQUEST = 8
-_CHARACTERS_PER_REQUEST = 1 << 22  # of what is rendered, more or less; a request has one turn at least
+_CHARACTERS_PER_REQUEST = 1 << 22  # of what is rendered, roughly; a request has at least one turn
 
 
 class ChatTemplate:
@@ -27,7 +27,7 @@ class ChatTemplate:
     Args:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
-      escaper: of the dialogues, if their special tokens are escaped; then those of what is rendered are, too.
+      escaper: of the dialogues, if their special tokens are escaped; then the rendered text is escaped, too.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ChatTemplate:
                 yield index, next(texts), next(texts)
 
     def after_response(self) -> str:
-        """Returns what the template writes behind the content of an assistant message that ends a dialogue.
+        """Returns what the template writes after the content of an assistant message that ends a dialogue.
 
         Raises:
           UserError: the template cannot render one user and one assistant message.
@@ -114,7 +114,7 @@ class ChatTemplate:
             )
 
     def _rendering(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Rendering:
-        """What the template renders; of an escaped dialogue, what stands for that."""
+        """Returns what the template renders; of an escaped dialogue, escaped and compared with the plain rendering."""
         if not isinstance(dialogue, EscapedDialogue):
             return self._run(dialogue, jobs)
         plain = self._run(self._escaper.unescape_dialogue(dialogue), jobs)
@@ -124,7 +124,7 @@ class ChatTemplate:
             return Rendering(escaped.texts[: len(plain.texts)], plain.refusal)
         return Rendering(
             escaped.texts[: [*equal, False].index(False)],
-            "they spell special tokens, and the template does more with these than to write them. Remove them, or "
+            "they spell special tokens, and the template does more with these than write them. Remove them, or "
             "set allow_special_tokens to have them parsed",
         )
 

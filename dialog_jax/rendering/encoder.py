@@ -1,7 +1,7 @@
 """Text to tokens and back, as inference has them: a tokenizer, and where a response ends.
 
-Knows nothing of dialogues. Special tokens are those in the text; none is added. Texts may be guarded
-(`data.special_text`): what is marked in them is never a special token.
+No special token is added to those in the text. Texts may be escaped (`special_tokens`): what is escaped in them never
+becomes a special token. Knows nothing of dialogues.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Encoder:
 
     Args:
       tokenizer: a fast tokenizer.
-      after_response: what the template writes behind the content of an assistant message.
+      after_response: what the template writes after the content of an assistant message.
       escaper: of the texts.
     """
 
@@ -60,9 +60,9 @@ class Encoder:
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
-        """Of each token id, whether it is special."""
+        """Whether each token id is a special token."""
         self.special[[index for index, token in added.items() if token.special]] = True
-        # Behind a special token no space is put in front of a text.
+        # Tokenizers that put a space in front of a text put none after a special token.
         anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
         self._anchor = next(anchors, "")
         ends = [index for index in self.tokenize_continuation(after_response).ids.tolist() if index in added]
@@ -74,7 +74,7 @@ class Encoder:
         """The text of that token, or empty."""
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
-        """Token ids of a text by itself."""
+        """Returns the token ids of a text by itself."""
         return self.tokenize([text])[0].ids
 
     def tokenize_continuation(self, text: str) -> Tokenized:
@@ -84,11 +84,11 @@ class Encoder:
         return Tokenized(text, ids[skipped:], starts[skipped:] - length, ends[skipped:] - length)
 
     def decode(self, ids: Int32[np.ndarray, " n"]) -> str:
-        """The text of token ids, special ones included."""
+        """Returns the text of token ids, special tokens included."""
         return self._backend.decode(ids.tolist(), skip_special_tokens=False)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
-        """Each text with its tokens; several at once are faster than one by one."""
+        """Returns each text with its tokens; several texts in one call are faster than one by one."""
         tokenized = []
         for text, encoding in zip(texts, self.escaper.encode(texts), strict=True):
             starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()
@@ -96,7 +96,7 @@ class Encoder:
         return tokenized
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
-        """Number of tokens up to the last end of turn, or up to another special token that ends the text."""
+        """Returns the number of tokens up to the last end of turn, or to another special token that ends the text."""
         if self.end_of_turn is None:
             return len(ids)
         ends = np.flatnonzero(ids == self.end_of_turn)

@@ -1,9 +1,9 @@
-"""Dialogues to sequences: for each supervised response, the tokens inference would see and the tokens it would write.
+"""Dialogues to sequences: for each supervised response, the tokens that inference sees and those it has to generate.
 
 A response's *prompt* is what the chat template renders of the messages before it, with the generation prompt; the
 *response* is what the template adds when the message joins them, up to and including the end-of-turn token. This holds
-for any template: nothing is read from it but what it renders. Where the K prompts of a dialogue are beginnings of its
-full rendering, in text and in tokens, one tokenisation is cut K times; elsewhere each is tokenised by itself.
+for any template, because only its renderings are used. Where the K prompts of a dialogue are prefixes of its full
+rendering, in text and in tokens, the text is tokenized once and cut K times; else each turn is tokenized by itself.
 
 Knows templates and tokenizers; knows no objective, tree or row.
 """
@@ -26,26 +26,26 @@ from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
 
 _SHARED_PREFIXES_KEPT = 4096
-_CHARACTERS_PER_TOKEN = 6  # so much is tokenised of a text for each token of the limit; what lies behind, turn by turn
+_CHARACTERS_PER_TOKEN = 6  # of max_length: how much of a text is tokenized at once; the rest is tokenized turn by turn
 
 
 class RenderedSequence(NamedTuple):
-    """prompt ++ response as inference would see them; `tokens[start:]` is the response."""
+    """prompt ++ response as inference sees them; `tokens[start:]` is the response."""
 
     tokens: Int32[np.ndarray, " n"]
     start: int
     message_index: int
-    """Index of the response in the dialogue's messages; -1 in a whole rendering, which has no response of its own."""
+    """Index of the response in the messages of the rendered dialogue; -1 in a full rendering, which has none."""
     turn: int
-    """Index of the response among the dialogue's assistant messages; -1 in a whole rendering."""
+    """Index of the response among the dialogue's assistant messages; -1 in a full rendering."""
     message_spans: tuple[MessageSpan, ...] = ()
-    """The messages asked for by `locate` in the prompt, less those of an earlier sequence that this one continues."""
+    """The messages selected by `locate` in the prompt, without those in the tokens shared with the sequence before."""
     part_spans: tuple[tuple[int, int], ...] = ()
     """Start and stop of each of the response's `parts`, as in `MessageSpan`."""
 
 
 class Renderer:
-    """A tokenizer with its chat template, made ready to render many dialogues.
+    """Renders dialogues with a tokenizer and its chat template.
 
     Args:
       tokenizer: a fast tokenizer whose `chat_template` is set.
@@ -83,13 +83,13 @@ class Renderer:
 
     @property
     def end_of_turn(self) -> int | None:
-        """Id of the special token that the template writes after a response; None if it writes none."""
+        """The id of the special token that the template writes after a response; None if it writes none."""
         return self._encoder.end_of_turn
 
     def render_text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
-        """The template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
-        guarded = self._escaper.escape_dialogue(dialogue)
-        return self._escaper.unescape(self._template.text(guarded, count, add_generation_prompt=add_generation_prompt))
+        """Returns the template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
+        escaped = self._escaper.escape_dialogue(dialogue)
+        return self._escaper.unescape(self._template.text(escaped, count, add_generation_prompt=add_generation_prompt))
 
     def render(
         self,
@@ -99,22 +99,22 @@ class Renderer:
         full: bool = False,
         locate: Callable[[Message], bool] | None = None,
     ) -> list[Iterator[RenderedSequence]]:
-        """For each dialogue, the sequences of its assistant messages of weight > 0, in order, made as they are read.
+        """Returns for each dialogue an iterator over the sequences of its assistant messages of weight > 0, in order.
 
             <user> Hi <end> <assistant> Hello <end> \\n <user> Bye <end> <assistant> Ciao <end> \\n
             |-------- prompt 0 -------| |response 0|
             |--------------------------- prompt 1 ----------------------------| |response 1|
 
         Args:
-          dialogues: a batch, tokenised together.
+          dialogues: a batch, tokenized together.
           max_length: a dialogue's sequences end before the first that has more tokens than this; 0 for no limit.
           full: append the rendering of all messages, for objectives that train on every token.
-          locate: says of which messages the place is wanted in `message_spans`.
+          locate: whether a message's span is needed in `message_spans`.
 
         Raises:
-          UserError: the template refuses a dialogue, or while reading: it does not begin with the prompt when it
-            renders the response, it does not render weighted parts as they are, or (with `locate`) a message changes
-            more than its own part of the text.
+          UserError: the template refuses a dialogue. While the iterators are read: its rendering with the response does
+            not begin with the prompt, it does not render weighted parts as they are, or (with `locate`) a message
+            changes more than its own part of the text.
         """
         dialogues = [self._escaper.escape_dialogue(dialogue) for dialogue in dialogues]
         texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
@@ -125,15 +125,15 @@ class Renderer:
         ]
 
     def encode_prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
-        """Token ids of all messages and the generation prompt: what a reply to the dialogue continues."""
+        """Returns the token ids of all messages and the generation prompt, which a reply to the dialogue continues."""
         dialogue = self._escaper.escape_dialogue(dialogue)
         return self._encoder.encode(self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
 
     def encode_shared_prefix(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
-        """Token ids of what stands before the content of the first message that is not the system's.
+        """Returns the token ids of what precedes the content of the first message that is not a system message.
 
-        Dialogues with the same system prompt and tools begin with the same. Empty where the template refuses such a
-        beginning by itself.
+        It is the same for all dialogues with the same system prompt and tools. Empty if the template refuses to render
+        such a beginning by itself.
         """
         dialogue = self._escaper.escape_dialogue(dialogue)
         first = next((i for i, message in enumerate(dialogue.messages) if message.role != "system"), None)
@@ -150,8 +150,8 @@ class Renderer:
                 raise
             except UserError:
                 text = ""
-            before, found, _ = text.partition(PROBE)
-            self._shared_prefixes[key] = self._encoder.encode(before if found else "")
+            before, probe, _ = text.partition(PROBE)
+            self._shared_prefixes[key] = self._encoder.encode(before if probe else "")
         return self._shared_prefixes[key]
 
     def _sequences(
@@ -214,14 +214,14 @@ class Renderer:
             )
 
     def _cut_prompt(self, beginning: Tokenized, prompt: str) -> int | None:
-        """Number of tokens of `prompt` in `beginning`; None where they are not the tokens that it has by itself."""
+        """Returns the number of tokens of `prompt` in `beginning`; None if they differ from those it has by itself."""
         if self.end_of_turn is None or not beginning.text.startswith(prompt):
             return None
         start = beginning.count_before(len(prompt))
         if start is None:
             return None
-        # A special token splits the text it stands in, so only what follows the last one can tokenise differently
-        # when the prompt stands alone.
+        # A special token divides a text, so only what follows the last one can be tokenized differently when the
+        # prompt is tokenized by itself.
         near = max(0, start - 64)
         special = np.flatnonzero(self._encoder.special[beginning.ids[near:start]])
         tail = near + int(special[-1]) if len(special) else 0
@@ -229,10 +229,10 @@ class Renderer:
         return start if np.array_equal(tail_ids, beginning.ids[tail:start]) else None
 
     def _cut_response(self, beginning: Tokenized, rendered: str, start: int) -> int | None:
-        """Number of tokens of `beginning` up to the last end of turn of `rendered` after character `start`.
+        """Returns the number of tokens of `beginning` up to the last end of turn of `rendered` after character `start`.
 
-        None where that is not there, or not the same text; without a special token at its end, what follows the
-        response could merge with it.
+        None if there is no end of turn, or the texts differ; without a special token at its end, the response could
+        merge with what follows it.
         """
         last = rendered.rfind(self._encoder.end_text, start)
         if last < 0 or not beginning.text.startswith(rendered[: last + len(self._encoder.end_text)]):
@@ -266,8 +266,9 @@ def _count_shared(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, "
 
 
 def _difference(prompt: str, rendered: str) -> str:
-    """Where two texts part, shown with what stands around it."""
+    """Describes the first difference of two texts, with the text around it."""
     pairs = enumerate(zip(prompt, rendered, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(rendered)))
-    before, wanted, got = prompt[max(0, at - 30) : at], prompt[at : at + 30], rendered[at : at + 30]
-    return f"after {before!r} the prompt has {wanted!r}, the rendering {got!r}"
+    place = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(rendered)))
+    before = prompt[max(0, place - 30) : place]
+    one, two = prompt[place : place + 30], rendered[place : place + 30]
+    return f"after {before!r} the prompt has {one!r}, the rendering {two!r}"

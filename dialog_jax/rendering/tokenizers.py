@@ -1,6 +1,6 @@
-"""A model directory, hub name or GGUF file in; a fast tokenizer with a chat template out.
+"""Loads the fast tokenizer of a model directory, hub name or GGUF file, with its chat template.
 
-Knows how text becomes token ids, and nothing of dialogues. Fast tokenizers only: rendering needs character offsets.
+Only fast tokenizers, because rendering needs character offsets. Knows nothing of dialogues.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _GGUF_SPLITS = ("gpt-2", "smollm", *_DIGITS)
 def load_tokenizer(
     name_or_path: str | pathlib.Path, *, chat_template: str = ""
 ) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer, with a chat template.
+    """Returns the tokenizer, with a chat template.
 
     Args:
       name_or_path: a Hugging Face model directory, a hub name, or a `.gguf` file.
@@ -52,12 +52,12 @@ def load_tokenizer(
 
 
 def fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
-    """A hash of how the tokenizer makes token ids of text."""
+    """Returns a hash of everything that determines the token ids of a text."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:
-    """Raises UserError if the tokenizer has ids for which a model with `size` embeddings has none."""
+    """Raises UserError if the tokenizer has token ids of `size` or more, for which the model has no embedding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= size:
         raise UserError(
@@ -77,8 +77,8 @@ def _published_tokenizer(source: str, path: pathlib.Path) -> transformers.PreTra
         ) from None
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         raise UserError(
-            f"{path.name}: got the slow tokenizer {type(tokenizer).__name__}; needed a fast one, which tells where in "
-            "the text a token stands. Convert it to a tokenizer.json first."
+            f"{path.name}: got the slow tokenizer {type(tokenizer).__name__}; needed a fast one, which has the "
+            "character offsets of tokens. Convert it to a tokenizer.json first."
         )
     return tokenizer
 
@@ -95,9 +95,9 @@ def _template_text(chat_template: str) -> str:
 
 
 def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """The byte-level BPE of a GGUF file.
+    """Returns the byte-level BPE of a GGUF file.
 
-    Built here because the reader of transformers knows no `tokenizer.ggml.pre`: it drops SmolLM's split of digits.
+    Built here because transformers' reader ignores `tokenizer.ggml.pre`, so that SmolLM's digits are not split.
     """
     reader = gguf_file.open_gguf(path)
 
@@ -116,7 +116,7 @@ def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
         tokenizers.models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in merges],
-            # Llama 3 takes a word that is a token as it is, even where merges would not lead there.
+            # In Llama 3 a word that is in the vocabulary is one token, even if merges would not lead to it.
             ignore_merges=field("ggml.pre") == "llama-bpe",
         )
     )
@@ -163,7 +163,7 @@ def _check_gguf(
 
 
 def _pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:
-    """How text is cut before merging. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
+    """Returns how text is split before merging. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
     split = tokenizers.pre_tokenizers
     if kind == "gpt-2":
         return split.ByteLevel(add_prefix_space=False)
@@ -175,6 +175,6 @@ def _pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.Pre
             [split.Split(pattern, "isolated"), split.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
     raise UserError(
-        f"{file}: its text is split in the way {kind!r}; from GGUF are read {', '.join(_GGUF_SPLITS)}. "
+        f"{file}: its pre-tokenizer is {kind!r}; supported in GGUF are {', '.join(_GGUF_SPLITS)}. "
         "Use the model's Hugging Face directory."
     )
