@@ -24,11 +24,14 @@ class _Kind(NamedTuple):
 # In the order of the report.
 _KINDS = {
     "unreadable": _Kind(
-        "error", "records that are no dialogue", "records", "Training stops at the first. Correct or remove them."
+        "error",
+        "records that are not valid dialogues",
+        "records",
+        "Training stops at the first. Correct or remove them.",
     ),
     "refused": _Kind(
         "error",
-        "dialogues that the chat template refuses, or writes so that they cannot be trained",
+        "dialogues that the chat template refuses, or renders so that they cannot be trained",
         "records",
         "Training stops at the first. Change or remove them, or pass another chat template.",
     ),
@@ -42,7 +45,7 @@ _KINDS = {
         "error",
         "dialogues that begin with two BOS tokens",
         "trees",
-        "Inference would begin with one. Take one out of the chat template, or out of the contents.",
+        "At inference there is one. Remove one from the chat template, or from the contents.",
     ),
     "no_target": _Kind(
         "warning",
@@ -60,21 +63,21 @@ _KINDS = {
         "warning",
         "responses whose last target is not the end of turn",
         "responses",
-        "The model is not taught to stop there. See what the chat template writes behind them, and the weights of "
+        "The model does not learn to stop there. Check what the chat template writes after them, and the weights of "
         "their last parts.",
     ),
     "missing_bos": _Kind(
         "warning",
-        "the chat template writes no BOS, which the tokenizer puts before plain text",
+        "the chat template writes no BOS, which the tokenizer adds to plain text",
         "",
-        "The model most likely saw it before every text. Compare the template with the one its publisher gives.",
+        "The model probably saw it before every text. Compare the template with its publisher's.",
     ),
     "prompt": _Kind(
         "warning",
         "responses that change the tokens at the end of their prompt when both are tokenised together",
         "responses",
-        "Trained as they would be generated, behind the prompt's own tokens, but other text has other tokens there. "
-        "End the generation prompt where a token ends; mostly that is without white space.",
+        "Trained as they would be generated, after the prompt's own tokens, but other text has different tokens there. "
+        "End the generation prompt at a token boundary, usually without white space.",
     ),
     "cut": _Kind(
         "warning",
@@ -90,21 +93,21 @@ _KINDS = {
     ),
     "not_written": _Kind(
         "warning",
-        "messages whose content the chat template does not write as it is",
+        "messages whose content the chat template does not render unchanged",
         "messages",
-        "The model sees something else in their place, or nothing. Use a chat template that knows their role.",
+        "The model sees something else in their place, or nothing. Use a chat template that supports their role.",
     ),
     "special_parsed": _Kind(
         "warning",
         "messages with the text of special tokens",
         "messages",
-        "It becomes those tokens, so that contents can end turns and begin others. Remove it, unless it is meant.",
+        "It is parsed as those tokens, so that a content can end a turn. Remove it, unless that is intended.",
     ),
     "repeated": _Kind(
         "warning",
         "dialogues that are the same as an earlier one",
         "trees",
-        "Each counts again. Remove them, unless that is meant.",
+        "Each is trained again. Remove them, unless that is intended.",
     ),
     "same_prompt": _Kind(
         "note",
@@ -116,25 +119,25 @@ _KINDS = {
         "note",
         "messages with the text of special tokens",
         "messages",
-        "It is ordinary text to the model. If it is meant as those tokens, set allow_special_tokens.",
+        "It is ordinary text to the model. If those tokens are intended, set allow_special_tokens.",
     ),
     "history": _Kind(
         "note",
-        "dialogues whose history the chat template writes otherwise than it was generated",
+        "dialogues whose history the chat template renders differently from how it was generated",
         "trees",
-        "Trained exactly here, by branches. Trainers that mask one rendering train on what inference never shows.",
+        "Trained exactly here, with branches. Trainers that mask one rendering train on what inference never shows.",
     ),
     "next": _Kind(
         "note",
-        "responses whose last tokens are others once the next message follows",
+        "responses whose last tokens change when the next message follows",
         "responses",
-        "Trained exactly here, by branches.",
+        "Trained exactly here, with branches.",
     ),
     "unanswered": _Kind(
         "note",
         "dialogues that do not end with an assistant message",
         "dialogues",
-        "What follows the last response trains nothing, unless the objective is joint or roles.",
+        "What follows the last response is not trained on, unless the objective is joint or roles.",
     ),
 }
 

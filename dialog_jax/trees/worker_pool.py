@@ -1,9 +1,8 @@
-"""Processes that build chunks of trees: batches of dialogues in, their chunks out, in the same order.
+"""Worker processes that build chunks of trees: batches of dialogues in, their chunks out, in the same order.
 
-Each is a fresh interpreter with this module and not the program that started it, so that none loads what that one has
-loaded, JAX above all. Memory is bounded by one batch and one chunk a worker, whatever the size of the set; a worker is
-bounded too, in memory and in the time a batch may take. Batches and chunks go through a socket that no other process
-can open.
+Each worker is a fresh interpreter that imports this module and not the program that started it, so that it does not
+load JAX. This process holds one batch and one chunk per worker, whatever the size of the set; a worker's memory and the
+time for a batch are limited. Batches and chunks go through a socket that no other process can open.
 """
 
 import collections
@@ -27,12 +26,12 @@ from dialog_jax.trees import chunks, teacher_file
 from dialog_jax.trees.chunks import Chunk, TreeConfig
 from dialog_jax.trees.teacher_file import TeacherFile
 
-MEMORY = 8 << 30  # bytes that a worker may have, besides the files it reads
-SECONDS = 600.0  # that a chunk is waited for
+MEMORY = 8 << 30  # bytes of a worker, besides the files it maps
+SECONDS = 600.0  # to wait for a chunk
 
 
 class WorkerError(UserError):
-    """A worker needs too much time or memory, or was ended: what was built before it may be gone on with."""
+    """A worker needs too much time or memory, or was killed; a build can resume from the chunks before it."""
 
 
 def build_chunks(
@@ -50,12 +49,12 @@ def build_chunks(
     Args:
       workers: processes; 0 for this one only, whose memory and time are not limited, as for a single batch. Chat
         templates are rendered in processes of their own in any case.
-      memory: bytes a worker may have, where the system can bound them.
-      seconds: that this process waits for a chunk.
+      memory: limit of a worker's memory in bytes, where the system supports one.
+      seconds: to wait for a chunk.
 
     Raises:
       UserError: what `chunks.build_chunk` raises.
-      WorkerError: a batch takes too much memory or time, or its worker was ended. Names the dialogues.
+      WorkerError: a batch takes too much memory or time, or its worker was killed. Names the dialogues.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
@@ -64,53 +63,53 @@ def build_chunks(
         yield from chunks.build_chunks(batches, renderer, config, teacher)
         return
     with contextlib.ExitStack() as stack:
-        working: collections.deque[_Worker] = collections.deque()  # the one whose chunk is next stands first
+        working: collections.deque[_Worker] = collections.deque()  # in the order of their chunks
         for batch in batches:  # read while the workers work
             if len(working) < workers:
                 worker, chunk = stack.enter_context(_start(renderer, config, teacher, memory)), None
             else:
                 worker = working.popleft()
-                chunk = worker.chunk(seconds)
-            worker.give(batch)
+                chunk = worker.receive(seconds)
+            worker.send(batch)
             working.append(worker)
             if chunk is not None:
                 yield chunk
         for worker in working:
-            yield worker.chunk(seconds)
+            yield worker.receive(seconds)
 
 
 @dataclasses.dataclass
 class _Worker:
-    """A process that waits for a batch, or works on one."""
+    """A worker process, idle or with a batch."""
 
     process: subprocess.Popen
     connection: Connection
     batch: Sequence[Dialogue] = ()
 
-    def give(self, batch: Sequence[Dialogue]) -> None:
-        """Hands a batch to a process that has none."""
+    def send(self, batch: Sequence[Dialogue]) -> None:
+        """Sends a batch to an idle worker."""
         self.batch = batch
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `chunk` says that it has ended
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` raises the error
             self.connection.send(batch)
 
-    def chunk(self, seconds: float) -> Chunk:
-        """What the process has made of its batch."""
+    def receive(self, seconds: float) -> Chunk:
+        """Waits for the chunk of the worker's batch and returns it; the worker is idle afterwards."""
         first, last = self.batch[0].name, self.batch[-1].name
-        among = first if len(self.batch) == 1 else f"{first} to {last}"
+        names = first if len(self.batch) == 1 else f"{first} to {last}"
         if not self.connection.poll(seconds):
             raise WorkerError(
-                f"{among}: not rendered after {seconds:,.0f} seconds. Look for a loop in the chat template that one of "
-                "them does not end, or for one that is very long."
+                f"{names}: not rendered after {seconds:,.0f} seconds. One of them may be very long, or the chat "
+                "template may loop on it. Remove it, or correct the template."
             )
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
             raise WorkerError(
-                f"{among}: the process that rendered them ended (exit code {self.process.wait()}): it was ended from "
-                "outside, or had too little memory. Set data.workers to fewer, or look for what is very long."
+                f"{names}: the process that rendered them ended (exit code {self.process.wait()}): it was killed, or "
+                "had too little memory. Lower data.workers, or remove dialogues that are very long."
             ) from None
         if isinstance(answer, MemoryError):
-            raise WorkerError(f"{among}: need more memory than a worker may have. Look for what is very long.")
+            raise WorkerError(f"{names}: need more memory than a worker may have. Remove dialogues that are very long.")
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -118,11 +117,11 @@ class _Worker:
 
 @contextlib.contextmanager
 def _start(renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None, memory: int) -> Iterator[_Worker]:
-    """Gives a worker, which is gone afterwards."""
+    """Starts a worker, and ends it after the block."""
     ours, theirs = socket.socketpair()
     environment = {
         **os.environ,
-        "TOKENIZERS_PARALLELISM": "false",  # the workers are the threads
+        "TOKENIZERS_PARALLELISM": "false",  # there is one worker per processor
         "OPENBLAS_NUM_THREADS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
@@ -136,7 +135,7 @@ def _start(renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None, 
     try:
         file = ("", False) if teacher is None else (teacher.path, teacher.same_tokenizer)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.send((renderer, config, *file))  # of the teacher its path, since its arrays would be copied
+            connection.send((renderer, config, *file))  # the teacher's path, since pickling would copy its arrays
         yield worker
     finally:
         connection.close()
@@ -145,10 +144,10 @@ def _start(renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None, 
 
 
 def serve(descriptor: int, memory: int) -> None:
-    """What a worker does: answers each batch from a socket with its chunk, or its error, until the other end closes.
+    """Runs a worker: answers each batch from a socket with its chunk, or its error, until the other end closes.
 
     Args:
-      memory: bytes that it may have.
+      memory: limit in bytes.
     """
     with (
         contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
@@ -158,7 +157,7 @@ def serve(descriptor: int, memory: int) -> None:
 
 
 def _serve(connection: Connection, memory: int) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the process that started this one, and ends it
+    for number in (signal.SIGINT, signal.SIGTERM):  # the process that started this one handles them
         signal.signal(number, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if most == resource.RLIM_INFINITY else min(memory, most)

@@ -70,7 +70,9 @@ class AuditTest(absltest.TestCase):
         told, error, written = self.audit([_GOOD[0], '{"prompt": "Hi', {"prompt": "Hi"}, _GOOD[1]])
         self.assertEqual(error, "[exit code 2]")
         self.assertIn("4 records, 2 of them refused; 2 dialogues have something to train on", told)
-        self.assertRegex(told, r"error    records that are no dialogue: 2 of 4\. .*\n {9}data\.jsonl:2: not JSON at ")
+        self.assertRegex(
+            told, r"error    records that are not valid dialogues: 2 of 4\. .*\n {9}data\.jsonl:2: not JSON at "
+        )
         self.assertIn("\n         dialogue 2 (data.jsonl:3): has the keys 'prompt'", told)
         self.assertNotIn("Nothing to fix", told)
         self.assertEqual((written["records"], written["trees"]), (4, 2))

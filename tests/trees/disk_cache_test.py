@@ -225,16 +225,16 @@ class StorageTest(parameterized.TestCase):
 
     def test_a_worker_that_is_killed_costs_no_work(self):
         dialogues = [turns(2 + n % 3, id=n) for n in range(60)]
-        chunk, given = worker_pool._Worker.chunk, []
+        receive, given = worker_pool._Worker.receive, []
 
         def killed(worker, seconds):
             given.append(worker)
             if len(given) == 5:
                 worker.process.kill()
                 worker.process.wait()
-            return chunk(worker, seconds)
+            return receive(worker, seconds)
 
-        with together(6), mock.patch.object(worker_pool._Worker, "chunk", killed):
+        with together(6), mock.patch.object(worker_pool._Worker, "receive", killed):
             with self.assertRaisesRegex(
                 ValueError, r"dialogue \d+ \(said.jsonl:\d+\) to dialogue \d+ .* ended \(exit code -9\)"
             ) as refused:
