@@ -6,84 +6,16 @@ The directory appears when it is complete: float32 safetensors, config.json, the
 export.json, which identifies the checkpoint. If it exists and was made from the same checkpoint, nothing is done.
 """
 
-import hashlib
-import json
-import pathlib
-import shutil
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 from absl import flags
 
 from dialog_jax.commands import entry
-from dialog_jax.errors import UserError
-from dialog_jax.model import decoder, pretrained
-from dialog_jax.rendering.tokenizers import load_tokenizer
-from dialog_jax.training import checkpoints, metrics, run_directory
+from dialog_jax.training import export
 
 _RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of dialog_jax train.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist, be empty, or hold this very export.")
 _STEP = flags.DEFINE_string("step", "best", "best (by held-out loss), latest, or the number of a checkpointed step.")
 
 
-def export(run: pathlib.Path, out: pathlib.Path, *, step: str) -> str:
-    """Writes the directory and returns what to tell of it.
-
-    Raises:
-      UserError: there is no run, or no such step, or something else is in `out`.
-    """
-    model, stop_tokens = run_directory.read_model(run)
-    number = _choose(run, step, checkpoints.list_steps(run / "checkpoints"))
-    source = _identity(run, number)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a directory.")
-    if out.exists() and any(out.iterdir()):
-        if _is_made_of(out, source):
-            return f"{out}: already there, made of step {number:,}"
-        raise UserError(f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out.")
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
-        decoder.abstract_parameters(model),
-    )
-    parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
-    # All of it, export.json included, appears by one rename.
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer = load_tokenizer(run / "tokenizer")
-    pretrained.save_pretrained(unfinished, model, parameters, tokenizer=tokenizer, stop_tokens=stop_tokens)
-    (unfinished / "export.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(out)
-    return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
-
-
-def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
-    losses = {line["step"]: line["loss"] for line in metrics.read_records(run / "evaluation.jsonl")}
-    best = checkpoints.find_best_step(losses, steps)
-    if not steps or (step == "best" and best is None):
-        raise UserError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
-    named = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}
-    if step not in named and not (step.isdecimal() and int(step) in steps):
-        raise UserError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
-    return named[step] if step in named else int(step)
-
-
-def _identity(run: pathlib.Path, step: int) -> dict[str, Any]:
-    """What tells this checkpoint from all others: its step and a hash of the run's config and the time of saving."""
-    digest = hashlib.sha256((run / "config.json").read_bytes())
-    file = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
-    if not file.exists():
-        raise UserError(f"the checkpoint of step {step} is not whole: {file.name} is missing. Choose another --step.")
-    digest.update(file.read_bytes())
-    return {"step": step, "checkpoint": digest.hexdigest()}
-
-
-def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
-    file = out / "export.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == source
-
-
 def main() -> None:
     run, out = entry.required(_RUN, "runs/mine"), entry.required(_OUT, "runs/mine/model")
-    print(export(pathlib.Path(run), pathlib.Path(out), step=_STEP.value))
+    print(export.export_model(run, out, step=_STEP.value))

@@ -69,6 +69,22 @@ def reply(
     return _decode_chunks(model, new_tokens, "context" if room < max_new_tokens else "max_new_tokens")
 
 
+def reply_text(
+    model: Model,
+    messages: Sequence[Message] | str,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> str:
+    """Returns the whole text of a reply to `messages`, or to a single message of the user; the rest as in `reply`."""
+    if isinstance(messages, str):
+        messages = [Message(role="user", content=messages)]
+    chunks = reply(model, messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    return "".join(chunk.text for chunk in chunks)
+
+
 def _decode_chunks(model: Model, tokens: Iterator[int], end: str) -> Iterator[ReplyChunk]:
     backend = model.tokenizer.backend_tokenizer
     ids: list[int] = []

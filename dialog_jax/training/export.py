@@ -1,0 +1,79 @@
+"""A checkpoint of a run in, a Hugging Face directory out."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dialog_jax.errors import UserError
+from dialog_jax.model import decoder, pretrained
+from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.training import checkpoints, metrics, run_directory
+
+
+def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, step: str = "best") -> str:
+    """Writes the trained model as a Hugging Face directory, which appears when it is complete; returns a summary.
+
+    Args:
+      run: the directory of a run.
+      out: must not exist, be empty, or hold this very export.
+      step: `best` by held-out loss, `latest`, or the number of a step that has a checkpoint.
+
+    Raises:
+      UserError: there is no run, or no such step, or something else is in `out`.
+    """
+    run, out = pathlib.Path(run), pathlib.Path(out)
+    model, stop_tokens = run_directory.read_model(run)
+    number = _choose(run, step, checkpoints.list_steps(run / "checkpoints"))
+    source = _identity(run, number)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a directory.")
+    if out.exists() and any(out.iterdir()):
+        if _is_made_of(out, source):
+            return f"{out}: already there, made of step {number:,}"
+        raise UserError(f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out.")
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
+        decoder.abstract_parameters(model),
+    )
+    parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
+    # All of it, export.json included, appears by one rename.
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizer = load_tokenizer(run / "tokenizer")
+    pretrained.save_pretrained(unfinished, model, parameters, tokenizer=tokenizer, stop_tokens=stop_tokens)
+    (unfinished / "export.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(out)
+    return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
+
+
+def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
+    losses = {line["step"]: line["loss"] for line in metrics.read_records(run / "evaluation.jsonl")}
+    best = checkpoints.find_best_step(losses, steps)
+    if not steps or (step == "best" and best is None):
+        raise UserError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
+    named = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}
+    if step not in named and not (step.isdecimal() and int(step) in steps):
+        raise UserError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
+    return named[step] if step in named else int(step)
+
+
+def _identity(run: pathlib.Path, step: int) -> dict[str, Any]:
+    """What tells this checkpoint from all others: its step and a hash of the run's config and the time of saving."""
+    digest = hashlib.sha256((run / "config.json").read_bytes())
+    file = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    if not file.exists():
+        raise UserError(f"the checkpoint of step {step} is not whole: {file.name} is missing. Choose another --step.")
+    digest.update(file.read_bytes())
+    return {"step": step, "checkpoint": digest.hexdigest()}
+
+
+def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
+    file = out / "export.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == source
