@@ -11,7 +11,7 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from tests.experiments import tiny_run
-from tests.training.exactness_test import turns_of
+from tests.laws import oracles
 
 
 def dialogue(*contents):
@@ -32,7 +32,7 @@ class CausalityTest(absltest.TestCase):
 
     def alone(self, one):
         """The loss of each response, each a pass of its own."""
-        tokens, weight = tiny_run.passes(self.model.tokenizer, [one])
+        tokens, weight = tiny_run.passes([one])
         return (np.asarray(tiny_run.losses(self.model.config, self.model.parameters, tokens)) * weight).sum(axis=1)
 
     def test_changes_equal_those_of_separate_passes(self):
@@ -46,7 +46,7 @@ class CausalityTest(absltest.TestCase):
         np.testing.assert_allclose(found.changes, expected, atol=2e-4)
         self.assertGreater(np.abs(np.diag(found.changes)).min(), 1e-3)
         np.testing.assert_array_equal(found.changes[np.tril_indices(3, -1)], 0)
-        sizes = [len(response) for _, response in turns_of(_PLAIN, self.model.tokenizer)]
+        sizes = [len(one.tokens) for one in oracles.responses(_PLAIN, "chatml")]
         self.assertEqual(found.earlier, sizes[0] + sizes[0] + sizes[1])
         self.assertEqual(found.largest_earlier, 0)
 

@@ -53,7 +53,7 @@ class CompareTest(absltest.TestCase):
         self.model = tiny_run.save_model(directory)
 
     def test_trainings_equal_a_plain_loop_of_separate_passes(self):
-        config, tokenizer = self.model.config, self.model.tokenizer
+        config = self.model.config
         train, held_out = dialogues(4), dialogues(2, seed=1)
         weigh = {"all": lambda turn, turns: 1.0, "last": lambda turn, turns: float(turn == turns - 1)}
         prepared = {"all": trees(self.model, train), "last": trees(self.model, train, name="last")}
@@ -62,7 +62,7 @@ class CompareTest(absltest.TestCase):
         )
         self.assertEqual(list(done), ["all", "last"])
         plan = harness.make_plan(prepared["all"], 5)
-        expected_tokens, expected_weight = tiny_run.passes(tokenizer, held_out)
+        expected_tokens, expected_weight = tiny_run.passes(held_out)
         adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8))
         update = jax.jit(lambda gradient, state: adam.update(gradient, state))
         for name, training in done.items():
@@ -74,7 +74,7 @@ class CompareTest(absltest.TestCase):
                 if number == 2:
                     break
                 seen = [train[tree] for row in plan.rows(number) for tree in row]
-                tokens, weight = tiny_run.passes(tokenizer, seen, weigh[name])
+                tokens, weight = tiny_run.passes(seen, weigh[name])
                 targets += int(weight.sum())
                 gradient = tiny_run.gradient(config, parameters, tokens, weight / weight.sum())
                 updates, state = update(gradient, state)

@@ -26,7 +26,7 @@ class GradientsTest(absltest.TestCase):
     def oracle(self, chosen):
         """(gradient of log Pr(y | x), of log Pr(x, y), tokens of y, of x and y)."""
         config, parameters, tokenizer = self.model.config, self.model.parameters, self.model.tokenizer
-        tokens, of_responses = tiny_run.passes(tokenizer, chosen)
+        tokens, of_responses = tiny_run.passes(chosen)
         whole, everything = np.zeros_like(tokens), np.zeros_like(of_responses)
         for line, dialogue in enumerate(chosen):
             text = tokenizer.apply_chat_template([m.as_dict() for m in dialogue.messages], tokenize=False)

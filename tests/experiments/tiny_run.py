@@ -14,9 +14,9 @@ import numpy as np
 
 from dialog_jax.inference import loading
 from dialog_jax.model import decoder, pretrained
+from tests.laws import oracles
 from tests.rendering import chat_templates
 from tests.training import tiny
-from tests.training.exactness_test import turns_of
 
 _LENGTH = 256  # tokens of a line of the oracle
 
@@ -50,19 +50,19 @@ def save_dialogues(directory):
         pathlib.Path(directory / f"{name}.jsonl").write_text("".join(lines))
 
 
-def passes(tokenizer, dialogues, weigh=lambda turn, turns: 1.0):
+def passes(dialogues, weigh=lambda turn, turns: 1.0):
     """([N, 256] tokens, [N, 255] weights): a line a response, with its prompt before it and zeros after it.
 
-    Rendered and tokenised by the tokenizer's own chat interface. weights[n, i] is that of token i + 1, and
-    weigh(turn, turns) within the response.
+    weights[n, i] is that of token i + 1, and weigh(turn, turns) within the response.
     """
     lines = []
     for dialogue in dialogues:
-        turns = turns_of(dialogue, tokenizer)
-        for turn, (prompt, response) in enumerate(turns):
+        responses = oracles.responses(dialogue, "chatml")
+        for turn, one in enumerate(responses):
             tokens, weight = np.zeros(_LENGTH, np.int32), np.zeros(_LENGTH - 1, np.float32)
-            tokens[: len(prompt) + len(response)] = prompt + response
-            weight[len(prompt) - 1 : len(prompt) + len(response) - 1] = weigh(turn, len(turns))
+            stop = len(one.prompt) + len(one.tokens)
+            tokens[:stop] = one.prompt + one.tokens
+            weight[len(one.prompt) - 1 : stop - 1] = weigh(turn, len(responses))
             lines.append((tokens, weight))
     return tuple(np.stack(column) for column in zip(*lines, strict=True))
 
