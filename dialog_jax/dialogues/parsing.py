@@ -108,11 +108,13 @@ def _message(item: Any, where: str) -> Message:
         )
     sharegpt = "from" in item and "role" not in item
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    given = item.get(role_key)
-    role = schemas.SHAREGPT_ROLES.get(given) if sharegpt and isinstance(given, str) else given
+    speaker = item.get(role_key)
+    role = schemas.SHAREGPT_ROLES.get(speaker) if sharegpt and isinstance(speaker, str) else speaker
     if role not in schemas.ROLES:
         allowed = ", ".join(schemas.SHAREGPT_ROLES if sharegpt else schemas.ROLES)
-        has = f"has no {role_key!r}" if given is None else f"has {'role' if role_key == 'role' else 'from'} {given!r}"
+        has = (
+            f"has no {role_key!r}" if speaker is None else f"has {'role' if role_key == 'role' else 'from'} {speaker!r}"
+        )
         raise UserError(f"{where} {has}; needed one of {allowed}. Rename it in the data.")
     fields = {
         key: value
