@@ -46,7 +46,7 @@ class ObjectiveConfig:
     """Weights are multiplied by turn_discount ** (number of turns that follow); above 0."""
     turn_weights: tuple[float, ...] = ()
     """Weights by turn, from the first; the last one holds for all later turns. Empty to use turn_discount."""
-    normalise: str = "token"
+    normalize: str = "token"
     """`token`: weights as they are. `turn`: the weights of each response sum to its message's weight times its
     schedule. `dialogue`: all weights of a dialogue sum to 1; a message tree is one dialogue."""
     merge_weights: str = "max"
@@ -56,8 +56,8 @@ class ObjectiveConfig:
     def __post_init__(self):
         if self.name not in NAMES:
             raise UserError(f"objective.name is {self.name!r}; it must be one of {', '.join(NAMES)}.")
-        if self.normalise not in UNITS:
-            raise UserError(f"objective.normalise is {self.normalise!r}; it must be one of {', '.join(UNITS)}.")
+        if self.normalize not in UNITS:
+            raise UserError(f"objective.normalize is {self.normalize!r}; it must be one of {', '.join(UNITS)}.")
         unknown = [role for role in self.roles if role not in ROLES]
         if unknown or not self.roles:
             raise UserError(f"objective.roles is {self.roles!r}; it must contain one or more of {', '.join(ROLES)}.")
@@ -150,11 +150,11 @@ def _is_weight(value: Any) -> bool:
 def _weigh_response(
     sequence: RenderedSequence, dialogue: Dialogue, objective: ObjectiveConfig, factor: float
 ) -> list[Span]:
-    """Returns the spans of a sequence's response; with `normalise=turn` they sum to its message's weight * factor."""
+    """Returns the spans of a sequence's response; with `normalize=turn` they sum to its message's weight * factor."""
     place = MessageSpan(sequence.message_index, sequence.start, len(sequence.tokens), sequence.part_spans)
     spans = [span._replace(weight=span.weight * factor, turn=sequence.turn) for span in _weigh_message(dialogue, place)]
     total = sum(span.weight * (span.stop - span.start) for span in spans)
-    if objective.normalise != "turn" or not total:
+    if objective.normalize != "turn" or not total:
         return spans
     scale = dialogue.messages[sequence.message_index].weight * factor / total
     return [span._replace(weight=span.weight * scale) for span in spans]

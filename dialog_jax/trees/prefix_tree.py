@@ -177,7 +177,7 @@ def join_trees(trees: Sequence[Tree], length: int) -> Tree:
     )
 
 
-def normalise(trees: Sequence[Tree], unit: str) -> list[Tree]:
+def normalize(trees: Sequence[Tree], unit: str) -> list[Tree]:
     """Returns the trees of one dialogue with rescaled weights; a dialogue has several trees if it was split.
 
     One tree with weights [0, 1, 1, 2]   ->   [0, 0.25, 0.25, 0.5] for the unit `dialogue`

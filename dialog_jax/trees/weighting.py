@@ -82,5 +82,5 @@ def build_trees(groups: Sequence[Sequence[SupervisedSequence]], objective: Objec
             paths = [one.excerpt.path if objective.merge_weights == "sum" else 0 for one in sequences]
             tree = prefix_tree.build_tree([(one.tokens, one.spans) for one in sequences], paths)
             trees[-1] = tree if tree.weight.any() else None
-    normalised = iter(prefix_tree.normalise([tree for tree in trees if tree is not None], objective.normalise))
-    return [None if tree is None else next(normalised) for tree in trees]
+    normalized = iter(prefix_tree.normalize([tree for tree in trees if tree is not None], objective.normalize))
+    return [None if tree is None else next(normalized) for tree in trees]

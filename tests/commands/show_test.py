@@ -216,7 +216,7 @@ class ShowTest(parameterized.TestCase):
         ):
             picture = self.picture({"messages": plain}, *flags)
             self.assertEqual(re.findall(r"⟦(?:[\d.]+: )?", picture), marks)
-        shown = self.tokens({"messages": plain}, "--config.objective.normalise=dialogue")
+        shown = self.tokens({"messages": plain}, "--config.objective.normalize=dialogue")
         self.assertAlmostEqual(sum(float(line["weight"]) for line in shown), 1, places=2)
 
     def test_colours_are_written_to_terminals_only(self):

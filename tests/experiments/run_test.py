@@ -11,7 +11,7 @@ from unittest import mock
 import causality
 import joint_vs_conditional
 import matplotlib.pyplot as plt
-import normalisation
+import normalization
 import report
 import which_turns
 from absl.testing import absltest, parameterized
@@ -38,7 +38,7 @@ class RunTest(parameterized.TestCase):
     @parameterized.parameters(
         (joint_vs_conditional, 2, ["frozen copy", "messages of users", "joint - conditional"]),
         (which_turns, 2, ["discount 0.7", "last response - all responses", "| all |"]),
-        (normalisation, 2, ["12 training dialogues and 6 held-out ones", "dialogue mean", "33 and more"]),
+        (normalization, 2, ["12 training dialogues and 6 held-out ones", "dialogue mean", "33 and more"]),
         (causality, 0, ["equal in all bits", "reasoning stripped from history"]),
     )
     def test_experiment_writes_table_and_picture(self, module, steps, expected):

@@ -141,10 +141,10 @@ def response_weights(dialogue, objective, family, *, kept=None):
         for factor in some:
             goal = dialogue.messages[message].weight * factor
             weights = np.array(one.parts) * goal
-            if objective.get("normalise") == "turn" and weights.sum():
+            if objective.get("normalize") == "turn" and weights.sum():
                 weights *= goal / weights.sum()
             found.append((one, weights))
-    if objective.get("normalise") == "dialogue" and found:
+    if objective.get("normalize") == "dialogue" and found:
         total = sum(weights.sum() for _, weights in found)
         found = [(one, weights / total if total else weights) for one, weights in found]
     return found

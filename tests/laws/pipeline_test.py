@@ -26,7 +26,7 @@ class PipelineTest(parameterized.TestCase):
                 {
                     "name": st.sampled_from(["conditional", "joint", "last", "roles"]),
                     "roles": st.sampled_from([("assistant",), ("user", "tool"), ("system", "assistant")]),
-                    "normalise": st.sampled_from(["token", "turn", "dialogue"]),
+                    "normalize": st.sampled_from(["token", "turn", "dialogue"]),
                     "merge_weights": st.sampled_from(["max", "sum"]),
                     "max_length": st.sampled_from([8, 40, 100_000]),
                     "truncate": st.sampled_from(["turns", "drop", "split", "error"]),

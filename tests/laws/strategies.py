@@ -134,7 +134,7 @@ objectives = st.fixed_dictionaries(
     {},
     optional={
         "name": st.sampled_from(["conditional", "last", "roles"]),
-        "normalise": st.sampled_from(["token", "turn", "dialogue"]),
+        "normalize": st.sampled_from(["token", "turn", "dialogue"]),
         "merge_weights": st.sampled_from(["max", "sum"]),
     },
 ).flatmap(
@@ -155,7 +155,7 @@ objectives_of_all = st.one_of(
     ),
 ).flatmap(
     lambda fixed: st.sampled_from(
-        [{}, {"normalise": "dialogue"}, {"merge_weights": "sum"}, {"turn_weights": (0.0, 1.0)}]
+        [{}, {"normalize": "dialogue"}, {"merge_weights": "sum"}, {"turn_weights": (0.0, 1.0)}]
     ).map(lambda more: {**fixed, **more})
 )
 """Arguments of `ObjectiveConfig` that train on other messages too."""

@@ -102,7 +102,7 @@ class LeavesTest(parameterized.TestCase):
         if not found:
             return {}
         tree = prefix_tree.build_tree([(tokens, some) for tokens, some, _ in found], [number for *_, number in found])
-        (tree,) = prefix_tree.normalise([tree], config.normalise)
+        (tree,) = prefix_tree.normalize([tree], config.normalize)
         return {(context, token): (weight, turn) for context, token, weight, turn in oracles.tree_targets(tree)}
 
     @parameterized.parameters("chatml", "qwen3", "mistral")

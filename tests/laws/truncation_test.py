@@ -60,7 +60,7 @@ class TurnsTest(parameterized.TestCase):
     @hypothesis.given(data=st.data())
     def test_turns_keeps_the_longest_beginning_and_counts_the_rest(self, family, data):
         (dialogue,) = strategies.parsed([data.draw(strategies.records(family))])
-        objective = data.draw(st.sampled_from([{}, {"turn_discount": 0.5}, {"normalise": "dialogue"}]))
+        objective = data.draw(st.sampled_from([{}, {"turn_discount": 0.5}, {"normalize": "dialogue"}]))
         max_length = lengths(data, dialogue, family)
         kept = fitting(dialogue, family, max_length)
         expected = collections.Counter()

@@ -30,7 +30,7 @@ class SumsTest(parameterized.TestCase):
         dialogues = strategies.parsed(
             data.draw(st.lists(strategies.records(family, kind="words"), max_size=3, min_size=1))
         )
-        objective = data.draw(strategies.objectives) | {"normalise": "dialogue"}
+        objective = data.draw(strategies.objectives) | {"normalize": "dialogue"}
         trees = prepare(dialogues, family, **objective | {"name": data.draw(st.sampled_from(_NAMES))})
         for number in range(0 if trees is None else len(trees)):
             self.assertAlmostEqual(float(trees.tree(number).weight.sum(dtype=np.float64)), 1, places=5)
@@ -41,7 +41,7 @@ class SumsTest(parameterized.TestCase):
     def test_each_response_sums_to_its_weight_and_the_rest_to_one(self, family, data):
         dialogues = strategies.parsed([data.draw(strategies.lists(family, kind="words"))])
         name = data.draw(st.sampled_from(_NAMES))
-        trees = prepare(dialogues, family, name=name, roles=("user", "assistant"), normalise="turn")
+        trees = prepare(dialogues, family, name=name, roles=("user", "assistant"), normalize="turn")
         if trees is None:
             return
         turns = oracles.trained_turns(dialogues[0], range(len(dialogues[0].messages)))

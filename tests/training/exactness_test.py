@@ -106,10 +106,10 @@ class OnePassTest(parameterized.TestCase):
 
     @parameterized.parameters(
         {"turn_discount": 0.5},
-        {"turn_weights": (0.25, 2.0), "normalise": "turn"},
-        {"turn_discount": 2.0, "normalise": "dialogue"},
-        {"name": "last", "normalise": "turn"},
-        {"name": "roles", "normalise": "dialogue", "turn_weights": (1.0, 0.0, 3.0)},
+        {"turn_weights": (0.25, 2.0), "normalize": "turn"},
+        {"turn_discount": 2.0, "normalize": "dialogue"},
+        {"name": "last", "normalize": "turn"},
+        {"name": "roles", "normalize": "dialogue", "turn_weights": (1.0, 0.0, 3.0)},
     )
     def test_weightings_of_packed_dialogues(self, **objective):
         reasoning = reasoning_dialogue()

@@ -260,7 +260,7 @@ class SplitTest(parameterized.TestCase):
 
     @parameterized.parameters("conditional", "joint")
     def test_the_pieces_of_a_dialogue_sum_to_one(self, name):
-        trees = prepare([turns(12), turns(1, id=1)], max_length=80, truncate="split", name=name, normalise="dialogue")
+        trees = prepare([turns(12), turns(1, id=1)], max_length=80, truncate="split", name=name, normalize="dialogue")
         self.assertGreater(len(trees), 3)
         sums = collections.Counter()
         for number, id in enumerate(trees.ids):

@@ -130,7 +130,7 @@ class OnceTest(parameterized.TestCase):
             expected |= {prefix: max(weight, expected.get(prefix, 0)) for prefix, weight in alone.items()}
         self.assertEqual(weights_by_prefix(prepare([dialogue], **options).tree(0)), expected)
 
-    def test_normalise_turn_makes_each_response_a_mean(self):
+    def test_normalize_turn_makes_each_response_a_mean(self):
         dialogue = random_tree(1)
         expected = collections.Counter()
         for index, message in enumerate(dialogue.messages):
@@ -139,7 +139,7 @@ class OnceTest(parameterized.TestCase):
                 ((prompt, response),) = sequences_of(path_dialogue(dialogue, path, train={index}), "chatml")
                 for stop in range(len(prompt) + 1, len(prompt) + len(response) + 1):
                     expected[tuple((prompt + response)[:stop])] += 1 / len(response)
-        got = {p: w for p, w in weights_by_prefix(prepare([dialogue], normalise="turn").tree(0)).items() if w}
+        got = {p: w for p, w in weights_by_prefix(prepare([dialogue], normalize="turn").tree(0)).items() if w}
         self.assertEqual(got.keys(), expected.keys())
         np.testing.assert_allclose(list(got.values()), [expected[prefix] for prefix in got], rtol=1e-6)
 
@@ -157,7 +157,7 @@ class SumTest(parameterized.TestCase):
             {"name": "last"},
             {"name": "roles", "roles": ("user",)},
             {"name": "joint"},
-            {"normalise": "turn"},
+            {"normalize": "turn"},
         ),
     )
     def test_weights_add_up_over_paths(self, seed, family, objective):

@@ -135,15 +135,15 @@ class SuperviseTest(parameterized.TestCase):
         tree = self.tree_with_parts(**objective)
         np.testing.assert_allclose(padded(tree.weight), numbers(picture), rtol=1e-6)
 
-    def test_normalise_turn_makes_what_is_outside_responses_sum_to_one(self):
-        weight = tree_of(_DIALOGUE, name="joint", normalise="turn").weight
+    def test_normalize_turn_makes_what_is_outside_responses_sum_to_one(self):
+        weight = tree_of(_DIALOGUE, name="joint", normalize="turn").weight
         outside = numbers(_JOINT) - numbers(_CONDITIONAL)
         expected = outside / outside.sum()
         expected[5:8], expected[14:18] = 1 / 3, 1 / 4
         np.testing.assert_allclose(padded(weight), expected, rtol=1e-6)
 
-    def test_normalise_turn_keeps_the_ratio_of_parts(self):
-        weight = self.tree_with_parts(normalise="turn").weight
+    def test_normalize_turn_keeps_the_ratio_of_parts(self):
+        weight = self.tree_with_parts(normalize="turn").weight
         expected = [0.5 / 3] * 3 + [0.5 / 2.5, 0.5 / 2.5, 0.25 / 2.5]
         np.testing.assert_allclose(weight[weight > 0], expected, rtol=1e-6)
 
@@ -163,13 +163,13 @@ class SuperviseTest(parameterized.TestCase):
         ("dialogue", {"turn_discount": 0.5}, [0.5 / 5.5] * 3 + [1 / 5.5] * 4),
         ("dialogue", {"name": "last"}, [1 / 4] * 4),
     )
-    def test_normalise_rescales(self, unit, objective, expected):
-        weight = tree_of(_DIALOGUE, normalise=unit, **objective).weight
+    def test_normalize_rescales(self, unit, objective, expected):
+        weight = tree_of(_DIALOGUE, normalize=unit, **objective).weight
         np.testing.assert_allclose(weight[weight > 0], expected, rtol=1e-6)
 
-    def test_normalise_turn_keeps_the_message_s_weight_as_the_sum(self):
+    def test_normalize_turn_keeps_the_message_s_weight_as_the_sum(self):
         weighted = (("user", "a"), ("assistant", "bb", 0.5), ("user", "c"), ("assistant", "ddd", 2))
-        weight = tree_of(weighted, normalise="turn").weight
+        weight = tree_of(weighted, normalize="turn").weight
         np.testing.assert_allclose(weight[weight > 0], [0.5 / 3] * 3 + [2 / 4] * 4, rtol=1e-6)
 
 
@@ -236,7 +236,7 @@ class BranchingTest(parameterized.TestCase):
 class ConfigTest(parameterized.TestCase):
     @parameterized.parameters(
         ({"name": "all"}, "name is 'all'.*conditional, joint, last, roles"),
-        ({"normalise": "batch"}, "normalise is 'batch'.*token, turn, dialogue"),
+        ({"normalize": "batch"}, "normalize is 'batch'.*token, turn, dialogue"),
         ({"roles": ("user", "bot")}, "roles is .*'bot'.*system, user, assistant, tool"),
         ({"roles": ()}, "roles is"),
         ({"turn_discount": 0.0}, "turn_discount is 0.0.*above 0"),

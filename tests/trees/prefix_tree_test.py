@@ -121,7 +121,7 @@ class BuildTreeTest(parameterized.TestCase):
         self.assertEqual(int((tree.weight > 0).sum()), 3500)
 
 
-class NormaliseTest(absltest.TestCase):
+class NormalizeTest(absltest.TestCase):
     def tree(self):
         tokens = np.arange(8, dtype=np.int32)
         spans = [
@@ -134,22 +134,22 @@ class NormaliseTest(absltest.TestCase):
 
     def test_token_leaves_weights(self):
         np.testing.assert_array_equal(
-            prefix_tree.normalise([self.tree()], "token")[0].weight, [0, 2, 1, 1, 1, 0, 2, 0.5]
+            prefix_tree.normalize([self.tree()], "token")[0].weight, [0, 2, 1, 1, 1, 0, 2, 0.5]
         )
 
     def test_turn_makes_what_is_outside_responses_sum_to_one(self):
         np.testing.assert_array_equal(
-            prefix_tree.normalise([self.tree()], "turn")[0].weight, [0, 0.5, 1, 1, 1, 0, 0.5, 0.5]
+            prefix_tree.normalize([self.tree()], "turn")[0].weight, [0, 0.5, 1, 1, 1, 0, 0.5, 0.5]
         )
 
     def test_dialogue_sums_to_one(self):
-        weight = prefix_tree.normalise([self.tree()], "dialogue")[0].weight
+        weight = prefix_tree.normalize([self.tree()], "dialogue")[0].weight
         np.testing.assert_allclose(weight, np.array([0, 2, 1, 1, 1, 0, 2, 0.5]) / 7.5, rtol=1e-6)
 
     def test_without_weights_nothing_changes(self):
         tree, _ = prefix_tree.build_trie([np.arange(3, dtype=np.int32)])
         for unit in ("token", "turn", "dialogue"):
-            np.testing.assert_array_equal(prefix_tree.normalise([tree], unit)[0].weight, [0, 0, 0])
+            np.testing.assert_array_equal(prefix_tree.normalize([tree], unit)[0].weight, [0, 0, 0])
 
 
 class JoinTreesTest(absltest.TestCase):

@@ -1,6 +1,6 @@
 """The uneven set, against dialogues written out; the three means, against loops."""
 
-import normalisation
+import normalization
 import numpy as np
 from absl.testing import absltest
 from harness import Losses
@@ -25,7 +25,7 @@ _LOSSES = Losses(
 )
 
 
-class NormalisationTest(absltest.TestCase):
+class NormalizationTest(absltest.TestCase):
     def test_uneven_set_alternates_few_and_many_responses(self):
         few = [dialogue("a", 5), dialogue("b", 30, 1), dialogue("c", 9)]
         many = [dialogue("d", *[8] * 10, 3, 20), dialogue("e", *[1] * 13, 40)]
@@ -36,7 +36,7 @@ class NormalisationTest(absltest.TestCase):
             dialogue("none long", *[3] * 11, 19),
             dialogue("eleven", *[1] * 10, 30),
         ]
-        chosen = normalisation.select_uneven([*others[:3], *many, *others[3:], *few])
+        chosen = normalization.select_uneven([*others[:3], *many, *others[3:], *few])
         self.assertEqual([one.id for one in chosen], ["a", "d", "b", "e"])
 
     def test_means_equal_loops(self):
@@ -48,14 +48,14 @@ class NormalisationTest(absltest.TestCase):
             "turn": np.mean([np.mean(own) for own in turns]),
             "dialogue": np.mean([np.mean(own) for own in dialogues]),
         }
-        found = {unit: mean.value for unit, mean in normalisation.by_unit(_LOSSES).items()}
+        found = {unit: mean.value for unit, mean in normalization.by_unit(_LOSSES).items()}
         self.assertEqual(list(found), list(expected))
         for unit, value in expected.items():
             self.assertAlmostEqual(found[unit], value)
 
     def test_difference_is_of_the_same_targets(self):
         other = _LOSSES._replace(nll=_LOSSES.nll - np.array([1.0, 0, 0, 0, 0, 0, 0]))
-        found = {unit: mean.value for unit, mean in normalisation.by_unit(_LOSSES, other).items()}
+        found = {unit: mean.value for unit, mean in normalization.by_unit(_LOSSES, other).items()}
         self.assertAlmostEqual(found["token"], 1 / 7)
         self.assertAlmostEqual(found["turn"], 1 / 4)
         self.assertAlmostEqual(found["dialogue"], 1 / 12)
@@ -68,7 +68,7 @@ class NormalisationTest(absltest.TestCase):
             turn=np.zeros(60, int),
             nll=np.repeat([1.0, 2.0, 3.0, 4.0, 5.0], sizes),
         )
-        found = [mean.value for mean in normalisation.by_length(losses)]
+        found = [mean.value for mean in normalization.by_length(losses)]
         np.testing.assert_allclose(found, [11 / 7, 47 / 13, np.nan, np.nan, 5.0])
 
 

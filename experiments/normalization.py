@@ -1,9 +1,9 @@
 """What do token, turn and dialogue means favor, on dialogues with very uneven turns?
 
-Question:  `normalise` gives the same total weight to every token, every response or every dialogue. On data with very
+Question:  `normalize` gives the same total weight to every token, every response or every dialogue. On data with very
            short and very long responses, and with dialogues of one or two turns next to dialogues of a dozen, which
            held-out responses gain from which choice?
-Command:   python experiments/normalisation.py
+Command:   python experiments/normalization.py
 Hardware:  two cores of an AMD EPYC with AVX-512; 4.6 GB of memory.
 Time:      26.4 min on a shared machine, 14.0 min of CPU time over both cores.
 Result:    `turn` favors short responses, `token` long ones. After 20 steps, `turn` has, compared with `token`, a lower
@@ -12,7 +12,7 @@ Result:    `turn` favors short responses, `token` long ones. After 20 steps, `tu
            over tokens (+0.024 ± 0.015). `dialogue` also has a higher mean over tokens (+0.030 ± 0.014); 39 held-out
            dialogues are too few to distinguish its mean over dialogues, which it optimizes, from that of `token`
            (-0.005 ± 0.073). One order of the training data.
-           experiments/results/normalisation.md, normalisation.png
+           experiments/results/normalization.md, normalization.png
 """
 
 import itertools
@@ -95,9 +95,9 @@ def _draw(after: Mapping[str, Losses]) -> Figure:
         _draw_bars(left, {name: list(by_unit(losses, after["token"]).values()) for name, losses in others.items()})
         trained_means = [f"{unit} {by_unit(after[unit], after['token'])[unit].signed}" for unit in others]
         left.set(
-            title=f"Held-out means against normalise=token.\nEach at its own mean: {', '.join(trained_means)}",
+            title=f"Held-out means against normalize=token.\nEach at its own mean: {', '.join(trained_means)}",
             xlabel="what is averaged",
-            ylabel="loss above that with normalise=token (nats)\nbelow 0 is better; bars: 95 % intervals",
+            ylabel="loss above that with normalize=token (nats)\nbelow 0 is better; bars: 95 % intervals",
         )
         left.set_xticks(range(len(UNITS)), ["tokens", "responses", "dialogues"])
         gaps = {name: by_length(losses, after["token"]) for name, losses in others.items()}
@@ -107,7 +107,7 @@ def _draw(after: Mapping[str, Losses]) -> Figure:
         right.set(
             title=f"By length of the response.\n{_bucket(*BUCKETS[0])} tokens: {shortest}",
             xlabel="length of the response (tokens)",
-            ylabel="loss above that with normalise=token\n(nats per token)",
+            ylabel="loss above that with normalize=token\n(nats per token)",
         )
         right.legend(frameon=False, loc="lower right")
     return figure
@@ -119,15 +119,15 @@ def _draw_bars(axes: Axes, groups: Mapping[str, list[Mean]]) -> None:
         x = np.arange(len(means)) + width * (place - (len(groups) - 1) / 2)
         heights = [mean.value for mean in means]
         errors = [1.96 * mean.error for mean in means]
-        axes.bar(x, heights, 0.9 * width, yerr=errors, color=_COLORS[name], capsize=2, label=f"normalise={name}")
-    axes.axhline(0, color=_COLORS["token"], linewidth=1.4, label="normalise=token")
+        axes.bar(x, heights, 0.9 * width, yerr=errors, color=_COLORS[name], capsize=2, label=f"normalize={name}")
+    axes.axhline(0, color=_COLORS["token"], linewidth=1.4, label="normalize=token")
     axes.grid(axis="y", alpha=0.25)
 
 
 def _means_table(before: Losses, after: Mapping[str, Losses]) -> str:
     rows = [["before", *(f"{mean.value:.3f}" for mean in by_unit(before).values())]]
     for name, losses in after.items():
-        rows.append([f"normalise={name}", *(f"{mean.value:.3f}" for mean in by_unit(losses).values())])
+        rows.append([f"normalize={name}", *(f"{mean.value:.3f}" for mean in by_unit(losses).values())])
     for name in UNITS[1:]:
         rows.append([f"{name} - token", *(gap.signed for gap in by_unit(after[name], after["token"]).values())])
     return report.table(["held-out loss, nats", *(f"{unit} mean" for unit in UNITS)], rows)
@@ -154,7 +154,7 @@ def main(options: Options) -> None:
         unit: dataset.prepare(
             train,
             model.renderer,
-            TreeConfig(objective=ObjectiveConfig(normalise=unit), max_length=harness.MAX_LENGTH),
+            TreeConfig(objective=ObjectiveConfig(normalize=unit), max_length=harness.MAX_LENGTH),
         )
         for unit in UNITS
     }
@@ -169,7 +169,7 @@ def main(options: Options) -> None:
             f"{len(train):,} training dialogues and {len(validation):,} held-out ones. Half of them have one or two "
             "responses, the other half a dozen or more, of which one has at most 3 words and one at least 20.",
             f"Three trainings from the same start on the same rows, {options.steps} steps of {harness.ROWS} rows of "
-            f"{harness.MAX_LENGTH} tokens, {trainings['token'].targets:,} targets each; they differ in `normalise` "
+            f"{harness.MAX_LENGTH} tokens, {trainings['token'].targets:,} targets each; they differ in `normalize` "
             f"only. {harness.describe_evaluation(before)} {harness.SPREAD}",
             _means_table(before, after),
             "By length of the response, nats per token:",
@@ -180,4 +180,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    report.run_script(main, "normalisation", steps=20)
+    report.run_script(main, "normalization", steps=20)
