@@ -14,7 +14,7 @@ UNFINISHED = ".unfinished."  # begins the name of a file that is being written; 
 
 @contextlib.contextmanager
 def replace(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a path to write to; the file there becomes `file` if the block ends without an exception.
+    """Yields a path to write to; the file there becomes `file` if the block ends without an exception.
 
     with replace(directory / "plot.png") as unfinished:
         figure.savefig(unfinished)

@@ -1,4 +1,4 @@
-"""Dialogues to an audit: figures and findings of what training would see of a file, before it is paid for.
+"""Dialogues to an audit: figures and findings about what training would see of a file.
 
 `inspection` looks at one dialogue, `row_lengths` at rows; `findings` has the sentences. Terminals and file formats are
 not known here.
@@ -55,7 +55,7 @@ class Audit:
     changed: int
     """Number of dialogues whose history the template renders differently from how it was generated."""
     roles: dict[str, int]
-    """Number of tokens of the contents of each role, of trained responses with their end of turn, and of the rest."""
+    """Number of tokens by origin: contents of each role, trained responses with their end of turn, and the rest."""
     end_of_turn: str | None
     last_targets: dict[str, int]
     """Number of trained responses by their last token."""
@@ -72,7 +72,7 @@ class Audit:
 
 
 class _Tools(NamedTuple):
-    """What every dialogue is audited with."""
+    """What the audit of every dialogue uses."""
 
     tokenizer: transformers.PreTrainedTokenizerFast
     renderer: Renderer
@@ -98,8 +98,8 @@ class _Tally:
     last_targets: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     findings: FindingTally = dataclasses.field(default_factory=FindingTally)
     fits: list[list[Fit]] = dataclasses.field(default_factory=list)
-    """Of each tree, at each length."""
-    # (number of tokens or responses, the name of what has them)
+    """The fit of each tree at each length."""
+    # (number of tokens or responses, name of the dialogue or response)
     tree_tokens: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     response_tokens: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     responses_each: list[tuple[int, str]] = dataclasses.field(default_factory=list)
@@ -210,8 +210,8 @@ def _add_divergences(tally: _Tally, excerpts: Sequence[Excerpt], sequences: Sequ
         one for one in divergences if one.kind != "history" and one.excerpt.original_indices[one.response] in responses
     ]
     for one in [*merged, *history[:1]]:
-        wanted = tally.findings.has_room(one.kind)
-        tally.findings.add(one.kind, inspection.describe_divergence(one, tally.tools.renderer) if wanted else "")
+        has_room = tally.findings.has_room(one.kind)
+        tally.findings.add(one.kind, inspection.describe_divergence(one, tally.tools.renderer) if has_room else "")
 
 
 def _add_responses(tally: _Tally, dialogue: Dialogue, sequences: Sequence[SupervisedSequence]) -> None:

@@ -1,6 +1,6 @@
 """Findings about dialogues as training data: severity, meaning and remedy of each kind, and how often it occurs.
 
-Has the sentences and the counts; what is counted is decided by the caller.
+This module has the sentences and the counts; the caller decides what to count.
 """
 
 import collections
@@ -17,7 +17,7 @@ class _Kind(NamedTuple):
     """`error`: training would stop, or teach what cannot be intended. `warning`: check it. `note`: for information."""
     what: str
     total: str
-    """Name of the total that the count is a part of; empty for something that can be found only once."""
+    """Name of the total that the count is a part of; empty for a finding that occurs at most once."""
     remedy: str
 
 
@@ -74,10 +74,10 @@ _KINDS = {
     ),
     "prompt": _Kind(
         "warning",
-        "responses that change the tokens at the end of their prompt when both are tokenised together",
+        "responses that change the tokens at the end of their prompt when both are tokenized together",
         "responses",
-        "Trained as they would be generated, after the prompt's own tokens, but other text has different tokens there. "
-        "End the generation prompt at a token boundary, usually without white space.",
+        "They are trained as they would be generated, after the prompt's tokens; elsewhere the same text has other "
+        "tokens. End the generation prompt at a token boundary, usually without white space.",
     ),
     "cut": _Kind(
         "warning",
@@ -101,13 +101,13 @@ _KINDS = {
         "warning",
         "messages with the text of special tokens",
         "messages",
-        "It is parsed as those tokens, so that a content can end a turn. Remove it, unless that is intended.",
+        "It is parsed as those tokens, so the text of a message can end a turn. Remove it, unless that is intended.",
     ),
     "repeated": _Kind(
         "warning",
         "dialogues that are the same as an earlier one",
         "trees",
-        "Each is trained again. Remove them, unless that is intended.",
+        "Each is trained on again. Remove them, unless that is intended.",
     ),
     "same_prompt": _Kind(
         "note",
@@ -125,13 +125,14 @@ _KINDS = {
         "note",
         "dialogues whose history the chat template renders differently from how it was generated",
         "trees",
-        "Trained exactly here, with branches. Trainers that mask one rendering train on what inference never shows.",
+        "They are trained exactly, with branches. Trainers that mask a single rendering train on text that inference "
+        "never shows.",
     ),
     "next": _Kind(
         "note",
         "responses whose last tokens change when the next message follows",
         "responses",
-        "Trained exactly here, with branches.",
+        "They are trained exactly, with branches.",
     ),
     "unanswered": _Kind(
         "note",
@@ -151,7 +152,7 @@ class Finding:
     what: str
     count: int
     among: int
-    """What `count` is a part of; 0 for something that can be found only once."""
+    """The total that `count` is a part of; 0 for a finding that occurs at most once."""
     remedy: str
     first: list[str]
     """The first places."""

@@ -1,7 +1,7 @@
 """One dialogue as training would see it: its sequences, and where the tokens of one diverge from those of another.
 
-Enter: records. Leave: what is known of each. An invalid record is a value here and does not stop the reading. Rows, and
-figures of more than one dialogue, are not known here.
+In: records. Out: for each, its sequences, its divergences and the messages that the template renders. An invalid
+record is an error value and does not stop the reading. Knows no rows, and no figures of several dialogues.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ class Divergence(NamedTuple):
     """A place where the tokens of a sequence do not continue those of an earlier one, or of its prompt."""
 
     kind: str
-    """`prompt`: a token crosses from the prompt to the response, so that both together have other tokens. `next`: a
+    """`prompt`: tokenized together, prompt and response have a token that crosses from one to the other. `next`: a
     token crosses from the response to the next message. `history`: the template renders the response differently in
     history."""
     excerpt: Excerpt
@@ -92,7 +92,8 @@ def render_dialogues(
         sequences = [next(rendered) for _ in excerpts]
         try:
             complete = [
-                excerpt._replace(sequences=list(some)) for excerpt, some in zip(excerpts, sequences, strict=True)
+                excerpt._replace(sequences=list(path_sequences))
+                for excerpt, path_sequences in zip(excerpts, sequences, strict=True)
             ]
         except UserError as error:
             yield error
@@ -109,32 +110,32 @@ def find_divergences(
     `history`. The text is not rendered again; tokens and what they decode to are enough.
 
     Args:
-      special: whether a token is special; a special token never merges with its neighbours.
+      special: whether a token is special; a special token never merges with its neighbors.
     """
-    shown: dict[int, tuple[Excerpt, RenderedSequence]] = {}  # the first sequence of each response
-    continued: set[int] = set()  # responses whose sequence begins a later one
+    first_sequences: dict[int, tuple[Excerpt, RenderedSequence]] = {}  # of each response
+    prefix_responses: set[int] = set()  # responses whose sequence is a prefix of a later one
     later_divergences = []
     for excerpt in excerpts:
         for sequence in excerpt.sequences:
-            if sequence.turn < 0 or excerpt.original_indices[sequence.message_index] in shown:
+            if sequence.turn < 0 or excerpt.original_indices[sequence.message_index] in first_sequences:
                 continue
             history = excerpt.original_indices[: sequence.message_index]
-            previous = next((place for place in reversed(range(len(history))) if history[place] in shown), -1)
+            previous = next((place for place in reversed(range(len(history))) if history[place] in first_sequences), -1)
             if previous >= 0:
-                before = shown[history[previous]][1].tokens
+                before = first_sequences[history[previous]][1].tokens
                 length = prefix_tree.common_prefix_length(before, sequence.tokens)
                 if length == len(before):
-                    continued.add(history[previous])
+                    prefix_responses.add(history[previous])
                 else:
                     same = _decode(tokenizer, sequence.tokens[length:]).startswith(_decode(tokenizer, before[length:]))
                     kind = "next" if same else "history"
                     later_divergences.append(Divergence(kind, excerpt, previous, sequence.message_index))
-            shown[excerpt.original_indices[sequence.message_index]] = excerpt, sequence
-    # A response that another sequence begins with was tokenised together with its prompt there.
+            first_sequences[excerpt.original_indices[sequence.message_index]] = excerpt, sequence
+    # In a sequence that continues a response, the response was tokenized together with its prompt.
     crossing = {
         message: Divergence("prompt", excerpt, sequence.message_index)
-        for message, (excerpt, sequence) in shown.items()
-        if message not in continued and _crosses(sequence, tokenizer, special)
+        for message, (excerpt, sequence) in first_sequences.items()
+        if message not in prefix_responses and _crosses(sequence, tokenizer, special)
     }
     others = [
         divergence
@@ -149,10 +150,10 @@ def split_by_rendered(
 ) -> tuple[list[Message], list[tuple[int, Message]]]:
     """Returns (messages whose content the template renders; (original index, message) of those it does not).
 
-    Only messages of the tree that are not trained responses. A content is rendered if the text contains it, except for
-    white space at its ends.
+    Covers the messages of the tree that are not trained responses. A content is rendered if the text contains it,
+    except for white space at its ends.
     """
-    shown = set(weighting.select_responses(sequences))
+    excluded = set(weighting.select_responses(sequences))
     rendered, missing = [], []
     for excerpt in excerpts:
         ends = [one.sequence.message_index for one in sequences if one.excerpt is excerpt]
@@ -160,9 +161,9 @@ def split_by_rendered(
         count = len(excerpt.original_indices) if full else max(ends, default=0)
         text = renderer.render_text(excerpt.dialogue, count, add_generation_prompt=not full) if count else ""
         for index, message in zip(excerpt.original_indices[:count], excerpt.dialogue.messages, strict=False):
-            if index in shown:
+            if index in excluded:
                 continue
-            shown.add(index)
+            excluded.add(index)  # another path may have the same message
             if message.content.strip() in text:
                 rendered.append(message)
             else:
@@ -192,14 +193,14 @@ def describe_divergence(divergence: Divergence, renderer: Renderer) -> str:
 def _crosses(
     sequence: RenderedSequence, tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
 ) -> bool:
-    """Whether prompt and response, tokenised together, have other tokens than one after the other.
+    """Returns whether prompt and response have other tokens when they are tokenized together.
 
     False where ordinary text spells special tokens, which would be parsed here.
     """
     before = np.flatnonzero(special[sequence.tokens[: sequence.start]])
     tokens = sequence.tokens[int(before[-1]) if len(before) else 0 :]
-    together = tokenizer.encode(_decode(tokenizer, tokens), add_special_tokens=False).ids
-    return not np.array_equal(together, tokens) and bool(special[together].sum() == special[tokens].sum())
+    joint_tokens = tokenizer.encode(_decode(tokenizer, tokens), add_special_tokens=False).ids
+    return not np.array_equal(joint_tokens, tokens) and bool(special[joint_tokens].sum() == special[tokens].sum())
 
 
 def _decode(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray) -> str:

@@ -1,6 +1,6 @@
 """Lengths of dialogues, what truncation loses at several row lengths, and how full the rows are.
 
-Does what `dataset.prepare` and `batches.Plan` do, for many lengths from one rendering. Texts are not known here.
+Does what `dataset.prepare` and `batches.Plan` do, for many lengths from one rendering. Knows no texts.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Spread:
     """The 95th percentile."""
     longest: int
     where: str
-    """The name of what is the longest."""
+    """Name of the longest dialogue or response."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,7 @@ def measure_spread(values: Sequence[tuple[int, str]]) -> Spread | None:
 def measure_fits(
     dialogue: Dialogue, excerpts: Sequence[Excerpt], tree: Tree, objective: ObjectiveConfig, lengths: Sequence[int]
 ) -> list[Fit]:
-    """Returns what is left of a dialogue at each of `lengths`, which ascend, as with truncate=turns.
-
-    The last one is what the dialogue has without a limit.
-    """
+    """Returns what `truncate=turns` leaves of a dialogue at each of `lengths`, which ascend; last, at no limit."""
     responses = sum(len(excerpt.response_turns) for excerpt in excerpts)
     complete = Fit(len(tree.tokens), int((tree.weight > 0).sum()), responses, True)
     fits: list[Fit] = []
@@ -91,8 +88,10 @@ def measure_fits(
             fits.append(complete)
             continue
         sequences = weighting.select_supervised(dialogue, [shorter], objective)
-        (rest,) = weighting.build_trees(sequences, objective) if responses else (None,)
-        tokens, targets = (0, 0) if rest is None else (len(rest.tokens), int((rest.weight > 0).sum()))
+        (shorter_tree,) = weighting.build_trees(sequences, objective) if responses else (None,)
+        tokens, targets = 0, 0
+        if shorter_tree is not None:
+            tokens, targets = len(shorter_tree.tokens), int((shorter_tree.weight > 0).sum())
         fits.append(Fit(tokens, targets, responses, False))
     return [*fits, complete]
 
@@ -101,7 +100,7 @@ def measure_fills(all_fits: Sequence[Sequence[Fit]], lengths: Sequence[int], max
     """Returns the rows at `max_length`, and at the other `lengths` up to the first that cuts nothing.
 
     Args:
-      all_fits: of each tree its `measure_fits` at `lengths`.
+      all_fits: for each tree, its `measure_fits` at `lengths`.
     """
     fills: list[Fill] = []
     for length, fits in zip(lengths, zip(*all_fits, strict=True), strict=False):

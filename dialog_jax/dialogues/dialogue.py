@@ -43,14 +43,14 @@ class Dialogue:
 
     @property
     def name(self) -> str:
-        """What errors call the dialogue: `dialogue 412 (train.jsonl:413)`."""
+        """The dialogue's name in errors: `dialogue 412 (train.jsonl:413)`."""
         return name_dialogue(self.id, self.where)
 
     def __str__(self) -> str:
         return self.name
 
     def ancestors(self, index: int) -> tuple[int, ...]:
-        """Returns the indices of the messages that lead to message `index`, from the first of the dialogue."""
+        """Returns the indices of the messages before message `index` on its path, from the first of the dialogue."""
         if not self.parents:
             return tuple(range(index))
         path = []
@@ -67,5 +67,5 @@ class Dialogue:
 
 
 def name_dialogue(identifier: str | int, where: str) -> str:
-    """Returns what errors call a dialogue: `dialogue 412 (train.jsonl:413)`."""
+    """Returns a dialogue's name in errors: `dialogue 412 (train.jsonl:413)`."""
     return f"dialogue {identifier} ({where})" if where else f"dialogue {identifier}"

@@ -11,9 +11,9 @@ from dialog_jax.dialogues.dialogue import Dialogue
 
 
 def is_held_out(dialogue: Dialogue, share: float) -> bool:
-    """Returns whether a dialogue is held out, if a share of `share` (0 to 1) of all dialogues is.
+    """Returns whether a dialogue belongs to the `share` (0 to 1) of all dialogues that is held out.
 
-    The content is what a chat template reads: messages, their order and the tools. Not id, metadata or weights.
+    The hash is of what a chat template reads: messages, their order and the tools; not of id, metadata or weights.
     """
     content = [[message.as_dict() for message in dialogue.messages], dialogue.parents, dialogue.tools]
     text = json.dumps(content, sort_keys=True, default=str)

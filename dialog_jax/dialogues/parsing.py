@@ -24,8 +24,8 @@ def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Itera
       split: which split of a data set; files have none.
 
     Raises:
-      UserError: the source does not exist, cannot be read as what its name says, is empty, or holds a record that is
-        no dialogue. Names the file, the line and what to do.
+      UserError: the source does not exist, is not of the format of its suffix, is empty, or holds a record that
+        is not a dialogue. Names the file, the line and the remedy.
     """
     return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
 
@@ -42,7 +42,7 @@ def parse_records(records: Iterable[Any], *, source: str = "records") -> Iterato
 def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
     """Returns the dialogue of a record.
 
-    These are the formats, tried in this order; every other key of the record is kept as metadata:
+    A record has one of these formats, tried in this order; its other keys become metadata:
 
         {"messages": [{"role": "user", "content": "Hi", "weight": 0.5, "name": "Ann"}, ...], "tools": [...]}
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind."}
@@ -57,9 +57,9 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
 
     `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with its own weight.
     A message's `weight` is 1 unless given, and `"train": false` makes it 0. An assistant message inside `prompt` is
-    history: its weight is 0 unless given. A message's field that is null is absent, and
-    null `content` is the empty string where there are `tool_calls`. JSON text in `tool_calls` and in the fields of a
-    tool stays text; `tools` itself may be JSON text, and an empty list of tools is none.
+    history: its weight is 0 unless given. A null field of a message counts as absent, and null `content` as the empty
+    string where there are `tool_calls`. JSON text in `tool_calls` and in the fields of a tool stays text; `tools`
+    itself may be JSON text. An empty list of tools counts as no tools.
 
     Args:
       index: the record's place in its source, from 0; the dialogue's id if it has none.
@@ -71,40 +71,40 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
     schemas.check_depth(record, name_dialogue(index, where))
     if not isinstance(record, Mapping):
         raise UserError(
-            f"{name_dialogue(index, where)}: got {schemas.shown(record)}; needed an object with the keys of one of "
-            f"{schemas.FORMATS}. Write one object a dialogue."
+            f"{name_dialogue(index, where)}: got {schemas.quote(record)}; needed an object with the keys of one of "
+            f"{schemas.FORMATS}. Write one object per dialogue."
         )
     identifier = index if record.get("id") is None else record["id"]
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise UserError(
-            f"{name_dialogue(index, where)}: id is {schemas.shown(identifier)}; needed a string or an integer. "
+            f"{name_dialogue(index, where)}: id is {schemas.quote(identifier)}; needed a string or an integer. "
             "Change it."
         )
     schemas.check_text(identifier, f"{name_dialogue(index, where)}: id")
     name = name_dialogue(identifier, where)
-    raw = schemas.unpack(record, name)
+    unpacked = schemas.unpack(record, name)
     return Dialogue(
         id=identifier,
-        messages=tuple(_message(item, f"{name}: message {i}") for i, item in enumerate(raw.messages)),
-        parents=() if raw.parents == list(range(-1, len(raw.messages) - 1)) else tuple(raw.parents),
-        tools=raw.tools,
-        metadata={key: value for key, value in record.items() if key not in raw.used},
+        messages=tuple(_parse_message(item, f"{name}: message {i}") for i, item in enumerate(unpacked.messages)),
+        parents=() if unpacked.parents == list(range(-1, len(unpacked.messages) - 1)) else tuple(unpacked.parents),
+        tools=unpacked.tools,
+        metadata={key: value for key, value in record.items() if key not in unpacked.used},
         where=where,
     )
 
 
-def _parse_all(placed: Iterable[tuple[str, Any]], source: str) -> Iterator[Dialogue]:
+def _parse_all(records: Iterable[tuple[str, Any]], source: str) -> Iterator[Dialogue]:
     index = -1
-    for index, (where, record) in enumerate(placed):
+    for index, (where, record) in enumerate(records):
         yield parse_dialogue(record, index=index, where=where)
     if index < 0:
         raise UserError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
 
 
-def _message(item: Any, where: str) -> Message:
+def _parse_message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise UserError(
-            f'{where} is {schemas.shown(item)}; needed an object with "role" and "content". Write it as one.'
+            f'{where} is {schemas.quote(item)}; needed an object with "role" and "content". Write it as one.'
         )
     sharegpt = "from" in item and "role" not in item
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
@@ -112,9 +112,7 @@ def _message(item: Any, where: str) -> Message:
     role = schemas.SHAREGPT_ROLES.get(speaker) if sharegpt and isinstance(speaker, str) else speaker
     if role not in schemas.ROLES:
         allowed = ", ".join(schemas.SHAREGPT_ROLES if sharegpt else schemas.ROLES)
-        has = (
-            f"has no {role_key!r}" if speaker is None else f"has {'role' if role_key == 'role' else 'from'} {speaker!r}"
-        )
+        has = f"has no {role_key!r}" if speaker is None else f"has {role_key} {speaker!r}"
         raise UserError(f"{where} {has}; needed one of {allowed}. Rename it in the data.")
     fields = {
         key: value
@@ -124,13 +122,13 @@ def _message(item: Any, where: str) -> Message:
     content = item.get(content_key)
     parts: tuple[Part, ...] = ()
     if isinstance(content, list):
-        parts = _parts(content, f"{where} ({role})")
+        parts = _parse_parts(content, f"{where} ({role})")
         content = "".join(part.text for part in parts)
     if content is None and fields.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise UserError(
-            f"{where} ({role}) has {content_key} {schemas.shown(content)}; needed a string or a list of text parts. "
+            f"{where} ({role}) has {content_key} {schemas.quote(content)}; needed a string or a list of text parts. "
             "Write it as text; only a message with tool_calls may leave it out."
         )
     try:
@@ -141,18 +139,18 @@ def _message(item: Any, where: str) -> Message:
             "needed Unicode text. Write the whole pair, or remove it."
         ) from None
     schemas.check_text(fields, f"{where} ({role})")
-    weight = _weight(item, where)
+    weight = _parse_weight(item, where)
     weighted = weight > 0 and any(part.weight != 1 for part in parts if part.text)
     return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
 
 
-def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
+def _parse_parts(items: list[Any], where: str) -> tuple[Part, ...]:
     parts = []
     for number, item in enumerate(items):
         is_text = isinstance(item, Mapping) and item.get("type", "text") == "text" and isinstance(item.get("text"), str)
         if not is_text:
             raise UserError(
-                f"{where}: part {number} of its content is {schemas.shown(item)}; needed text, as "
+                f"{where}: part {number} of its content is {schemas.quote(item)}; needed text, as "
                 '{"type": "text", "text": "...", "weight": 0.5}. Images and other parts are not supported: remove them.'
             )
         unknown = sorted(set(item) - {"type", "text", "weight", "train"})
@@ -161,26 +159,26 @@ def _parts(items: list[Any], where: str) -> tuple[Part, ...]:
                 f"{where}: part {number} of its content has {', '.join(map(repr, unknown))}; a part has type, text, "
                 "weight and train. Rename or remove it."
             )
-        parts.append(Part(text=item["text"], weight=_weight(item, f"{where}: part {number} of its content")))
+        parts.append(Part(text=item["text"], weight=_parse_weight(item, f"{where}: part {number} of its content")))
     return tuple(parts)
 
 
-def _weight(item: Mapping[str, Any], where: str) -> float:
+def _parse_weight(item: Mapping[str, Any], where: str) -> float:
     weight, train = item.get("weight"), item.get("train")
     if train is not None and not isinstance(train, bool):
-        raise UserError(f"{where} has train {schemas.shown(train)}; needed true or false. For a number, use weight.")
+        raise UserError(f"{where} has train {schemas.quote(train)}; needed true or false. For a number, use weight.")
     if weight is None:
         weight = 1.0
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or (isinstance(weight, float) and not math.isfinite(weight)) or weight < 0:
         raise UserError(
-            f"{where} has weight {schemas.shown(weight)}; needed a finite number >= 0. "
+            f"{where} has weight {schemas.quote(weight)}; needed a finite number >= 0. "
             'Write 1 for a message that is trained on, 0 (or "train": false) for one that is not.'
         )
     # Weights become float32, in which they must be neither infinite nor rounded to 0.
     if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
         raise UserError(
-            f"{where} has weight {schemas.shown(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
+            f"{where} has weight {schemas.quote(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
             f"{_LARGEST_WEIGHT:g}. Scale the weights."
         )
     return 0.0 if train is False else float(weight)

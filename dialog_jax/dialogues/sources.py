@@ -45,12 +45,12 @@ def read_records(source: str | pathlib.Path, *, split: str, keep_errors: bool = 
         records = readers[suffix](path)
     else:
         records = _dataset_records(str(source), path, split)
-    return records if keep_errors else _without_errors(records)
+    return records if keep_errors else _raise_errors(records)
 
 
-def _without_errors(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _raise_errors(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     for where, record in records:
-        if isinstance(record, ValueError):
+        if isinstance(record, UserError):
             raise record
         yield where, record
 
@@ -66,8 +66,8 @@ def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             where = f"{path.name}:{number}"
             record: Any
             try:
-                record = _decoded_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object a line.")
-            except ValueError as error:
+                record = _decode_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object per line.")
+            except UserError as error:
                 record = error
             yield where, record
 
@@ -76,8 +76,8 @@ def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         return
-    remedy = "Write a list of records; if the file has one object a line, name it .jsonl."
-    value = _decoded_json(data, path.name, remedy)
+    remedy = "Write a list of records; if the file has one object per line, name it .jsonl."
+    value = _decode_json(data, path.name, remedy)
     if isinstance(value, list):
         for index, record in enumerate(value):
             yield f"{path.name}[{index}]", record
@@ -85,7 +85,7 @@ def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         yield path.name, value
 
 
-def _decoded_json(data: bytes, where: str, remedy: str) -> Any:
+def _decode_json(data: bytes, where: str, remedy: str) -> Any:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def _decoded_json(data: bytes, where: str, remedy: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        # A file's line is part of the place; the lines of a .jsonl file are numbered in `where` already.
+        # For a line of a .jsonl file, `where` has the number of the line already.
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise UserError(f"{where}: not JSON at {place}: {error.msg}. {remedy}") from None
     except RecursionError:
@@ -115,7 +115,7 @@ def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as parquet:
             for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
                 for record in batch.to_pylist():
-                    yield f"{path.name}[{index}]", _without_nulls(record)
+                    yield f"{path.name}[{index}]", _remove_nulls(record)
                     index += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = f"damaged after {index:,} records" if index else "not a Parquet file"
@@ -151,7 +151,7 @@ def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tu
             f"{path.name}: split {split!r} could not be opened as a data set ({error}). Check name, split and network."
         ) from None
     for index, record in enumerate(rows):
-        yield f"{path.name}[{index}]", _without_nulls(record)
+        yield f"{path.name}[{index}]", _remove_nulls(record)
 
 
 def _check_inside(directory: pathlib.Path) -> None:
@@ -160,49 +160,51 @@ def _check_inside(directory: pathlib.Path) -> None:
     Names are checked, not links: in the cache of the Hub, the files of a directory are links to files elsewhere.
     """
     import huggingface_hub
-    import yaml  # which that package reads cards with
+    import yaml  # huggingface_hub reads cards with it
 
-    named: list[tuple[pathlib.Path, Any]] = []
+    references: list[tuple[pathlib.Path, Any]] = []
     try:
         for state in sorted(directory.rglob("state.json")):
-            named += [(state, entry["filename"]) for entry in json.loads(state.read_bytes()).get("_data_files", [])]
+            references += [
+                (state, entry["filename"]) for entry in json.loads(state.read_bytes()).get("_data_files", [])
+            ]
         for stored in sorted(directory.rglob("dataset_dict.json")):
-            named += [(stored, name) for name in json.loads(stored.read_bytes()).get("splits", [])]
+            references += [(stored, name) for name in json.loads(stored.read_bytes()).get("splits", [])]
         card = directory / "README.md"
         configs = (huggingface_hub.metadata_load(card) or {}).get("configs", []) if card.is_file() else []
         for config in configs:
-            named += [(card, name) for name in _names([config.get("data_files"), config.get("data_dir")])]
+            references += [(card, name) for name in _list_patterns([config.get("data_files"), config.get("data_dir")])]
     except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(
             f"{directory.name}: its dataset_dict.json, state.json or README.md cannot be read as a data set's "
             f"({error}). Save it again."
         ) from None
-    for file, name in named:
+    for file, name in references:
         parts = pathlib.PurePosixPath(str(name)).parts
         if "://" in str(name) or "\\" in str(name) or ".." in parts or parts[:1] in (("/",), ("~",)):
             raise UserError(
                 f"{directory.name}: {file.name} names {name!r}, which is outside the directory. A data set's files "
-                "must lie in it: move the file there, or give it by itself."
+                "must lie in it: move the file there, or pass the file instead of the directory."
             )
 
 
-def _names(value: Any) -> Iterator[str]:
+def _list_patterns(value: Any) -> Iterator[str]:
     """Yields the file patterns in a data set's card."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
             if key != "split":
-                yield from _names(entry)
+                yield from _list_patterns(entry)
     elif isinstance(value, list):
         for entry in value:
-            yield from _names(entry)
+            yield from _list_patterns(entry)
 
 
-def _without_nulls(value: Any) -> Any:
+def _remove_nulls(value: Any) -> Any:
     """Returns the value without null fields: in a column, every struct has the keys of all structs, null if absent."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+        return {key: _remove_nulls(field) for key, field in value.items() if field is not None}
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [_remove_nulls(item) for item in value]
     return value

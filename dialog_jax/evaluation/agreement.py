@@ -27,8 +27,7 @@ from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
-from dialog_jax.trees import dataset
-from dialog_jax.trees import fitting as fitting_lib
+from dialog_jax.trees import dataset, fitting
 from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
@@ -94,7 +93,7 @@ def _make_comparable_passes(
     agreement: Agreement,
 ) -> list[Pass]:
     """Returns the passes of the responses that one pass trains on in rows of `max_length`; notes what is left out."""
-    fitting, one_pass_refusal = _try(_find_fitting_messages, dialogue, renderer, max_length)
+    fitting_messages, one_pass_refusal = _try(_find_fitting_messages, dialogue, renderer, max_length)
     passes, k_pass_refusal = _try(make_passes, dialogue)
     size = math.inf if bool(one_pass_refusal) != bool(k_pass_refusal) else 0.0
     agreement.findings["refusals"].add(
@@ -107,12 +106,12 @@ def _make_comparable_passes(
     if not passes:
         agreement.left_out.append(f"{dialogue.name}: no assistant message has a weight above 0")
         return []
-    if cut := sum(one.message not in fitting for one in passes):
+    if cut := sum(one.message not in fitting_messages for one in passes):
         agreement.left_out.append(
             f"{dialogue.name}: {cut:,} of {len(passes):,} responses, which exceed {max_length:,} tokens together with "
             "their prompts (raise data.max_length)"
         )
-    return [one for one in passes if one.message in fitting]
+    return [one for one in passes if one.message in fitting_messages]
 
 
 def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
@@ -125,12 +124,12 @@ def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
 
 def _find_fitting_messages(dialogue: Dialogue, renderer: Renderer, max_length: int) -> set[int]:
     """Returns the indices of the messages trained on in a tree of at most `max_length` tokens; renders all messages."""
-    paths = fitting_lib.unfold(dialogue, _OBJECTIVE)
+    paths = fitting.unfold(dialogue, _OBJECTIVE)
     sequences = [list(path_sequences) for path_sequences in renderer.render([path.dialogue for path in paths])]
-    fitting = fitting_lib.select_fitting(sequences, _OBJECTIVE, max_length)
+    selected = fitting.select_fitting(sequences, _OBJECTIVE, max_length)
     return {
         path.original_indices[sequence.message_index]
-        for path, path_sequences in zip(paths, fitting, strict=True)
+        for path, path_sequences in zip(paths, selected, strict=True)
         for sequence in path_sequences
     }
 
@@ -185,7 +184,7 @@ def _compare_rows(
 
 
 def _keep_gradient() -> optax.GradientTransformation:
-    """Returns an optimizer that changes no parameter and whose state is the last gradient."""
+    """Returns an optimizer that changes no parameter and whose state is the most recent gradient."""
 
     def zeros(parameters):
         return jax.tree.map(jnp.zeros_like, parameters)

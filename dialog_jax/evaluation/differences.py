@@ -31,7 +31,7 @@ TOLERANCES = {
 
 
 class Difference(NamedTuple):
-    """The results of both in one place. `size` is relative, or infinite where they must be equal and are not."""
+    """The results of one pass and of K passes at one place. `size` is relative; integers are equal or differ by inf."""
 
     size: float
     where: str
@@ -121,11 +121,11 @@ def compare_responses(
     The difference of a response's loss is relative to the loss, or to 1 nat per token where the loss is smaller.
 
     Args:
-      name: of the dialogue.
-      nll: of each token of each pass's response.
+      name: the dialogue's.
+      nll: for each pass, that of each token of its response.
     """
-    target_of = {(target.context.tobytes(), target.token): target for target in targets}
-    weights = dict.fromkeys(target_of, 0.0)
+    targets_by_key = {(target.context.tobytes(), target.token): target for target in targets}
+    weights = dict.fromkeys(targets_by_key, 0.0)
     places: dict[tuple[bytes, int], str] = {}
     for one, pass_nll in zip(passes, nll, strict=True):
         response = f"{name}, message {one.message} (turn {one.turn})"
@@ -134,7 +134,7 @@ def compare_responses(
         for index in (supervised + one.start).tolist():
             key = one.tokens[:index].tobytes(), int(one.tokens[index])
             where = f"{response}, token {index - one.start} {_describe(tokenizer, key[1])}"
-            target = target_of.get(key)
+            target = targets_by_key.get(key)
             if target is None:
                 first = not findings["token ids"].beyond  # only the first one is shown
                 detail = _find_divergence(one.tokens[: index + 1], targets, tokenizer) if first else ("", "", "")
@@ -153,7 +153,7 @@ def compare_responses(
             size = abs(value - expected) / max(abs(expected), len(supervised))
             findings["loss of a response"].add(size, response, f"{value:.6f}", f"{expected:.6f}")
     for key, weight in weights.items():
-        target = target_of[key]
+        target = targets_by_key[key]
         where = places.get(key, f"{name}: {_describe(tokenizer, target.token)} after {len(target.context):,} tokens")
         size = abs(target.weight - weight) / max(weight, 1.0)
         findings["weights"].add(size, where, f"{target.weight:.6g}", f"{weight:.6g}" if weight else "no target")

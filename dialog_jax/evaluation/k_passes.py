@@ -60,20 +60,19 @@ def make_passes(
     Raises:
       UserError: the template refuses a history, or its rendering with the message does not continue the prompt.
     """
-    original, dialogue = (
-        dialogue,
-        dialogue if allow_special_tokens else escaping.escape_special_tokens(dialogue, tokenizer),
-    )
+    original = dialogue
+    if not allow_special_tokens:
+        dialogue = escaping.escape_special_tokens(dialogue, tokenizer)
     encode = _encode if dialogue == original else escaping.encode_escaped
     kwargs = dict(chat_template_kwargs or {})
-    end_of_turn = _end_of_turn(tokenizer, kwargs)
+    end_of_turn = _find_end_of_turn(tokenizer, kwargs)
     passes = []
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
             continue
         history = dialogue.ancestors(index)
-        prompt = _text(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
-        text = _text(dialogue, (*history, index), tokenizer, kwargs)
+        prompt = _render(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
+        text = _render(dialogue, (*history, index), tokenizer, kwargs)
         if dialogue != original:
             _check_escaped(original, text, (*history, index), tokenizer, kwargs)
         if not text.startswith(prompt):
@@ -91,10 +90,10 @@ def make_passes(
                     "chat template whose generation prompt ends where a token ends."
                 )
         turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
-        length = _length(tokenizer, response, end_of_turn)
+        length = _find_length(tokenizer, response, end_of_turn)
         tokens = np.array(prompt_ids + response[:length], np.int32)
         start = max(1, len(prompt_ids))
-        weight = _weights(dialogue, index, text[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
+        weight = _weigh_tokens(dialogue, index, text[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
         passes.append(Pass(index, turn, tokens, start, weight))
     return passes
 
@@ -103,12 +102,12 @@ def compute_response_nll(
     model: DecoderConfig, parameters: dict, one: Pass, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float32[np.ndarray, " r"]:
     """Returns -log p of each token of the response, in nats, from a forward pass over prompt and response."""
-    nll = _forward(model, compute_dtype, parameters, _padded(one.tokens))
+    nll = _forward(model, compute_dtype, parameters, _pad(one.tokens))
     return np.asarray(nll)[one.start - 1 : len(one.tokens) - 1]
 
 
 def compute_nll_and_gradient(
-    model: DecoderConfig, parameters: dict, many: Sequence[Pass], *, remat: str = "dots"
+    model: DecoderConfig, parameters: dict, passes: Sequence[Pass], *, remat: str = "dots"
 ) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
     """Returns (`compute_response_nll` of each pass, gradient of the sum over all tokens of weight * nll).
 
@@ -116,12 +115,12 @@ def compute_nll_and_gradient(
       remat: see `decoder.hidden_states`.
     """
     all_nll, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
-    for one in many:
-        tokens = _padded(one.tokens)
+    for one in passes:
+        tokens = _pad(one.tokens)
         weight = np.zeros(tokens.shape[1] - 1, np.float32)
         response = slice(one.start - 1, len(one.tokens) - 1)
         weight[response] = one.weight
-        nll, gradient = _add(model, remat, parameters, gradient, tokens, weight)
+        nll, gradient = _add_gradient(model, remat, parameters, gradient, tokens, weight)
         all_nll.append(np.asarray(nll)[response])
     return all_nll, gradient
 
@@ -142,10 +141,10 @@ def score_dialogues(
       UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
-        every = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
-        fitting = [one for one in every if len(one.tokens) <= model.max_length]
+        passes = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+        fitting_passes = [one for one in passes if len(one.tokens) <= model.max_length]
         turns = []
-        for one in fitting:
+        for one in fitting_passes:
             nll = math.fsum(compute_response_nll(model, parameters, one, compute_dtype=compute_dtype))
             if not math.isfinite(nll):
                 raise UserError(
@@ -159,18 +158,18 @@ def score_dialogues(
             "nll": math.fsum(turn["nll"] for turn in turns),
             "turns": turns,
         }
-        if len(every) > len(fitting):
-            record["turns_cut"] = len(every) - len(fitting)
-        yield Score(record, dialogue.name, sum(len(one.tokens) for one in fitting))
+        if len(passes) > len(fitting_passes):
+            record["turns_cut"] = len(passes) - len(fitting_passes)
+        yield Score(record, dialogue.name, sum(len(one.tokens) for one in fitting_passes))
 
 
 def _check_escaped(original: Dialogue, escaped: str, indices: Sequence[int], tokenizer, kwargs) -> None:
     """Raises UserError if escaped texts are rendered differently from the original ones."""
-    text = _text(original, indices, tokenizer, kwargs)
+    text = _render(original, indices, tokenizer, kwargs)
     if ord(max(text)) >= escaping.ESCAPE_OFFSET:
         raise UserError(
             f"{original.name}: spells special tokens and has private-use characters from U+{escaping.ESCAPE_OFFSET:X} "
-            "on, which escape them here. Remove one of the two."
+            "on, which escape them here. Remove the one or the other."
         )
     if escaping.unescape(escaped) != text:
         raise UserError(
@@ -179,7 +178,7 @@ def _check_escaped(original: Dialogue, escaped: str, indices: Sequence[int], tok
         )
 
 
-def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping[str, Any]) -> str:
+def _render(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping[str, Any]) -> str:
     """Returns the rendering of the messages at `indices`."""
     if not indices:
         raise UserError(f"{dialogue.name}: begins with an assistant message, which has no prompt. Add a user message.")
@@ -193,7 +192,7 @@ def _text(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mapping
         ) from error
 
 
-def _weights(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> Float32[np.ndarray, " r"]:
+def _weigh_tokens(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> Float32[np.ndarray, " r"]:
     """Returns the weight of each token of a response from the character of the response's text at which it ends."""
     message = dialogue.messages[index]
     weight = np.full(len(ends), message.weight, np.float32)
@@ -230,7 +229,7 @@ def _encode_continuation(tokenizer, text: str, encode: Callable) -> tuple[list[i
     return ids[1:], [end - len(plain[0]) for end in ends[1:]]
 
 
-def _end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
+def _find_end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
     """Returns the first special token after a reply's text, or else the first one added to the vocabulary."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
@@ -241,7 +240,7 @@ def _end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
     return next(iter(special + visible), None)
 
 
-def _length(tokenizer, response: list[int], end: int | None) -> int:
+def _find_length(tokenizer, response: list[int], end: int | None) -> int:
     """Returns the number of tokens up to and including the end of turn, or another special token that ends the response
     (as after tool calls); otherwise of all tokens."""
     added = tokenizer.added_tokens_decoder
@@ -255,7 +254,7 @@ def _length(tokenizer, response: list[int], end: int | None) -> int:
     return ends[-1] + 1
 
 
-def _padded(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
+def _pad(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
     """Returns the tokens padded with zeros to 128, 192, 256, 384, 512, ..., so that few programs are compiled."""
     length = _SHORTEST_LENGTH
     while length < len(tokens):
@@ -263,7 +262,7 @@ def _padded(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
     return np.pad(tokens, (0, length - len(tokens)))[None]
 
 
-def _token_nll(
+def _compute_token_nll(
     model: DecoderConfig, parameters: dict, tokens: Int[Array, "1 T"], compute_dtype, remat: str
 ) -> Float[Array, " T-1"]:
     """Returns -log p of every token but the first under the causal mask."""
@@ -277,22 +276,22 @@ def _token_nll(
         compute_dtype=compute_dtype,
         remat=remat,
     )
-    matrix = decoder.unembedding(model, parameters)
-    logits = hidden[0, :-1].astype(jnp.float32) @ matrix.astype(jnp.float32).T  # [T-1, V]
+    unembedding = decoder.unembedding(model, parameters)
+    logits = hidden[0, :-1].astype(jnp.float32) @ unembedding.astype(jnp.float32).T  # [T-1, V]
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(model, compute_dtype, parameters, tokens):
-    return _token_nll(model, parameters, tokens, compute_dtype, "none")
+    return _compute_token_nll(model, parameters, tokens, compute_dtype, "none")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _add(model, remat, parameters, gradient, tokens, weight):
+def _add_gradient(model, remat, parameters, gradient, tokens, weight):
     """Returns (-log p of every token but the first, `gradient` plus the gradient of sum(weight * -log p))."""
 
     def loss(parameters):
-        nll = _token_nll(model, parameters, tokens, jnp.float32, remat)
+        nll = _compute_token_nll(model, parameters, tokens, jnp.float32, remat)
         return jnp.sum(weight * nll), nll
 
     pass_gradient, nll = jax.grad(loss, has_aux=True)(parameters)

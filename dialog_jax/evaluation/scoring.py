@@ -1,8 +1,8 @@
 """The loss of every response of every dialogue: dialogues in, one record per dialogue out, in the same order.
 
 Each dialogue is one tree, read once and packed into rows with others. A tree larger than the model's context is
-divided. Rows have one of a few lengths: short dialogues are cheap, memory is bounded by the model's context, and there
-is one compilation per length.
+divided. Rows have one of a few lengths, so that short dialogues are cheap, memory is bounded by the model's context,
+and few programs are compiled.
 """
 
 import collections
@@ -22,8 +22,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.training import train_step
 from dialog_jax.training.loss import TargetScores
-from dialog_jax.trees import dataset, prefix_tree, teacher_file
-from dialog_jax.trees import fitting as fitting_lib
+from dialog_jax.trees import dataset, fitting, prefix_tree, teacher_file
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
@@ -35,7 +34,7 @@ _SHORTEST_ROW = 256
 _PACKED_ROW = 1024  # rows of shorter dialogues are filled up to this length
 _BATCH_TOKENS = 8192  # of a batch of several rows, on accelerators; on CPU a batch is one row
 
-_ALL = ObjectiveConfig()  # every response
+_ALL = ObjectiveConfig()  # trains on every response
 
 
 class Score(NamedTuple):
@@ -114,7 +113,7 @@ def score_dialogues(
 
 def _build_trees(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tuple[list[_ScoredTree], list[int]]:
     """Returns (the trees of the window's dialogues, for each dialogue how many responses exceed the context)."""
-    paths = [(index, path) for index, dialogue in enumerate(window) for path in fitting_lib.unfold(dialogue, _ALL)]
+    paths = [(index, path) for index, dialogue in enumerate(window) for path in fitting.unfold(dialogue, _ALL)]
     paths = [(index, path) for index, path in paths if path.supervised_messages]
     sequences: list[list[RenderedSequence]] = [[] for _ in window]
     turns_cut = [0] * len(window)
@@ -122,10 +121,10 @@ def _build_trees(window: Sequence[Dialogue], renderer: Renderer, context: int) -
         part = paths[start : start + _RENDER_BATCH]
         rendered = renderer.render([path.dialogue for _, path in part], max_length=context)
         for (index, path), path_sequences in zip(part, rendered, strict=True):
-            fitting = _select_fitting(path, list(path_sequences), renderer, context)
-            turns_cut[index] += len(path.supervised_messages) - len(fitting)
+            selected = _select_fitting(path, list(path_sequences), renderer, context)
+            turns_cut[index] += len(path.supervised_messages) - len(selected)
             sequences[index] += [
-                sequence._replace(message_index=path.original_indices[sequence.message_index]) for sequence in fitting
+                sequence._replace(message_index=path.original_indices[sequence.message_index]) for sequence in selected
             ]
     trees = []
     for index, dialogue_sequences in enumerate(sequences):
@@ -161,7 +160,7 @@ def _group_by_tree(sequences: Iterable[RenderedSequence], context: int) -> Itera
     group: list[RenderedSequence] = []
     size = 0
     for sequence in sequences:
-        new = fitting_lib.count_new_tokens(sequence, group)
+        new = fitting.count_new_tokens(sequence, group)
         if group and size + new > context:
             yield group
             group, size, new = [], 0, len(sequence.tokens)
@@ -193,7 +192,7 @@ def _score_rows(
 
     # One batch ahead: the device works on the next batch while this one is read back.
     running = None
-    for length, rows in _batches(trees, context, batch_tokens):
+    for length, rows in _make_batches(trees, context, batch_tokens):
         started = start(length, rows)
         if running is not None:
             yield from finish(*running)
@@ -202,8 +201,8 @@ def _score_rows(
     yield from finish(*running)
 
 
-def _batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yields (length of the rows, the rows of a batch), longest rows first, so that too little memory shows at once.
+def _make_batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iterator[tuple[int, list[list[int]]]]:
+    """Yields (length of the rows, the rows of a batch), longest rows first, so that a lack of memory shows at once.
 
     Trees longer than half of a row get rows of that length, filled up with shorter trees; row lengths halve from the
     context down to `_PACKED_ROW`. A row that is not full runs at the shortest length that holds it.

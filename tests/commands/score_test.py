@@ -354,7 +354,7 @@ class BatchesTest(parameterized.TestCase):
             for size, span in zip(sizes, spans, strict=True)
         ]
         seen, shapes, room = [], set(), 0
-        for length, rows in scoring._batches(dataset.concatenate_trees(trees), context, 4096):
+        for length, rows in scoring._make_batches(dataset.concatenate_trees(trees), context, 4096):
             shapes.add((length, len(rows)))
             room += length * len(rows)
             for row in rows:

@@ -347,7 +347,7 @@ class BadFilesTest(_Files):
     )
     def test_jsonl_broken_line_is_named_with_its_column(self, expected, line):
         path = self.file("train.jsonl", f"{json.dumps(_GOOD)}\n{line}\n{json.dumps(_GOOD)}\n")
-        self.assert_error(lambda: list(parsing.read_dialogues(path)), expected, "one complete JSON object a line")
+        self.assert_error(lambda: list(parsing.read_dialogues(path)), expected, "one complete JSON object per line")
 
     def test_json_broken_file_is_named_with_line_and_column(self):
         path = self.file("x.json", '[\n {"id": 1,\n  "messages" []}\n]')
