@@ -82,7 +82,7 @@ def measure_fits(
             fits.append(complete)
             continue
         selected = fitting.select_fitting([excerpt.sequences for excerpt in excerpts], objective, max_length)
-        shorter = [excerpt._replace(sequences=some) for excerpt, some in zip(excerpts, selected, strict=True)]
+        shorter = [excerpt._replace(sequences=sequences) for excerpt, sequences in zip(excerpts, selected, strict=True)]
         responses = sum(len(excerpt.response_turns) for excerpt in shorter)
         if all(fitting.is_complete(excerpt, objective) for excerpt in shorter):
             fits.append(complete)

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     teacher_token: Int[Any, "*M B S N"] | None = None
     """A teacher's likeliest tokens for each target, if there is a teacher."""
     teacher_log_probability: Float32[Any, "*M B S N"] | None = None
-    """Log-probabilities of `teacher_token`, in nats; -inf in an empty slot, so everywhere for an untaught target."""
+    """Log-probabilities of `teacher_token`, in nats; -inf in an empty slot. A target without a teacher has none."""
 
     def map(self, function: Callable[[Any], Any]) -> "Batch":
         """Returns the batch with `function` applied to each array that is not None."""
@@ -148,7 +148,9 @@ class Plan:
         self._trees, self._max_length = trees, max_length
         self._rows, self._micro_batches, self._shards = rows, micro_batches, shards
         sets = trees.sets if isinstance(trees, Mixture) else {"": trees}
-        self._streams = {name: RowStream(one, max_length=max_length, seed=seed) for name, one in sets.items()}
+        self._streams = {
+            name: RowStream(set_trees, max_length=max_length, seed=seed) for name, set_trees in sets.items()
+        }
         counts = {name: stream.rows_per_epoch for name, stream in self._streams.items()}
         self._quotas = (
             mixture.compute_quotas(trees.mix, counts)
@@ -168,10 +170,10 @@ class Plan:
         return self._step_rows(step)
 
     def imbalance(self, step: int, *, balanced: bool = True) -> float:
-        """Returns how much longer the busiest device works than the mean (see `load_balance.compute_imbalance`).
+        """Returns the largest cost of a device over the mean cost (see `load_balance.compute_imbalance`).
 
         Args:
-          balanced: whether rows are assigned to devices by cost, as in `rows`; otherwise in their own order.
+          balanced: whether rows are assigned to devices by cost, as in `rows`; otherwise in the order of their streams.
         """
         rows = self.rows(step) if balanced else self._next_rows(step)
         return load_balance.compute_imbalance(self._costs(rows), rows=self._rows, shards=self._shards)
@@ -185,7 +187,7 @@ class Plan:
         return batch.map(lambda array: array.reshape(self._micro_batches, -1, *array.shape[1:]))
 
     def batches(self, start: int, stop: int, local_rows: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Returns the batches of steps `start` to `stop` (exclusive), made ahead of their use in a thread."""
+        """Returns the batches of steps `start` to `stop` (exclusive), prefetched by a thread."""
         steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, local_rows))
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
@@ -217,7 +219,7 @@ def evaluation_batches(
     Args:
       rows: rows of a batch.
       limit: number of rows after which to stop, 0 for all; which rows these are depends on nothing but the trees.
-      local_rows: the rows of each batch to fill; None for all of them.
+      local_rows: indices of the rows of each batch to return; None for all.
     """
     stream = RowStream(trees, max_length=max_length, seed=0)
     stop = min(limit or stream.rows_per_epoch, stream.rows_per_epoch)

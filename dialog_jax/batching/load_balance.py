@@ -1,7 +1,7 @@
 """Which device has which rows of a step, so that no device waits long for another.
 
-The cost of a row grows with the squares of its trees' sizes, as attention does. This module sees costs only; which rows
-a step has is decided elsewhere.
+The cost of a row grows with the squares of its trees' sizes, as attention does. Knows costs only; which rows a
+step has is decided elsewhere.
 """
 
 import heapq
@@ -20,9 +20,9 @@ def assign_rows(costs: Sequence[int], *, rows: int, shards: int) -> list[int]:
         costs  [1, 8, 2, 7, 3, 6, 4, 5]   ->   rows [1, 7, 3, 5,  6, 0, 4, 2]      costs 8 5 | 7 6   4 1 | 3 2
 
     Args:
-      costs: of each row of the step.
+      costs: cost of each row of the step.
       rows: rows of a micro-batch; a multiple of `shards`.
-      shards: devices that have rows of their own; each has `rows / shards` consecutive rows.
+      shards: number of device groups that have the same rows; each has `rows / shards` consecutive rows.
     """
     assert rows % shards == 0 and len(costs) % rows == 0, (len(costs), rows, shards)
     by_cost = sorted(range(len(costs)), key=lambda row: -costs[row])
@@ -45,7 +45,7 @@ def compute_imbalance(costs: Sequence[int], *, rows: int, shards: int) -> float:
     Two shards with costs 8 + 5 and 4 + 1: the largest is 13, the mean 9, so the imbalance is 13 / 9.
 
     Args:
-      costs: of each row of the step, in the order of the step.
+      costs: cost of each row of the step, in the order of the step.
       rows, shards: as in `assign_rows`.
     """
     by_shard: Int[np.ndarray, "M shards"] = np.array(costs, np.int64).reshape(-1, shards, rows // shards).sum(axis=-1)

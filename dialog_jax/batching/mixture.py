@@ -1,4 +1,4 @@
-"""Several sets of trees as one, and the set that each row comes from.
+"""Several sets of trees as one mixture, and the set that each row comes from.
 
 A row has trees of one set. Each set has a share of all rows, spread as evenly as possible, by a rule that gives the
 n-th row without those before it.
@@ -147,7 +147,7 @@ def describe_mixture(
 
     Args:
       parts: rows of each set in an epoch of the mixture.
-      rows, tokens: of one pass over each set.
+      rows, tokens: numbers of one pass over each set.
     """
     passes = {name: float(part / rows[name]) for name, part in parts.items()}
     total = sum(passes[name] * tokens[name] for name in parts)

@@ -1,6 +1,6 @@
 """Trees to rows: which trees share a row of `max_length` tokens.
 
-Enter: sizes. Leave: rows, each a list of tree numbers. No token is read or copied here.
+In: sizes. Out: rows, each a list of tree numbers. No token is read or copied here.
 """
 
 import collections
@@ -25,8 +25,8 @@ def pack_trees(
 
         tokens  [3, 6, 4, 7]   ->   rows [[3, 0], [1, 2]]
 
-    Trees equal in tokens, targets and shared prefix are placed in a random order. So the rows of every epoch hold
-    other trees, but have the same number and the same sizes.
+    Trees equal in tokens, targets and shared prefix are placed in a random order. So the rows differ from
+    epoch to epoch, but their number and sizes stay the same.
 
     Args:
       tokens: size of each tree in tokens, each in [1, max_length].
@@ -50,7 +50,7 @@ def pack_trees(
     keys = (prefix_number, shared_prefix_length, -targets, -tokens)  # the last is the primary key
     order = shuffled[np.lexsort([key[shuffled] for key in keys])]
     rows: list[list[int]] = []
-    room: list[int] = []  # tokens that each row has left
+    room: list[int] = []  # free tokens of each row
     prefixes: list[list[int]] = []  # prefix numbers of each row
     all_rows = _OpenRows()
     rows_by_prefix: dict[int, _OpenRows] = collections.defaultdict(_OpenRows)
@@ -83,11 +83,11 @@ def pack_trees(
 
 
 class _OpenRows:
-    """Rows by the number of tokens they have left."""
+    """Rows by their number of free tokens."""
 
     def __init__(self) -> None:
         self._by_room: dict[int, dict[int, None]] = collections.defaultdict(dict)
-        self._rooms = 0  # bit r is set iff a row has r tokens left
+        self._rooms = 0  # bit r is set iff a row has r free tokens
 
     def add(self, row: int, room: int) -> None:
         """Adds a row; one without room is never searched for."""
@@ -103,8 +103,8 @@ class _OpenRows:
 
     def find_tightest(self, size: int) -> int:
         """Returns the row with the least room for `size` tokens, the one added last of several; -1 if there is none."""
-        fitting = self._rooms >> size << size
-        if not fitting:
+        sufficient = self._rooms >> size << size
+        if not sufficient:
             return -1
-        lowest = fitting & -fitting
+        lowest = sufficient & -sufficient
         return next(reversed(self._by_room[lowest.bit_length() - 1]))

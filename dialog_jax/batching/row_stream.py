@@ -1,7 +1,7 @@
 """An endless sequence of rows from one set of trees, one epoch after another; a row follows from its number alone.
 
-Large sets are packed in windows, so that memory holds the rows of at most two windows. Steps and other sets are not
-known here.
+Large sets are packed in windows, so that memory holds the rows of at most two windows. Knows no steps and no other
+sets.
 """
 
 import functools
@@ -14,7 +14,7 @@ from dialog_jax.batching import packing
 from dialog_jax.batching.mixture import Mixture
 from dialog_jax.trees.dataset import Trees
 
-_WINDOW = 1 << 16  # the most trees that are packed together
+_WINDOW = 1 << 16  # largest number of trees that are packed together
 
 
 class RowStream:

@@ -64,7 +64,7 @@ class Memory(NamedTuple):
         return self.parameters + self.moments + self.batch + self.temporaries
 
 
-class Largest(NamedTuple):
+class LargestArray(NamedTuple):
     """The largest temporary array of the CPU's program."""
 
     bytes: int
@@ -76,7 +76,7 @@ class StepPlan(NamedTuple):
     """One step on one device."""
 
     memory: Memory
-    largest: Largest
+    largest: LargestArray
     products: Products
     collectives: list[Collective]
     uneven_layouts: list[str]
@@ -109,7 +109,7 @@ def compile_step(
     # The schedule's values change no shape, so any number of steps above the warm-up will do.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or max(1, config.optimizer.warmup_steps + 1))
     state = train_step.abstract_state(model, mesh, transform)
-    batch = _abstract_batch(config, mesh)
+    batch = _make_abstract_batch(config, mesh)
     step = train_step.make_train_step(
         model,
         transform,
@@ -128,16 +128,16 @@ def compile_step(
         assert analysis is not None, "the CPU's compiler reports its memory"
     tile = min(loss.TILE, config.data.max_length)
     trip_counts = {
-        blockwise.PAIRS: _block_pairs(config.data.max_length, attention_pairs),
+        blockwise.PAIRS: _estimate_block_pairs(config.data.max_length, attention_pairs),
         loss.TILES: float(-(-targets // tile)),
     }
     counts = hlo.count_runs(program, unknown=functools.partial(_find_trip_count, trip_counts))
     return StepPlan(
         memory=Memory(
-            parameters=_device_bytes(state.parameters),
-            moments=_device_bytes(state.optimizer_state),
-            batch=_device_bytes(batch),
-            gradients=_gradient_bytes(config, model, state.parameters),
+            parameters=_count_device_bytes(state.parameters),
+            moments=_count_device_bytes(state.optimizer_state),
+            batch=_count_device_bytes(batch),
+            gradients=_count_gradient_bytes(config, model, state.parameters),
             activations=sum(
                 stored.array.bytes
                 for stored in hlo.find_stored_arrays(program)
@@ -153,15 +153,15 @@ def compile_step(
     )
 
 
-def _gradient_bytes(config: TrainConfig, model: DecoderConfig, parameters: dict) -> int:
+def _count_gradient_bytes(config: TrainConfig, model: DecoderConfig, parameters: dict) -> int:
     """Returns the bytes of gradients, which have the types and shardings of parameters."""
-    gradient = _device_bytes(parameters)
+    gradient = _count_device_bytes(parameters)
     if config.gradient_accumulation == 1:
         return gradient
     # Beside the sum: the loop over layers returns the gradients of all layers at once. The gradient of a tied embedding
     # exists from the unembedding at the beginning to the embedding at the end. Untied ones can be added to the sum
     # before and after that loop.
-    return gradient + (gradient if model.tie_embeddings else _device_bytes(parameters["layers"]))
+    return gradient + (gradient if model.tie_embeddings else _count_device_bytes(parameters["layers"]))
 
 
 def _find_trip_count(trip_counts: dict[str, float], operation_name: str) -> float:
@@ -175,14 +175,15 @@ def _find_trip_count(trip_counts: dict[str, float], operation_name: str) -> floa
     )
 
 
-def _block_pairs(length: int, pairs: int) -> float:
-    """Returns about how many pairs of blocks attention visits in a row: as in one dialogue of as many token pairs."""
+def _estimate_block_pairs(length: int, pairs: int) -> float:
+    """Returns an estimate of the pairs of blocks that attention visits in a row of one dialogue with `pairs` pairs."""
     block = min(blockwise.BLOCK, length)
     blocks = -(-length // block)
     return min(max(pairs / block**2 + blocks / 2, 1.0 * blocks), blocks * (blocks + 1) / 2)
 
 
-def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+def _make_abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Returns the batch of one step as shapes with shardings."""
     layout = sharding.batch_sharding(mesh)
     lead = (config.gradient_accumulation, config.rows)
     try:
@@ -193,8 +194,8 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
             "a multiple of the product of these axes, so that every device has rows."
         ) from error
 
-    def shape(size, dtype, *more):
-        return jax.ShapeDtypeStruct((*lead, size, *more), dtype, sharding=layout)
+    def shape(size, dtype, *trailing):
+        return jax.ShapeDtypeStruct((*lead, size, *trailing), dtype, sharding=layout)
 
     tokens = shape(config.data.max_length, jnp.int32)
     targets, weight = shape(config.data.max_length, jnp.int32), shape(config.data.max_length, jnp.float32)
@@ -207,7 +208,7 @@ def _abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     return batch
 
 
-def _device_bytes(arrays) -> int:
+def _count_device_bytes(arrays) -> int:
     """Returns the bytes of one device's parts of abstract arrays."""
     return sum(
         jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype).size * leaf.dtype.itemsize
@@ -239,15 +240,15 @@ def _read_dump(directory: str, *names: str) -> str:
     )
 
 
-def _find_largest(assignment: str, optimized: Program) -> Largest:
+def _find_largest(assignment: str, optimized: Program) -> LargestArray:
     """Returns the largest value within the allocations for temporaries."""
-    largest, in_temporaries = Largest(0, "", ""), False
+    largest, in_temporaries = LargestArray(0, "", ""), False
     for line in assignment.splitlines():
         if line.startswith("allocation "):
             in_temporaries = "preallocated-temp" in line
         value = re.match(r" value: <\d+ ([\w.\-]+)[^>]*> \(size=(\d+),offset=\d+\): (\S+)", line)
         if in_temporaries and value and int(value.group(2)) > largest.bytes:
-            largest = Largest(int(value.group(2)), value.group(3).partition("{")[0], value.group(1))
+            largest = LargestArray(int(value.group(2)), value.group(3).partition("{")[0], value.group(1))
     return largest._replace(operation_name=_find_origin(optimized, largest.operation_name))
 
 

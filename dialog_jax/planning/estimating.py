@@ -1,5 +1,6 @@
-"""A compiled step and a chip in; the time of the step and whether it fits out. Estimates from published peaks and one
-stated efficiency.
+"""Estimates of the time of a step, and of whether it fits, from published peaks and one stated efficiency.
+
+In: a compiled step and a chip. Out: seconds by resource, a verdict on memory, and remedies.
 """
 
 import math
@@ -24,22 +25,22 @@ class Chip(NamedTuple):
     """Dense bfloat16 products, FLOP/s."""
     memory: float
     bandwidth: float
-    """Of its memory, in bytes/s."""
+    """Memory bandwidth, bytes/s."""
     link: float
-    """To the other devices of its node or slice, bytes/s in each direction."""
+    """Bandwidth to the other devices of the node or slice, bytes/s in each direction."""
     network: float | None
-    """Its share of its host's network cards, bytes/s in each direction; None if it is not published."""
+    """The device's share of its host's network cards, bytes/s in each direction; None if not published."""
     group_size: int
     """Devices of a node (GPU) or of the largest slice (TPU), which `link` connects."""
 
 
 # Sources.
-# TPU: the "TPU v4", "v5e", "v5p" and "v6e" pages of docs.cloud.google.com/tpu/docs. ICI is given there in both
-# directions together: 400 (v5e), 1200 (v5p) and 800 GB/s (v6e). The network of v5e is 2 x 100 Gbit/s for 8 chips, of
-# v5p 50 Gbit/s a chip; of v6e none is given.
-# GPU: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, whose products are given with sparsity, twice the
-# dense ones, and whose NVLink (600, 900 and 900 GB/s) is both directions together. The network is that of NVIDIA's own
-# DGX systems: for each GPU one card of 200 (A100) or 400 Gbit/s (H100, H200). Eight GPUs a node.
+# TPU: the "TPU v4", "v5e", "v5p" and "v6e" pages of docs.cloud.google.com/tpu/docs. Their ICI
+# bandwidth is the sum of both directions: 400 (v5e), 1200 (v5p) and 800 GB/s (v6e). The network is 2 x 100 Gbit/s for
+# 8 chips of v5e and 50 Gbit/s per chip of v5p; for v6e it is not published.
+# GPU: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM. They state FLOP/s with sparsity, twice the dense
+# value, and the sum of both directions of NVLink (600, 900 and 900 GB/s). The network is that of NVIDIA's DGX systems:
+# one card of 200 (A100) or 400 Gbit/s (H100, H200) per GPU, and eight GPUs per node.
 CHIPS = {
     "tpu-v5e": Chip("TPU v5 lite", PEAK_FLOPS["TPU v5 lite"], 16e9, 819e9, 200e9, 3.125e9, 256),
     "tpu-v5p": Chip("TPU v5", PEAK_FLOPS["TPU v5"], 95e9, 2765e9, 600e9, 6.25e9, 6144),
@@ -60,7 +61,7 @@ class Seconds(NamedTuple):
     link: float
     """Within nodes or slices."""
     network: float
-    """Between them; infinite if it is used and the chip's network is not published."""
+    """Between nodes or slices; infinite if it is used and the chip's network is not published."""
 
     @property
     def overlapped(self) -> float:
@@ -130,7 +131,7 @@ def list_remedies(step: StepPlan, chip: Chip, config: TrainConfig, mesh: Mesh, *
     memory, remedies = step.memory, []
     state = memory.parameters + memory.moments + memory.gradients
     if state > chip.memory / 2:
-        # As many parts as leave half of the memory to the rest.
+        # Enough parts to leave half of the memory to everything else.
         parts = math.ceil(2 * state * mesh.shape["fsdp"] * mesh.shape["tensor"] / chip.memory)
         remedies.append(
             f"Parameters, moments and gradients are {state / 1e9:.1f} GB per device: divide them further, to fsdp * "

@@ -34,7 +34,7 @@ class Array(NamedTuple):
     """The type of an array."""
 
     kind: str
-    """In XLA's spelling: f32, bf16, pred."""
+    """Element type as XLA writes it: f32, bf16, pred."""
     shape: tuple[int, ...]
     bits: int
 
@@ -49,7 +49,7 @@ class Instruction(NamedTuple):
 
     name: str
     arrays: tuple[Array, ...]
-    """Of the result; several if it is a tuple."""
+    """The arrays of the result; several if it is a tuple."""
     operation: str
     operands: tuple[str, ...]
     parts: tuple[int, ...]
@@ -78,7 +78,7 @@ class Collective(NamedTuple):
     """One of `COLLECTIVES`. An all-reduce of which each device uses only its own part counts as a reduce-scatter, which
     compilers for TPU and GPU replace it by."""
     bytes: int
-    """Of the array over all devices of a group: what is gathered or reduced, or what a device sends to all others."""
+    """Size of the array of all devices of a group: what is gathered or reduced, or what one device sends."""
     group: tuple[int, ...]
     """The first group of devices; the others have the same size."""
     runs: float
@@ -91,7 +91,7 @@ class Products(NamedTuple):
 
     flops: float
     bytes: float
-    """Of operands and results."""
+    """Size of all operands and results."""
 
 
 class StoredArray(NamedTuple):
@@ -173,16 +173,15 @@ def sum_products(program: Program, counts: Mapping[str, float]) -> Products:
             operands = zip(instruction.operands, instruction.parts, strict=True)
             left, right = (body[operand].arrays[index] for operand, index in operands)
             (result,) = instruction.arrays
-            axes = _parse_numbers(instruction.attributes, "lhs_contracting_dims")
-            depth = math.prod(left.shape[axis] for axis in axes)
+            axes = re.search(r"lhs_contracting_dims={([\d,]+)}", instruction.attributes)
+            depth = math.prod(left.shape[axis] for axis in _parse_integers(axes.group(1))) if axes else 1
             flops += counts[name] * 2 * math.prod(result.shape) * depth
             size += counts[name] * (left.bytes + right.bytes + result.bytes)
     return Products(flops, size)
 
 
 def find_stored_arrays(program: Program) -> list[StoredArray]:
-    """Returns the arrays that loops of known trip count fill entry by entry: activations that the backward pass needs,
-    and gradients."""
+    """Returns the arrays that loops of known trip count fill: activations for the backward pass, and gradients."""
     stored = []
     for body in program.computations.values():
         for instruction in body.values():
@@ -261,7 +260,7 @@ def _parse_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     attributes = instruction.attributes
     if instruction.operation == "collective-permute":
         pairs = re.findall(r"{(\d+),(\d+)}", attributes)
-        # Of all pairs, the one that is farthest apart.
+        # The pair of devices that are farthest apart.
         return max(((int(a), int(b)) for a, b in pairs), key=lambda pair: abs(pair[0] - pair[1]))
     if sets := _SETS.search(attributes):
         return tuple(map(int, sets.group(1).split(",")))
@@ -282,17 +281,13 @@ def _parse_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Returns 0, 1, ... in `shape`, transposed to `order`: the notation `[2,4]<=[4,2]T(1,0)`."""
     numbers = np.arange(math.prod(_parse_integers(shape))).reshape(_parse_integers(shape))
     return numbers.transpose(_parse_integers(order)) if order else numbers
 
 
 def _parse_integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
-
-
-def _parse_numbers(attributes: str, name: str) -> list[int]:
-    match = re.search(name + r"={([\d,]*)}", attributes)
-    return _parse_integers(match.group(1)) if match and match.group(1) else []
 
 
 def _uses_only_local_part(instruction: Instruction, body: Mapping[str, Instruction], parts: int) -> bool:

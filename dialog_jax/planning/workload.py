@@ -20,18 +20,18 @@ class Workload(NamedTuple):
     """Means per step."""
 
     tokens: int
-    """Without padding."""
+    """Tokens that are not padding."""
     attention_pairs: int
     """Pairs of a token and a token that it sees."""
     targets: int
     steps: int | None
     """Steps of the whole run; None if unknown."""
     source: str
-    """Where these figures come from, for the reader."""
+    """Sentence that says where these figures come from."""
 
 
 def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
-    """Returns the workload of data.train, or None if it or the tokenizer is not a local file, or it is too large.
+    """Returns the workload of data.train; None if it or the tokenizer is not a local file, or the data is too large.
 
     Args:
       dialogues: prepare at most this many, evenly spaced.

@@ -1,7 +1,7 @@
 """Dialogues to chunks of trees: renders, weighs, truncates and builds the trees of some dialogues, and counts them.
 
-A chunk is what one worker makes at a time. The trees do not depend on how the dialogues are divided into chunks. Files
-and processes are not known here.
+A chunk is what one worker makes at a time. The trees do not depend on how the dialogues are divided into chunks. Knows
+no files and no processes.
 """
 
 import collections
@@ -44,7 +44,7 @@ TREE_COLUMNS: dict[str, type[np.generic]] = {
 }
 _MAX_DIALOGUES = 256  # of a chunk
 _MAX_CHARACTERS = 1 << 18  # after which a chunk ends; its memory grows with them
-_MAX_NAMES = 1000  # dialogues that are named for each reason
+_MAX_NAMES = 1000  # dialogues named per reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class TreeConfig:
 
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     max_length: int
-    """Tokens of a tree, at most."""
+    """Largest number of tokens of a tree."""
     truncate: str = "turns"
     """What becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a supervised
     response; `drop` leaves it out; `split` divides it into several trees, each with the system prompt and as many of
@@ -97,7 +97,7 @@ def batch_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
 def build_chunks(
     batches: Iterable[list[Dialogue]], renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None = None
 ) -> Iterator[Chunk]:
-    """Yields the chunk of each batch; a thread renders the next one meanwhile, since tokenizers release the GIL.
+    """Yields the chunk of each batch, in order; a thread renders the next batch (tokenizers release the GIL).
 
     Raises:
       UserError: what `build_chunk` raises.
@@ -235,7 +235,7 @@ def _fit(
     objective, max_length = config.objective, config.max_length
     turns = sum(len(excerpt.supervised_messages) for excerpt in excerpts)
     selected = fitting.select_fitting([excerpt.sequences for excerpt in excerpts], objective, max_length)
-    groups = [[excerpt._replace(sequences=some) for excerpt, some in zip(excerpts, selected, strict=True)]]
+    groups = [[excerpt._replace(sequences=sequences) for excerpt, sequences in zip(excerpts, selected, strict=True)]]
     if all(fitting.is_complete(excerpt, objective) for excerpt in groups[0]):
         return groups, "", ""
     if config.truncate == "error":

@@ -40,7 +40,7 @@ from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.teacher_file import TeacherFile
 
 FORMAT = 6  # raise when the same input gives different trees, or different files
-MAX_WORKERS = 16  # by default; one process that reads can keep about this many busy
+MAX_WORKERS = 16  # by default; one reading process can keep about this many busy
 _TYPES: dict[str, type[np.generic]] = {
     **chunks.TOKEN_COLUMNS,
     **{name: kind for name, kind in chunks.TREE_COLUMNS.items() if name != "size"},
@@ -53,7 +53,7 @@ _SECONDS = 5.0  # between journals
 
 
 class Ids(Sequence[str | int]):
-    """Ids in a file, each read when it is asked for."""
+    """Ids in a file, each read on access."""
 
     def __init__(self, text: np.ndarray, offsets: np.ndarray):
         self._text, self._offsets = text, offsets
@@ -64,7 +64,7 @@ class Ids(Sequence[str | int]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[index] for index in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # as a list does with negative numbers and those out of range
+        number = range(len(self))[number]  # negative and invalid indices behave as in a list
         start, stop = self._offsets[number : number + 2].tolist()
         return json.loads(self._text[start:stop].tobytes())
 

@@ -1,7 +1,7 @@
 """Truncation and division: which of a dialogue's sequences fit a tree, and what becomes of those that do not.
 
-Enter: dialogues and their rendered sequences. Leave: excerpts, each with the sequences that its tree holds. Of weights,
-only whether one is 0 matters here; rows are not known.
+In: dialogues and their rendered sequences. Out: excerpts, each with the sequences that its tree holds. Of weights, only
+whether one is 0 matters here. Knows no rows.
 
 A message has two indices: its `message_index` in the dialogue that was rendered, which may be an excerpt, and its
 `original_index` in the complete dialogue.
@@ -114,7 +114,7 @@ def count_new_tokens(sequence: RenderedSequence, others: Sequence[RenderedSequen
 
 
 def is_complete(excerpt: Excerpt, objective: ObjectiveConfig) -> bool:
-    """Whether an excerpt has all sequences that the objective trains on."""
+    """Returns whether an excerpt has all sequences that the objective trains on."""
     has_full_rendering = bool(excerpt.sequences) and excerpt.sequences[-1].turn < 0
     has_all_responses = len(excerpt.response_turns) == len(excerpt.supervised_messages)
     return has_all_responses and (has_full_rendering or not objective.needs_full_rendering)

@@ -1,7 +1,7 @@
 """Objectives as weights: which tokens of a dialogue's sequences are trained on, and how much.
 
-Enter: rendered sequences. Leave: their supervised spans, made before packing, so that they can be printed. Templates,
-trees and rows are not known here.
+In: rendered sequences. Out: their supervised spans, before packing, so that they can be printed. Knows no templates,
+trees or rows.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ MERGES = ("max", "sum")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is maximised, as weights on tokens.
+    """What is maximized, as weights on tokens.
 
     | name | weight 1 on |
     |---|---|
@@ -119,7 +119,7 @@ def supervise(
     """
     supervised: list[list[Span]] = []
     previous = None
-    seen: set[int] = set()  # messages that an earlier sequence trains under `roles`
+    trained_messages: set[int] = set()  # by an earlier sequence, under `roles`
     for sequence in sequences:
         spans: list[Span] = []
         if objective.name == "joint":
@@ -132,9 +132,9 @@ def supervise(
                 start = max(start, place.stop)
             spans.append(Span(start, sequence.start, 1.0, -1))
         elif objective.name == "roles":
-            new = [place for place in sequence.message_spans if place.message_index not in seen]
-            spans += [span for place in new for span in _weigh_message(dialogue, place)]
-            seen |= {place.message_index for place in new}
+            places = [place for place in sequence.message_spans if place.message_index not in trained_messages]
+            spans += [span for place in places for span in _weigh_message(dialogue, place)]
+            trained_messages |= {place.message_index for place in places}
         if sequence.turn >= 0:
             spans += _weigh_response(sequence, dialogue, objective, factors[sequence.message_index])
         supervised.append([span for span in spans if span.weight > 0 and span.stop > span.start])

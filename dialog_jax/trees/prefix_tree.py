@@ -1,7 +1,7 @@
 """Sequences to a prefix tree in depth-first order.
 
-Enter: the token strings of a dialogue's sequences, each with its supervised spans. Leaves: a `Tree`, which has every
-shared prefix once. Roles, templates and rows are not known here.
+In: the token strings of a dialogue's sequences, each with its supervised spans. Out: a `Tree`, which has every shared
+prefix once. Knows no roles, templates or rows.
 """
 
 from collections.abc import Sequence
@@ -209,8 +209,8 @@ def _depth_first(
 ) -> tuple[Int[np.ndarray, " N"], Int32[np.ndarray, " N"]]:
     """Returns (order, subtree_end): the nodes in depth-first order, and the end of the subtree at each place in it.
 
-    Paths are in order of insertion: path p follows an earlier path for a while and then branches off into nodes of its
-    own, its chain. In depth-first order a chain that branches off deeper comes first; of two at one node, the older.
+    Paths are in order of insertion: path p follows an earlier path for a while and then branches off into new nodes,
+    its chain. In depth-first order a chain that branches off deeper comes first; of two at one node, the older.
     Nodes 0 1 2 3 and 0 1 4 5 6   ->   order [0, 1, 2, 3, 4, 5, 6], subtree_end [7, 7, 4, 4, 7, 7, 7]
     """
     count = len(parent)

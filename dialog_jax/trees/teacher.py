@@ -1,6 +1,6 @@
 """Which rows of a teacher's file belong to the nodes of a tree, checked against the tokens that the teacher scored.
 
-Enter: a file (see `teacher_file`) and a dialogue's tree. Leaves: for each node a row of the file.
+In: a file (see `teacher_file`) and a dialogue's tree. Out: for each node a row of the file.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,9 @@ def find_rows(
             # In a tree that was split off a longer one, some messages before a response are missing.
             has_full_prompt = one.excerpt.original_indices[: sequence.message_index] == dialogue.ancestors(index)
             prompt = int(file.response_prompt[response]) if has_full_prompt else None
-            _compare(file, f"{dialogue.name}: message {index}", sequence.tokens, start, file.token[begin:end], prompt)
+            _check_response(
+                file, f"{dialogue.name}: message {index}", sequence.tokens, start, file.token[begin:end], prompt
+            )
             rows[nodes[start:]] = np.arange(begin, end)[: len(nodes) - start]
     rows[tree.weight == 0] = -1
     return rows
@@ -75,7 +77,7 @@ def _find_response(file: TeacherFile, dialogue: Dialogue, index: int) -> int:
     return int(matches[0])
 
 
-def _compare(
+def _check_response(
     file: TeacherFile, where: str, tokens: Int32[np.ndarray, " n"], start: int, scored: np.ndarray, prompt: int | None
 ) -> None:
     """Raises UserError unless the response `tokens[start:]` is `scored` and its prompt has the checksum `prompt`."""

@@ -1,6 +1,6 @@
 """A teacher's predictions for responses, in a file: written when it scores dialogues, read when a student trains.
 
-For each token of each response the file has the N likeliest tokens in its place, with their log-probabilities. It is a
+For each token of each response the file has the N likeliest tokens at its place, with their log-probabilities. It is a
 safetensors file of R responses with n tokens in all, in the order of the dialogues:
 
     response_dialogue    int32 [R]       number of its dialogue, an index into the list `ids` of the metadata
@@ -11,8 +11,8 @@ safetensors file of R responses with n tokens in all, in the order of the dialog
     top_token            int32 [n, N]    the likeliest first
     top_log_probability  float32 [n, N]  in nats
 
-They are float32 because the probability that they leave to all other tokens is used too, and bfloat16 would lose it
-where the teacher is nearly certain. How a teacher is run and how a student learns is not known here.
+Log-probabilities are float32 because the probability that they leave to all other tokens is used too; bfloat16 would
+lose it where the teacher is nearly certain. Knows neither how a teacher is run nor how a student learns.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _TYPES = {
     "top_log_probability": "F32",
 }
 _NUMPY: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
-_BLOCK = 1 << 14  # tokens that are checked together
+_BLOCK = 1 << 14  # tokens that are checked at a time
 _TOLERANCE = 1e-3  # by which rounding may raise a sum of probabilities above 1
 
 
@@ -82,7 +82,7 @@ class TeacherFile:
 
     @property
     def top_k(self) -> int:
-        """N."""
+        """Number of likeliest tokens per token of a response (N)."""
         return self.top_token.shape[1]
 
 
@@ -95,14 +95,14 @@ def checksum(tokens: Int[np.ndarray, " n"]) -> int:
 def write_file(
     path: pathlib.Path, *, top_k: int, tokenizer: str, vocabulary: int
 ) -> Iterator[Callable[[str | int, Sequence[Signal]], None]]:
-    """Gives a function to call with the id and signals of each dialogue; at the end the complete file appears.
+    """Yields a function to call with the id and signals of each dialogue; the file appears at the end, complete.
 
     Signals are written as they come, to temporary files beside `path`, so that memory holds those of one dialogue.
 
     Args:
       top_k: N.
       tokenizer: fingerprint of the teacher's tokenizer.
-      vocabulary: number of the teacher's logits.
+      vocabulary: size of the teacher's vocabulary.
 
     Raises:
       UserError: two dialogues have the same id.
@@ -122,8 +122,8 @@ def write_file(
             nonlocal end
             if dialogue in numbers:
                 raise UserError(
-                    f"two dialogues have the id {dialogue!r}, which {path.name} could not tell apart. Give each its "
-                    "own id, or omit the ids."
+                    f"two dialogues have the id {dialogue!r}, which {path.name} could not tell apart. Give each "
+                    "another id, or omit the ids."
                 )
             number = numbers[dialogue] = len(numbers)
             for signal in signals:
@@ -252,8 +252,8 @@ def _check_values(name: str, token: Int32[np.ndarray, "n N"], log_probability: F
     largest = 0
     for start in range(0, len(token), _BLOCK):
         largest = max(largest, int(token[start : start + _BLOCK].max()))
-        if (least := int(token[start : start + _BLOCK].min())) < 0:
-            raise UserError(f"{name} has the token id {least}; ids start at 0. Make it again.")
+        if (lowest := int(token[start : start + _BLOCK].min())) < 0:
+            raise UserError(f"{name} has the token id {lowest}; ids start at 0. Make it again.")
         sums = np.exp(log_probability[start : start + _BLOCK].astype(np.float64)).sum(axis=-1)
         wrong = ~((sums > 0) & (sums <= 1 + _TOLERANCE))  # so that nan is wrong
         if wrong.any():

@@ -1,6 +1,6 @@
 """Excerpts of a dialogue to weighted trees: the supervised tokens of each sequence, and the prefix tree of all.
 
-Files, lengths and rows are not known here.
+Knows no files, lengths or rows.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def select_supervised(
 ) -> list[list[SupervisedSequence]]:
     """Returns for each group of excerpts the sequences that have supervised tokens.
 
-    With `conditional` and two turns, the second of weight 0, of [[excerpt]] this is [[the sequence of turn 0]].
+    With `conditional` and two turns, the second of weight 0, [[excerpt]] gives [[sequence of turn 0]].
 
     Args:
       groups: all excerpts of the dialogue that are kept; which turn is the last depends on all of them.

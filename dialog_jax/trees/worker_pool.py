@@ -63,18 +63,18 @@ def build_chunks(
         yield from chunks.build_chunks(batches, renderer, config, teacher)
         return
     with contextlib.ExitStack() as stack:
-        working: collections.deque[_Worker] = collections.deque()  # in the order of their chunks
+        busy_workers: collections.deque[_Worker] = collections.deque()  # in the order of their chunks
         for batch in batches:  # read while the workers work
-            if len(working) < workers:
+            if len(busy_workers) < workers:
                 worker, chunk = stack.enter_context(_start(renderer, config, teacher, memory)), None
             else:
-                worker = working.popleft()
+                worker = busy_workers.popleft()
                 chunk = worker.receive(seconds)
             worker.send(batch)
-            working.append(worker)
+            busy_workers.append(worker)
             if chunk is not None:
                 yield chunk
-        for worker in working:
+        for worker in busy_workers:
             yield worker.receive(seconds)
 
 
@@ -117,20 +117,21 @@ class _Worker:
 
 @contextlib.contextmanager
 def _start(renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None, memory: int) -> Iterator[_Worker]:
-    """Starts a worker, and ends it after the block."""
-    ours, theirs = socket.socketpair()
+    """Yields a new worker; ends it after the block."""
+    parent_socket, child_socket = socket.socketpair()
     environment = {
         **os.environ,
         "TOKENIZERS_PARALLELISM": "false",  # there is one worker per processor
         "OPENBLAS_NUM_THREADS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
-    with theirs:
-        code = f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as it; it.serve({theirs.fileno()}, {memory})"
+    with child_socket:
+        descriptor = child_socket.fileno()
+        code = f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as pool; pool.serve({descriptor}, {memory})"
         process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            [sys.executable, "-c", code], pass_fds=[descriptor], env=environment, stdin=subprocess.DEVNULL
         )
-    connection = Connection(ours.detach())
+    connection = Connection(parent_socket.detach())
     worker = _Worker(process, connection)
     try:
         file = ("", False) if teacher is None else (teacher.path, teacher.same_tokenizer)
@@ -159,9 +160,9 @@ def serve(descriptor: int, memory: int) -> None:
 def _serve(connection: Connection, memory: int) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):  # the process that started this one handles them
         signal.signal(number, signal.SIG_IGN)
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = memory if hard_limit == resource.RLIM_INFINITY else min(memory, hard_limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
     renderer, config, path, same_tokenizer = connection.recv()
     teacher = None
     if path:

@@ -6,7 +6,7 @@ import jax
 from absl.testing import absltest, parameterized
 
 from dialog_jax.planning import estimating
-from dialog_jax.planning.compiling import Largest, Memory, StepPlan
+from dialog_jax.planning.compiling import LargestArray, Memory, StepPlan
 from dialog_jax.planning.estimating import CHIPS, Chip
 from dialog_jax.planning.hlo import Collective, Products
 from dialog_jax.training import sharding
@@ -19,7 +19,7 @@ _MEMORY = Memory(parameters=100, moments=200, batch=10, gradients=100, activatio
 
 
 def plan(**fields):
-    empty = StepPlan(_MEMORY, Largest(0, "", ""), Products(0.0, 0.0), [], [], 0.0)
+    empty = StepPlan(_MEMORY, LargestArray(0, "", ""), Products(0.0, 0.0), [], [], 0.0)
     return empty._replace(**fields)
 
 
