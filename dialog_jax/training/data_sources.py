@@ -1,14 +1,47 @@
 """Which dialogues a config names: its training sets, and those that are held out. Imports no JAX."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from dialog_jax.audit import inspection
+from dialog_jax.dialogues import holdout
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.holdout import is_held_out
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Division:
+    """The division of the training data into dialogues to train on and held-out ones."""
+
+    paths: tuple[str, ...]
+    """All of the training data."""
+    split: str
+    share: float
+    """Of the dialogues that is held out."""
+
+    @functools.cached_property
+    def limit(self) -> int:
+        """Dialogues whose hash is below it are held out (`holdout.find_limit`); found by reading the first dialogues.
+
+        Raises:
+          UserError: all dialogues are equal, or the data cannot be read.
+        """
+        try:
+            dialogues = (record for record in self._iterate_records() if isinstance(record, Dialogue))
+            return holdout.find_limit(dialogues, self.share)
+        except UserError as error:
+            for record in self._iterate_records():  # a record that is no dialogue is the better explanation
+                if isinstance(record, UserError):
+                    raise record from None
+            raise UserError(f"{_join_names(self.paths)}: data.validation is empty, and {error}") from None
+
+    def _iterate_records(self) -> Iterator[Dialogue | UserError]:
+        for path in self.paths:
+            yield from inspection.iterate_dialogues(path, split=self.split)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,20 +51,22 @@ class Source:
     paths: tuple[str, ...]
     split: str
     """Of hub data sets."""
-    share: float = 0.0
-    """Of the dialogues that is held out; 0 if the sources are not divided."""
+    division: Division | None = None
+    """None if all dialogues of the sources are read."""
     held_out: bool = False
     """Which side of the division this is."""
 
     @property
     def name(self) -> str:
         """As messages call it: `my.jsonl`, `5% of my.jsonl` for the held-out side."""
-        files = ", ".join(os.path.basename(path) for path in self.paths)
-        return f"{self.share:.3g} of {files}" if self.held_out else files
+        files = _join_names(self.paths)
+        return f"{100 * self.division.share:.3g}% of {files}" if self.division and self.held_out else files
 
     def selects(self, dialogue: Dialogue) -> bool:
         """Whether a dialogue of the sources is on this side."""
-        return not self.share or is_held_out(dialogue, self.share) == self.held_out
+        if self.division is None:
+            return True
+        return (holdout.hash_dialogue(dialogue) < self.division.limit) == self.held_out
 
     def read(self) -> Iterator[Dialogue]:
         """Yields the dialogues of this side.
@@ -46,19 +81,18 @@ class Source:
                 if self.selects(dialogue):
                     selected += 1
                     yield dialogue
-        if count and not selected:
+        if count and not selected:  # of one set of a mixture; the division as a whole has dialogues on both sides
             raise UserError(
-                f"data.validation is empty and data.validation_share is {self.share}, which leaves none of the "
-                f"{count:,} dialogues of {self.name} {'to hold out' if self.held_out else 'to train on'}. Change "
-                "data.validation_share, or give data.validation."
+                f"{self.name}: data.validation is empty, and the share that is held out in its place takes all of the "
+                f"{count:,} dialogues of this set. Lower data.validation_share, or give data.validation."
             )
 
 
 def training_sources(config: TrainConfig) -> dict[str, Source]:
     """Returns what a run trains on, by the config's field: `data.train`, or `data.mix.NAME` of each set."""
-    share = 0.0 if config.data.validation else config.data.validation_share
+    division = None if config.data.validation else _make_division(config)
     return {
-        field: Source(paths=(path,), split=config.data.train_split, share=share)
+        field: Source(paths=(path,), split=config.data.train_split, division=division)
         for field, path in _training_paths(config).items()
     }
 
@@ -67,12 +101,8 @@ def validation_source(config: TrainConfig) -> Source:
     """Returns what a run evaluates on: data.validation, or a share of what data.train or data.mix names."""
     if config.data.validation:
         return Source(paths=(config.data.validation,), split=config.data.validation_split)
-    return Source(
-        paths=tuple(_training_paths(config).values()),
-        split=config.data.train_split,
-        share=config.data.validation_share,
-        held_out=True,
-    )
+    division = _make_division(config)
+    return Source(paths=division.paths, split=division.split, division=division, held_out=True)
 
 
 def find_source(config: TrainConfig, name: str) -> Source:
@@ -95,3 +125,15 @@ def _training_paths(config: TrainConfig) -> dict[str, str]:
     if config.data.mix:
         return {f"data.mix.{name}": entry["train"] for name, entry in config.data.mix.items()}
     return {"data.train": config.data.train} if config.data.train else {}
+
+
+def _make_division(config: TrainConfig) -> Division:
+    return Division(
+        paths=tuple(_training_paths(config).values()),
+        split=config.data.train_split,
+        share=config.data.validation_share,
+    )
+
+
+def _join_names(paths: Sequence[str]) -> str:
+    return ", ".join(os.path.basename(path) for path in paths)

@@ -78,11 +78,14 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     sets: dict[str, Trees] = {}
     hashes = {"model": pretrained.fingerprint(model.path)}
     validation = data_sources.validation_source(config)
-    if validation.held_out:
-        console.print(f"data.validation is empty: {validation.name} is held out, chosen by a hash of each dialogue")
     for field, source in data_sources.training_sources(config).items():
         sets[field], hashes[field] = prepare(source, teacher)
     held_out, hashes["data.validation"] = prepare(validation, None)
+    if validation.division is not None:
+        console.print(
+            f"data.validation is empty: {validation.name} is held out (dialogues: {held_out.report.dialogues:,}), "
+            "chosen by a hash of each dialogue"
+        )
     return Inputs(
         model_path=model.path,
         model=model.config,
@@ -109,7 +112,7 @@ def _prepare_trees(
     versions = [_file_version(file) for file in files]
     key = {
         "dialogues": [_hash_dialogues(path, source.split) for path in source.paths],
-        "held_out": [source.held_out, source.share],
+        "held_out": [source.held_out, source.division.limit if source.division else 0],
         "tokenizer": fingerprint(renderer.tokenizer),
         "chat_template": renderer.tokenizer.chat_template,
         "objective": dataclasses.asdict(config.objective),

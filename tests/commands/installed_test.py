@@ -62,7 +62,7 @@ class InstalledTest(absltest.TestCase):
         self.assertEmpty(error)
         share = "--config.data.validation_share=0.2"
         told, error = self.run_in(command, "train", "--config.model=model", *data, share, "--output_dir=run")
-        self.assertRegex(told, r"0\.2 of my\.jsonl is held out.*\n(.*\n)*held-out loss .* before, .* steps\n$")
+        self.assertRegex(told, r"20% of my\.jsonl is held out.*\n(.*\n)*held-out loss .* before, .* steps\n$")
         self.assertEmpty(error)
         self.run_in(command, "export", "--run=run", "--out=run/model")
         told, _ = self.run_in(command, "chat", "--config.model=run/model", "--message=Hi", "--max_new_tokens=4")

@@ -6,6 +6,7 @@ import tempfile
 
 from absl.testing import absltest
 
+from dialog_jax.commands import config_inputs
 from dialog_jax.errors import UserError
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import DataConfig, TrainConfig
@@ -54,10 +55,47 @@ class DataSourcesTest(absltest.TestCase):
         self.assertGreater(len(set(held_out) & {f"{n}?" for n in range(100)}), 5)
         self.assertGreater(len(set(held_out) & {f"{n}?" for n in range(100, 200)}), 5)
 
-    def test_side_without_dialogues_is_an_error_with_the_remedy(self):
-        for share, side in ((1e-9, "to hold out"), (1 - 1e-9, "to train on")):
-            with self.assertRaisesRegex(UserError, f"none of the 3 dialogues of .*one.jsonl {side}. Change data.valid"):
-                self.sides(train=self.write("one.jsonl", range(3)), validation_share=share)
+    def test_small_file_has_dialogues_on_both_sides(self):
+        for count in (2, 3, 10):
+            for share in (1e-9, 0.05, 1 - 1e-9):
+                ((training,), held_out) = self.sides(
+                    train=self.write("few.jsonl", range(count)), validation_share=share
+                )
+                self.assertCountEqual([*training, *held_out], [f"{n}?" for n in range(count)])
+                self.assertNotEmpty(training)
+                self.assertNotEmpty(held_out)
+
+    def test_small_file_is_divided_for_commands_as_for_training_although_a_record_is_broken(self):
+        file = pathlib.Path(self.write("few.jsonl", range(4)))
+        config = TrainConfig(data=DataConfig(train=str(file)))
+        trained_on = self.contents(data_sources.find_source(config, "validation"))
+        file.write_text("{\n" + file.read_text())
+        validation = data_sources.find_source(config, "validation")
+        records = list(config_inputs.iterate_records(validation))
+        self.assertIsInstance(records[0], UserError)
+        self.assertEqual([record.messages[0].content for record in records[1:]], trained_on)
+        with self.assertRaisesRegex(UserError, "few.jsonl:1: not JSON"):
+            self.contents(validation)
+
+    def test_file_that_cannot_be_divided_is_an_error_with_place_and_remedy(self):
+        for numbers, reason in (([1], "it has a single dialogue"), ([1, 1, 1], "its 3 dialogues are all equal")):
+            with self.assertRaisesRegex(UserError, f"one.jsonl: data.validation is empty, and {reason}; .*validation="):
+                self.sides(train=self.write("one.jsonl", numbers))
+        file = pathlib.Path(self.write("one.jsonl", [1]))
+        file.write_text(file.read_text() + "{\n")
+        with self.assertRaisesRegex(UserError, "one.jsonl:2: not JSON"):
+            self.sides(train=str(file))
+        file.write_text("")
+        with self.assertRaisesRegex(UserError, "one.jsonl: holds no dialogue"):
+            self.sides(train=str(file))
+
+    def test_set_of_a_mixture_that_is_all_held_out_is_an_error_with_the_remedy(self):
+        paths = {name: self.write(f"{name}.jsonl", numbers) for name, numbers in (("a", range(100)), ("b", [6]))}
+        mix = {name: {"train": path, "weight": 1} for name, path in paths.items()}
+        with self.assertRaisesRegex(
+            UserError, "b.jsonl: data.validation is empty, .* all of the 1 dialogues of this set"
+        ):
+            self.sides(mix=mix, validation_share=0.9)
 
     def test_command_looks_at_all_of_the_training_data(self):
         mix = {"a": {"train": self.write("a.jsonl", range(30)), "weight": 1}}

@@ -17,7 +17,7 @@ import pytest
 import rich.console
 from absl.testing import absltest, parameterized
 
-from dialog_jax.dialogues.holdout import is_held_out
+from dialog_jax.dialogues import holdout
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
@@ -101,11 +101,13 @@ class RunTest(parameterized.TestCase):
         data = dataclasses.replace(self.config.data, validation="", validation_share=0.2)
         self.run_in("run", steps=1, data=data)
         dialogues = list(read_dialogues(self.directory / "train.jsonl"))
-        held_out = sum(is_held_out(dialogue, 0.2) for dialogue in dialogues)
+        held_out = sum(holdout.hash_dialogue(dialogue) < 0.2 * 2**64 for dialogue in dialogues)
         log = self.output.getvalue()
-        self.assertIn("data.validation is empty: 0.2 of train.jsonl is held out, chosen by a hash", log)
+        self.assertIn(
+            f"data.validation is empty: 20% of train.jsonl is held out (dialogues: {held_out}), chosen by a", log
+        )
         self.assertIn(f"\ntrain.jsonl: {len(dialogues) - held_out} dialogues read", log)
-        self.assertIn(f"\n0.2 of train.jsonl: {held_out} dialogues read", log)
+        self.assertIn(f"\n20% of train.jsonl: {held_out} dialogues read", log)
         self.assertEqual(self.run_in("run", steps=1, data=data).step, 1)
         changed = dataclasses.replace(data, validation_share=0.3)
         with self.assertRaisesRegex(ValueError, "another config .*validation_share"):
