@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -55,6 +56,7 @@ def build_chunks(
     Raises:
       UserError: what `chunks.build_chunk` raises.
       WorkerError: a batch takes too much memory or time, or its worker was killed. Names the dialogues.
+      RuntimeError: there is a bug; the message ends with the worker's traceback.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
@@ -112,6 +114,8 @@ class _Worker:
             raise WorkerError(f"{names}: need more memory than a worker may have. Remove dialogues that are very long.")
         if isinstance(answer, UserError):
             raise answer
+        if isinstance(answer, str):
+            raise RuntimeError(f"{names}: a bug in the process that rendered them:\n{answer}")
         return answer
 
 
@@ -169,12 +173,14 @@ def _serve(connection: Connection, memory: int) -> NoReturn:
         teacher = dataclasses.replace(teacher_file.read_file(path, tokenizer=""), same_tokenizer=same_tokenizer)
     while True:
         batch = connection.recv()
-        answer: Chunk | UserError | MemoryError
+        answer: Chunk | UserError | MemoryError | str
         try:
             answer = chunks.build_chunk(batch, renderer, config, teacher)
         except UserError as error:
             answer = UserError(str(error))
         except MemoryError:
             answer = MemoryError()
+        except BaseException:  # a bug: the other process raises an error with the traceback, and ends this one
+            answer = traceback.format_exc()
         del batch
         connection.send(answer)

@@ -311,6 +311,15 @@ class WorkersTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"dialogue 1 \(said.jsonl:2\): (need more memory|the process that)"):
             self.build([[turns(1)], [huge], [turns(1, id=2)]], arguments(max_length=10**8), memory=300 << 20)
 
+    def test_bug_in_a_worker_is_an_error_with_its_traceback_and_not_a_users(self):
+        broken = turns(1, id=1)
+        object.__setattr__(broken, "messages", (None,))  # no data gives this, so that what it causes is a bug
+        with self.assertRaisesRegex(
+            RuntimeError,
+            r"(?s)^dialogue 1 .*: a bug in the process that rendered them:\nTraceback .* in build_chunk\n.*AttributeEr",
+        ):
+            self.build([[turns(1)], [broken], [turns(1, id=2)]], arguments())
+
     def test_no_process_stays(self):
         chunks = worker_pool.build_chunks([[turns(1, id=n)] for n in range(9)], *arguments(), workers=2)
         next(chunks)
