@@ -9,6 +9,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from dialog_jax.errors import UserError
+
 UNFINISHED = ".unfinished."  # begins the name of a file that is being written; a killed process leaves it
 
 
@@ -35,6 +37,15 @@ def write_text(file: pathlib.Path, text: str) -> None:
     """Writes text to a file in UTF-8."""
     with replace(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def check_parents(path: pathlib.Path, name: str) -> None:
+    """Raises UserError, with the path's name in messages, if something above `path` exists and is not a directory."""
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(
+                f"{name}: {parent} is not a directory, so nothing can be written below it. Name another path."
+            )
 
 
 def sync_directory(directory: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ from absl import flags
 
 from dialog_jax.audit.figures import Audit, make_audit
 from dialog_jax.audit.row_lengths import Spread
-from dialog_jax.commands import config_flag, config_inputs
+from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.training import data_sources
@@ -184,12 +184,13 @@ def _counted(records: Iterable[Dialogue | UserError], status: rich.status.Status
 
 def main() -> int:
     config = config_flag.read(_CONFIG)
+    out = entry.require_file_path(_OUT) if _OUT.value else None
     tokenizer, renderer = config_inputs.open_renderer(config)
     source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
         records = _counted(config_inputs.iterate_records(source), status)
         audit = make_audit(records, tokenizer, renderer, objective=config.objective, max_length=config.data.max_length)
-    if _OUT.value:
-        write(audit, config, source, pathlib.Path(_OUT.value))
+    if out:
+        write(audit, config, source, out)
     show(audit, rich.console.Console(highlight=False))
     return _ERRORS if any(finding.level == "error" for finding in audit.findings) else 0

@@ -56,10 +56,21 @@ def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"--config={file}: not a Python file. Its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(
+            f"--config={file}: {error.msg} in line {error.lineno} of {error.filename}. Correct it."
+        ) from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={file}: has no function get_config(). Copy experiments/finetune.py.")
-    return module.get_config()
+    fields = module.get_config()
+    if not isinstance(fields, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config={file}: get_config() returned {type(fields).__name__}; needed a ConfigDict, as "
+            "config.to_config_dict(TrainConfig(...)) returns. Copy experiments/finetune.py."
+        )
+    return fields
 
 
 def _check_field(path: str, fields: ml_collections.ConfigDict) -> None:

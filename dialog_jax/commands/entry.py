@@ -5,6 +5,8 @@ A command is a module with absl flags and a function `main`, which returns its e
 
 import errno
 import importlib
+import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.training import console
 
@@ -19,6 +22,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of every error, 
 
 # Errors of the machine, not bugs: no permission, no room, a disk that cannot be written or read.
 _ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_VALUES = {"bool": "true or false", "int": "an integer", "float": "a number"}
 _INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 
 
@@ -42,6 +46,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if positional:
             raise UserError(f"got {positional[0]!r}; all arguments are flags, see --help.")
         return module.main() or 0
+    except flags.IllegalFlagValueError as error:
+        return _report(error, arguments, _explain_value(str(error)))
     except (UserError, flags.Error) as error:
         return _report(error, arguments)
     except OSError as error:
@@ -53,11 +59,35 @@ def run(command: str, arguments: Sequence[str]) -> int:
         return _INTERRUPTED
 
 
-def _report(error: Exception, arguments: Sequence[str]) -> int:
+def _report(error: Exception, arguments: Sequence[str], text: str = "") -> int:
     if "--debug" in arguments:
         traceback.print_exc()
-    print_message(" ".join(str(error).split("\n")))
+    print_message(" ".join((text or str(error)).split("\n")))
     return 1
+
+
+def _explain_value(message: str) -> str:
+    """Returns a message in our words in place of `flag --config.rows=abc: invalid literal for int() with base 10`."""
+    match = re.fullmatch(r"flag --([\w.]+)=(.*?): .*", message, re.DOTALL)
+    if not match or match[1] not in flags.FLAGS:
+        return message
+    parser = flags.FLAGS[match[1]].parser
+    is_dict = " as a ConfigDict: " in message
+    needed = 'a dict such as {"a": 1}' if is_dict else parser.syntactic_help or _VALUES.get(parser.flag_type())
+    return f"--{match[1]} is {match[2]!r}; needed {needed}. --help describes it." if needed else message
+
+
+def require_file_path(flag: flags.FlagHolder, example: str = "") -> pathlib.Path:
+    """Returns the path of a file to write, so that a wrong one is an error before the work and not after it.
+
+    Raises:
+      UserError: the flag is not set, or no file can be made there.
+    """
+    path = pathlib.Path(required(flag, example))
+    if path.is_dir():
+        raise UserError(f"--{flag.name}={path} is a directory; name a file.")
+    atomic_files.check_parents(path, f"--{flag.name}={path}")
+    return path
 
 
 def required(flag: flags.FlagHolder, example: str) -> Any:

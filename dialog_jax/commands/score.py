@@ -114,8 +114,8 @@ def _warning(score: Score, context: int) -> str:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    out = pathlib.Path(entry.required(_OUT, "scores.jsonl"))
-    top_k_out = pathlib.Path(_TOP_K_OUT.value) if _TOP_K_OUT.value else None
+    out = entry.require_file_path(_OUT, "scores.jsonl")
+    top_k_out = entry.require_file_path(_TOP_K_OUT) if _TOP_K_OUT.value else None
     config = config_flag.read(_CONFIG)
     require_fields(config, "score", "model")
     source = data_sources.find_source(config, _DATA.value)
@@ -158,10 +158,7 @@ def _check_files(source: Source, out: pathlib.Path, top_k_out: pathlib.Path | No
         raise UserError("--top_k and --top_k_out need each other: the number of tokens, and a file for them.")
     if _TOP_K.value and _PASSES.value == "k":
         raise UserError("--passes=k does not give the likeliest tokens. Leave out --passes or --top_k.")
-    outputs = {"out": out} | ({"top_k_out": top_k_out} if top_k_out else {})
-    for flag, file in outputs.items():
-        if file.is_dir():
-            raise UserError(f"--{flag}={file} is a directory; name a file.")
-    files = [file.resolve() for file in [*outputs.values(), *map(pathlib.Path, source.paths)]]
+    outputs = [out, top_k_out] if top_k_out else [out]
+    files = [file.resolve() for file in [*outputs, *map(pathlib.Path, source.paths)]]
     if len(set(files)) < len(files):
         raise UserError("--out, --top_k_out and the data are the same file; name different ones.")

@@ -11,11 +11,12 @@ import rich.progress
 
 
 def quiet_libraries() -> None:
-    """Hides what transformers and orbax log, so that a command prints only its own lines; their errors are exceptions.
+    """Hides what transformers, orbax and the Hub's client log; errors are raised as well.
 
     Call it before transformers is imported: that import logs that PyTorch is missing.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)
 
 
@@ -95,7 +96,8 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         """Shows one update."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.tokenizers import load_tokenizer
@@ -28,6 +29,7 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
       UserError: there is no run, or no such step, or something else is in `out`.
     """
     run, out = pathlib.Path(run), pathlib.Path(out)
+    atomic_files.check_parents(out, str(out))
     model, stop_tokens = run_directory.read_model(run)
     number = _choose(run, step, checkpoints.list_steps(run / "checkpoints"))
     source = _identity(run, number)

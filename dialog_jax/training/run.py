@@ -44,6 +44,7 @@ from dialog_jax.training.train_step import TrainState
 from dialog_jax.trees.dataset import Trees
 
 _TURNS_LISTED = 32  # turns that held-out figures list one by one
+_FEW_STEPS = 20  # of fewer, a run warns
 _STEPS_WEIGHED = 50  # over which the printed load balance is averaged
 
 
@@ -181,10 +182,17 @@ def _plan_steps(
     rows_per_step = config.rows * config.gradient_accumulation
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
     used = plan.tokens_per_epoch / (plan.rows_per_epoch * config.data.max_length)
+    epochs = steps * rows_per_step / plan.rows_per_epoch
+    rounded = "" if config.steps else f", the least number of whole steps for epochs = {config.epochs:g}"
     console.print(
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens per epoch, {used:.1%} of them used; "
-        f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / plan.rows_per_epoch:.2f} epochs"
+        f"{steps:,} steps of {rows_per_step} rows are {epochs:.2f} epochs{rounded}"
     )
+    if not config.steps and steps < _FEW_STEPS:
+        console.print(
+            f"{steps:,} steps may be too few to learn from. Raise epochs, or lower gradient_accumulation for more and "
+            "smaller steps."
+        )
     if shards > 1:
         weighed = range(min(steps, _STEPS_WEIGHED))
         balanced, unbalanced = (

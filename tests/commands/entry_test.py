@@ -132,6 +132,46 @@ class ErrorsTest(absltest.TestCase):
         _, error = running.run("plot")
         self.assertStartsWith(error, "dialog_jax plot: --run is missing; give it, for instance --run=runs/mine.")
 
+    def test_value_of_the_wrong_type_is_explained(self):
+        for flag, needed in (
+            ("config.rows=abc", "an integer"),
+            ("config.epochs=x", "a number"),
+            ("config.data.share_prefixes=maybe", "true or false"),
+            ("config.data.chat_template_kwargs=abc", 'a dict such as {"a": 1}'),
+            ("index=-1", "a non-negative integer"),
+        ):
+            name, _, value = flag.partition("=")
+            _, error = running.run("show", *self.flags, f"--{flag}")
+            self.assertEqual(
+                error, f"dialog_jax show: --{name} is {value!r}; needed {needed}. --help describes it.\n[exit code 1]"
+            )
+
+    def test_config_file_that_is_no_config_is_an_error_in_one_line(self):
+        file = pathlib.Path(self.create_tempdir().full_path) / "my.py"
+        for text, message in (
+            ("def get_config(:", r"my.py: invalid syntax in line 1 of .*my.py\. Correct it\."),
+            ("x = 1", r"my.py: has no function get_config\(\)\. Copy"),
+            ("def get_config(): pass", r"my.py: get_config\(\) returned NoneType; needed a ConfigDict"),
+            ("from dialog_jax.errors import UserError\ndef get_config(): raise UserError('mine')", "mine"),
+        ):
+            file.write_text(text)
+            _, error = running.run("audit", f"--config={file}", *self.flags)
+            self.assertRegex(error, rf"^dialog_jax audit: .*{message}.*\n\[exit code 1\]$")
+        file.write_text("import not_installed")
+        with self.assertRaises(ModuleNotFoundError):
+            running.run("audit", f"--config={file}", *self.flags)
+
+    def test_output_where_no_file_can_be_is_an_error_before_anything_is_read(self):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        (directory / "file").touch()
+        for out, message in (
+            (directory, "is a directory"),
+            (directory / "file" / "a" / "b", "file is not a directory"),
+        ):
+            for command in ("audit", "score"):
+                _, error = running.run(command, *self.flags, f"--out={out}")
+                self.assertRegex(error, rf"^dialog_jax {command}: --out=.*{message}.*\n\[exit code 1\]$")
+
     def test_interruption_is_one_line(self):
         with mock.patch("dialog_jax.commands.config_inputs.open_renderer", side_effect=KeyboardInterrupt):
             _, error = running.run("audit", *self.flags)

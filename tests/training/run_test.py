@@ -106,7 +106,7 @@ class RunTest(parameterized.TestCase):
         self.assertIn(
             f"data.validation is empty: 20% of train.jsonl is held out (dialogues: {held_out}), chosen by a", log
         )
-        self.assertIn(f"\ntrain.jsonl: {len(dialogues) - held_out} dialogues read", log)
+        self.assertIn(f"train.jsonl: {len(dialogues) - held_out} dialogues read", log)
         self.assertIn(f"\n20% of train.jsonl: {held_out} dialogues read", log)
         self.assertEqual(self.run_in("run", steps=1, data=data).step, 1)
         changed = dataclasses.replace(data, validation_share=0.3)
