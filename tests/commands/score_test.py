@@ -340,7 +340,7 @@ class ScoreTest(parameterized.TestCase):
         expected = _alone(model, parameters, ids)[start - 1 :].sum()
         np.testing.assert_allclose(written[0]["nll"], expected, rtol=1e-5)
         _, _, error = self.score([_DIALOGUES[0]], "--config.data.chat_template_kwargs={word")
-        self.assertIn("flag --config.data.chat_template_kwargs", error)
+        self.assertIn("--config.data.chat_template_kwargs is '{word'; needed a dict", error)
 
 
 class BatchesTest(parameterized.TestCase):
