@@ -125,6 +125,7 @@ class AttentionTest(parameterized.TestCase):
         got = largest(jax.make_jaxpr(jax.grad(loss))(q, subtree_end).jaxpr)
         self.assertEqual(got, heads * length * 8)  # queries: the walk did see them
 
+    @pytest.mark.full
     def test_block_that_does_not_divide_the_row_gives_the_same_value_and_gradient(self):
         self.check_block(100)
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.model import decoder, hf_config, pretrained
@@ -53,6 +54,7 @@ class PlanTest(absltest.TestCase):
         with mock.patch.dict(os.environ):
             return running.run("plan", *self.flags(*more))
 
+    @pytest.mark.full
     def test_run_is_planned_from_its_data(self):
         told, error = self.run_plan("--devices=8", "--kind=h100", "--config.mesh.data=2", "--config.mesh.fsdp=4")
         self.assertEmpty(error)
@@ -72,6 +74,7 @@ class PlanTest(absltest.TestCase):
         self.assertIn("No times: no published figures hold for all CPUs.", told)
         self.assertNotIn("ESTIMATE", told)
 
+    @pytest.mark.full
     def test_more_devices_than_this_process_has_are_simulated(self):
         ran = subprocess.run(
             [
@@ -97,7 +100,7 @@ class PlanTest(absltest.TestCase):
             (["--devices=8", "--config.rows=3"], "dialog_jax plan: rows is 3, but rows are divided as"),
             (
                 ["--devices=8", "--config.mesh.fsdp=3"],
-                "dialog_jax plan: mesh sizes .* do not multiply to the 8 devices",
+                "dialog_jax plan: mesh sizes .* do not multiply to the number of devices, 8",
             ),
             (
                 ["--devices=8", "--config.model=no/such"],

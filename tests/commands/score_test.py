@@ -12,6 +12,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors
 import safetensors.numpy
 from absl.testing import absltest, parameterized
@@ -180,6 +181,7 @@ class ScoreTest(parameterized.TestCase):
             self.assertAlmostEqual(turn["nll"], nll, delta=1e-5 * nll)
 
     @parameterized.parameters("chatml", "qwen3")
+    @pytest.mark.full
     def test_likeliest_tokens_equal_one_forward_pass_a_response(self, family):
         model, parameters, tokenizer = self.save_model(family)
         file = self.directory / "top.safetensors"

@@ -51,8 +51,11 @@ class TrainFlagsTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ("optimizer.lr=1", "config.optimizer has no field 'lr'; it has b1, b2, clip_norm, "),
-        ("optimzer.learning_rate=1", "config has no field 'optimzer'; it has checkpoint_every, compute_dtype, "),
-        ("lr=1", "config has no field 'lr'; it has checkpoint_every, "),
+        (
+            "optimzer.learning_rate=1",
+            "config has no field 'optimzer'; it has attention, checkpoint_every, compute_dtype, ",
+        ),
+        ("lr=1", "config has no field 'lr'; it has attention, checkpoint_every, "),
         ("rows.x=1", "config.rows has no field 'x'; it has none"),
         ("data.chat_template_kwargs.x=1", "config.data.chat_template_kwargs has no field 'x'; it has none"),
     )

@@ -186,6 +186,7 @@ class AgreementTest(parameterized.TestCase):
         ("target", one_target_is_another_token, "chatml", ("token ids", "weights", "loss of a row"), r"token 4 "),
         ("position", one_position_is_wrong, "chatml", ("positions", "loss of a response"), r": token 3 of its context"),
     )
+    @pytest.mark.full
     def test_broken_row_fails_and_the_place_is_named(self, change, family, kinds, where):
         with broken(change):
             outcome = compare_again(family)

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
@@ -192,6 +193,7 @@ class LossTest(absltest.TestCase):
             found = k_passes.compute_response_nll(self.model, self.parameters, one)
             np.testing.assert_allclose(found, self.nll(one), rtol=1e-5)
 
+    @pytest.mark.full
     def test_gradient_is_the_slope_of_the_weighted_sum(self):
         every, gradient = k_passes.compute_nll_and_gradient(self.model, self.parameters, self.passes)
         for one, found in zip(self.passes, every, strict=True):

@@ -6,6 +6,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
@@ -92,6 +93,7 @@ class PackingTest(absltest.TestCase):
             by_itself.append(packed(batches.fill_rows(trees, rows, max_length=_LENGTH)))
         assert_close(self, packed(self.filled(data, trees)), oracles.add_results(by_itself))
 
+    @pytest.mark.full
     @budget.cases(6)
     @hypothesis.given(data=st.data())
     def test_any_split_into_rows_and_micro_batches_gives_the_same_update(self, data):

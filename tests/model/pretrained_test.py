@@ -353,7 +353,7 @@ class LoadTest(_TemporaryTest):
         directory = self.copy()
         index = directory / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": weight_map}))
-        self.assert_load_fails(directory, "index.json", "weight_map is no object")
+        self.assert_load_fails(directory, "index.json", "weight_map does not map names to file names")
 
     def test_load_of_files_that_are_links_as_in_the_cache_of_the_hub(self):
         directory = self.copy()

@@ -136,6 +136,7 @@ class FlopsTest(parameterized.TestCase):
         tile = 3 * 2 * 256 * 512 * 64
         self.assertEqual(all_.products.flops - some.products.flops, tile)
 
+    @pytest.mark.full
     def test_attention_of_short_dialogues_is_less_work_than_that_of_one_long_one(self):
         config = run_config(length=1024)
         long, short = (compiled(MeshConfig(), config, pairs=1024 * size // 2) for size in (1024, 256))

@@ -113,6 +113,7 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "another config .*validation_share"):
             self.run_in("run", steps=1, data=changed)
 
+    @pytest.mark.full
     def test_extras_of_the_loss_reach_the_update_and_leave_held_out_figures_plain(self):
         result = self.run_in("run", steps=1, loss=LossConfig(z_loss=1.0))
         (line,) = metrics.read_records(self.directory / "run" / "metrics.jsonl")
@@ -367,6 +368,7 @@ class RunTest(parameterized.TestCase):
         self.assertFalse((self.directory / "run" / "config.json").exists())
         self.run_in("run", steps=2)
 
+    @pytest.mark.full
     def test_claim_that_was_cut_off_is_no_run(self):
         self.run_in("run", steps=2)
         for file in (self.directory / "run").iterdir():
@@ -443,6 +445,7 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"another config or data \(model: [0-9a-f]+ there, [0-9a-f]+ now\)"):
             self.run_in("run", steps=2, model=str(other))
 
+    @pytest.mark.full
     def test_held_out_nan_stops_before_it_can_be_the_best_checkpoint(self):
         figures = metrics.Evaluation.figures
         calls = 0

@@ -170,6 +170,7 @@ class SplitTest(parameterized.TestCase):
         self.assertGreater(counts.max(), 2 * counts.min())
 
 
+@pytest.mark.full
 class ExtrasSplitTest(parameterized.TestCase):
     """The same law with all that LossConfig adds, for which the targets' teachers travel with them."""
 

@@ -3,6 +3,7 @@
 import collections
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
@@ -87,6 +88,7 @@ class PrepareTest(parameterized.TestCase):
                 self.assertEqual(visible, path)
             self.assertEmpty(prefixes)
 
+    @pytest.mark.full
     def test_many_dialogues_keep_their_order_over_batches(self):
         dialogues = [turns(1 + id % 3, id=id) for id in range(600)]
         renderer = sequences_lib.Renderer(chat_templates.train_tokenizer("chatml"))
@@ -118,6 +120,7 @@ class PrepareTest(parameterized.TestCase):
             self.assertEqual(report.named, {"dropped, no target": ["dialogue 1 (said.jsonl:2)"]})
             self.assertIn("1 dropped, no target: dialogue 1 (said.jsonl:2)", str(report))
 
+    @pytest.mark.full
     def test_a_report_names_at_most_some_and_counts_all(self):
         report = prepare([turns(1), *(said(("user", "a"), id=id) for id in range(1, 1100))]).report
         self.assertEqual(report.dropped_no_target, 1099)

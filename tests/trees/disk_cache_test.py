@@ -14,6 +14,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.rendering.sequences import Renderer
@@ -104,6 +105,7 @@ class StorageTest(parameterized.TestCase):
         self.assertEqual(got.report, wanted.report)
 
     @parameterized.parameters("turns", "split")
+    @pytest.mark.full
     def test_any_workers_and_any_chunks_give_the_same_bytes(self, truncate):
         given = arguments(truncate=truncate, share_prefixes=True)
         dialogues = awkward(60)
@@ -180,6 +182,7 @@ class StorageTest(parameterized.TestCase):
             column.truncate(8)
         self.assert_same(self.load(dialogues), in_memory(dialogues, arguments()))
 
+    @pytest.mark.full
     def test_a_killed_build_leaves_its_lock_and_the_next_one_goes_on(self):
         dialogues = [turns(2 + n % 3, id=n) for n in range(1000)]
         process = multiprocessing.get_context("spawn").Process(
@@ -196,6 +199,7 @@ class StorageTest(parameterized.TestCase):
             trees = self.load(dialogues, workers=0)
         self.assert_same(trees, in_memory(dialogues, arguments()))
 
+    @pytest.mark.full
     def test_of_two_processes_one_builds_and_the_other_waits(self):
         dialogues = [turns(2 + n % 3, id=n) for n in range(200)]
         context = multiprocessing.get_context("spawn")
@@ -223,6 +227,7 @@ class StorageTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"(?s)None of 1 dialogues has a target.*said.jsonl:1"):
             self.load([said(("user", "a"), ("assistant", "b", 0))])
 
+    @pytest.mark.full
     def test_a_worker_that_is_killed_costs_no_work(self):
         dialogues = [turns(2 + n % 3, id=n) for n in range(60)]
         receive, given = worker_pool._Worker.receive, []
@@ -255,6 +260,7 @@ class StorageTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "weight: has .* bytes; needed .* Remove the directory"):
             self.load(iter(()))
 
+    @pytest.mark.full
     def test_a_teacher_is_read_by_each_worker(self):
         dialogues = [teacher_test.turns(1 + n % 3, id=n) for n in range(12)]
         saying = teacher_test.Saying()
@@ -275,6 +281,7 @@ class StorageTest(parameterized.TestCase):
 
 @unittest.skipUnless(sys.platform == "linux", "the limit is the Linux one")
 class BoundedMemoryTest(absltest.TestCase):
+    @pytest.mark.full
     def test_a_set_20_times_larger_than_the_memory_is_stored_and_read(self):
         directory = self.create_tempdir().full_path
         program = pathlib.Path(__file__).with_name("bounded_memory.py")

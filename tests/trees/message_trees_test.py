@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
@@ -231,6 +232,7 @@ class TruncationTest(parameterized.TestCase):
 
 
 class BatchTest(absltest.TestCase):
+    @pytest.mark.full
     def test_trees_among_lists_keep_their_order(self):
         rng = np.random.default_rng(0)
         dialogues = [

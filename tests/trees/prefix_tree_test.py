@@ -1,6 +1,7 @@
 """Tries against a dictionary of prefixes, which shares no code with them."""
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.trees import prefix_tree
@@ -104,6 +105,7 @@ class BuildTreeTest(parameterized.TestCase):
             np.testing.assert_array_equal(visible, context)
         self.assertEmpty(prefixes)
 
+    @pytest.mark.full
     def test_seven_hundred_turns_stay_within_the_stack_and_a_second(self):
         rng = np.random.default_rng(0)
         history = rng.integers(0, 100, 14_000).astype(np.int32)

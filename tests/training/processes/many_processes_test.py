@@ -104,6 +104,7 @@ class RunTest(parameterized.TestCase):
 
 
 class TwoProcessesTest(RunTest):
+    @pytest.mark.full
     def test_two_processes_give_the_run_of_one(self):
         """The short form of what follows: the one process is that of the test, with eight devices."""
         self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))

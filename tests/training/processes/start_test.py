@@ -12,8 +12,8 @@ from tests.commands import running
 
 class StartTest(parameterized.TestCase):
     @parameterized.parameters(
-        ((None, 2, 0), "--coordinator_address missing: give"),
-        (("10.0.0.1:80", None, None), "--num_processes and --process_id missing: give"),
+        ((None, 2, 0), "--coordinator_address missing: pass"),
+        (("10.0.0.1:80", None, None), "--num_processes and --process_id missing: pass"),
         (("10.0.0.1", 2, 0), "--coordinator_address is '10.0.0.1'; it must be HOST:PORT"),
         (("10.0.0.1:80", 2, 2), "--process_id is 2 and --num_processes 2; ids are 0 to"),
         (("10.0.0.1:80", 2, -1), "--process_id is -1 and --num_processes 2; ids are 0 to"),
