@@ -161,7 +161,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _list_pairs(subtree_end, block):
-    """Key block j is visited from a later query block i iff the first query of i sees some key of j."""
+    """Returns the pairs of blocks: (i, i), and (i, j) with j < i iff the first query of i sees a key of j."""
     batch, length = subtree_end.shape
     blocks = length // block
     block_end = jnp.max(subtree_end.reshape(batch, blocks, block), axis=(0, 2))  # [n]
@@ -181,7 +181,7 @@ def _matmul(left, right):
 
 
 def _token_indices(i, j, block, group):
-    """(indices in the row of query block i's tokens, repeated for each head of a group; of key block j's); [1, ...]."""
+    """Returns (tokens of query block i, repeated per head of a group; tokens of key block j), as indices [1, ...]."""
     offset = jnp.arange(block)[None, :]
     return i * block + jnp.concatenate([offset] * group, axis=1), j * block + offset
 
@@ -193,7 +193,7 @@ def _divide(q, k, v, subtree_end, block):
 
 
 def _head_blocks(block, group, *arrays):
-    """[B, T, K * G, H] to [n, B, K, G * block, H]: a block is contiguous, and one matrix per key/value head."""
+    """Returns [B, T, K * G, H] as [n, B, K, G * block, H]: a block is contiguous, and one matrix per key/value head."""
 
     def divide(x):
         batch, length, heads, head_dim = x.shape
@@ -204,7 +204,7 @@ def _head_blocks(block, group, *arrays):
 
 
 def _undivide(x, group):
-    """The inverse of `_head_blocks`: [n, B, K, G * block, H] to [B, T, K * G, H]."""
+    """Returns [n, B, K, G * block, H] as [B, T, K * G, H]: the inverse of `_head_blocks`."""
     blocks, batch, heads, rows, head_dim = x.shape
     x = x.reshape(blocks, batch, heads, group, rows // group, head_dim)
     return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, blocks * rows // group, heads * group, head_dim)

@@ -24,15 +24,15 @@ from dialog_jax.errors import UserError
 Attend = Callable[[Array, Array, Array, Array], Array]
 
 _TENSOR = "tensor"
-# Three of splash's largest blocks, the last of them not full: longer rows have no larger blocks, and of three the first
-# can be skipped by the queries of the last.
+# Three of splash's largest blocks, the last one partly filled: longer rows have no larger blocks, and queries of the
+# third block can skip the first.
 _PROBE_LENGTH = 1100
 
 # Relative to the norm of the exact result. Rounding gives a third of these; a wrong mask, scale or type far more.
 _TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 
-# Messages by which JAX and XLA say, in exceptions of no class of their own, that a device cannot run a kernel: there is
-# no Pallas for it in this jaxlib; it is older than Triton supports; its blocks exceed the shared memory.
+# Messages of JAX and XLA, in exceptions of general classes, for a kernel that a device cannot run: this jaxlib has no
+# Pallas for the device; Triton does not support so old a device; the blocks exceed the shared memory.
 _UNSUPPORTED_MESSAGES = (
     "Cannot lower pallas_call on platform",
     "UNIMPLEMENTED",
@@ -106,12 +106,12 @@ def select_kernel(
     Raises:
       UserError: the kernel named `name` is not supported here, or a kernel does not compute attention here.
     """
-    blockwise_attend = sharded(blockwise.attend, mesh)
+    blockwise_attend = shard_attention(blockwise.attend, mesh)
     if name == "blockwise":
         return Kernel(name, blockwise_attend, "as configured")
     device = mesh.local_devices[0]
-    divided = _head_divisor(mesh, heads, kv_heads)
-    shape = (min(length, _PROBE_LENGTH), heads // divided, kv_heads // divided, head_dim)
+    divisor = _head_divisor(mesh, heads, kv_heads)
+    shape = (min(length, _PROBE_LENGTH), heads // divisor, kv_heads // divisor, head_dim)
     candidates = [c for c in _CANDIDATES if name == c.name or (name == "auto" and c.platform == device.platform)]
     assert candidates or name == "auto", f"no kernel is named {name}"
     reasons = []
@@ -129,12 +129,12 @@ def select_kernel(
             reasons.append(str(failure))
             continue
         reasons.insert(0, f"equal to float64 on {device.device_kind} to {error:.1e}")
-        return Kernel(candidate.name, sharded(attend, mesh), "; ".join(reasons))
+        return Kernel(candidate.name, shard_attention(attend, mesh), "; ".join(reasons))
     reasons = reasons or [f"there is no other kernel for {device.platform}"]
     return Kernel("blockwise", blockwise_attend, "; ".join(reasons))
 
 
-def sharded(attend: Attend, mesh: Mesh) -> Attend:
+def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
     """Returns `attend` for arrays over all devices of `mesh`: each device computes its own rows and heads.
 
     Rows are divided over all axes but `tensor`; heads over `tensor` if both kinds are divisible by it, and otherwise
@@ -145,8 +145,8 @@ def sharded(attend: Attend, mesh: Mesh) -> Attend:
     row_axes = tuple(axis for axis in mesh.axis_names if axis != _TENSOR)
 
     def over_devices(q, k, v, subtree_end):
-        divided = _head_divisor(mesh, q.shape[2], k.shape[2])
-        heads = PartitionSpec(row_axes, None, _TENSOR if divided > 1 else None, None)
+        divisor = _head_divisor(mesh, q.shape[2], k.shape[2])
+        heads = PartitionSpec(row_axes, None, _TENSOR if divisor > 1 else None, None)
         # Pallas does not declare over which axes its outputs vary, so that cannot be checked.
         return jax.shard_map(
             attend,
@@ -160,7 +160,7 @@ def sharded(attend: Attend, mesh: Mesh) -> Attend:
 
 
 def _head_divisor(mesh: Mesh, heads: int, kv_heads: int) -> int:
-    """The number of devices over which the heads of a row are divided."""
+    """Returns the number of devices over which the heads of a row are divided."""
     size = mesh.shape.get(_TENSOR, 1)
     return 1 if heads % size or kv_heads % size else size
 
@@ -168,7 +168,7 @@ def _head_divisor(mesh: Mesh, heads: int, kv_heads: int) -> int:
 def _try(
     candidate: _Candidate, device: jax.Device, shape: tuple[int, int, int, int], dtype, branching: bool
 ) -> tuple[Attend, float]:
-    """(the candidate's function, its largest error in the probe).
+    """Returns (the candidate's function, its largest error in the probe).
 
     Raises:
       _UnsupportedError: the candidate cannot run on the device, or not with this shape, type or kind of trees.
@@ -199,7 +199,7 @@ def _try(
 
 
 def _means_unsupported(error: Exception) -> bool:
-    """Whether an exception says that the device, the version of JAX, the shape or the type is not supported."""
+    """Returns whether an exception says that the device, the version of JAX, the shape or the type is not supported."""
     if isinstance(error, NotImplementedError):
         return True
     if isinstance(error, ImportError):  # of a part of JAX that this version does not have, not of our own modules
@@ -244,7 +244,7 @@ def probe(
 
 
 def _random_forest(rng: np.random.Generator, length: int, branching: bool) -> np.ndarray:
-    """`subtree_end` [T] of trees of about 60 tokens; if `branching`, one token in twenty starts a branch."""
+    """Returns `subtree_end` [T] of trees of about 60 tokens; if `branching`, one token in twenty starts a branch."""
     parent = np.full(length, -1)
     path: list[int] = []
     for token in range(length):

@@ -138,7 +138,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(q, k, v, subtree_end, blocks: Blocks, interpret: bool):
-    """(output [B, T, N, H], base-2 log-sum-exp of each query's scores [B, N, T])."""
+    """Returns (output [B, T, N, H], base-2 log-sum-exp of each query's scores [B, N, T])."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
     indices, count = list_visible_blocks(subtree_end, blocks)
@@ -160,7 +160,7 @@ def _forward(q, k, v, subtree_end, blocks: Blocks, interpret: bool):
 
 
 def _dq(q, k, v, subtree_end, d_output, lse, delta, blocks: Blocks, interpret: bool):
-    """The gradient with respect to the queries, [B, T, N, H]."""
+    """Returns the gradient with respect to the queries, [B, T, N, H]."""
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
     indices, count = list_visible_blocks(subtree_end, blocks)
@@ -180,7 +180,7 @@ def _dq(q, k, v, subtree_end, d_output, lse, delta, blocks: Blocks, interpret: b
 
 
 def _dkv(q, k, v, subtree_end, d_output, lse, delta, blocks: Blocks, interpret: bool):
-    """The gradients with respect to keys and values, both [B, T, K, H]."""
+    """Returns the gradients with respect to keys and values, both [B, T, K, H]."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -207,12 +207,12 @@ def _dkv(q, k, v, subtree_end, d_output, lse, delta, blocks: Blocks, interpret: 
 
 
 def _factor(head_dim: int) -> float:
-    """The scale of the scores, times log2(e), so that softmax can use powers of 2."""
+    """Returns the scale of the scores, times log2(e), so that softmax can use powers of 2."""
     return head_dim**-0.5 * math.log2(math.e)
 
 
 def _list_specs(indices, length: int) -> list[pl.BlockSpec]:
-    """For the count and the indices of `list_visible_blocks`, and for the row's `subtree_end`."""
+    """Returns the specs of the count and the indices of `list_visible_blocks`, and of the row's `subtree_end`."""
     return [
         pl.BlockSpec((None, None), lambda i, n, b: (b, i)),
         pl.BlockSpec((None, None, indices.shape[2]), lambda i, n, b: (b, i, 0)),

@@ -42,7 +42,7 @@ def attend(
     length, heads, head_dim = q.shape[1:]
     block = block_length(length, largest_block)
     q, k, v, subtree_end = blockwise.pad_to_multiple(block, q, k, v, subtree_end)
-    kernel = _kernel(q.shape[1], heads, block, interpret)
+    kernel = _make_kernel(q.shape[1], heads, block, interpret)
 
     def attend_row(q, k, v, subtree_end):  # [N, T, H], [K, T, H], [K, T, H], [T]
         segments = splash_attention.SegmentIds(q=subtree_end, kv=subtree_end)
@@ -57,8 +57,8 @@ def block_length(length: int, largest_block: int = LARGEST_BLOCK) -> int:
     return largest_block if length >= largest_block else _SMALLEST_BLOCK
 
 
-def _kernel(length: int, heads: int, block: int, interpret: bool):
-    """The causal kernels, all with blocks of `block` tokens."""
+def _make_kernel(length: int, heads: int, block: int, interpret: bool):
+    """Returns the causal kernels, all with blocks of `block` tokens."""
     sizes = splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -76,7 +76,7 @@ def _kernel(length: int, heads: int, block: int, interpret: bool):
 
 
 def _disjoint_blocks(subtree_end: Int[Array, "T"], block: int) -> Array:
-    """[I, J], true where no query of block I sees a key of block J: all paths of J end before I begins.
+    """Returns [I, J], true where no query of block I sees a key of block J: all paths of J end before I begins.
 
     Blocks of 2 tokens, two paths of 3 (subtree_end 3 3 3 6 6 6): only I = 2, J = 0 is true.
     """
@@ -85,7 +85,7 @@ def _disjoint_blocks(subtree_end: Int[Array, "T"], block: int) -> Array:
 
 
 def _disable_blocks(kernel, disjoint: Array):
-    """The kernel without the `disjoint` blocks: 0 in its block mask means that there is nothing to compute."""
+    """Returns the kernel without the `disjoint` blocks: 0 in its block mask means that there is nothing to compute."""
 
     def disable(mask):
         return mask._replace(block_mask=jnp.where(disjoint[None], jnp.zeros_like(mask.block_mask), mask.block_mask))

@@ -88,14 +88,14 @@ def reply_text(
 def _decode_chunks(model: Model, tokens: Iterator[int], end: str) -> Iterator[ReplyChunk]:
     backend = model.tokenizer.backend_tokenizer
     ids: list[int] = []
-    shown = text = ""
+    previous = text = ""
     for token in tokens:
         if token in model.stop_tokens:
             end = "turn"
             break
         ids.append(token)
         text = backend.decode(ids, skip_special_tokens=True)
-        if not text.endswith(_INCOMPLETE) and text.startswith(shown):
-            yield ReplyChunk(text[len(shown) :])
-            shown = text
-    yield ReplyChunk(text[len(shown) :], end)
+        if not text.endswith(_INCOMPLETE) and text.startswith(previous):
+            yield ReplyChunk(text[len(previous) :])
+            previous = text
+    yield ReplyChunk(text[len(previous) :], end)

@@ -32,23 +32,24 @@ class Session:
     ):
         self.config = config
         self.parameters = parameters
-        self.tokens: list[int] = []  # of the first len(tokens) slots of the cache
+        self.tokens: list[int] = []  # the tokens in the first len(tokens) slots of the cache
         self._cache = decoding.empty_cache(config, 1, _SMALLEST_CAPACITY, compute_dtype)
 
     def read(self, tokens: Sequence[int]) -> Float[Array, "V"]:
         """Returns the logits, float32, of the token that follows `tokens`; computes only what is not in the cache.
 
         Raises:
-          UserError: if there are no tokens, one is outside the vocabulary, or they exceed the model's context.
+          UserError: there are no tokens, one is outside the vocabulary, or they exceed the model's context.
         """
         _check_prompt(self.config, tokens)
         # At least the last token is recomputed: the cache holds its keys and values, not its logits.
         start = min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[start:]
         while True:
-            rest = tokens[start:]
-            length = 1 if len(rest) == 1 else next((size for size in _CHUNKS if size >= len(rest)), _CHUNKS[-1])
-            chunk = rest[:length]
+            remaining = tokens[start:]
+            sizes = (1,) if len(remaining) == 1 else _CHUNKS
+            length = next((size for size in sizes if size >= len(remaining)), sizes[-1])
+            chunk = remaining[:length]
             self._reserve(start + length)
             padded = np.zeros((1, length), np.int32)
             padded[0, : len(chunk)] = chunk

@@ -1,6 +1,6 @@
-"""A published model, opened: its config, tokenizer and stop tokens, checked against one another, and its parameters.
+"""A published model: its config, tokenizer and stop tokens, checked against one another, and its parameters.
 
-In: a Hugging Face model directory, a .gguf file or a hub name. Out: a `Model`. The only place that opens one: runs,
+In: a Hugging Face model directory, a .gguf file or a hub name. Out: a `Model`. The only place that opens a model: runs,
 chat, evaluation, experiments and commands all call it. Knows no mesh; a run lays out the parameters itself.
 """
 
@@ -21,7 +21,7 @@ from dialog_jax.rendering.tokenizers import check_vocabulary, load_tokenizer
 
 
 class Model(NamedTuple):
-    """What a model directory holds."""
+    """The contents of a model directory."""
 
     path: pathlib.Path
     config: DecoderConfig
@@ -55,14 +55,16 @@ def open_model(
     """
     path = pretrained.resolve(name_or_path)
     config = pretrained.load_config(path)
-    loaded = load_tokenizer(tokenizer or str(path), chat_template=chat_template)
-    check_vocabulary(loaded, config.vocab_size)
-    renderer = Renderer(loaded, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
-    stop_tokens = {renderer.end_of_turn, loaded.eos_token_id, *pretrained.stop_tokens(path)} - {None}
+    fast_tokenizer = load_tokenizer(tokenizer or str(path), chat_template=chat_template)
+    check_vocabulary(fast_tokenizer, config.vocab_size)
+    renderer = Renderer(
+        fast_tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens
+    )
+    stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *pretrained.stop_tokens(path)} - {None}
     return Model(
         path=path,
         config=config,
-        tokenizer=loaded,
+        tokenizer=fast_tokenizer,
         renderer=renderer,
         stop_tokens=frozenset(int(token) for token in stop_tokens),
         parameters={},

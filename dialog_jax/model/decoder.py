@@ -253,7 +253,7 @@ def hidden_states(
       attend_trees: (q, k, v, subtree_end) to the attention output; all kernels agree to rounding.
 
     Raises:
-      UserError: for an unknown `remat`.
+      UserError: `remat` is unknown.
     """
     if remat not in REMAT:
         raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")

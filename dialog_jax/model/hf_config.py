@@ -32,7 +32,7 @@ def from_json(file: pathlib.Path, fields: Mapping[str, Any]) -> decoder.DecoderC
     if family not in decoder.FAMILIES:
         raise UserError(f"{file}: model_type is {family!r}; supported are {', '.join(decoder.FAMILIES)}")
     _refuse_unsupported(file, fields)
-    theta, scaling = _rope(file, fields)
+    theta, scaling = _parse_rope(file, fields)
     bias = True if family == "qwen2" else bool(fields.get("attention_bias", _DEFAULT_BIAS[family]))
     heads = need("num_attention_heads")
     default_head_dim = 128 if family == "qwen3" else need("hidden_size") // heads
@@ -82,7 +82,7 @@ def _refuse_unsupported(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
             raise UserError(f"{file}: {name} is {got!r}, which is not supported (only {needed!r} is)")
 
 
-def _rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, rotary.Llama3Scaling | None]:
+def _parse_rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, rotary.Llama3Scaling | None]:
     # transformers 5 writes everything to rope_parameters; earlier releases write rope_theta and rope_scaling.
     rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))

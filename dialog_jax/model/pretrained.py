@@ -82,7 +82,7 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
     """Returns the structure of the model in a Hugging Face directory or a .gguf file.
 
     Raises:
-      UserError: for a missing or broken config.json, an unknown model type, or a setting that we do not support.
+      UserError: config.json is missing or broken, the model type is unknown, or a setting is not supported.
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
@@ -118,8 +118,8 @@ def load_parameters(
                 f"{config.layers:,} layers; they belong to different models"
             )
         flat = _flatten(decoder.abstract_parameters(config))
-        published = {key: _published(key, config, from_gguf) for key in flat}
-        _check(tensors, config, flat, published)
+        published = {key: _list_names(key, config, from_gguf) for key in flat}
+        _check_tensors(tensors, config, flat, published)
         return _unflatten({key: _load(tensors, key, flat[key].shape, published[key], sharding, dtype) for key in flat})
 
 
@@ -139,13 +139,13 @@ def _unflatten(flat: Mapping[str, Any]) -> dict:
     return parameters
 
 
-def _published(key: str, config: decoder.DecoderConfig, from_gguf: bool = False) -> list[str]:
-    """The published names of one parameter: one a layer where it is stacked, else one."""
+def _list_names(key: str, config: decoder.DecoderConfig, from_gguf: bool = False) -> list[str]:
+    """Returns the published names of a parameter: one per layer if it is stacked, otherwise one."""
     name = _NAMES[key].gguf if from_gguf else _NAMES[key].published
     return [name.format(layer) for layer in range(config.layers)] if "{}" in name else [name]
 
 
-def _check(
+def _check_tensors(
     tensors: tensor_files.Tensors, config: decoder.DecoderConfig, flat: Mapping, published: Mapping[str, list[str]]
 ) -> None:
     expected: dict[str, tuple[int, ...]] = {}
@@ -255,7 +255,7 @@ def save_pretrained(
     generation = {name: value for name, value in (ids | ends).items() if value is not None}
     _write_json(partial / "generation_config.json", generation)
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / "config.json", file)  # safetensors makes them readable only by their owner
+        shutil.copymode(partial / "config.json", file)  # safetensors makes its files readable only by their owner
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
         settings = partial / "tokenizer_config.json"
@@ -272,8 +272,8 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 def _save_weights(
     directory: pathlib.Path, config: decoder.DecoderConfig, flat: Mapping[str, Any], shard_bytes: int
 ) -> None:
-    plan = [(name, key, layer) for key in flat for layer, name in enumerate(_published(key, config))]
-    sizes = {key: 4 * math.prod(leaf.shape) // len(_published(key, config)) for key, leaf in flat.items()}
+    plan = [(name, key, layer) for key in flat for layer, name in enumerate(_list_names(key, config))]
+    sizes = {key: 4 * math.prod(leaf.shape) // len(_list_names(key, config)) for key, leaf in flat.items()}
     shards: list[list[tuple[str, str, int]]] = [[]]
     filled = 0
     for entry in sorted(plan):
@@ -286,16 +286,14 @@ def _save_weights(
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, entries in zip(files, shards, strict=True):
-        arrays = {name: _published_array(flat[key], key, layer) for name, key, layer in entries}
+        arrays = {name: _to_published(flat[key], key, layer) for name, key, layer in entries}
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, entries in zip(files, shards, strict=True) for name, _, _ in entries}
-        total = sum(sizes[key] for _, key, _ in plan)
-        _write_json(
-            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": sum(sizes[key] for _, key, _ in plan)}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _published_array(leaf: Any, key: str, layer: int) -> np.ndarray:
+def _to_published(leaf: Any, key: str, layer: int) -> np.ndarray:
     array = np.asarray(leaf[layer] if key.startswith("layers/") else leaf).astype(np.float32)
     return np.ascontiguousarray(array.T if _NAMES[key].transposed else array)

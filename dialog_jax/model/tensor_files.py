@@ -29,13 +29,18 @@ class Tensors(NamedTuple):
 
 @contextlib.contextmanager
 def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
+    """Yields the tensors of a Hugging Face directory.
+
+    Raises:
+      UserError: a file is missing, broken, or outside the directory.
+    """
     index = directory / "model.safetensors.index.json"
-    listed: Mapping[str, str] = {}
+    weight_map: Mapping[str, str] = {}
     if index.exists():
-        listed = read_json(index).get("weight_map") or {}
-        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        weight_map = read_json(index).get("weight_map") or {}
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{index}: weight_map does not map names to file names; download or save the model again")
-        shards = sorted(set(listed.values()))
+        shards = sorted(set(weight_map.values()))
         for shard in shards:
             # Checked by name, since files in the Hub's cache are links to files elsewhere.
             if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
@@ -57,13 +62,16 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{file} is not a complete safetensors file: {error}. Download it again.") from error
-        for name in listed.keys() - shapes.keys():
-            raise UserError(f"{directory / listed[name]}: tensor {name} of {index.name} is missing; download it again")
+        for name in weight_map.keys() - shapes.keys():
+            raise UserError(
+                f"{directory / weight_map[name]}: tensor {name} of {index.name} is missing; download it again"
+            )
         yield Tensors(directory, shapes, files, lambda name: handles[name].get_tensor(name))
 
 
 @contextlib.contextmanager
 def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[Tensors]:
+    """Yields the tensors of a .gguf file, dequantized, with rotary components paired as Hugging Face does."""
     tensors = {tensor.name: tensor for tensor in gguf_file.open_gguf(path).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     # llama.cpp pairs rotary components (2i, 2i + 1) for llama only; Hugging Face pairs (i, i + H/2) for all families.
@@ -80,7 +88,11 @@ def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; anything else is an error."""
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: the file is missing, is not JSON, or holds anything but an object.
+    """
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Train states on disk, written by orbax in the background. The newest few stay, and the best by held-out loss.
+"""Train states on disk, written by orbax in the background. The newest few and the best by held-out loss are kept.
 
 A checkpoint also holds a checksum of each array, computed where the array lives. Orbax detects files that are missing
 or cut off, but not a changed byte of an array; the checksums do, on any mesh.

@@ -1,8 +1,8 @@
-"""JAX's cache of compiled programs, in a directory of the user, so that a second start compiles nothing.
+"""JAX's cache of compiled programs in the user's cache directory, so that a second start compiles nothing.
 
 XLA's programs for a CPU are machine code, so each kind of machine has its own directory: a home may be shared by
-several. The programs are executed unchecked, so nobody else may write to the directory. Entries are small (some hundred
-kilobytes for a train step) and are never removed; the directory may be removed at any time.
+several. The programs are executed unchecked, so nobody else may write to the directory. Entries are small (a few
+hundred kilobytes for a train step) and are never removed; the directory may be removed at any time.
 """
 
 import hashlib

@@ -50,20 +50,20 @@ class Source:
 
     paths: tuple[str, ...]
     split: str
-    """Of hub data sets."""
+    """The split of hub data sets; files have none."""
     division: Division | None = None
     """None if all dialogues of the sources are read."""
     held_out: bool = False
-    """Which side of the division this is."""
+    """Whether this is the held-out side."""
 
     @property
     def name(self) -> str:
-        """As messages call it: `my.jsonl`, `5% of my.jsonl` for the held-out side."""
+        """The name in messages: `my.jsonl`, or `5% of my.jsonl` for the held-out side."""
         files = _join_names(self.paths)
         return f"{100 * self.division.share:.3g}% of {files}" if self.division and self.held_out else files
 
     def selects(self, dialogue: Dialogue) -> bool:
-        """Whether a dialogue of the sources is on this side."""
+        """Returns whether a dialogue of the sources is on this side."""
         if self.division is None:
             return True
         return (holdout.hash_dialogue(dialogue) < self.division.limit) == self.held_out

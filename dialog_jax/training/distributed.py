@@ -23,7 +23,7 @@ _SLOWEST = 7 * 24 * 3600  # seconds that the slowest process may take to prepare
 _CLUSTERS = "Slurm, Open MPI, Kubernetes and Cloud TPU"
 
 _exchanges = itertools.count()
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def start(
@@ -114,7 +114,7 @@ def _send(text: str) -> int:
     return exchange
 
 
-def run_on_all_hosts(function: Callable[[], T]) -> T:
+def run_on_all_hosts(function: Callable[[], _T]) -> _T:
     """Returns the result of `function` on this process once it has returned on all of them.
 
     Raises:
@@ -130,7 +130,7 @@ def run_on_all_hosts(function: Callable[[], T]) -> T:
     except (UserError, OSError) as error:
         outcome = {"user_error": f"{name}: {error}"}
     except BaseException as error:
-        # The others learn of it now. Without this they would wait until the runtime misses this process.
+        # Reports the bug to the others, which would otherwise wait until the runtime misses this process.
         _send(json.dumps({"bug": f"{name} raised {type(error).__name__}; see the traceback that it printed"}))
         raise
     outcomes = [json.loads(text) for text in all_gather_strings(json.dumps(outcome))]
@@ -143,7 +143,7 @@ def run_on_all_hosts(function: Callable[[], T]) -> T:
     return result
 
 
-def run_primary_first(function: Callable[[], T]) -> T:
+def run_primary_first(function: Callable[[], _T]) -> _T:
     """Does what `run_on_all_hosts` does, but on process 0 first, so that the others find the files it prepares."""
     if is_primary():
         result = run_on_all_hosts(function)

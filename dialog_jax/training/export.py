@@ -22,7 +22,7 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
 
     Args:
       run: the directory of a run.
-      out: must not exist, be empty, or hold this very export.
+      out: must not exist, be empty, or hold this export already.
       step: `best` by held-out loss, `latest`, or the number of a step that has a checkpoint.
 
     Raises:
@@ -31,17 +31,17 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
     run, out = pathlib.Path(run), pathlib.Path(out)
     atomic_files.check_parents(out, str(out))
     model, stop_tokens = run_directory.read_model(run)
-    number = _choose(run, step, checkpoints.list_steps(run / "checkpoints"))
-    source = _identity(run, number)
+    number = _choose_step(run, step, checkpoints.list_steps(run / "checkpoints"))
+    source = _identify_checkpoint(run, number)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory.")
     if out.exists() and any(out.iterdir()):
-        if _is_made_of(out, source):
-            return f"{out}: already there, made of step {number:,}"
+        if _is_export_of(out, source):
+            return f"{out}: already there, exported from step {number:,}"
         raise UserError(f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out.")
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=device),
         decoder.abstract_parameters(model),
     )
     parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
@@ -55,27 +55,29 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
     return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
 
 
-def _choose(run: pathlib.Path, step: str, steps: list[int]) -> int:
+def _choose_step(run: pathlib.Path, step: str, steps: list[int]) -> int:
     losses = {line["step"]: line["loss"] for line in metrics.read_records(run / "evaluation.jsonl")}
     best = checkpoints.find_best_step(losses, steps)
     if not steps or (step == "best" and best is None):
-        raise UserError(f"{run} has no evaluated checkpoint yet. Let the run get to its first one (checkpoint_every).")
-    named = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}
-    if step not in named and not (step.isdecimal() and int(step) in steps):
+        raise UserError(
+            f"{run} has no evaluated checkpoint yet. Continue the run until its first one (checkpoint_every)."
+        )
+    steps_by_name = {"latest": max(steps)} if best is None else {"best": best, "latest": max(steps)}
+    if step not in steps_by_name and not (step.isdecimal() and int(step) in steps):
         raise UserError(f"--step is {step}; it must be best, latest or one of {', '.join(map(str, sorted(steps)))}.")
-    return named[step] if step in named else int(step)
+    return steps_by_name[step] if step in steps_by_name else int(step)
 
 
-def _identity(run: pathlib.Path, step: int) -> dict[str, Any]:
-    """What tells this checkpoint from all others: its step and a hash of the run's config and the time of saving."""
+def _identify_checkpoint(run: pathlib.Path, step: int) -> dict[str, Any]:
+    """Returns what identifies a checkpoint: its step and a hash of the run's config and of the time of saving."""
     digest = hashlib.sha256((run / "config.json").read_bytes())
     file = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
     if not file.exists():
-        raise UserError(f"the checkpoint of step {step} is not whole: {file.name} is missing. Choose another --step.")
+        raise UserError(f"the checkpoint of step {step} is incomplete: {file.name} is missing. Choose another --step.")
     digest.update(file.read_bytes())
     return {"step": step, "checkpoint": digest.hexdigest()}
 
 
-def _is_made_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
+def _is_export_of(out: pathlib.Path, source: dict[str, Any]) -> bool:
     file = out / "export.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == source

@@ -24,7 +24,7 @@ from dialog_jax.training.run_inputs import Inputs
 from dialog_jax.training.signals import Listener, StoppedError
 from dialog_jax.training.train_step import EvaluationSums, StepMetrics, TrainState
 
-_DIALOGUES_NAMED = 20  # of a step that is skipped
+_DIALOGUES_NAMED = 20  # per skipped step
 
 
 class Run(NamedTuple):
@@ -106,7 +106,7 @@ def _train_steps(run: Run, state: TrainState, outputs: _Outputs, startup: Startu
     pending: _Update | None = None
 
     for step, batch in enumerate(run.plan.batches(start, run.steps, local_rows), start + 1):
-        global_batch = _place(run, batch)
+        global_batch = _place_batch(run, batch)
         figures = _wait_for_figures(run, pending, clock, outputs) if pending else {}
         state, step_metrics = run.train_step(state, global_batch)  # returns once it is compiled, before it is computed
         if pending:
@@ -139,7 +139,7 @@ def _is_evaluated(run: Run, step: int) -> bool:
     return step % run.config.evaluate_every == 0 or step == run.steps
 
 
-def _place(run: Run, batch: Batch) -> Batch:
+def _place_batch(run: Run, batch: Batch) -> Batch:
     """Returns the global batch of which `batch` holds the rows of this process."""
     local_rows = sharding.find_local_rows(run.mesh, run.config.rows)
     return batch.map(lambda array: sharding.place_rows(run.mesh, array, local_rows, run.config.rows))
@@ -161,7 +161,7 @@ def _evaluate(run: Run, step: int, state: TrainState, outputs: _Outputs) -> None
         limit=run.config.evaluate_rows,
         local_rows=sharding.find_local_rows(run.mesh, run.config.rows),
     ):
-        evaluation.add(run.evaluation_step(state.parameters, _place(run, batch)))
+        evaluation.add(run.evaluation_step(state.parameters, _place_batch(run, batch)))
         if run.listener.received:
             return
     figures = evaluation.figures()

@@ -155,7 +155,7 @@ def _weighted_loss(config, hidden, unembedding, targets):
         part = _slice(targets, start, size)
         logits, log_normalizer, nll = _tile_logits(_slice(gathered, start, size), unembedding, part.token)
         value, _ = _loss_and_gradient(config, logits, log_normalizer, nll, part)
-        return _add(sums, part.weight, value, nll)
+        return _add_weighted(sums, part.weight, value, nll)
 
     return _fold_tiles(hidden, targets, add_tile, (jnp.zeros((), jnp.float32),) * 2)
 
@@ -172,13 +172,13 @@ def _forward(config, hidden, unembedding, targets):
         flat_d_logits, flat_h = (x.reshape(-1, x.shape[-1]) for x in (d_logits, h))
         d_unembedding += jnp.einsum("cv,cd->vd", flat_d_logits, flat_h, preferred_element_type=jnp.float32)
         d_gathered = jax.lax.dynamic_update_slice(d_gathered, d_h, (0, start, 0))
-        return _add(sums, part.weight, value, nll), d_gathered, d_unembedding
+        return _add_weighted(sums, part.weight, value, nll), d_gathered, d_unembedding
 
     shape = (*targets.source.shape, hidden.shape[-1])
     sums = (jnp.zeros((), jnp.float32),) * 2
     zeros = sums, jnp.zeros(shape, hidden.dtype), jnp.zeros(unembedding.shape, jnp.float32)
     sums, d_gathered, d_unembedding = _fold_tiles(hidden, targets, add_tile, zeros)
-    # A source has one target per branch of its tree there: their sum is rounded once.
+    # A source has one target per branch that starts after it: the sum of their gradients is rounded once.
     d_hidden = jax.vmap(lambda zero, source, gradient: zero.at[source].add(gradient))(
         jnp.zeros(hidden.shape, jnp.float32), targets.source, d_gathered.astype(jnp.float32)
     )
@@ -196,7 +196,7 @@ _weighted_loss.defvjp(_forward, _backward)
 
 
 def _loss_and_gradient(config, logits, log_normalizer, nll, targets):
-    """(loss [B, C] of a tile's targets, its gradient with respect to the logits [B, C, V]), before weights."""
+    """Returns (loss [B, C] of a tile's targets, its gradient with respect to the logits [B, C, V]), before weights."""
     vocabulary = logits.shape[-1]
     probability = jnp.exp(logits - log_normalizer[..., None])
     value, goal = nll, jnp.arange(vocabulary)[None, None, :] == targets.token[..., None]
@@ -216,7 +216,7 @@ def _loss_and_gradient(config, logits, log_normalizer, nll, targets):
 
 
 def _divergence(logits, log_normalizer, teacher):
-    """(divergence [B, C] from the teacher, the distribution [B, C, V] at which its gradient is 0).
+    """Returns (divergence [B, C] from the teacher, the distribution [B, C, V] at which its gradient is 0).
 
     That distribution is p on the teacher's tokens; the other tokens share r in the proportions of the model.
     """
@@ -227,20 +227,20 @@ def _divergence(logits, log_normalizer, teacher):
     # The rest's logits are summed, since 1 - sum(q) is only rounding error where the model is certain.
     others = _scatter(lambda row, index: row.at[index].set(-jnp.inf, mode="drop"), logits, index)
     log_others = jax.nn.logsumexp(others, axis=-1)
-    exist = log_others > -jnp.inf
-    r = jnp.where(exist, jnp.maximum(1 - jnp.sum(p, axis=-1), 0), 0)
-    log_others = jnp.where(exist, log_others, 0)
+    has_others = log_others > -jnp.inf
+    r = jnp.where(has_others, jnp.maximum(1 - jnp.sum(p, axis=-1), 0), 0)
+    log_others = jnp.where(has_others, log_others, 0)
     divergence = jnp.sum(xlogy(p, p) - p * log_q, axis=-1) + xlogy(r, r) - r * (log_others - log_normalizer)
     goal = r[..., None] * jnp.exp(others - log_others[..., None])
     return divergence, _scatter(lambda row, index, p: row.at[index].add(p, mode="drop"), goal, index, p)
 
 
 def _scatter(write, *arrays):
-    """write(row [V], ...) for every target; vmapped so that rows may be sharded over devices."""
+    """Returns write(row [V], ...) for every target; vmapped so that rows may be sharded over devices."""
     return jax.vmap(jax.vmap(write))(*arrays)
 
 
-def _add(sums, weight, *values):
+def _add_weighted(sums, weight, *values):
     return tuple(total + jnp.sum(weight * value) for total, value in zip(sums, values, strict=True))
 
 
@@ -251,7 +251,7 @@ def _pad_to_tiles(targets):
 
 
 def _fold_tiles(hidden, targets, body, initial):
-    """Folds body(start, carry, gathered, size) over the tiles of targets that are not all padding."""
+    """Returns the fold of body(start, carry, gathered, size) over the tiles of targets that are not all padding."""
     size = min(TILE, targets.source.shape[1])
     gathered = jnp.take_along_axis(hidden, targets.source[..., None], axis=1)  # [B, S, D]
     filled = jnp.max(jnp.sum(targets.weight > 0, axis=1))
@@ -262,7 +262,7 @@ def _fold_tiles(hidden, targets, body, initial):
 
 
 def _tile_logits(h, unembedding, token):
-    """(logits [B, C, V], log of their normalizer [B, C], nll [B, C]) of a tile."""
+    """Returns (logits [B, C, V], log of their normalizer [B, C], nll [B, C]) of a tile."""
     logits = jnp.einsum("bcd,vd->bcv", h, unembedding.astype(h.dtype), preferred_element_type=jnp.float32)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]

@@ -79,7 +79,7 @@ class Evaluation:
         nll, weight, targets, correct = self._sums
         turns = []
         for turn in range(len(nll) - 1):
-            index = turn + 1  # bin 0 is of targets outside responses
+            index = turn + 1  # bin 0 holds the targets outside responses
             if weight[index] > 0:
                 turns.append(
                     {
@@ -189,10 +189,10 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
       UserError: another line is not a record of a step.
     """
-    return [record for record, _ in _records(path)]
+    return [record for record, _ in _parse_records(path)]
 
 
-def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
+def _parse_records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
     """Returns each record with the number of bytes up to its end."""
     data = path.read_bytes() if path.exists() else b""
     records, end = [], 0
@@ -212,7 +212,7 @@ def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], int]]:
 
 def _open_from(path: pathlib.Path, step: int):
     """Returns the file opened for appending, without the lines of steps after `step`; at step 0 without any."""
-    size = max((end for record, end in _records(path) if step and record["step"] <= step), default=0)
+    size = max((end for record, end in _parse_records(path) if step and record["step"] <= step), default=0)
     file = path.open("a", encoding="utf-8")
     file.truncate(size)
     return file

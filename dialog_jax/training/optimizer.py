@@ -22,20 +22,20 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if warmup >= steps:
         raise UserError(f"optimizer.warmup_steps is {warmup}, but the run has only {steps} steps. Lower it.")
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    rest = steps - warmup
+    remaining = steps - warmup
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+        main_schedule = optax.cosine_decay_schedule(peak, remaining, alpha=config.final_fraction)
     elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, final, rest)
+        main_schedule = optax.linear_schedule(peak, final, remaining)
     elif config.schedule == "warmup_stable_decay":
-        decay = min(rest, max(1, round(steps * config.decay_fraction)))
-        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+        decay = min(remaining, max(1, round(steps * config.decay_fraction)))
+        main_schedule = optax.linear_schedule(peak, final, decay, transition_begin=remaining - decay)
     else:
-        after = optax.constant_schedule(peak)
+        main_schedule = optax.constant_schedule(peak)
     if not warmup:
-        return after
+        return main_schedule
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
+    return optax.join_schedules([rise, main_schedule], [warmup])
 
 
 def decay_mask(parameters: dict) -> dict:

@@ -44,8 +44,8 @@ from dialog_jax.training.train_step import TrainState
 from dialog_jax.trees.dataset import Trees
 
 _TURNS_LISTED = 32  # turns that held-out figures list one by one
-_FEW_STEPS = 20  # of fewer, a run warns
-_STEPS_WEIGHED = 50  # over which the printed load balance is averaged
+_FEW_STEPS = 20  # a run of fewer steps warns
+_STEPS_AVERAGED = 50  # for the printed load balance
 
 
 class RunResult(NamedTuple):
@@ -68,7 +68,7 @@ def run(
     """Trains as `config` says, or resumes from the newest checkpoint in `output_dir`; a finished run stays as it is.
 
     Args:
-      allow_changes: resume the run in `output_dir` even if its config or data were others.
+      allow_changes: resume the run in `output_dir` even if its config or data have changed.
       start_time: of the process, on the clock of `time.monotonic`, from which the seconds to the first step are
         counted; None for now.
 
@@ -194,13 +194,13 @@ def _plan_steps(
             "smaller steps."
         )
     if shards > 1:
-        weighed = range(min(steps, _STEPS_WEIGHED))
+        sample = range(min(steps, _STEPS_AVERAGED))
         balanced, unbalanced = (
-            np.mean([plan.imbalance(step, balanced=way) for step in weighed]) for way in (True, False)
+            np.mean([plan.imbalance(step, balanced=way) for step in sample]) for way in (True, False)
         )
         console.print(
             f"attention costs the busiest of {shards} shards {balanced:.3f} times the mean with rows assigned by cost, "
-            f"{unbalanced:.3f} times in their order ({len(weighed)} steps)"
+            f"{unbalanced:.3f} times in their order ({len(sample)} steps)"
         )
     return plan, steps
 
@@ -252,7 +252,7 @@ def _restore_or_load(
 def _restore_newest(
     directory: pathlib.Path, steps: Sequence[int], like: TrainState, console: rich.console.Console
 ) -> TrainState:
-    """Returns the newest state that can be read; moves damaged checkpoints after it out of the way."""
+    """Returns the newest state that can be read; moves the damaged checkpoints after it to damaged/."""
     damaged: list[int] = []
     for step in sorted(steps, reverse=True):
         try:
@@ -291,6 +291,6 @@ def _claim(
         )
     elif not (directory / "config.json").exists():
         raise UserError(
-            f"{directory.name} is not what process 0 sees under that name. Put --output_dir on a file system that all "
-            "processes share."
+            f"{directory.name} is another directory than that of process 0. Put --output_dir on a file system that "
+            "all processes share."
         )

@@ -36,11 +36,11 @@ from dialog_jax.training.config import TrainConfig
 
 _BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
 # Fields that may differ when a run is resumed.
-_FREE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
+_MAY_CHANGE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
 _BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # their content is in the hashes
 
 
-def _described(config: TrainConfig) -> dict[str, Any]:
+def _describe_config(config: TrainConfig) -> dict[str, Any]:
     """Returns the config as JSON values; of absolute paths only the last part, because the file may be shared."""
 
     def plain(value: Any) -> Any:
@@ -57,7 +57,7 @@ def _described(config: TrainConfig) -> dict[str, Any]:
 
 def flatten_config(config: TrainConfig) -> dict[str, Any]:
     """Returns {path of a field: value}, with the values of config.json. All processes of a run have the same."""
-    return _flat(_described(config))
+    return _flatten(_describe_config(config))
 
 
 def check_directory(directory: pathlib.Path) -> None:
@@ -86,8 +86,8 @@ def lock(directory: pathlib.Path) -> Iterator[None]:
         file = (directory / "lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{directory.name} cannot be written ({error.strerror}). Choose another --output_dir, or ask for the right "
-            "to write there."
+            f"{directory.name} cannot be written ({error.strerror}). Choose another --output_dir, or change its "
+            "permissions."
         ) from error
     with file:
         try:
@@ -105,28 +105,28 @@ def lock(directory: pathlib.Path) -> Iterator[None]:
 
 
 def find_config_changes(directory: pathlib.Path, config: TrainConfig) -> list[str]:
-    """Returns how `config` differs from that of the run in the directory: ["seed: 0 there, 1 asked for"].
+    """Returns how `config` differs from that of the run in the directory: ["seed: 0 before, 1 now"].
 
-    Fields that change only where and how fast a run continues are left out.
+    Leaves out fields that determine only where and how fast a run continues.
     """
     if not (directory / "config.json").exists():
         return []
     before = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    old, new = _flat(before), _flat(_described(config))
+    old, new = _flatten(before), _flatten(_describe_config(config))
     return [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
+        f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE) and key not in _BY_CONTENT
+        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE) and key not in _BY_CONTENT
     ]
 
 
 def find_input_changes(directory: pathlib.Path, inputs: Mapping[str, Any]) -> list[str]:
-    """Returns how `inputs` differ from those of the run in the directory: ["data.train: 1f... there, 9a... now"]."""
+    """Returns how `inputs` differ from those of the run in the directory: ["data.train: 1f... before, 9a... now"]."""
     if not (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
         return []
     before = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
     return [
-        f"{name}: {before.get(name)} there, {value} now" for name, value in inputs.items() if before.get(name) != value
+        f"{name}: {before.get(name)} before, {value} now" for name, value in inputs.items() if before.get(name) != value
     ]
 
 
@@ -154,7 +154,7 @@ def claim(
         record = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
         atomic_files.write_text(directory / "model.json", json.dumps(record, indent=1) + "\n")
         atomic_files.write_text(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        atomic_files.write_text(directory / "config.json", json.dumps(_described(config), indent=1) + "\n")
+        atomic_files.write_text(directory / "config.json", json.dumps(_describe_config(config), indent=1) + "\n")
 
 
 def move_damaged_checkpoint(directory: pathlib.Path, step: int) -> str:
@@ -166,11 +166,11 @@ def move_damaged_checkpoint(directory: pathlib.Path, step: int) -> str:
     return str(place.relative_to(directory))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -185,8 +185,8 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
     file = directory / "model.json"
     if not file.exists():
         raise UserError(f"{directory} holds no run: model.json is missing. Name the --output_dir of dialog_jax train.")
-    read = json.loads(file.read_text(encoding="utf-8"))
-    decoder_fields = read["decoder"]
+    record = json.loads(file.read_text(encoding="utf-8"))
+    decoder_fields = record["decoder"]
     if decoder_fields["rope_scaling"] is not None:
         decoder_fields["rope_scaling"] = Llama3Scaling(**decoder_fields["rope_scaling"])
-    return DecoderConfig(**decoder_fields), read["stop_tokens"]
+    return DecoderConfig(**decoder_fields), record["stop_tokens"]

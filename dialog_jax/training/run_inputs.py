@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
     train: Trees | Mixture
     held_out: Trees
     hashes: Mapping[str, str]
-    """Of the content of model and data, by config field."""
+    """Hashes of the content of model and data, by config field."""
 
 
 def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
@@ -125,7 +125,7 @@ def _prepare_trees(
         trees = disk_cache.load_or_build(
             config.data.cache_dir or directory / "trees",
             key,
-            _unchanged(source.read(), files, versions),
+            _check_unchanged(source.read(), files, versions),
             renderer,
             config.make_tree_config(),
             teacher=teacher,
@@ -158,10 +158,10 @@ def _file_version(file: pathlib.Path) -> tuple[int, ...] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _unchanged(
+def _check_unchanged(
     dialogues: Iterable[Dialogue], files: Sequence[pathlib.Path], versions: Sequence[tuple[int, ...] | None]
 ) -> Iterator[Dialogue]:
-    """Yields the dialogues, which must not be stored under the hash of an earlier version of their files."""
+    """Yields the dialogues; raises UserError at the end if a file has changed, whose old hash is in the trees' key."""
     yield from dialogues
     for file, version in zip(files, versions, strict=True):
         if _file_version(file) != version:

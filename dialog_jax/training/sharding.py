@@ -56,9 +56,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
-        asked = {axis: getattr(config, axis) for axis in MESH_AXES}
+        configured = {axis: getattr(config, axis) for axis in MESH_AXES}
         raise UserError(
-            f"mesh sizes {asked} do not multiply to the number of devices, {len(devices)}. Set one of them to -1."
+            f"mesh sizes {configured} do not multiply to the number of devices, {len(devices)}. Set one of them to -1."
         )
     return Mesh(arrange_devices(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -171,9 +171,10 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 def map_local_rows(mesh: Mesh | None, function: Callable) -> Callable:
     """Returns function(hidden, unembedding, rows), called on each device with its own rows; it returns arrays of rows.
 
-    Left to itself, XLA runs one loop over tiles of targets for all devices, as long as the fullest row of all needs,
-    and reduces the gradient of the unembedding in every iteration. Here each device has its own loop; the unembedding
-    is gathered before it, and its gradient reduced after it. Over `tensor` it stays sharded by vocabulary.
+    Under automatic partitioning XLA runs one loop over tiles of targets on all devices, as long as the fullest row of
+    the batch needs, and reduces the gradient of the unembedding in every iteration. With `shard_map` each device has
+    its own loop; the unembedding is gathered before it, and its gradient reduced after it. Over `tensor` it stays
+    sharded by vocabulary.
 
     Args:
       mesh: None for one device, on which `function` is called as it is.

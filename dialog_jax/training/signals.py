@@ -18,7 +18,7 @@ from dialog_jax.training import distributed
 class StoppedError(KeyboardInterrupt):
     """A run that stopped because a signal asked it to.
 
-    It is a KeyboardInterrupt so that libraries do not handle it as an error of theirs and continue, as asyncio (which
+    It is a KeyboardInterrupt, so that libraries do not catch it as an ordinary error and continue, as asyncio (which
     orbax uses) and any `except Exception` would.
 
     Args:

@@ -118,7 +118,7 @@ def make_train_step(
     Args:
       attend: attention over the mesh, from `attention.dispatch`; None for blockwise attention.
     """
-    attend = attend or dispatch.sharded(blockwise.attend, mesh)
+    attend = attend or dispatch.shard_attention(blockwise.attend, mesh)
     optimizer = optax.with_extra_args_support(optimizer)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, mesh, optimizer))
     batch_sharding = sharding.batch_sharding(mesh)  # [M, B, ...]
@@ -139,7 +139,7 @@ def make_train_step(
             attend_trees=attend,
         )
         unembedding = decoder.unembedding(model, parameters)
-        value, nll = loss.weighted_loss(hidden, unembedding, _targets(batch), loss_config, mesh)
+        value, nll = loss.weighted_loss(hidden, unembedding, _make_targets(batch), loss_config, mesh)
         return value / total_weight, nll / total_weight
 
     def batch_loss_and_gradient(parameters, batch):
@@ -205,17 +205,17 @@ def make_evaluation_step(
     turns: int,
     attend: Attend | None = None,
 ) -> Callable[[dict, Batch], EvaluationSums]:
-    """Returns the jitted sums of a [1, B, ...] batch, each of the first `turns` turns in a bin of its own.
+    """Returns the jitted sums of a [1, B, ...] batch, with one bin for each of the first `turns` turns.
 
     Args:
       attend: attention over the mesh, from `attention.dispatch`; None for blockwise attention.
     """
-    attend = attend or dispatch.sharded(blockwise.attend, mesh)
+    attend = attend or dispatch.shard_attention(blockwise.attend, mesh)
     score = functools.partial(loss.score_targets, mesh=mesh)
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
-        scores = _scores(model, parameters, batch, compute_dtype, attend, score)
+        scores = _compute_scores(model, parameters, batch, compute_dtype, attend, score)
         bins = jnp.clip(batch.turn, -1, turns) + 1
 
         def sum_by_turn(values):
@@ -247,10 +247,12 @@ def make_score_step(
       top_k: number of likeliest tokens to return for each target.
     """
     score = functools.partial(loss.score_targets, top_k=top_k)
-    return jax.jit(lambda parameters, batch: _scores(model, parameters, batch, compute_dtype, blockwise.attend, score))
+    return jax.jit(
+        lambda parameters, batch: _compute_scores(model, parameters, batch, compute_dtype, blockwise.attend, score)
+    )
 
 
-def _scores(
+def _compute_scores(
     model: DecoderConfig,
     parameters: dict,
     batch: Batch,
@@ -267,10 +269,10 @@ def _scores(
         compute_dtype=compute_dtype,
         attend_trees=attend,
     )
-    return score(hidden, decoder.unembedding(model, parameters), _targets(batch))
+    return score(hidden, decoder.unembedding(model, parameters), _make_targets(batch))
 
 
-def _targets(batch: Batch) -> loss.Targets:
+def _make_targets(batch: Batch) -> loss.Targets:
     teacher = None
     if batch.teacher_token is not None and batch.teacher_log_probability is not None:
         teacher = loss.Teacher(batch.teacher_token, batch.teacher_log_probability)

@@ -213,7 +213,7 @@ class ShardedTest(parameterized.TestCase):
         given = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=16)
         mesh = sharding.make_mesh(MeshConfig(**mesh))
         laid_out = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.ROW_AXES))
-        run = jax.jit(functools.partial(_value_and_gradients, dispatch.sharded(attend, mesh)))
+        run = jax.jit(functools.partial(_value_and_gradients, dispatch.shard_attention(attend, mesh)))
         for got, exact in zip(
             run(*jax.device_put(given, laid_out)), oracle.attention(*given[:3], rows, given[4]), strict=True
         ):
@@ -229,12 +229,12 @@ class ShardedTest(parameterized.TestCase):
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         for heads, kv_heads in ((4, 2), (9, 3)):
             q, k = jnp.zeros((4, 8, heads, 2)), jnp.zeros((4, 8, kv_heads, 2))
-            jax.eval_shape(dispatch.sharded(attend, mesh), q, k, k, jnp.ones((4, 8), jnp.int32))
+            jax.eval_shape(dispatch.shard_attention(attend, mesh), q, k, k, jnp.ones((4, 8), jnp.int32))
         self.assertEqual(seen, [((1, 8, 2, 2), (1, 8, 1, 2), (1, 8)), ((1, 8, 9, 2), (1, 8, 3, 2), (1, 8))])
 
     def test_one_device_is_left_alone(self):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        self.assertIs(dispatch.sharded(_interpreted, mesh), _interpreted)
+        self.assertIs(dispatch.shard_attention(_interpreted, mesh), _interpreted)
 
 
 if __name__ == "__main__":

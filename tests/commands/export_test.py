@@ -77,7 +77,7 @@ class ExportTest(absltest.TestCase):
         weights = self.out / "model.safetensors"
         before = weights.stat().st_mtime_ns
         told, error = self.export()
-        self.assertIn("already there, made of step 1", told)
+        self.assertIn("already there, exported from step 1", told)
         self.assertEmpty(error)
         told, error = self.export("--step=latest")
         self.assertEmpty(told)

@@ -299,7 +299,7 @@ class RunTest(parameterized.TestCase):
 
     def test_numbers_of_another_type_are_refused_and_the_same_by_name_are_not(self):
         self.run_in("run", steps=2)
-        with self.assertRaisesRegex(ValueError, "compute_dtype: float32 there, bfloat16 now"):
+        with self.assertRaisesRegex(ValueError, "compute_dtype: float32 before, bfloat16 now"):
             self.run_in("run", steps=2, compute_dtype="bfloat16")
         self.assertEqual(self.run_in("run", steps=2, compute_dtype="float32").step, 2)
 
@@ -319,18 +319,18 @@ class RunTest(parameterized.TestCase):
 
     def test_directory_of_another_run_is_refused_with_the_fields_that_differ(self):
         self.run_in("run", steps=2)
-        with self.assertRaisesRegex(ValueError, r"seed: 0 there, 1 asked for.*--output_dir"):
+        with self.assertRaisesRegex(ValueError, r"seed: 0 before, 1 now.*--output_dir"):
             self.run_in("run", steps=2, seed=1)
 
     @pytest.mark.full
     def test_changes_that_are_allowed_are_told_and_noted(self):
         self.run_in("run", steps=2)
         self.run_in("run", steps=4, seed=1, allow_changes=True)
-        self.assertIn("changed: seed: 0 there, 1 asked for", self.output.getvalue())
+        self.assertIn("changed: seed: 0 before, 1 now", self.output.getvalue())
         (line,) = (self.directory / "run" / "changes.jsonl").read_text().splitlines()
         self.assertEqual(
             json.loads(line)["changes"],
-            ["seed: 0 there, 1 asked for", "steps: 2 there, 4 asked for", "steps: 2 there, 4 now"],
+            ["seed: 0 before, 1 now", "steps: 2 before, 4 now", "steps: 2 before, 4 now"],
         )
         self.assertEqual(self.run_in("run", steps=4, seed=1).step, 4)
 
@@ -424,7 +424,7 @@ class RunTest(parameterized.TestCase):
             self.assertLess(line["imbalance"], 4.0)
         with (self.directory / "other.jsonl").open("a") as file:
             file.write((self.directory / "train.jsonl").read_text().splitlines()[0] + "\n")
-        with self.assertRaisesRegex(ValueError, r"another config or data \(data.mix.other: [0-9a-f]{64} there"):
+        with self.assertRaisesRegex(ValueError, r"another config or data \(data.mix.other: [0-9a-f]{64} before"):
             self.run_in("whole", data=data, steps=4)
 
     def test_data_that_changed_since_the_run_began_is_refused(self):
@@ -432,7 +432,7 @@ class RunTest(parameterized.TestCase):
         file = self.directory / "train.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
         with self.assertRaisesRegex(
-            ValueError, r"another config or data \(data.train: [0-9a-f]{64} there, [0-9a-f]{64} now\)"
+            ValueError, r"another config or data \(data.train: [0-9a-f]{64} before, [0-9a-f]{64} now\)"
         ):
             self.run_in("run", steps=2)
 
@@ -442,7 +442,7 @@ class RunTest(parameterized.TestCase):
         other = self.directory / "elsewhere" / "model"
         tokenizer = chat_templates.train_tokenizer("chatml")
         pretrained.save_pretrained(other, model, tiny.parameters(model), tokenizer=tokenizer)
-        with self.assertRaisesRegex(ValueError, r"another config or data \(model: [0-9a-f]+ there, [0-9a-f]+ now\)"):
+        with self.assertRaisesRegex(ValueError, r"another config or data \(model: [0-9a-f]+ before, [0-9a-f]+ now\)"):
             self.run_in("run", steps=2, model=str(other))
 
     @pytest.mark.full
