@@ -5,6 +5,7 @@ or cut off, but not a changed byte of an array; the checksums do, on any mesh.
 """
 
 import contextlib
+import logging
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,8 +55,23 @@ def _open_reader(directory: pathlib.Path) -> ocp.CheckpointManager:
     """
     process = jax.process_index()
     single_process = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=single_process)
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    with _without_warnings():  # that it is read-only
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=single_process)
+        return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:

@@ -79,7 +79,7 @@ def run(
     """
     require_fields(config, "training", "model", "data.train")
     startup = Startup(start_time)
-    console = console or rich.console.Console(highlight=False, soft_wrap=True, quiet=not distributed.is_primary())
+    console = console or _make_console()
     directory = pathlib.Path(output_dir)
     distributed.check_same("config", run_directory.flatten_config(config))
     mesh = sharding.make_mesh(config.mesh)
@@ -140,6 +140,18 @@ def run(
     return RunResult(steps, evaluations[0], evaluations[-1])
 
 
+def _make_console() -> rich.console.Console:
+    """Returns the console of process 0. In a notebook it prints plain lines: rich's bars need widgets there."""
+    in_notebook = rich.console.Console().is_jupyter
+    return rich.console.Console(
+        highlight=False,
+        soft_wrap=True,
+        quiet=not distributed.is_primary(),
+        force_jupyter=False,
+        force_terminal=False if in_notebook else None,
+    )
+
+
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
     shards = sharding.count_row_shards(mesh)
     if config.rows % shards:
@@ -183,7 +195,9 @@ def _plan_steps(
     steps = config.steps or max(1, math.ceil(config.epochs * plan.rows_per_epoch / rows_per_step))
     used = plan.tokens_per_epoch / (plan.rows_per_epoch * config.data.max_length)
     epochs = steps * rows_per_step / plan.rows_per_epoch
-    rounded = "" if config.steps else f", the least number of whole steps for epochs = {config.epochs:g}"
+    rounded = (
+        "" if config.steps or epochs < config.epochs + 0.005 else f", rounded up from {config.epochs:g} to whole steps"
+    )
     console.print(
         f"{plan.rows_per_epoch:,} rows of {config.data.max_length:,} tokens per epoch, {used:.1%} of them used; "
         f"{steps:,} steps of {rows_per_step} rows are {epochs:.2f} epochs{rounded}"

@@ -127,7 +127,11 @@ class AuditTest(absltest.TestCase):
         for records, flags, told in (
             ([], (), "there is no record"),
             (_GOOD, ("--config.data.train=nowhere.jsonl",), "no such file"),
-            (_GOOD, ("--config.data.chat_template_kwargs={",), "flag --config.data.chat_template_kwargs"),
+            (
+                _GOOD,
+                ("--config.data.chat_template_kwargs={",),
+                "--config.data.chat_template_kwargs is '{'; needed a dict",
+            ),
             (_GOOD, ("--config.objective.name=roles", "--config.objective.roles=bot"), "objective.roles"),
         ):
             out, error, written = self.audit(records, *flags)

@@ -117,7 +117,7 @@ class CheckTest(absltest.TestCase):
         self.assertStartsWith(error, "dialog_jax check: ")
         code, _, error = self.check([record(1)], "--config.data.chat_template_kwargs={")
         self.assertEqual(code, 1)
-        self.assertIn("flag --config.data.chat_template_kwargs", error)
+        self.assertIn("--config.data.chat_template_kwargs is ", error)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class DamageTest(parameterized.TestCase):
     def restored(self):
         return checkpoints.restore(self.directory, 5, self.state)
 
+    def test_reading_warns_of_nothing(self):
+        with self.assertNoLogs("absl", "WARNING"):
+            self.restored()
+
     def test_state_comes_back_with_its_counts(self):
         jax.tree.map(np.testing.assert_array_equal, self.restored(), self.state)
 
