@@ -14,7 +14,7 @@ from dialog_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """SmolLM2-135M-Instruct on ChitChat: 3 epochs, 32 rows of 2,048 tokens a step, bfloat16."""
+    """SmolLM2-135M-Instruct on ChitChat: 3 epochs, 32 rows of 2,048 tokens per step, bfloat16."""
     return config.to_config_dict(
         TrainConfig(
             model="assets/smollm2-135m-instruct",

@@ -1,7 +1,7 @@
 """Runs several trainings from one start on the same rows, and evaluates them on the same held-out dialogues.
 
-Enters: a loaded model, a set of trees for each training, held-out trees. Leaves: the loss of every held-out target at
-some steps of each training, and weighted means of these losses with their standard error over dialogues. The step is
+In: a loaded model, a set of trees for each training, held-out trees. Out: the loss of every held-out target at some
+steps of each training, and weighted means of these losses with their standard error over dialogues. The step is
 that of `dialog_jax.training`; trainings differ only in the weights in their trees.
 """
 

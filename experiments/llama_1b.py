@@ -16,7 +16,7 @@ from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, 
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Llama-3.2-1B-Instruct on UltraChat: 64 rows of 4,096 tokens a step on one device."""
+    """Llama-3.2-1B-Instruct on UltraChat: 64 rows of 4,096 tokens per step on one device."""
     return config.to_config_dict(
         TrainConfig(
             model="meta-llama/Llama-3.2-1B-Instruct",

@@ -16,7 +16,7 @@ from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, 
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Llama-3.1-70B-Instruct on UltraChat: 512 rows of 2,048 tokens a step, parameters divided over 64 * 4 devices."""
+    """Llama-3.1-70B-Instruct on UltraChat: 512 rows of 2,048 tokens per step, parameters over 64 * 4 devices."""
     return config.to_config_dict(
         TrainConfig(
             model="meta-llama/Llama-3.1-70B-Instruct",

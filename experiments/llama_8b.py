@@ -16,7 +16,7 @@ from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, 
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Llama-3.1-8B-Instruct on UltraChat: 64 rows of 8,192 tokens a step, parameters divided over 8 devices."""
+    """Llama-3.1-8B-Instruct on UltraChat: 64 rows of 8,192 tokens per step, parameters divided over 8 devices."""
     return config.to_config_dict(
         TrainConfig(
             model="meta-llama/Llama-3.1-8B-Instruct",

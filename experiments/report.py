@@ -116,10 +116,9 @@ def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, second
     directory = pathlib.Path(options.results_dir)
     directory.mkdir(parents=True, exist_ok=True)
     picture = directory / f"{options.name}.png"
-    unfinished = directory / f".{options.name}.unfinished.png"
-    figure.savefig(unfinished, dpi=DPI)
+    with atomic_files.replace(picture) as unfinished:
+        figure.savefig(unfinished, dpi=DPI)
     plt.close(figure)
-    unfinished.replace(picture)
     head = "  \n".join(
         [
             f"Command: `{options.command}`",

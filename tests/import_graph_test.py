@@ -16,7 +16,8 @@ _ROOMS = {
     "formats": ("gguf_file",),
     "dialogues": ("dialogue", "sources", "schemas", "parsing", "holdout"),
     "rendering": (
-        "template_process", "tokenizers", "special_tokens", "chat_template", "encoder", "token_spans", "sequences",
+        "template_rendering", "template_process", "tokenizers", "special_tokens", "chat_template", "encoder",
+        "token_spans", "sequences",
     ),
     "trees": (
         "prefix_tree", "objectives", "fitting", "weighting", "teacher_file", "teacher", "chunks", "dataset",

@@ -107,7 +107,9 @@ class ModelCodeTest(parameterized.TestCase):
         self.edit(
             "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, tokenizer_class="Evil"
         )
-        with self.assertRaisesRegex(ValueError, "no tokenizer could be loaded .* code of its own is not run"):
+        with self.assertRaisesRegex(
+            ValueError, "no tokenizer could be loaded .* code that comes with a tokenizer is never run"
+        ):
             tokenizers.load_tokenizer(self.model)
         self.edit("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
         tokenizers.load_tokenizer(self.model)

@@ -1,23 +1,22 @@
-"""Reports what training would see in the data of a config, before any accelerator is rented.
+"""Reports what training would see in the data of a config, without weights or an accelerator.
 
     dialog_jax audit --config.model=MODEL --config.data.train=my.jsonl --out=audit.json
 
 First come the figures: what is trained on, whether the chat template renders history as it was generated, the tokens
 at which responses end, tokens by role, and how full rows of several lengths are. Then the findings, the worst first:
 
-    error    training would stop, or would teach what is surely not intended
-    warning  worth a look
-    note     good to know
+    error    training would stop, or would teach what cannot be intended
+    warning  check it
+    note     for information
 
-Each names its first places and a remedy. A bad record or dialogue is counted and named, and the audit goes on.
---out writes the same as JSON, with up to ten places for each finding; the file appears when it is complete.
+Each finding has its first places and a remedy. A bad record or dialogue is counted and named, and the audit continues.
+--out writes the audit as JSON, with up to ten places per finding; the file appears when it is complete.
 
 Exit code: 0 without errors, 2 with errors in the data, 1 if the audit could not be made.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -26,6 +25,7 @@ import rich.status
 import rich.table
 from absl import flags
 
+from dialog_jax import atomic_files
 from dialog_jax.audit.figures import Audit, make_audit
 from dialog_jax.audit.row_lengths import Spread
 from dialog_jax.commands import config_flag, config_inputs, entry
@@ -37,18 +37,18 @@ from dialog_jax.training.data_sources import Source
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_OUT = flags.DEFINE_string("out", "", "A .json file to write; one that is there is replaced.")
+_OUT = flags.DEFINE_string("out", "", "The .json file to write; an existing one is replaced.")
 
 _RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "allow_special_tokens")
 _ERRORS = 2  # exit code
-_SHOWN = 3  # places of each kind
+_PLACES = 3  # printed per finding
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def figures(audit: Audit) -> list[tuple[str, str]]:
-    """(heading, sentence) of what is so, whether or not it should be."""
+    """Returns (heading, sentence) of each figure."""
     refused = audit.records - audit.dialogues
-    told = [
+    sentences = [
         (
             "dialogues",
             f"{audit.records:,} records" + (f", {refused:,} of them refused" if refused else "") + f"; {audit.trees:,} "
@@ -56,34 +56,34 @@ def figures(audit: Audit) -> list[tuple[str, str]]:
         )
     ]
     if not audit.trees:
-        return told
+        return sentences
     untrained = f", {audit.untrained:,} assistant messages are not" if audit.untrained else ""
-    told.append(("responses", f"{audit.responses:,} are trained on{untrained}"))
-    told.append(
+    sentences.append(("responses", f"{audit.responses:,} are trained on{untrained}"))
+    sentences.append(
         (
             "tokens",
             f"{audit.tokens:,}, of them {audit.targets:,} targets ({audit.targets / audit.tokens:.1%})",
         )
     )
     if audit.responses:
-        told.append(
+        sentences.append(
             (
                 "one pass",
                 f"{audit.k_pass_tokens / audit.tokens:.1f} times fewer tokens than the {audit.k_pass_tokens:,} of "
-                f"{audit.responses:,} separate sequences, one a response",
+                f"{audit.responses:,} separate sequences, one per response",
             )
         )
-    changed = f"written otherwise than it was generated in {audit.changed:,} of {audit.trees:,} dialogues"
-    told.append(("history", changed if audit.changed else "written as it was generated, in every dialogue"))
-    told += [("end of turn", _end_of_turn(audit)), ("beginning", _beginning(audit))]
+    changed = f"rendered differently from how it was generated in {audit.changed:,} of {audit.trees:,} dialogues"
+    sentences.append(("history", changed if audit.changed else "rendered as it was generated, in every dialogue"))
+    sentences += [("end of turn", _end_of_turn(audit)), ("beginning", _beginning(audit))]
     for heading, spread in (
         ("tokens of a dialogue", audit.dialogue_tokens),
         ("tokens of a response", audit.response_tokens),
         ("responses of a dialogue", audit.responses_each),
     ):
         if spread is not None:
-            told.append((heading, _spread(spread)))
-    return told
+            sentences.append((heading, _spread(spread)))
+    return sentences
 
 
 def _spread(spread: Spread) -> str:
@@ -109,11 +109,11 @@ def _beginning(audit: Audit) -> str:
 
 
 def tables(audit: Audit) -> list[rich.table.Table]:
-    """Tokens by role, and rows of several lengths."""
+    """Returns two tables: tokens by role, and rows of several lengths."""
     roles = rich.table.Table("tokens of", "", "share", title="Whose tokens", title_justify="left", box=None)
     names = {
         "responses": "trained responses, end of turn included",
-        "rest": "the chat template" + (", and history that it writes otherwise" if audit.changed else ""),
+        "rest": "the chat template" + (", and history that it renders differently" if audit.changed else ""),
     }
     for role, tokens in audit.roles.items():
         roles.add_row(names.get(role, f"{role} messages"), f"{tokens:,}", f"{tokens / audit.tokens:.1%}")
@@ -138,9 +138,9 @@ def tables(audit: Audit) -> list[rich.table.Table]:
 
 def show(audit: Audit, console: rich.console.Console) -> None:
     """Prints figures, tables and findings."""
-    told = figures(audit)
-    width = max(len(heading) for heading, _ in told)
-    for heading, sentence in told:
+    sentences = figures(audit)
+    width = max(len(heading) for heading, _ in sentences)
+    for heading, sentence in sentences:
         console.print(f"{heading:<{width}}  {sentence}", markup=False, soft_wrap=True)
     for table in tables(audit) if audit.trees else []:
         console.print()
@@ -149,16 +149,16 @@ def show(audit: Audit, console: rich.console.Console) -> None:
     for finding in audit.findings:
         console.print(finding.level, style=_COLORS[finding.level], end="")
         console.print(f"{'':<{9 - len(finding.level)}}{finding}", markup=False, soft_wrap=True)
-        for where in finding.first[:_SHOWN]:
+        for where in finding.first[:_PLACES]:
             console.print(f"{'':<9}{where}", markup=False, soft_wrap=True)
-        if len(finding.first) > _SHOWN:
-            console.print(f"{'':<9}and {finding.count - _SHOWN:,} more", soft_wrap=True)
+        if len(finding.first) > _PLACES:
+            console.print(f"{'':<9}and {finding.count - _PLACES:,} more", soft_wrap=True)
     if all(finding.level == "note" for finding in audit.findings):
         console.print("Nothing to fix.")
 
 
 def write(audit: Audit, config: TrainConfig, source: Source, out: pathlib.Path) -> None:
-    """Writes the file; it appears when it is complete."""
+    """Writes the audit as JSON; the file appears when it is complete."""
     data = dataclasses.asdict(config.data)
     record = {
         "model": config.model,
@@ -168,15 +168,12 @@ def write(audit: Audit, config: TrainConfig, source: Source, out: pathlib.Path) 
         **dataclasses.asdict(audit),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_files.write_text(out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def _counted(records: Iterable[Dialogue | UserError], status: rich.status.Status) -> Iterator[Dialogue | UserError]:
+def _count_records(
+    records: Iterable[Dialogue | UserError], status: rich.status.Status
+) -> Iterator[Dialogue | UserError]:
     for number, record in enumerate(records, start=1):
         status.update(f"{number:,} records read")
         yield record
@@ -188,7 +185,7 @@ def main() -> int:
     tokenizer, renderer = config_inputs.open_renderer(config)
     source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
-        records = _counted(config_inputs.iterate_records(source), status)
+        records = _count_records(config_inputs.iterate_records(source), status)
         audit = make_audit(records, tokenizer, renderer, objective=config.objective, max_length=config.data.max_length)
     if out:
         write(audit, config, source, out)

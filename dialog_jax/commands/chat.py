@@ -28,16 +28,16 @@ _CONFIG = config_flag.define()
 _MESSAGE = flags.DEFINE_string("message", None, "Reply to this one message, then exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message; without one the template may add its default.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
-_TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that have this probability together.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a reply, at most.", lower_bound=1)
+_TOP_P = flags.DEFINE_float("top_p", 0.9, "Sample from the fewest likeliest tokens whose probabilities add up to this.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Largest number of tokens of a reply.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed and messages give the same replies.")
 
 
 def speak(model: loading.Model, session: generation.Session, messages: Sequence[Message]) -> str:
-    """Prints the reply to `messages` as it comes and returns it. Ctrl-C ends it early."""
-    said = []
+    """Prints the reply to `messages` as it is generated, and returns it. Ctrl-C ends it early."""
+    texts = []
     end = "interrupted"
-    pieces = chat.reply(
+    chunks = chat.reply(
         model,
         messages,
         max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -47,25 +47,27 @@ def speak(model: loading.Model, session: generation.Session, messages: Sequence[
         session=session,
     )
     with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            print(piece.text, end="", flush=True)
-            said.append(piece.text)
-            end = piece.end
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+            texts.append(chunk.text)
+            end = chunk.end
     print()
     if end == "max_new_tokens":
-        _tell(f"(cut after {_MAX_NEW_TOKENS.value:,} tokens; --max_new_tokens=N allows more)")
+        _print_notice(f"(cut after {_MAX_NEW_TOKENS.value:,} tokens; --max_new_tokens=N allows more)")
     elif end == "context":
-        _tell(f"(cut: the model's context of {model.config.max_length:,} tokens is full; /reset starts a new dialogue)")
+        _print_notice(
+            f"(cut: the model's context of {model.config.max_length:,} tokens is full; /reset starts a new dialogue)"
+        )
     elif end == "interrupted":
-        _tell("(stopped)")
-    return "".join(said)
+        _print_notice("(stopped)")
+    return "".join(texts)
 
 
 def converse(model: loading.Model, opening: Sequence[Message]) -> None:
     """Reads messages and replies until the user leaves."""
     session = generation.Session(model.config, model.parameters)
     messages = list(opening)
-    _tell("/reset starts a new dialogue, /quit leaves.")
+    _print_notice("/reset starts a new dialogue, /quit leaves.")
     while True:
         try:
             text = input("you> ").strip()
@@ -76,10 +78,10 @@ def converse(model: loading.Model, opening: Sequence[Message]) -> None:
             return
         if text == "/reset":
             messages = list(opening)
-            _tell("(new dialogue)")
+            _print_notice("(new dialogue)")
             continue
         if text.startswith("/"):
-            _tell(f"{text.split()[0]} is no command; there are /reset and /quit.")
+            _print_notice(f"{text.split()[0]} is not a command; the commands are /reset and /quit.")
             continue
         if not text:
             continue
@@ -90,10 +92,10 @@ def converse(model: loading.Model, opening: Sequence[Message]) -> None:
         except UserError as error:
             messages.pop()
             print()
-            _tell(f"No reply: {error} (/reset starts a new dialogue)")
+            _print_notice(f"No reply: {error} (/reset starts a new dialogue)")
 
 
-def _tell(text: str) -> None:
+def _print_notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -3,10 +3,10 @@
     dialog_jax check --config.model=MODEL --config.data.train=my.jsonl --dialogues=8
 
 Packs a random sample of dialogues into rows of data.max_length tokens and runs the update of training on them; then
-runs every response by itself after its prompt, as the tokenizer's chat interface gives the two. Compared are the token
-ids and positions that each response token attends to, weights, the loss of every response, and the gradient: its norm,
-its direction, and that of every parameter. All in float32, under the objective `conditional`. The output is a table of
-the largest differences and their places, and a verdict.
+runs every response separately after its prompt, as the tokenizer's chat interface renders the two. Compares the token
+ids and positions that each response token attends to, the weights, the loss of every response, and the gradient: its
+norm, its direction, and that of every parameter. Everything is computed in float32 with the objective `conditional`.
+The output is a table of the largest differences and their places, and a verdict.
 
 Exit code: 0 if the two agree, 2 if they do not or if nothing was compared, 1 if the check could not be run.
 """
@@ -29,18 +29,18 @@ from dialog_jax.training.config import require_fields
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_DIALOGUES = flags.DEFINE_integer("dialogues", 8, "How many dialogues, drawn at random.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", lower_bound=0)
+_DIALOGUES = flags.DEFINE_integer("dialogues", 8, "Number of dialogues, sampled at random.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sample.", lower_bound=0)
 
 _DISAGREE = 2
-_NAMED = 10  # dialogues left out
+_NAMED = 10  # of the dialogues that are left out
 _WIDTH = 120  # characters, where the output goes to a file
 
 
-def draw(dialogues: Sequence[Dialogue], count: int, seed: int) -> list[Dialogue]:
+def sample_dialogues(dialogues: Sequence[Dialogue], count: int, seed: int) -> list[Dialogue]:
     """Returns `count` of the dialogues, or all where there are fewer, in the order of the file."""
-    chosen = np.random.default_rng(seed).permutation(len(dialogues))[:count]
-    return [dialogues[index] for index in sorted(chosen)]
+    indices = np.random.default_rng(seed).permutation(len(dialogues))[:count]
+    return [dialogues[index] for index in sorted(indices)]
 
 
 def show(outcome: Agreement, out: rich.console.Console) -> None:
@@ -71,7 +71,7 @@ def show(outcome: Agreement, out: rich.console.Console) -> None:
 
 
 def verdict(outcome: Agreement) -> str:
-    """Returns the last line."""
+    """Returns the last line of the output: whether one pass equals K passes."""
     if outcome.passed:
         count = f"dialogues {outcome.dialogues:,}, responses {outcome.responses:,}"
         left_out = f"left out {len(outcome.left_out):,}, see above" if outcome.left_out else "left out none"
@@ -91,8 +91,8 @@ def _row(what: str, finding: Finding) -> list[str]:
     size, where, one_pass, k_passes = finding.largest
     if not size:
         return [what, f"{finding.compared:,}", "none", allowed, ""]
-    shown = f"{size:.1e}" if np.isfinite(size) else "differs"
-    return [what, f"{finding.compared:,}", shown, allowed, f"{where}\n{one_pass} | {k_passes}"]
+    size_text = f"{size:.1e}" if np.isfinite(size) else "differs"
+    return [what, f"{finding.compared:,}", size_text, allowed, f"{where}\n{one_pass} | {k_passes}"]
 
 
 def main() -> int:
@@ -104,10 +104,10 @@ def main() -> int:
     options = config_inputs.renderer_options(config)
     model = loading.load_model(config.model, tokenizer=config.tokenizer, **options)
     loading.check_context(model.config, config.data.max_length)
-    chosen = draw(dialogues, _DIALOGUES.value, _SEED.value)
+    sample = sample_dialogues(dialogues, _DIALOGUES.value, _SEED.value)
     with console.status("rendering") as status:
         outcome = agreement.compare(
-            chosen,
+            sample,
             model.tokenizer,
             model.config,
             model.parameters,
@@ -119,7 +119,7 @@ def main() -> int:
     out = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     if not out.is_terminal:
         out.width = _WIDTH
-    out.print(f"sample     {len(chosen):,} of the {len(dialogues):,} dialogues of {source.name}, seed {_SEED.value}")
+    out.print(f"sample     {len(sample):,} of the {len(dialogues):,} dialogues of {source.name}, seed {_SEED.value}")
     show(outcome, out)
     print(verdict(outcome))
     return 0 if outcome.passed else _DISAGREE

@@ -23,12 +23,14 @@ _DATA = config_inputs.define_data()
 _MODELS = flags.DEFINE_list(
     "models", [], "Model directories, .gguf files or hub names, separated by commas; by default config.model."
 )
-_INDEX = flags.DEFINE_integer("index", 0, "Which dialogue, from 0.", lower_bound=0)
-_TURN = flags.DEFINE_integer("turn", 0, "Which of its assistant messages, from 0.", lower_bound=0)
+_INDEX = flags.DEFINE_integer("index", 0, "Index of the dialogue, from 0.", lower_bound=0)
+_TURN = flags.DEFINE_integer(
+    "turn", 0, "Index of the response among the dialogue's assistant messages, from 0.", lower_bound=0
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
-_TOP_P = flags.DEFINE_float("top_p", 0.9, "Draw from the likeliest tokens that have this probability together.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Tokens of a reply, at most.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "The same for every model.")
+_TOP_P = flags.DEFINE_float("top_p", 0.9, "Sample from the fewest likeliest tokens whose probabilities add up to this.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "Largest number of tokens of a reply.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples, the same for every model.")
 
 _LINE = 88  # characters
 
@@ -49,7 +51,7 @@ def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
         model = loading.load_model(name, tokenizer=config.tokenizer, **config_inputs.renderer_options(config))
-        pieces = chat.reply(
+        reply = chat.reply(
             model,
             history,
             max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -57,14 +59,14 @@ def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn
             top_p=_TOP_P.value,
             seed=_SEED.value,
         )
-        written = list(pieces)
-        _print(label, "".join(piece.text for piece in written), width)
-        if written[-1].end != "turn":
+        chunks = list(reply)
+        _print(label, "".join(chunk.text for chunk in chunks), width)
+        if chunks[-1].end != "turn":
             print(f"{'':>{width}}  (cut after {_MAX_NEW_TOKENS.value} tokens)")
 
 
 def _label(model: str, models: Sequence[str]) -> str:
-    """The last part of a model's path, and the one before where that is shared or says nothing."""
+    """Returns the last part of a model's path, preceded by the one before if the last is not unique or is `model`."""
     path = pathlib.PurePath(model)
     parts = 1 if path.name != "model" and sum(pathlib.PurePath(m).name == path.name for m in models) == 1 else 2
     return "/".join(path.parts[-parts:])

@@ -1,4 +1,4 @@
-"""`--config=FILE` and `--config.FIELD=VALUE`, with the same meaning in every command that looks at data or a model.
+"""`--config=FILE` and `--config.FIELD=VALUE`, with the same meaning in every command that reads data or a model.
 
 FILE is a Python file with a function `get_config()`, as in experiments/; without it, the defaults of `TrainConfig`
 apply. FIELD is the path of a field, such as `optimizer.learning_rate`.
@@ -20,7 +20,7 @@ from dialog_jax.training.config import TrainConfig
 
 
 def define() -> flags.FlagHolder:
-    """Defines both flags; `read` returns what they say. Takes `--config=FILE` out of sys.argv.
+    """Returns the holder of both flags, for `read`; defines them and takes `--config=FILE` out of sys.argv.
 
     Raises:
       UserError: there is no such file, its config is refused, or a field that a flag names does not exist.
@@ -40,13 +40,13 @@ def read(flag: flags.FlagHolder) -> TrainConfig:
     """Returns the config, with its overrides.
 
     Raises:
-      UserError: a field has a value that it cannot have.
+      UserError: the value of a field is not valid.
     """
     return config.from_config_dict(flag.value.copy_and_resolve_references())
 
 
 def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
-    """The config of a file. What its code raises, other than a UserError, is a bug in it and propagates."""
+    """Returns the config of a file. An exception of its code, other than a UserError, is a bug in it and propagates."""
     if not file.is_file():
         raise UserError(
             f"--config={file}: no such file. Name a Python file with a function get_config(), such as "
@@ -74,14 +74,14 @@ def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def _check_field(path: str, fields: ml_collections.ConfigDict) -> None:
-    """Raises UserError if the config has no field of this path, and names those that are there."""
+    """Raises UserError if the config has no field of this path; the message lists the fields that exist."""
     place: Any = fields
     names = path.split(".")
     for depth, name in enumerate(names):
         if not isinstance(place, ml_collections.ConfigDict) or name not in place:
             parent = ".".join(["config", *names[:depth]])
-            there = ", ".join(place) if isinstance(place, ml_collections.ConfigDict) else ""
+            known = ", ".join(place) if isinstance(place, ml_collections.ConfigDict) else ""
             raise UserError(
-                f"--config.{path}: {parent} has no field {name!r}; it has {there or 'none'}. --help describes them."
+                f"--config.{path}: {parent} has no field {name!r}; it has {known or 'none'}. --help describes them."
             )
         place = place[name]

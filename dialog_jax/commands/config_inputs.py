@@ -1,4 +1,4 @@
-"""What a command reads because the config names it: dialogues, and a tokenizer with its chat template. No JAX."""
+"""Inputs of a command that the config names: dialogues, and a tokenizer with its chat template. Imports no JAX."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ def define_data() -> flags.FlagHolder[str]:
 
 
 def iterate_records(source: Source) -> Iterator[Dialogue | UserError]:
-    """Yields each record: as a dialogue, or as the error that it is."""
+    """Yields each record as a dialogue, or as the error that `read_dialogues` would raise."""
     for path in source.paths:
         for record in inspection.iterate_dialogues(path, split=source.split):
             if not isinstance(record, Dialogue) or source.selects(record):

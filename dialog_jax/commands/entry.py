@@ -20,7 +20,7 @@ from dialog_jax.training import console
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of every error, also of those in your input.")
 
-# Errors of the machine, not bugs: no permission, no room, a disk that cannot be written or read.
+# Errors of the machine, not bugs: no permission, a full disk, or one that cannot be written or read.
 _ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _VALUES = {"bool": "true or false", "int": "an integer", "float": "a number"}
 _INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
@@ -97,7 +97,7 @@ def required(flag: flags.FlagHolder, example: str) -> Any:
       UserError: it is not set.
     """
     if flag.value is None:
-        raise UserError(f"--{flag.name} is missing; give it, for instance --{flag.name}={example}.")
+        raise UserError(f"--{flag.name} is missing. Pass it, for instance --{flag.name}={example}.")
     return flag.value
 
 

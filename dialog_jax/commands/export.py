@@ -12,7 +12,7 @@ from dialog_jax.commands import entry
 from dialog_jax.training import export
 
 _RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of dialog_jax train.")
-_OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist, be empty, or hold this very export.")
+_OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist, be empty, or hold this export already.")
 _STEP = flags.DEFINE_string("step", "best", "best (by held-out loss), latest, or the number of a checkpointed step.")
 
 

@@ -15,7 +15,7 @@ _INDENT = " " * 6
 
 
 def format_help(docstring: str, own_flags: list[flags.Flag], *, with_config: bool) -> str:
-    """Returns the whole text."""
+    """Returns the help of a command."""
     lines = [_reflow(docstring), "", "Flags:"]
     for flag in sorted(own_flags, key=lambda flag: flag.name):
         default = "" if flag.default in (None, "", []) else f"={flag.default}"

@@ -1,4 +1,4 @@
-"""Says before anything is rented whether a run fits its devices and about how fast it would be.
+"""Estimates whether a run fits given devices, and how fast it would be, before any of them is rented.
 
     dialog_jax plan --config=experiments/llama_8b.py --devices=8 --kind=h100
 
@@ -29,26 +29,28 @@ from dialog_jax.training import metrics, sharding
 from dialog_jax.training.config import TrainConfig
 
 _CONFIG = config_flag.define()
-_DEVICES = flags.DEFINE_integer("devices", None, "How many devices.", lower_bound=1)
-_KIND = flags.DEFINE_enum("kind", None, [*estimating.CHIPS, "cpu"], "What they are; cpu gives no times.")
+_DEVICES = flags.DEFINE_integer("devices", None, "Number of devices.", lower_bound=1)
+_KIND = flags.DEFINE_enum(
+    "kind", None, [*estimating.CHIPS, "cpu"], "Kind of the devices; for cpu no times are estimated."
+)
 _EFFICIENCY = flags.DEFINE_float(
     "efficiency", 0.5, "Share of the published peak that matrix products reach.", lower_bound=0.01, upper_bound=1.0
 )
 _TOKENS = flags.DEFINE_float(
     "assume_tokens",
     0.9,
-    "Share of a row that is not padding, where the data is not here.",
+    "Share of a row that is not padding; used if the data is not a local file.",
     lower_bound=0,
     upper_bound=1,
 )
 _TARGETS = flags.DEFINE_float(
     "assume_targets",
     0.5,
-    "Share of tokens that is trained on, where the data is not here.",
+    "Share of tokens that is trained on; used if the data is not a local file.",
     lower_bound=0,
     upper_bound=1,
 )
-_DIALOGUES = flags.DEFINE_integer("sample", 1000, "Dialogues of the data to look at, at most.", lower_bound=1)
+_DIALOGUES = flags.DEFINE_integer("sample", 1000, "Largest number of dialogues of the data to prepare.", lower_bound=1)
 
 _SHAPES = pathlib.Path(__file__).parents[1] / "planning" / "shapes"
 
@@ -61,40 +63,40 @@ def main() -> None:
 
 
 def _simulate(devices: int) -> None:
-    # Read when JAX looks for devices, which importing it does not do.
+    # JAX reads this variable when it first looks for devices, not when it is imported.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     jax.config.update("jax_platforms", "cpu")
     assert jax.device_count() == devices, f"JAX was initialized before: it has {jax.device_count()} devices."
 
 
-def _plan(asked: TrainConfig, kind: str) -> None:
-    model = _shape(asked.model)
-    mesh = sharding.make_mesh(asked.mesh)
+def _plan(config: TrainConfig, kind: str) -> None:
+    model = _load_shape(config.model)
+    mesh = sharding.make_mesh(config.mesh)
     chip = estimating.CHIPS.get(kind)
-    if chip:  # slices may be smaller than the largest there are
+    if chip:  # slices may be smaller than the largest
         chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
-    narrow = asked.compute_dtype == "bfloat16" or (asked.compute_dtype == "auto" and chip is not None)
-    work = workload.measure_workload(asked, dialogues=_DIALOGUES.value)
+    narrow = config.compute_dtype == "bfloat16" or (config.compute_dtype == "auto" and chip is not None)
+    work = workload.measure_workload(config, dialogues=_DIALOGUES.value)
     if work is None:
-        work = workload.assume_workload(asked, tokens=_TOKENS.value, targets=_TARGETS.value)
+        work = workload.assume_workload(config, tokens=_TOKENS.value, targets=_TARGETS.value)
     step = compiling.compile_step(
-        asked,
+        config,
         model,
         mesh,
         compute_dtype=jnp.bfloat16 if narrow else jnp.float32,
-        targets=-(-work.targets // (asked.rows * asked.gradient_accumulation)),
-        attention_pairs=-(-work.attention_pairs // (asked.rows * asked.gradient_accumulation)),
+        targets=-(-work.targets // (config.rows * config.gradient_accumulation)),
+        attention_pairs=-(-work.attention_pairs // (config.rows * config.gradient_accumulation)),
     )
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    print(f"{asked.model} on {mesh.size} x {kind}: {axes}; compiled in {step.seconds:.0f} s")
+    print(f"{config.model} on {mesh.size} x {kind}: {axes}; compiled in {step.seconds:.0f} s")
     for line in step.uneven_layouts:
         print(f"on the mesh: {line}")
     sections = [
         _memory_lines(step, chip),
-        _verdict_lines(step, chip, asked, mesh, narrow=narrow) if chip else [],
+        _verdict_lines(step, chip, config, mesh, narrow=narrow) if chip else [],
         _collective_lines(step, chip),
-        _work_lines(step, asked, model, mesh, work),
-        _time_lines(step, chip, asked, work, narrow=narrow)
+        _work_lines(step, config, model, mesh, work),
+        _time_lines(step, chip, config, work, narrow=narrow)
         if chip
         else ["No times: no published figures hold for all CPUs."],
     ]
@@ -102,8 +104,8 @@ def _plan(asked: TrainConfig, kind: str) -> None:
         print("", *lines, sep="\n")
 
 
-def _shape(name: str) -> DecoderConfig:
-    """The shape of the model: of a directory or file here, of planning/shapes, or of config.json on the Hub."""
+def _load_shape(name: str) -> DecoderConfig:
+    """Returns the shape of a model: of a local directory or file, of planning/shapes, or of config.json on the Hub."""
     path = pathlib.Path(name).expanduser()
     if path.exists():
         return pretrained.load_config(path)
@@ -114,8 +116,8 @@ def _shape(name: str) -> DecoderConfig:
             file = pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
         except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
             raise UserError(
-                f"model {name!r} is no directory or file here, the shapes that are known are {known}, and its "
-                f"config.json could not be had from the Hugging Face Hub ({type(error).__name__})."
+                f"model {name!r} is no local directory or file and none of the known shapes {known}, and its "
+                f"config.json could not be loaded from the Hugging Face Hub ({type(error).__name__}). Check the name."
             ) from error
     return hf_config.from_json(file, tensor_files.read_json(file))
 
@@ -138,62 +140,62 @@ def _memory_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
     yield f"  as the CPU's compiler lays it out {_gigabytes(memory.compiled)}"
     yield f"    of that temporaries             {_gigabytes(memory.temporaries)}   gradients and activations among them"
     yield f"    largest                         {_gigabytes(largest.bytes)}   {largest.shape} {largest.operation_name}"
-    yield "  The chip's compiler lays out otherwise. The CPU's keeps float32 copies of what is bfloat16."
+    yield "  The chip's compiler uses other layouts. The CPU's compiler keeps float32 copies of bfloat16 arrays."
 
 
-def _verdict_lines(step: StepPlan, chip: Chip, asked: TrainConfig, mesh: Mesh, *, narrow: bool) -> Iterator[str]:
-    found = estimating.judge_memory(step.memory, chip)
+def _verdict_lines(step: StepPlan, chip: Chip, config: TrainConfig, mesh: Mesh, *, narrow: bool) -> Iterator[str]:
+    verdict = estimating.judge_memory(step.memory, chip)
     yield {
-        estimating.FITS: "FITS, also as the CPU's compiler lays it out.",
-        estimating.DOUBTFUL: "MAY NOT FIT: the least does, what the CPU's compiler makes of it does not.",
-        estimating.DOES_NOT_FIT: "DOES NOT FIT, whatever the compiler.",
-    }[found]
-    if found != estimating.FITS:
-        yield from (f"  {line}" for line in estimating.list_remedies(step, chip, asked, mesh, narrow=narrow))
+        estimating.FITS: "FITS, even in the layout of the CPU's compiler.",
+        estimating.DOUBTFUL: "MAY NOT FIT: the lower bound fits, the layout of the CPU's compiler does not.",
+        estimating.DOES_NOT_FIT: "DOES NOT FIT with any compiler.",
+    }[verdict]
+    if verdict != estimating.FITS:
+        yield from (f"  {line}" for line in estimating.list_remedies(step, chip, config, mesh, narrow=narrow))
 
 
 def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
     yield f"{'Collectives of a device in a step':34}       count          GB{'     seconds' if chip else ''}"
     for kind in hlo.COLLECTIVES:
-        some = [one for one in step.collectives if one.kind == kind]
-        line = (
-            f"  {kind:32}{sum(one.runs for one in some):12,.0f}{_gigabytes(sum(one.runs * one.bytes for one in some))}"
-        )
+        collectives = [one for one in step.collectives if one.kind == kind]
+        count, size = sum(one.runs for one in collectives), sum(one.runs * one.bytes for one in collectives)
+        line = f"  {kind:32}{count:12,.0f}{_gigabytes(size)}"
         if chip:
-            line += f"{sum(sum(estimating.estimate_exchange(one, chip)) for one in some):12.3f}"
+            line += f"{sum(sum(estimating.estimate_exchange(one, chip)) for one in collectives):12.3f}"
         yield line
     if step.collectives:
-        most = max(step.collectives, key=lambda one: one.runs * one.bytes)
-        yield f"  most bytes: {most.kind} among {len(most.group)}, {most.runs:,.0f} times, {most.operation_name}"
-    yield "  GB are those of the whole arrays that are gathered, reduced or exchanged."
+        largest = max(step.collectives, key=lambda one: one.runs * one.bytes)
+        runs = f"{largest.runs:,.0f} times"
+        yield f"  most bytes: {largest.kind} among {len(largest.group)}, {runs}, {largest.operation_name}"
+    yield "  GB are the sizes of the arrays over all devices of a group."
 
 
-def _work_lines(step: StepPlan, asked: TrainConfig, model: DecoderConfig, mesh: Mesh, work: Workload) -> Iterator[str]:
-    room = asked.rows * asked.gradient_accumulation * asked.data.max_length
+def _work_lines(step: StepPlan, config: TrainConfig, model: DecoderConfig, mesh: Mesh, work: Workload) -> Iterator[str]:
+    capacity = config.rows * config.gradient_accumulation * config.data.max_length
     useful = metrics.count_flops(model, tokens=work.tokens, attention_pairs=work.attention_pairs, targets=work.targets)
     executed = step.products.flops * mesh.size
     yield f"Work of a step, all devices ({work.source})"
-    yield f"  tokens            {work.tokens:12,} of {room:,}: {work.tokens / room:.1%} useful"
+    yield f"  tokens            {work.tokens:12,} of {capacity:,}: {work.tokens / capacity:.1%} useful"
     yield f"  targets           {work.targets:12,}"
     yield f"  useful FLOPs      {useful:12.3e}"
     yield f"  executed FLOPs    {executed:12.3e}   {useful / executed:.0%} useful; recomputation, padding, masked pairs"
 
 
-def _time_lines(step: StepPlan, chip: Chip, asked: TrainConfig, work: Workload, *, narrow: bool) -> Iterator[str]:
+def _time_lines(step: StepPlan, chip: Chip, config: TrainConfig, work: Workload, *, narrow: bool) -> Iterator[str]:
     peak = f"at {_EFFICIENCY.value:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s{'' if narrow else ', those of bfloat16'}"
-    taken = estimating.estimate_seconds(step, chip, efficiency=_EFFICIENCY.value)
+    seconds = estimating.estimate_seconds(step, chip, efficiency=_EFFICIENCY.value)
     yield "Seconds of a step, from published peaks"
-    yield f"  matrix products   {taken.compute:12.3f}   {peak}"
-    yield f"  memory            {taken.memory:12.3f}   at {chip.bandwidth / 1e9:,.0f} GB/s; products and update only"
+    yield f"  matrix products   {seconds.compute:12.3f}   {peak}"
+    yield f"  memory            {seconds.memory:12.3f}   at {chip.bandwidth / 1e9:,.0f} GB/s; products and update only"
     link = f"at {chip.link / 1e9:,.0f} GB/s within nodes or slices of {chip.group_size:,}"
-    yield f"  links             {taken.link:12.3f}   {link}"
-    network = f"at {chip.network / 1e9:,.1f} GB/s a device between them" if chip.network else "not published"
-    yield f"  network           {taken.network:12.3f}   {network}"
-    best, worst = taken.overlapped, taken.serialized
-    yield f"ESTIMATE {best:.3f} s a step if all overlaps, {worst:.3f} s if no exchange does;"
-    yield f"  {work.tokens / best:,.0f} to {work.tokens / worst:,.0f} useful tokens a second;"
+    yield f"  links             {seconds.link:12.3f}   {link}"
+    network = f"at {chip.network / 1e9:,.1f} GB/s per device between them" if chip.network else "not published"
+    yield f"  network           {seconds.network:12.3f}   {network}"
+    best, worst = seconds.overlapped, seconds.serialized
+    yield f"ESTIMATE {best:.3f} s per step if everything overlaps, {worst:.3f} s if no exchange does;"
+    yield f"  {work.tokens / best:,.0f} to {work.tokens / worst:,.0f} useful tokens per second;"
     if work.steps:
         hours = work.steps / 3600
         yield f"  {hours * best:,.1f} to {hours * worst:,.1f} hours for {work.steps:,} steps"
     else:
-        yield f"  hours unknown: {asked.epochs:g} epochs of data that is not here. Give --config.steps."
+        yield f"  hours unknown: {config.epochs:g} epochs of data that is not a local file. Set --config.steps."

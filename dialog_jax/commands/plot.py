@@ -11,12 +11,13 @@ from typing import Any
 import matplotlib
 from absl import flags
 
-matplotlib.use("Agg")  # no window, and none needed
+matplotlib.use("Agg")  # draws to files, without a display
 
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
+from dialog_jax import atomic_files
 from dialog_jax.commands import entry
 from dialog_jax.errors import UserError
 from dialog_jax.training import metrics
@@ -28,7 +29,7 @@ _FEWEST_TARGETS = 100  # a turn with fewer held-out tokens is not drawn: its mea
 
 
 def plot(run: pathlib.Path) -> pathlib.Path:
-    """Returns the file drawn from `metrics.jsonl` and `evaluation.jsonl`.
+    """Returns the plot's file, drawn from `metrics.jsonl` and `evaluation.jsonl`.
 
     Raises:
       UserError: the run has written no figures yet.
@@ -42,35 +43,34 @@ def plot(run: pathlib.Path) -> pathlib.Path:
         _draw_steps(left, steps, evaluations)
         _draw_turns(right, evaluations)
         file = run / "plot.png"
-        unfinished = run / ".plot.unfinished.png"
-        figure.savefig(unfinished)
-        unfinished.replace(file)
+        with atomic_files.replace(file) as unfinished:
+            figure.savefig(unfinished)
         plt.close(figure)
     return file
 
 
 def _draw_steps(axes: Axes, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
     axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color=_TRAIN, linewidth=1.2)
-    at, loss = [line["step"] for line in evaluations], [line["loss"] for line in evaluations]
-    axes.plot(at, loss, color=_HELD_OUT, marker="o", markersize=4, linewidth=1.4, linestyle="--")
+    evaluated_steps, loss = [line["step"] for line in evaluations], [line["loss"] for line in evaluations]
+    axes.plot(evaluated_steps, loss, color=_HELD_OUT, marker="o", markersize=4, linewidth=1.4, linestyle="--")
     title = f"Held-out loss {loss[0]:.2f}"
-    axes.plot(at[0], loss[0], color=_BEFORE, marker="o", markersize=7)
+    axes.plot(evaluated_steps[0], loss[0], color=_BEFORE, marker="o", markersize=7)
     if len(evaluations) > 1:
-        axes.plot(at[-1], loss[-1], color=_AFTER, marker="o", markersize=7)
-        title += f" before, {loss[-1]:.2f} after {at[-1]:,} steps"
-    axes.set(xlabel="step (updates of the weights)", ylabel="loss (nats a token)", title=title)
+        axes.plot(evaluated_steps[-1], loss[-1], color=_AFTER, marker="o", markersize=7)
+        title += f" before, {loss[-1]:.2f} after {evaluated_steps[-1]:,} steps"
+    axes.set(xlabel="step (updates of the weights)", ylabel="loss (nats per token)", title=title)
     _frame(axes)
-    held_out = (at[-1], loss[-1], "held-out dialogues", _HELD_OUT)
+    held_out = (evaluated_steps[-1], loss[-1], "held-out dialogues", _HELD_OUT)
     _label(axes, [(steps[-1]["step"], steps[-1]["loss"], "the step's own batch", "#6b7682"), held_out])
 
 
 def _draw_turns(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
-    drawn = [(evaluations[0], _BEFORE, "before")]
+    curves = [(evaluations[0], _BEFORE, "before")]
     if len(evaluations) > 1:
-        drawn.append((evaluations[-1], _AFTER, "after"))
+        curves.append((evaluations[-1], _AFTER, "after"))
     labels = []
     title = "Held-out loss by turn"
-    for line, color, word in drawn:
+    for line, color, word in curves:
         single = [turn for turn in line["turns"] if isinstance(turn["turn"], int)]  # the last may be "32+"
         large = [turn for turn in single if turn["targets"] >= _FEWEST_TARGETS]
         if large:
@@ -90,7 +90,7 @@ def _draw_turns(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
         labels.append((turns[-1]["turn"], turns[-1]["loss"], word, color))
     axes.set(
         xlabel="turn (0 is the first response of a dialogue)",
-        ylabel="held-out loss (nats a token)",
+        ylabel="held-out loss (nats per token)",
         title=title,
     )
     _frame(axes)
@@ -104,13 +104,13 @@ def _frame(axes: Axes) -> None:
 
 
 def _label(axes: Axes, ends: list[tuple[int | float, float, str, str]]) -> None:
-    """Writes (x, y, text, colour) right of where lines end, far enough apart to be read."""
+    """Writes labels (x, y, text, color) to the right of line ends, spaced so that they do not overlap."""
     low, high = axes.get_ylim()
-    apart = 0.06 * (high - low)
+    spacing = 0.06 * (high - low)
     right = max(x for x, _, _, _ in ends)
     lowest = float("-inf")
     for _, y, text, color in sorted(ends, key=lambda end: end[1]):
-        lowest = max(y, lowest + apart)
+        lowest = max(y, lowest + spacing)
         axes.annotate(
             text, (right, lowest), (9, 0), textcoords="offset points", va="center", color=color, annotation_clip=False
         )

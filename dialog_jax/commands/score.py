@@ -7,11 +7,11 @@ Writes one line of JSON per dialogue, in the order of the input:
     {"id": "a1", "tokens": 19, "nll": 61.2,
      "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2}]}
 
-`id` is the dialogue's own, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
+`id` is that of the dialogue, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
 `messages`; `nll` is summed over the `tokens` of the response, its end of turn included. Every assistant message is
 scored unless it has "train": false or weight 0; other weights have no effect. A response that exceeds the model's
 context together with its history is left out and counted in "turns_cut". The file appears when it is complete. The
-last line of output is nats per token, perplexity and tokens per second.
+last lines of output are nats per token, perplexity and tokens per second.
 
 With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens and their
 log-probabilities at the place of every scored token: what a student needs to train on the same dialogues with this
@@ -25,7 +25,6 @@ import collections
 import contextlib
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import rich.console
 from absl import flags
 
+from dialog_jax import atomic_files
 from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
@@ -50,55 +50,58 @@ from dialog_jax.trees.teacher_file import Signal
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
 _OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; an existing one is replaced.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What the model computes in.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "How many of the likeliest tokens --top_k_out holds.", lower_bound=0)
-_TOP_K_OUT = flags.DEFINE_string("top_k_out", "", "A .safetensors file to write them to, for training a student.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights and of the computation.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Number of likeliest tokens that --top_k_out holds.", lower_bound=0)
+_TOP_K_OUT = flags.DEFINE_string(
+    "top_k_out", "", "The .safetensors file to write these tokens to, for training a student."
+)
 _PASSES = flags.DEFINE_enum(
-    "passes", "one", ["one", "k"], "One forward pass a dialogue, or k: one a response, naively, to compare with."
+    "passes", "one", ["one", "k"], "`one` forward pass per dialogue, or `k`: one per response, naively, for comparison."
 )
 
 _WARNINGS_SHOWN = 20
 
 
 def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, console: rich.console.Console) -> str:
-    """Writes the file, whole or not at all, and returns what to tell of it. Warnings go to the console."""
+    """Writes the file, complete or not at all; returns a summary. Warnings go to the console."""
     totals: collections.Counter[str] = collections.Counter()
     nll = 0.0
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as lines, console.status("scoring") as status:
-            for score in scores:
-                lines.write(json.dumps(score.record, ensure_ascii=False) + "\n")
-                totals["dialogues"] += 1
-                totals["turns"] += len(score.record["turns"])
-                totals["tokens"] += score.record["tokens"]
-                totals["read"] += score.tokens_read
-                nll += score.record["nll"]
-                if warning := _warning(score, context):
-                    totals["warnings"] += 1
-                    if totals["warnings"] <= _WARNINGS_SHOWN:
-                        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
-                status.update(f"{totals['dialogues']:,} dialogues scored")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_files.replace(out) as unfinished,
+        unfinished.open("w", encoding="utf-8") as lines,
+        console.status("scoring") as status,
+    ):
+        for score in scores:
+            lines.write(json.dumps(score.record, ensure_ascii=False) + "\n")
+            totals["dialogues"] += 1
+            totals["turns"] += len(score.record["turns"])
+            totals["tokens"] += score.record["tokens"]
+            totals["read"] += score.tokens_read
+            nll += score.record["nll"]
+            if warning := _warning(score, context):
+                totals["warnings"] += 1
+                if totals["warnings"] <= _WARNINGS_SHOWN:
+                    console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+            status.update(f"{totals['dialogues']:,} dialogues scored")
     seconds = time.perf_counter() - started
     if totals["warnings"] > _WARNINGS_SHOWN:
         unnamed = totals["warnings"] - _WARNINGS_SHOWN
         console.print(f"warning: {unnamed:,} more; their lines have turns_cut, or no turns", soft_wrap=True)
-    told = [f"{out}: {totals['dialogues']:,} dialogues, {totals['turns']:,} responses of {totals['tokens']:,} tokens"]
+    summary = [
+        f"{out}: {totals['dialogues']:,} dialogues, {totals['turns']:,} responses of {totals['tokens']:,} tokens"
+    ]
     if totals["tokens"]:
         mean = nll / totals["tokens"]
         perplexity = math.exp(mean) if mean < 700 else math.inf
-        told.append(f"{mean:.4f} nats a token, perplexity {perplexity:,.2f}")
-    told.append(f"{totals['read']:,} tokens read in {seconds:.1f} s: {totals['read'] / seconds:,.0f} tokens/s")
-    return "\n".join(told)
+        summary.append(f"{mean:.4f} nats per token, perplexity {perplexity:,.2f}")
+    summary.append(f"{totals['read']:,} tokens read in {seconds:.1f} s: {totals['read'] / seconds:,.0f} tokens/s")
+    return "\n".join(summary)
 
 
-def _recorded(scores: Iterable[Score], add: Callable[[str | int, Sequence[Signal]], None]) -> Iterator[Score]:
-    """The scores, after `add` was given the signals of each."""
+def _add_signals(scores: Iterable[Score], add: Callable[[str | int, Sequence[Signal]], None]) -> Iterator[Score]:
+    """Yields the scores, after passing the signals of each to `add`."""
     for score in scores:
         add(score.record["id"], score.signals)
         yield score
@@ -148,7 +151,7 @@ def main() -> None:
                     vocabulary=model.config.vocab_size,
                 )
             )
-            scores = _recorded(scores, add)
+            scores = _add_signals(scores, add)
         print(write_scores(scores, out, context=model.config.max_length, console=console))
 
 

@@ -1,4 +1,4 @@
-"""Prints one dialogue as training sees it: the text of its tree, what of it is trained on, and where it branches.
+"""Prints one dialogue as training sees it: the text of its tree, which tokens are trained on, and where it branches.
 
     dialog_jax show --config.model=MODEL --config.data.train=my.jsonl --index=7
 
@@ -7,7 +7,7 @@
     turn 2  response number 2 of its path starts here, counted from 0
     ├ │     a branch; the largest branch continues below without indentation
 
-In a terminal, colours show the role of a token, dim text has weight 0, and special tokens are underlined. In a pipe
+In a terminal, colors show the role of a token, dim text has weight 0, and special tokens are underlined. In a pipe
 there are no escape codes and lines are not wrapped. --tokens prints one line per token instead, for work on masks; a
 token is visible to the tokens from itself to before its `end`.
 """
@@ -37,8 +37,8 @@ from dialog_jax.trees.weighting import SupervisedSequence
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_INDEX = flags.DEFINE_integer("index", 0, "Which dialogue, from 0.", lower_bound=0)
-_TOKENS = flags.DEFINE_bool("tokens", False, "One line a token.")
+_INDEX = flags.DEFINE_integer("index", 0, "Index of the dialogue, from 0.", lower_bound=0)
+_TOKENS = flags.DEFINE_bool("tokens", False, "Print one line per token.")
 
 _TEMPLATE = "template"
 _COLORS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", _TEMPLATE: "default"}
@@ -61,48 +61,50 @@ def find_dialogue(source: Source, index: int) -> Dialogue:
     raise UserError(f"--index={index}: {source.name} has {count:,} records, counted from 0.")
 
 
-def node_roles(dialogue: Dialogue, tree: Tree, trained: Sequence[SupervisedSequence], renderer: Renderer) -> list[str]:
-    """Whose each token of the tree is: a role, or the template's.
+def node_roles(
+    dialogue: Dialogue, tree: Tree, sequences: Sequence[SupervisedSequence], renderer: Renderer
+) -> list[str]:
+    """Returns for each node of the tree the role of the message it belongs to, or `template`.
 
     Raises:
       UserError: the template changes more than a message's own place when the message changes.
     """
-    found = [_TEMPLATE] * len(tree.tokens)
-    _, placed = prefix_tree.build_trie([one.tokens for one in trained])
-    before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the sequence before, and where its messages stand
+    roles = [_TEMPLATE] * len(tree.tokens)
+    _, nodes_of_sequences = prefix_tree.build_trie([one.tokens for one in sequences])
+    before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the previous sequence, and the spans of its messages
     spans: dict[int, tuple[int, int]] = {}
-    for one, nodes in zip(trained, placed, strict=True):
+    for one, nodes in zip(sequences, nodes_of_sequences, strict=True):
         shared = prefix_tree.common_prefix_length(before, one.sequence.tokens) if len(before) else 0
         spans = {message: span for message, span in spans.items() if span[1] <= shared}
         spans |= {
             one.excerpt.original_indices[place.message_index]: (place.start, place.stop)
-            for place in _places(one, spans, renderer)
+            for place in _locate_messages(one, spans, renderer)
         }
         if one.original_index >= 0:
             spans[one.original_index] = one.sequence.start, len(one.sequence.tokens)
         for message, (start, stop) in spans.items():
             for node in nodes[start:stop]:
-                found[node] = dialogue.messages[message].role
+                roles[node] = dialogue.messages[message].role
         before = one.sequence.tokens
-    return found
+    return roles
 
 
-def _places(one: SupervisedSequence, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
-    """Where in a sequence the messages before its response stand, less the `known` ones."""
+def _locate_messages(one: SupervisedSequence, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
+    """Returns the spans in a sequence of the messages before its response, without the `known` ones."""
     messages = one.excerpt.dialogue.messages
     stop = one.sequence.message_index + 1 or len(messages)
-    # Only the response has a weight, so that nothing else is a sequence of its own.
-    alone = tuple(
+    # Only the response has a weight, so that the renderer yields no sequence for other messages.
+    weighted = tuple(
         dataclasses.replace(message, weight=float(index == one.sequence.message_index), parts=())
         for index, message in enumerate(messages[:stop])
     )
-    wanted = [
-        message for message, number in zip(alone, one.excerpt.original_indices, strict=False) if number not in known
+    unknown = [
+        message for message, number in zip(weighted, one.excerpt.original_indices, strict=False) if number not in known
     ]
     (rendered,) = renderer.render(
-        [dataclasses.replace(one.excerpt.dialogue, messages=alone)],
+        [dataclasses.replace(one.excerpt.dialogue, messages=weighted)],
         full=one.sequence.turn < 0,
-        locate=lambda message: any(message is other for other in wanted),
+        locate=lambda message: any(message is other for other in unknown),
     )
     return list(rendered)[-1].message_spans
 
@@ -110,7 +112,7 @@ def _places(one: SupervisedSequence, known: Collection[int], renderer: Renderer)
 def lines(
     tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, rich.text.Text]]:
-    """(what stands before it, text) of each line: the largest branch of a node goes on, the others are indented."""
+    """Yields (prefix, text) of each line: the largest branch of a node continues below, the others are indented."""
     children: dict[int, list[int]] = collections.defaultdict(list)
     for node, parent in enumerate(tree.parent.tolist()):
         children[parent].append(node)
@@ -133,13 +135,13 @@ def lines(
 def _run_lines(
     tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast, run: Sequence[int]
 ) -> list[tuple[str, rich.text.Text]]:
-    """(label, text) of each line of tokens that follow each other without a branch."""
-    made = [("", rich.text.Text())]
+    """Returns (label, text) of each line of a run of tokens without a branch."""
+    run_lines = [("", rich.text.Text())]
     special, weight = inspection.list_special_tokens(tokenizer), 0.0
 
     def close() -> None:
-        if weight:  # behind a line break that is trained on, not on a line of its own
-            made[-1 if made[-1][1] or len(made) == 1 else -2][1].append("⟧", style="bold")
+        if weight:  # after a trained line break, on the line that it ends
+            run_lines[-1 if run_lines[-1][1] or len(run_lines) == 1 else -2][1].append("⟧", style="bold")
 
     def kind(node: int) -> tuple[str, float, int, bool]:
         return roles[node], float(tree.weight[node]), int(tree.turn[node]), int(tree.tokens[node]) in special
@@ -150,22 +152,22 @@ def _run_lines(
             close()
             weight = new_weight
             if weight:
-                made[-1][1].append("⟦" if weight == 1 else f"⟦{weight:.3g}: ", style="bold")
+                run_lines[-1][1].append("⟦" if weight == 1 else f"⟦{weight:.3g}: ", style="bold")
         parent = int(tree.parent[nodes[0]])
         if turn >= 0 and (parent < 0 or tree.turn[parent] != turn):
-            made[-1] = (f"turn {turn}", made[-1][1])
+            run_lines[-1] = (f"turn {turn}", run_lines[-1][1])
         style = f"{_COLORS[role]} {'bold' if weight else 'dim'}{' underline' if is_special else ''}"
-        first, *others = _text(tree, nodes, tokenizer).split("\n")
-        made[-1][1].append(first, style=style)
+        first, *others = _decode_run(tree, nodes, tokenizer).split("\n")
+        run_lines[-1][1].append(first, style=style)
         for part in others:
-            made[-1][1].append("⏎", style="dim")
-            made.append(("", rich.text.Text().append(part, style=style)))
+            run_lines[-1][1].append("⏎", style="dim")
+            run_lines.append(("", rich.text.Text().append(part, style=style)))
     close()
-    return [(label, text) for label, text in made if text]
+    return [(label, text) for label, text in run_lines if text]
 
 
-def _text(tree: Tree, nodes: Sequence[int], tokenizer: transformers.PreTrainedTokenizerFast) -> str:
-    """The text of tokens that follow each other, as it is behind those before them; control characters as symbols."""
+def _decode_run(tree: Tree, nodes: Sequence[int], tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+    """Returns the text of a run of tokens, decoded after the tokens before it; control characters become symbols."""
     before: list[int] = []
     ancestor = int(tree.parent[nodes[0]])
     while ancestor >= 0 and len(before) < _CONTEXT:
@@ -183,34 +185,34 @@ def _text(tree: Tree, nodes: Sequence[int], tokenizer: transformers.PreTrainedTo
 def token_lines(
     tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, str]]:
-    """(line, role) of each token, a heading first."""
+    """Yields (line, role) of a heading and of each token."""
     row = "{:>6} {:>8} {:>6} {:>6} {:>9} {:>4}  {:<9} {:>7}  {}"
     yield row.format("index", "position", "parent", "end", "weight", "turn", "role", "id", "text"), _TEMPLATE
     for node, token in enumerate(tree.tokens.tolist()):
         text = repr(tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
-        if "\ufffd" in text:  # not a character by itself: how the vocabulary writes it
+        if "\ufffd" in text:  # an incomplete character: print the vocabulary's spelling
             text = str(tokenizer.convert_ids_to_tokens(token))
         figures = (int(getattr(tree, field)[node]) for field in ("position", "parent", "subtree_end"))
         turn = "" if tree.turn[node] < 0 else int(tree.turn[node])
         yield row.format(node, *figures, f"{tree.weight[node]:.4g}", turn, roles[node], token, text), roles[node]
 
 
-def totals(tree: Tree, trained: Sequence[SupervisedSequence]) -> str:
-    """One line: how much of it there is."""
-    responses = weighting.select_responses(trained)
+def totals(tree: Tree, sequences: Sequence[SupervisedSequence]) -> str:
+    """Returns one line with the numbers of tokens, targets and responses."""
+    responses = weighting.select_responses(sequences)
     targets = int((tree.weight > 0).sum())
-    told = (
+    line = (
         f"tokens: {len(tree.tokens):,}; targets: {targets:,} ({targets / len(tree.tokens):.1%}); sum of their weights: "
         f"{tree.weight.sum(dtype=np.float64):.6g}; responses: {len(responses):,}"
     )
     if responses:
         tokens = sum(len(one.sequence.tokens) for one in responses.values())
-        told += f", which as separate sequences have {tokens:,} tokens"
-    return told
+        line += f", which as separate sequences have {tokens:,} tokens"
+    return line
 
 
 def _print(console: rich.console.Console, before: str, text: rich.text.Text) -> None:
-    """Wraps for a terminal; leaves lines whole for a file."""
+    """Prints a line; wraps it in a terminal only."""
     wrapped = text.wrap(console, max(20, console.width - len(before))) if console.is_terminal else [text]
     for part in wrapped:
         console.print(rich.text.Text(before) + part, soft_wrap=True)
@@ -221,18 +223,18 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
     """Prints the dialogue, as text or as a table of its tokens."""
     tokenizer, renderer = config_inputs.open_renderer(config)
     objective = config.objective
-    (pieces,) = inspection.render_dialogues([dialogue], renderer, objective)
-    if isinstance(pieces, UserError):
-        raise pieces
-    trained = weighting.select_supervised(dialogue, [pieces], objective)[0]
-    tree = weighting.build_trees([trained], objective)[0]
+    (excerpts,) = inspection.render_dialogues([dialogue], renderer, objective)
+    if isinstance(excerpts, UserError):
+        raise excerpts
+    (sequences,) = weighting.select_supervised(dialogue, [excerpts], objective)
+    (tree,) = weighting.build_trees([sequences], objective)
     if tree is None:
         raise UserError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
     try:
-        roles = node_roles(dialogue, tree, trained, renderer)
-    except ValueError as error:
+        roles = node_roles(dialogue, tree, sequences, renderer)
+    except UserError as error:
         roles = [_TEMPLATE if turn < 0 else "assistant" for turn in tree.turn]
-        console.print(f"whose the history is cannot be told: {error}", markup=False, soft_wrap=True)
+        console.print(f"the roles of the history cannot be determined: {error}", markup=False, soft_wrap=True)
     if _TOKENS.value:
         for line, role in token_lines(tree, roles, tokenizer):
             console.print(line, style=_COLORS[role], markup=False, soft_wrap=True)
@@ -244,7 +246,7 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
     console.print(rich.text.Text("   ").join(legend), end="\n\n")
     for before, text in lines(tree, roles, tokenizer):
         _print(console, before, text)
-    console.print(f"\n{totals(tree, trained)}", soft_wrap=True)
+    console.print(f"\n{totals(tree, sequences)}", soft_wrap=True)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     dialog_jax train --config.model=MODEL --config.data.train=my.jsonl --output_dir=runs/mine
     dialog_jax train --config=experiments/finetune.py --config.epochs=2 --output_dir=runs/mine
 
-Every field of the config is a flag, --config. and its path, as listed below; without --config=FILE the defaults apply.
+Every field of the config is a flag, --config.FIELD, as listed below; without --config=FILE the defaults apply.
 The files of a run are listed in `dialog_jax/training/run_directory.py`.
 
 On many hosts, start the command on each with the same flags and --distributed; --output_dir must be on a file system

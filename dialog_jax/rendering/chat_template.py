@@ -1,6 +1,6 @@
 """Dialogues to text, by the chat template of a tokenizer: the prompts that inference shows and what follows them.
 
-Knows nothing of tokens. Texts are those of transformers' own `apply_chat_template`, with all it does to messages.
+Knows nothing of tokens. Texts are those of transformers' own `apply_chat_template`, which may also change messages.
 """
 
 import pathlib
@@ -13,12 +13,13 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
-from dialog_jax.rendering.template_process import Job, Rendering, TemplateStopped
+from dialog_jax.rendering.template_process import TemplateStopped
+from dialog_jax.rendering.template_rendering import Job, Rendering
 
 PROBE = "Qx7 zebra"
 """Replaces a message's content to find what the template writes around it; no template contains this text."""
 _TURNS_PER_REQUEST = 8
-_CHARACTERS_PER_REQUEST = 1 << 22  # of what is rendered, roughly; a request has at least one turn
+_CHARACTERS_PER_REQUEST = 1 << 22  # approximate length of the rendered texts; a request has at least one turn
 
 
 class ChatTemplate:
@@ -27,7 +28,7 @@ class ChatTemplate:
     Args:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
-      escaper: of the dialogues, if their special tokens are escaped; then the rendered text is escaped, too.
+      escaper: the one that escaped the dialogues; the rendered text is then escaped, too. None for plain dialogues.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class ChatTemplate:
         Raises:
           UserError: the template refuses them, or was stopped; names the dialogue and repeats the template's reason.
         """
-        (text,) = self._texts(dialogue, [Job(count, add_generation_prompt)])
+        (text,) = self._render_texts(dialogue, [Job(count, add_generation_prompt)])
         return text
 
     def turns(self, dialogue: Dialogue) -> Iterator[tuple[int, str, str]]:
         """Yields (message index, its prompt, the rendering that ends with it) of the responses of weight above 0.
 
         Raises:
-          UserError: as `text` does, once the turns before are yielded.
+          UserError: what `text` raises, after the earlier turns have been yielded.
         """
         messages = enumerate(dialogue.messages)
         indices = [index for index, message in messages if message.role == "assistant" and message.weight > 0]
@@ -63,7 +64,7 @@ class ChatTemplate:
         count = max(1, min(_TURNS_PER_REQUEST, _CHARACTERS_PER_REQUEST // (2 * size)))
         for start in range(0, len(indices), count):
             group = indices[start : start + count]
-            texts = self._texts(dialogue, [job for index in group for job in (Job(index, True), Job(index + 1))])
+            texts = self._render_texts(dialogue, [job for index in group for job in (Job(index, True), Job(index + 1))])
             for index in group:
                 yield index, next(texts), next(texts)
 
@@ -75,7 +76,7 @@ class ChatTemplate:
         """
         messages = Message(role="user", content="Hello"), Message(role="assistant", content=PROBE)
         try:
-            rendering = self._rendering(Dialogue(id="probe", messages=messages), [Job(2)])
+            rendering = self._render(Dialogue(id="probe", messages=messages), [Job(2)])
         except TemplateStopped as error:
             raise TemplateStopped(f"{self._name} was stopped: {error}. Pass another chat template.") from None
         if rendering.refusal:
@@ -90,7 +91,7 @@ class ChatTemplate:
             )
         return after
 
-    def _texts(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Iterator[str]:
+    def _render_texts(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Iterator[str]:
         """Yields the texts of the jobs."""
         if not jobs[0].messages:
             raise UserError(
@@ -98,7 +99,7 @@ class ChatTemplate:
                 'it, or give it "train": false.'
             )
         try:
-            rendering = self._rendering(dialogue, jobs)
+            rendering = self._render(dialogue, jobs)
         except TemplateStopped as error:
             raise TemplateStopped(
                 f"{dialogue.name}: the chat template was stopped: {error}. Pass another chat template, or shorten the "
@@ -113,7 +114,7 @@ class ChatTemplate:
                 f"{rendering.refusal}. Change the dialogue, or pass another chat template."
             )
 
-    def _rendering(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Rendering:
+    def _render(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Rendering:
         """Returns what the template renders; of an escaped dialogue, escaped and compared with the plain rendering."""
         if not isinstance(dialogue, EscapedDialogue):
             return self._run(dialogue, jobs)
@@ -132,7 +133,7 @@ class ChatTemplate:
         tools = [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
         try:
             template = self._tokenizer.get_chat_template(tools=tools)
-        except ValueError as error:  # of several templates, none is the one to use
+        except ValueError as error:  # there are several templates, and none of them is the default
             return Rendering([], str(error))
         messages = [message.as_dict() for message in dialogue.messages[: max(job.messages for job in jobs)]]
         return template_process.render(template, messages, jobs, {"tools": tools, **self._variables})

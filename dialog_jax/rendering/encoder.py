@@ -1,7 +1,7 @@
 """Text to tokens and back, as inference has them: a tokenizer, and where a response ends.
 
-No special token is added to those in the text. Texts may be escaped (`special_tokens`): what is escaped in them never
-becomes a special token. Knows nothing of dialogues.
+Adds no special token to those in the text. Texts may be escaped (`special_tokens`): escaped spellings never become
+special tokens. Knows nothing of dialogues.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ class Tokenized(NamedTuple):
         """Returns the number of tokens before `character`, or None where no token starts there."""
         if character == len(self.text):
             return len(self.ids)
-        index = int(np.searchsorted(self.ends, character, "right"))  # the first that ends behind it
+        index = int(np.searchsorted(self.ends, character, "right"))  # the first token that ends after it
         return index if index < len(self.ids) and self.starts[index] == character else None
 
     def cut(self, text: str, stop: int) -> "Tokenized":
-        """Returns the first `stop` tokens, of the text that they are then tokens of."""
+        """Returns the first `stop` tokens, as the tokens of `text`."""
         return Tokenized(text, self.ids[:stop], self.starts[:stop], self.ends[:stop])
 
     def append(self, text: str, other: "Tokenized") -> "Tokenized":
-        """Returns these tokens and those of a text that continues theirs, of both texts together."""
+        """Returns these tokens followed by those of a continuation, as the tokens of `text`, which is both texts."""
         return Tokenized(
             text,
             np.concatenate([self.ids, other.ids]),
@@ -50,7 +50,7 @@ class Encoder:
     Args:
       tokenizer: a fast tokenizer.
       after_response: what the template writes after the content of an assistant message.
-      escaper: of the texts.
+      escaper: the one that escaped the texts.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Encoder:
         self._anchor = next(anchors, "")
         ends = [index for index in self.tokenize_continuation(after_response).ids.tolist() if index in added]
         special = [index for index in ends if added[index].special]
-        named = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
-        self.end_of_turn: int | None = next(iter(special + named), None)
+        visible = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
+        self.end_of_turn: int | None = next(iter(special + visible), None)
         """Id of the special token that the template writes after a response; None if it writes none."""
         self.end_text = "" if self.end_of_turn is None else added[self.end_of_turn].content
         """The text of that token, or empty."""

@@ -3,7 +3,7 @@
 A response's *prompt* is what the chat template renders of the messages before it, with the generation prompt; the
 *response* is what the template adds when the message joins them, up to and including the end-of-turn token. This holds
 for any template, because only its renderings are used. Where the K prompts of a dialogue are prefixes of its full
-rendering, in text and in tokens, the text is tokenized once and cut K times; else each turn is tokenized by itself.
+rendering, in text and in tokens, the text is tokenized once and cut K times; otherwise turn by turn.
 
 Knows templates and tokenizers; knows no objective, tree or row.
 """
@@ -73,7 +73,7 @@ class Renderer:
         self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., "Renderer"], tuple[Any, ...]]:
-        """Pickled as its arguments, so that another process makes its own."""
+        """Returns the pickled form: the arguments, from which another process makes its own renderer."""
         make = functools.partial(
             Renderer,
             chat_template_kwargs=self._chat_template_kwargs,
@@ -165,16 +165,16 @@ class Renderer:
     ) -> Iterator[RenderedSequence]:
         finder = SpanFinder(self._template, self._encoder, dialogue)
         indices = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
-        stops: dict[int, int] = {}  # where the messages end that the sequence before has shown
+        stops: dict[int, int] = {}  # token after the last one of each message in the previous sequence
         previous = beginning.ids[:0]
 
         def find_new(tokenized: Tokenized, count: int, *, is_prompt: bool) -> tuple[MessageSpan, ...]:
-            """Returns the spans of messages that the tokens shared with the sequence before do not hold entirely."""
+            """Returns the spans of messages that are not entirely in the tokens shared with the previous sequence."""
             shared = _count_shared(tokenized.ids, previous)
             for index in [index for index, stop in stops.items() if stop > shared]:
                 del stops[index]
-            new = [index for index in indices if index < count and index not in stops]
-            spans = tuple(finder.find_message(tokenized, count, index, is_prompt=is_prompt) for index in new)
+            new_indices = [index for index in indices if index < count and index not in stops]
+            spans = tuple(finder.find_message(tokenized, count, index, is_prompt=is_prompt) for index in new_indices)
             stops.update({span.message_index: span.stop for span in spans})
             return spans
 
@@ -186,7 +186,7 @@ class Renderer:
             self._check_continues(dialogue, index, prompt, rendered)
             stop = None if start is None else self._cut_response(beginning, rendered, len(prompt))
             if start is None or stop is None:
-                tokenized, start = self._tokenize_alone(dialogue, index, prompt, rendered)
+                tokenized, start = self._tokenize_separately(dialogue, index, prompt, rendered)
             else:
                 tokenized = beginning.cut(rendered, stop)
             if max_length and len(tokenized.ids) > max_length:
@@ -205,7 +205,7 @@ class Renderer:
     def _check_continues(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> None:
         """Raises UserError if what is rendered with message `index` does not begin with its prompt."""
         if not rendered.startswith(prompt):
-            difference = _difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
+            difference = _describe_difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
             raise UserError(
                 f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
                 f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
@@ -240,14 +240,14 @@ class Renderer:
         index = beginning.count_before(last)
         return index + 1 if index is not None and beginning.ids[index] == self.end_of_turn else None
 
-    def _tokenize_alone(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> tuple[Tokenized, int]:
-        """Returns (the tokens of prompt ++ response, where the response starts) of one turn by itself."""
-        alone, tokenized = self._encoder.tokenize([prompt, rendered])
-        start = len(alone.ids)
-        if not np.array_equal(tokenized.ids[:start], alone.ids):
+    def _tokenize_separately(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> tuple[Tokenized, int]:
+        """Returns (the tokens of prompt ++ response, where the response starts) of one turn."""
+        prompt_tokens, tokenized = self._encoder.tokenize([prompt, rendered])
+        start = len(prompt_tokens.ids)
+        if not np.array_equal(tokenized.ids[:start], prompt_tokens.ids):
             # A token crosses from prompt to response: inference fixes the prompt's tokens first.
             crossing, response = tokenized, rendered[len(prompt) :]
-            tokenized = alone.append(rendered, self._encoder.tokenize_continuation(response))
+            tokenized = prompt_tokens.append(rendered, self._encoder.tokenize_continuation(response))
             if self._encoder.decode(tokenized.ids) != self._encoder.decode(crossing.ids):
                 raise UserError(
                     f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
@@ -265,8 +265,8 @@ def _count_shared(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, "
     return int(different[0]) if len(different) else length
 
 
-def _difference(prompt: str, rendered: str) -> str:
-    """Describes the first difference of two texts, with the text around it."""
+def _describe_difference(prompt: str, rendered: str) -> str:
+    """Returns a description of the first difference of two texts, with the text around it."""
     pairs = enumerate(zip(prompt, rendered, strict=False))
     place = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(rendered)))
     before = prompt[max(0, place - 30) : place]

@@ -1,4 +1,4 @@
-"""Text of dialogues that spells special tokens, kept from becoming those tokens.
+"""Escapes the text of dialogues where it spells special tokens, so that it does not become those tokens.
 
 In an *escaped* text the first character of each such spelling is replaced by a mark: a lone surrogate, which no Unicode
 text has. Templates run on escaped dialogues, so a special token that is spelled in full in what they render was written
@@ -27,7 +27,7 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.errors import UserError
 
 _FIRST_MARK = 0xD800
-_ANCHOR = "\ufdd0\ufdd1\ufdd2"  # a token in front of text that does not begin a rendering; of noncharacters
+_ANCHOR = "\ufdd0\ufdd1\ufdd2"  # noncharacters; a token in front of text that does not begin a rendering
 
 
 class TokenIds(NamedTuple):
@@ -43,7 +43,7 @@ class EscapedDialogue(Dialogue):
 
 
 class SpecialTokenEscaper:
-    """Escapes the special tokens that dialogues spell, and encodes what is rendered of them.
+    """Escapes the special tokens that dialogues spell, and encodes rendered text.
 
     Args:
       tokenizer: a fast tokenizer.
@@ -59,17 +59,17 @@ class SpecialTokenEscaper:
         self._special = frozenset(special)
         self._marks = {first: chr(_FIRST_MARK + number) for number, first in enumerate(sorted({s[0] for s in special}))}
         self._unmarked = {ord(mark): first for first, mark in self._marks.items()}
-        self._spelled = re.compile(f"(?=(?:{_any_of(special)})).", re.DOTALL)
+        self._spelling_pattern = re.compile(f"(?=(?:{_any_of(special)})).", re.DOTALL)
         self._beginnings = frozenset(text[:stop] for text in special for stop in range(1, len(text)))
         self._longest = max(map(len, self._beginnings), default=0)
         self._added = sorted(added, key=lambda token: len(token.content), reverse=True)
         self._added_pattern = re.compile("|".join(f"(?:{_make_pattern(token)})" for token in self._added) or "(?!)")
-        # Tokens that are looked for in normalized text are spelled by everything that the normalizer turns into them.
+        # Tokens that are matched in normalized text are spelled by every text that the normalizer turns into them.
         normalized = [token for token in added if token.content in self._special and token.normalized]
         self._normalizer = self._backend.normalizer if normalized else None
         if self._normalizer is not None:
-            late = {self._normalizer.normalize_str(token.content) for token in normalized}
-            self._late = re.compile(f"(?=(?:{_any_of(late)})).", re.DOTALL)
+            texts = {self._normalizer.normalize_str(token.content) for token in normalized}
+            self._normalized_pattern = re.compile(f"(?=(?:{_any_of(texts)})).", re.DOTALL)
 
     def is_escaped(self, text: str) -> bool:
         """Returns whether there is a mark in a text."""
@@ -80,24 +80,24 @@ class SpecialTokenEscaper:
         return text.translate(self._unmarked) if self.is_escaped(text) else text
 
     def escape(self, text: str) -> str:
-        """Returns the text with a mark where a special token is spelled, or begins to be spelled when the text ends.
+        """Returns the text with a mark where a special token is spelled, or where its spelling begins at the end.
 
-        The latter because a template may write one text directly behind another.
+        The latter because a template may write one text directly after another.
         """
         if not any(first in text for first in self._marks):
             return text
-        marked = list(self._spelled.sub(lambda match: self._marks[match[0]], text))
+        characters = list(self._spelling_pattern.sub(lambda match: self._marks[match[0]], text))
         for place in range(max(0, len(text) - self._longest), len(text)):
             if text[place:] in self._beginnings:
-                marked[place] = self._marks[text[place]]
-        return "".join(marked)
+                characters[place] = self._marks[text[place]]
+        return "".join(characters)
 
     def escape_dialogue(self, dialogue: Dialogue) -> Dialogue:
-        """Returns the dialogue with every text that a template sees escaped; itself where there is nothing to escape.
+        """Returns the dialogue with every text that a template sees escaped; the dialogue itself if there is none.
 
         Raises:
-          UserError: a text has a mark already, which is half a surrogate pair; or the tokenizer's normalizer makes a
-            special token of what is none.
+          UserError: a text has a mark already, which is half a surrogate pair; or the tokenizer's normalizer turns
+            ordinary text into a special token.
         """
         contents = [message.content for message in dialogue.messages]
         fields = [message.fields for message in dialogue.messages if message.fields]
@@ -107,14 +107,14 @@ class SpecialTokenEscaper:
                     f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it."
                 )
             if self._normalizer is not None:
-                late = self._late.findall(self._normalizer.normalize_str(text))
-                if len(late) > len(self._spelled.findall(text)):
+                spellings = self._normalized_pattern.findall(self._normalizer.normalize_str(text))
+                if len(spellings) > len(self._spelling_pattern.findall(text)):
                     raise UserError(
                         f"{dialogue.name}: has a text that the tokenizer's normalizer makes a special token of: "
                         f"{text[:60]!r}. Change it, or set allow_special_tokens."
                     )
-        marked = _change_dialogue(dialogue, self.escape)
-        return dialogue if marked is dialogue else EscapedDialogue(**vars(marked))
+        escaped = _change_dialogue(dialogue, self.escape)
+        return dialogue if escaped is dialogue else EscapedDialogue(**vars(escaped))
 
     def unescape_dialogue(self, dialogue: EscapedDialogue) -> Dialogue:
         """Returns the dialogue that an escaped one stands for."""
@@ -155,7 +155,7 @@ class SpecialTokenEscaper:
         ordinary = self.unescape(text[start:stop])
         new = self._encode_ordinary(ordinary, start, {_ANCHOR})
         if not self._special_ids.isdisjoint(new.ids):
-            # A model may have special tokens among its words: one is not spelled if its last character is apart.
+            # A special token may also be in the vocabulary; it is not found if its last character is encoded apart.
             new = self._encode_ordinary(ordinary, start, {_ANCHOR, *self._special})
             if not self._special_ids.isdisjoint(new.ids):
                 raise UserError(
@@ -183,7 +183,7 @@ class SpecialTokenEscaper:
 
     @functools.cached_property
     def _ordinary_tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer to which special tokens are ordinary text, with a token behind which no space is put."""
+        """The tokenizer with special tokens as ordinary text, and an anchor token after which no space is added."""
         ordinary = tokenizers.Tokenizer.from_str(self._backend.to_str())
         ordinary.encode_special_tokens = True
         ordinary.add_tokens([tokenizers.AddedToken(_ANCHOR, normalized=False)])
@@ -191,14 +191,14 @@ class SpecialTokenEscaper:
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
-        """The ids of special tokens, less that of unknown text."""
+        """The ids of special tokens without that of the unknown token."""
         model = json.loads(self._backend.to_str())["model"]
         unknown = self._ids.get(model.get("unk_token"), model.get("unk_id"))
         return frozenset(self._ids[text] for text in self._special) - {unknown}
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """Returns a pattern of the longest of `texts` that begins at a place."""
+    """Returns a pattern of any of `texts`, the longest first."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
 
 
@@ -211,7 +211,7 @@ def _make_pattern(token: tokenizers.AddedToken) -> str:
 
 
 def _change_dialogue(dialogue: Dialogue, change: Callable[[str], str]) -> Dialogue:
-    """Returns the dialogue with every text that a template sees changed; itself where none is."""
+    """Returns the dialogue with every text that a template sees changed; the dialogue itself if no text changes."""
     messages = tuple(_change_message(message, change) for message in dialogue.messages)
     tools = _change_strings(dialogue.tools, change)
     if messages == dialogue.messages and tools == dialogue.tools:

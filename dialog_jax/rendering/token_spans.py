@@ -1,4 +1,4 @@
-"""Which tokens of a rendering are which message, and which part of it.
+"""The tokens of each message of a rendering, and of each part of a message.
 
 Messages are found by what the template renders with and without them, parts by their text. Knows no weight and no
 objective.
@@ -39,7 +39,7 @@ class SpanFinder:
         ends            6     9    15       21       33
                              |-----------------|                the content's tokens and the end of turn: 1 to 4
 
-    The first token is the first that ends behind character 7, the last the last that starts before character 15.
+    The first token of the content is the first that ends after character 7; the last is the last that starts before 15.
     """
 
     def __init__(self, template: ChatTemplate, encoder: Encoder, dialogue: Dialogue):

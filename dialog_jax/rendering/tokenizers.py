@@ -13,7 +13,7 @@ import transformers
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
 
-# How GGUF numbers the kinds of its tokens.
+# Types of tokens in GGUF.
 _CONTROL, _USER_DEFINED = 3, 4
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -33,16 +33,16 @@ def load_tokenizer(
       chat_template: the path of a Jinja file, or the Jinja text itself; empty keeps the tokenizer's own.
 
     Raises:
-      UserError: there is no such tokenizer, it is a slow one, its GGUF is of a kind not read here, or there is no
+      UserError: there is no such tokenizer, it is a slow one, its GGUF file is not supported, or there is no
         chat template. Whether the template can be used is checked by `sequences.Renderer`.
     """
     path = pathlib.Path(name_or_path).expanduser()
     if path.suffix.lower() == ".gguf":
-        tokenizer = _gguf_tokenizer(path)
+        tokenizer = _load_gguf(path)
     else:
-        tokenizer = _published_tokenizer(str(path) if path.is_dir() else str(name_or_path), path)
+        tokenizer = _load_published(str(path) if path.is_dir() else str(name_or_path), path)
     if chat_template:
-        tokenizer.chat_template = _template_text(chat_template)
+        tokenizer.chat_template = _read_template(chat_template)
     if not tokenizer.chat_template:
         raise UserError(
             f"{path.name}: the tokenizer has no chat template, which says how a dialogue becomes text. "
@@ -66,14 +66,14 @@ def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int)
         )
 
 
-def _published_tokenizer(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+def _load_published(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path.name}: no tokenizer could be loaded ({reason}). Give a directory with tokenizer.json and "
-            "tokenizer_config.json, a hub name, or a .gguf file; a tokenizer that needs code of its own is not run."
+            "tokenizer_config.json, a hub name, or a .gguf file; code that comes with a tokenizer is never run."
         ) from None
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         raise UserError(
@@ -83,7 +83,7 @@ def _published_tokenizer(source: str, path: pathlib.Path) -> transformers.PreTra
     return tokenizer
 
 
-def _template_text(chat_template: str) -> str:
+def _read_template(chat_template: str) -> str:
     if "{" in chat_template or "\n" in chat_template:
         return chat_template
     path = pathlib.Path(chat_template).expanduser()
@@ -94,7 +94,7 @@ def _template_text(chat_template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+def _load_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     """Returns the byte-level BPE of a GGUF file.
 
     Built here because transformers' reader ignores `tokenizer.ggml.pre`, so that SmolLM's digits are not split.
@@ -122,7 +122,7 @@ def _gguf_tokenizer(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     )
     if field("ggml.pre") == "qwen2":
         tokenizer.normalizer = tokenizers.normalizers.NFC()
-    tokenizer.pre_tokenizer = _pre_tokenizer(field("ggml.pre"), path.name)
+    tokenizer.pre_tokenizer = _make_pre_tokenizer(field("ggml.pre"), path.name)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_tokens(
         [
@@ -162,8 +162,8 @@ def _check_gguf(
         raise UserError(f"{path.name}: has {what}. Download it again.")
 
 
-def _pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:
-    """Returns how text is split before merging. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
+def _make_pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:
+    """Returns the pre-tokenizer of a kind. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
     split = tokenizers.pre_tokenizers
     if kind == "gpt-2":
         return split.ByteLevel(add_prefix_space=False)

@@ -50,7 +50,7 @@ class AuditTest(absltest.TestCase):
         self.assertEndsWith(told, "\nNothing to fix.\n")
         self.assertIn("3 records; 3 dialogues have something to train on", told)
         self.assertIn("<|im_end|> is the last target of 3 of 3 responses", told)
-        self.assertIn("written as it was generated, in every dialogue", told)
+        self.assertIn("rendered as it was generated, in every dialogue", told)
         self.assertEmpty(error)
         self.assertEqual((written["trees"], written["findings"], written["data"]["max_length"]), (3, [], 1024))
 
@@ -96,9 +96,9 @@ class AuditTest(absltest.TestCase):
 
     def test_notes_are_nothing_to_fix(self):
         told, _, _ = self.audit([_THINKS], family="qwen3")
-        self.assertIn("written otherwise than it was generated in 1 of 1 dialogues", told)
+        self.assertIn("rendered differently from how it was generated in 1 of 1 dialogues", told)
         self.assertIn("was generated '<think>\\nI greet.", told)
-        self.assertIn("the chat template, and history that it writes otherwise", told)
+        self.assertIn("the chat template, and history that it renders differently", told)
         self.assertEndsWith(told, "\nNothing to fix.\n")
 
     def test_flags_reach_template_objective_and_length(self):

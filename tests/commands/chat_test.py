@@ -140,7 +140,7 @@ class ChatTest(absltest.TestCase):
         first = [("system", "Be kind."), ("user", "Hello!")]
         self.assertEqual(shown, [first, [*first, ("assistant", "Fine."), ("user", "And?")], first])
         self.assertEqual(out.getvalue(), "model> Fine.\n" * 3)
-        self.assertIn("/what is no command", told.getvalue())
+        self.assertIn("/what is not a command", told.getvalue())
 
     def test_session_does_not_change_what_is_said(self):
         session = generation.Session(self.model.config, self.model.parameters)

@@ -130,7 +130,7 @@ class ErrorsTest(absltest.TestCase):
         _, error = running.run("plot", "--rnu=x")
         self.assertStartsWith(error, "dialog_jax plot: Unknown command line flag 'rnu'. Did you mean: run")
         _, error = running.run("plot")
-        self.assertStartsWith(error, "dialog_jax plot: --run is missing; give it, for instance --run=runs/mine.")
+        self.assertStartsWith(error, "dialog_jax plot: --run is missing. Pass it, for instance --run=runs/mine.")
 
     def test_value_of_the_wrong_type_is_explained(self):
         for flag, needed in (

@@ -60,9 +60,9 @@ class PlanTest(absltest.TestCase):
         self.assertEmpty(error)
         self.assertRegex(told, r"on 8 x h100: .*data=2, fsdp=4, tensor=1;")
         self.assertIn("measured on 12 of the 12 dialogues of train.jsonl", told)
-        self.assertIn("FITS, also as the CPU's compiler lays it out.", told)
+        self.assertIn("FITS, even in the layout of the CPU's compiler.", told)
         self.assertRegex(told, r"all-reduce +[\d,]+ +[\d.]+ +[\d.]+\n")
-        self.assertRegex(told, r"ESTIMATE [\d.]+ s a step .* [\d.]+ s if no exchange does;")
+        self.assertRegex(told, r"ESTIMATE [\d.]+ s per step .* [\d.]+ s if no exchange does;")
         self.assertRegex(told, r"hours for [\d,]+ steps")
         self.assertNotIn("ASSUMED", told)
 
@@ -104,7 +104,7 @@ class PlanTest(absltest.TestCase):
             ),
             (
                 ["--devices=8", "--config.model=no/such"],
-                "dialog_jax plan: model 'no/such' is no directory or file here",
+                "dialog_jax plan: model 'no/such' is no local directory or file",
             ),
             (["--devices=8", "--config.steps=-1"], "dialog_jax plan: steps is -1"),
         ):
@@ -129,7 +129,7 @@ class ShapesTest(parameterized.TestCase):
             namespace = {}
             exec((_ROOT / "experiments" / f"{experiment}.py").read_text(), namespace)
             config = namespace["get_config"]()
-            model = script._shape(config.model)
+            model = script._load_shape(config.model)
         abstract = decoder.abstract_parameters(model)
         self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(abstract)), parameters)
         self.assertEqual(hf_config.to_json(model)["rope_parameters"]["rope_type"], "llama3")

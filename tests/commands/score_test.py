@@ -155,7 +155,7 @@ class ScoreTest(parameterized.TestCase):
             self.assertEqual(record["tokens"], sum(n for _, _, n, _ in expected))
             total, total_tokens = total + record["nll"], total_tokens + record["tokens"]
         self.assertEqual([turn["turn"] for turn in written[1]["turns"]], [0, 2])
-        self.assertIn(f"{total / total_tokens:.4f} nats a token", told)
+        self.assertIn(f"{total / total_tokens:.4f} nats per token", told)
         self.assertIn("4 dialogues, 5 responses", told)
         self.assertEmpty(error)
 

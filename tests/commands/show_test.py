@@ -242,7 +242,9 @@ class ShowTest(parameterized.TestCase):
         )
         told, error = self.show({"prompt": "Hi", "completion": "Hello!"}, f"--config.data.chat_template={template}")
         self.assertEmpty(error)
-        self.assertIn("whose the history is cannot be told: dialogue 0 (data.jsonl:1): message 0 (user)", told)
+        self.assertIn(
+            "the roles of the history cannot be determined: dialogue 0 (data.jsonl:1): message 0 (user)", told
+        )
         self.assertIn("         HI<|im_end|>⏎\n         <|im_start|>assistant⏎\nturn 0   ⟦Hello!<|im_end|>⟧\n", told)
 
     def test_branch_inside_a_character_loses_no_text(self):

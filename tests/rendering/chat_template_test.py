@@ -6,8 +6,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
-from dialog_jax.rendering import chat_template, template_process
-from dialog_jax.rendering.template_process import Job
+from dialog_jax.rendering import chat_template, template_rendering
+from dialog_jax.rendering.template_rendering import Job
 from tests.rendering import chat_templates
 
 # What published templates do and those of the seven families do not: macros and settings inside the template, defaults
@@ -78,9 +78,9 @@ class TurnsTest(parameterized.TestCase):
     def test_several_texts_are_rendered_by_one_call(self, name):
         jobs, tokens = [Job(1), Job(1, True), Job(2)], {"bos_token": "<s>", "eos_token": "</s>"}
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        expected = template_process.render_here(_TEMPLATES[name], messages, jobs, tokens)  # which compares them
-        with mock.patch.object(template_process, "_apply", wraps=template_process._apply) as apply:
-            self.assertEqual(template_process.render_here(_TEMPLATES[name], messages, jobs, tokens), expected)
+        expected = template_rendering.render_jobs(_TEMPLATES[name], messages, jobs, tokens)  # which compares them
+        with mock.patch.object(template_rendering, "_apply", wraps=template_rendering._apply) as apply:
+            self.assertEqual(template_rendering.render_jobs(_TEMPLATES[name], messages, jobs, tokens), expected)
         apply.assert_called_once()
 
     def test_tools_and_fields_reach_the_template(self):
@@ -114,7 +114,7 @@ class TurnsTest(parameterized.TestCase):
 
     def test_the_mark_between_turns_may_stand_in_a_message(self):
         tokenizer = with_template(_TEMPLATES["chatml"])
-        messages = [Message(role="user", content=template_process._MARK), Message(role="assistant", content="b")]
+        messages = [Message(role="user", content=template_rendering._MARK), Message(role="assistant", content="b")]
         dialogue = Dialogue(id=0, messages=(*messages, *messages))
         template = chat_template.ChatTemplate(tokenizer)
         for shown in (chat_templates.random_dialogue(np.random.default_rng(0), turns=1), dialogue):

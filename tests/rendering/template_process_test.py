@@ -13,8 +13,9 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import chat_template as chat_template_lib
-from dialog_jax.rendering import sequences, template_process
-from dialog_jax.rendering.template_process import Job, TemplateStopped
+from dialog_jax.rendering import sequences, template_process, template_rendering
+from dialog_jax.rendering.template_process import TemplateStopped
+from dialog_jax.rendering.template_rendering import Job
 from tests.rendering import chat_templates
 
 _DIALOGUE = Dialogue(
@@ -149,7 +150,7 @@ class HarmTest(parameterized.TestCase):
             sequences.Renderer(tokenizer)
 
     def test_no_template_runs_in_this_process(self):
-        with mock.patch.object(template_process, "_apply", side_effect=AssertionError("rendered here")):
+        with mock.patch.object(template_rendering, "_apply", side_effect=AssertionError("rendered here")):
             renderer = sequences.Renderer(chat_templates.train_tokenizer("qwen3"))
             (rendered,) = renderer.render([_DIALOGUE], full=True, locate=lambda message: message.role == "user")
             self.assertLen(list(rendered), 2)
@@ -206,7 +207,7 @@ class ProcessTest(parameterized.TestCase):
             from dialog_jax.rendering import template_process as it
             real = it.subprocess.Popen
             def popen(command, **options):
-                command[2] = command[2].replace("it.serve(", "it._IDLE_SECONDS = 0.2; it.serve(")
+                command[2] = command[2].replace("child.serve(", "child._IDLE_SECONDS = 0.2; child.serve(")
                 return real(command, **options)
             it.subprocess.Popen = popen
             job = "x", [{{"role": "user", "content": ""}}], [it.Job(1)], {{}}
@@ -226,7 +227,7 @@ class ProcessTest(parameterized.TestCase):
             messages = [{{"role": "user", "content": ""}}]
             real = it.subprocess.Popen
             def popen(command, **options):
-                command[2] = command[2].replace("it.serve(", "it.SECONDS = 1.0; it.serve(")
+                command[2] = command[2].replace("child.serve(", "child.SECONDS = 1.0; child.serve(")
                 return real(command, **options)
             it.subprocess.Popen = popen
             it.render("", messages, [it.Job(1)], {{}})

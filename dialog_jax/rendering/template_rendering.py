@@ -1,0 +1,118 @@
+"""Chat templates rendered in this process: messages in, texts out, without limits of time and memory.
+
+Knows messages as dictionaries; knows no tokens and no process. Everything else calls `template_process.render`.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import tokenizers
+import transformers
+
+from dialog_jax.errors import UserError
+
+LONGEST = 64 << 20
+"""Largest number of characters of a rendered text."""
+_LARGEST_SHOWN = 500  # characters of a template's reason
+# What running a template can raise, deliberately or not.
+_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_MARK = "\ue000text\ue000"  # follows each text of one call
+# A template with another one in a macro. Jinja removes the line break after the first tag (trim_blocks); the empty
+# output before the second tag keeps white space at the inner template's end (lstrip_blocks).
+_MACRO_TEMPLATE = """\
+{%% macro one_rendering(messages, add_generation_prompt) %%}
+%s{{ '' }}{%% endmacro %%}
+{%%- for job in rendered_jobs -%%}
+{{ one_rendering(messages[:job[0]], job[1]) }}{{ rendered_mark }}
+{%%- endfor -%%}"""
+_equal_in_macro: dict[str, bool] = {}  # by template: whether it renders the same in a macro, once known
+
+
+class Job(NamedTuple):
+    """A text to render: of the first `messages` messages, perhaps with the generation prompt."""
+
+    messages: int
+    add_generation_prompt: bool = False
+
+
+class Rendering(NamedTuple):
+    """The texts of some jobs, in order, up to the first that the template refuses."""
+
+    texts: list[str]
+    refusal: str = ""
+    """Why the job after the last text was refused; empty if none was."""
+
+
+def render_jobs(
+    template: str, messages: Sequence[Mapping[str, Any]], jobs: Sequence[Job], variables: Mapping[str, Any]
+) -> Rendering:
+    """Returns the texts of the jobs, rendered in this process, without limits of time and memory.
+
+    Args:
+      template: Jinja text.
+      messages: as the template sees them.
+      variables: further variables of the template, among them `tools` and the special tokens.
+    """
+    texts = _render_in_macro(template, messages, jobs, variables)
+    if texts:
+        return Rendering(texts)
+    for job in jobs:
+        try:
+            texts.append(_apply(template, messages[: job.messages], job.add_generation_prompt, variables))
+        except jinja2.TemplateSyntaxError as error:
+            return Rendering(texts, f"it is not Jinja at line {error.lineno}: {error.message}")
+        except _REFUSALS as error:
+            return Rendering(texts, (str(error) or type(error).__name__)[:_LARGEST_SHOWN])
+    return Rendering(texts)
+
+
+def _render_in_macro(
+    template: str, messages: Sequence[Mapping[str, Any]], jobs: Sequence[Job], variables: Mapping[str, Any]
+) -> list[str]:
+    """Returns the texts of the jobs from one call of the template's macro for each; empty where that is not reliable.
+
+    A call of `apply_chat_template` for each job would copy all messages before it each time.
+    """
+    if len(jobs) == 1 or not _equal_in_macro.get(template, True):
+        return []
+    # Jinja removes a line break at the end of a template, too.
+    try:
+        texts = _apply(
+            _MACRO_TEMPLATE % template.removesuffix("\n"),
+            messages,
+            False,
+            {**variables, "rendered_jobs": [list(job) for job in jobs], "rendered_mark": _MARK},
+        ).split(_MARK)
+    except _REFUSALS:
+        return []
+    if len(texts) != len(jobs) + 1:  # a message contains the mark
+        return []
+    if template not in _equal_in_macro:
+        _equal_in_macro[template] = texts[:-1] == [
+            _apply(template, messages[: job.messages], job.add_generation_prompt, variables) for job in jobs
+        ]
+    return texts[:-1] if _equal_in_macro[template] else []
+
+
+def _apply(
+    template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+) -> str:
+    text = _make_tokenizer().apply_chat_template(
+        [dict(message) for message in messages],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        **variables,
+    )
+    assert isinstance(text, str)
+    if len(text) > LONGEST:
+        raise UserError(f"it wrote {len(text):,} characters, the limit is {LONGEST:,}")
+    return text
+
+
+@functools.cache
+def _make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Returns a tokenizer without tokens, for its `apply_chat_template`."""
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
