@@ -21,7 +21,7 @@ setuptools.setup(
         "gguf>=0.19",
         "grain>=0.2.18",
         "huggingface_hub>=2.4",
-        "jax>=0.10,<0.13",
+        "jax>=0.10.2,<0.13",
         "jaxtyping>=0.3.11",
         "jinja2>=3.1.6",
         "matplotlib>=3.10.0",
@@ -36,8 +36,8 @@ setuptools.setup(
         "transformers>=5.20",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10,<0.13"],
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "datasets": ["datasets>=4.0", "pyarrow>=20"],
         "test": [
             "beartype>=0.22",

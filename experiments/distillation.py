@@ -16,8 +16,7 @@ import itertools
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import harness
 import jax
@@ -70,13 +69,9 @@ def make_student(model: Model) -> Model:
 def select_fitting_dialogues(model: Model, path: str) -> list[Dialogue]:
     """Returns the first dialogues of a file that fit in a row without truncation."""
     read = list(itertools.islice(read_dialogues(path), _READ))
-    trees = _prepare(read, model, truncate="drop")
+    trees = dataset.prepare(read, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH, truncate="drop"))
     fitting = set(trees.ids[:_DIALOGUES])
     return [dialogue for dialogue in read if dialogue.id in fitting]
-
-
-def _prepare(dialogues: Iterable[Dialogue], model: Model, **options: Any) -> Trees:
-    return dataset.prepare(dialogues, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH), **options)
 
 
 def write_teacher(model: Model, dialogues: Sequence[Dialogue], path: pathlib.Path) -> TeacherFile:
@@ -190,11 +185,12 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     model = loading.load_model(options.model)
     dialogues = select_fitting_dialogues(model, options.train)
-    held_out = _prepare(read_dialogues(options.validation), model)
+    tree_config = TreeConfig(max_length=harness.MAX_LENGTH)
+    held_out = dataset.prepare(read_dialogues(options.validation), model.renderer, tree_config)
     with tempfile.TemporaryDirectory() as directory:
         file = write_teacher(model, dialogues, pathlib.Path(directory) / "teacher.safetensors")
         print(f"the teacher has scored {len(dialogues)} dialogues: {time.perf_counter() - started:.0f} s", flush=True)
-        trees = _prepare(dialogues, model, teacher=file)
+        trees = dataset.prepare(dialogues, model.renderer, tree_config, teacher=file)
         score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
         teacher_losses = harness.held_out_losses(score_step, model.parameters, held_out)
         student = make_student(model)

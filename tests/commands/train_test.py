@@ -91,9 +91,9 @@ class TrainFlagsTest(parameterized.TestCase):
         pretrained.save_pretrained(path, config, tiny.parameters(config), tokenizer=tokenizer)
         return path
 
-    def test_value_of_the_wrong_type_is_a_flag_error(self):
+    def test_value_of_the_wrong_type_is_an_error_that_says_what_was_needed(self):
         _, error = self.run_script("--config.rows=many")
-        self.assertStartsWith(error, "dialog_jax train: flag --config.rows=many: ")
+        self.assertStartsWith(error, "dialog_jax train: --config.rows is 'many'; needed an integer. ")
         self.assertEndsWith(error, "[exit code 1]")
 
     def test_experiment_that_is_not_there_is_named(self):
