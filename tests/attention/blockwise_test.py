@@ -157,6 +157,7 @@ class AttentionTest(parameterized.TestCase):
         for ours, needed in zip(got, of(dense), strict=True):
             np.testing.assert_allclose(ours, needed, atol=2e-5)
 
+    @pytest.mark.full
     def test_blocks_that_nobody_sees_are_not_read(self):
         subtree_end = np.concatenate([np.full(64, 64), np.full(64, 128), np.full(64, 192), np.full(64, 192 + 64)])
         subtree_end[64:192] = 192  # dialogues of 64, 128 and 64 tokens

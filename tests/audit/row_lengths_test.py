@@ -1,6 +1,7 @@
 """What rows of several lengths hold, against trees prepared for each length by itself."""
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.audit import inspection, row_lengths
@@ -30,6 +31,7 @@ class FillsTest(parameterized.TestCase):
         ("chatml", {"name": "last"}),
         ("qwen3", {"name": "roles", "roles": ("user", "assistant")}),
     )
+    @pytest.mark.full
     def test_every_length_loses_what_training_at_that_length_loses(self, family, options):
         objective, rng = ObjectiveConfig(**options), np.random.default_rng(2)
         dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 7, reasoning=True, id=i) for i in range(25)]

@@ -66,6 +66,7 @@ class PlanTest(absltest.TestCase):
         self.assertRegex(told, r"hours for [\d,]+ steps")
         self.assertNotIn("ASSUMED", told)
 
+    @pytest.mark.full
     def test_what_is_assumed_is_marked_and_cpus_have_no_times(self):
         told, error = self.run_plan("--devices=8", "--kind=cpu", "--config.data.train=some/hub", "--assume_tokens=0.5")
         self.assertEmpty(error)

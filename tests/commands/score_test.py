@@ -229,6 +229,7 @@ class ScoreTest(parameterized.TestCase):
             self.assertIsNone(written)
             self.assertIn(message, error)
 
+    @pytest.mark.full
     def test_scores_many_dialogues_of_all_lengths_stay_in_order(self):
         self.save_model("chatml", max_length=2048)
         rng = np.random.default_rng(0)

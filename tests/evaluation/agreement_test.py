@@ -144,6 +144,7 @@ class AgreementTest(parameterized.TestCase):
         self.assertGreater(max(map(len, outcome.rows)), 1)
 
     @parameterized.parameters("chatml", "qwen3")
+    @pytest.mark.full
     def test_message_trees_and_parts_pass(self, family):
         drawn = [message_trees_test.random_tree(n, reasoning=True, weights=True) for n in (0, 1)]
         parts = Message(
@@ -197,6 +198,7 @@ class AgreementTest(parameterized.TestCase):
         self.assertRegex(place, r"^dialogue \d \(random\[\d\]\), message \d")
         self.assertRegex(place, where)
 
+    @pytest.mark.full
     def test_mask_that_ignores_branches_changes_nothing_where_there_are_none(self):
         with broken(branches_are_seen_by_their_dialogue):
             outcome = compare("chatml", dialogues()[:1])

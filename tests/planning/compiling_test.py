@@ -146,6 +146,7 @@ class FlopsTest(parameterized.TestCase):
 
 
 class CollectivesTest(absltest.TestCase):
+    @pytest.mark.full
     def test_data_parallel_gradients_are_reduced_once_a_micro_batch(self):
         step_plan = compiled(MeshConfig(data=8), run_config(gradient_accumulation=2))
         reduced = sum(one.runs * one.bytes for one in step_plan.collectives if one.kind == "all-reduce")

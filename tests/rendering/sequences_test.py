@@ -5,6 +5,7 @@ import itertools
 from unittest import mock
 
 import numpy as np
+import pytest
 import tokenizers
 from absl.testing import absltest, parameterized
 
@@ -188,7 +189,7 @@ class Law6(parameterized.TestCase):
     @parameterized.parameters("chatml", "mistral", "phi3")
     def test_a_prefix_preserving_dialogue_is_tokenised_once(self, family):
         dialogue = said(*[("user", "Hi"), ("assistant", "Hello you.")] * 4)
-        with mock.patch.object(sequences_lib.Renderer, "_tokenize_alone", side_effect=AssertionError("not cut")):
+        with mock.patch.object(sequences_lib.Renderer, "_tokenize_separately", side_effect=AssertionError("not cut")):
             self.assertLen(render(renderer_of(family), dialogue), 4)
 
 
@@ -440,6 +441,7 @@ class CostTest(parameterized.TestCase):
         family=["chatml", "llama3", "gemma", "qwen3"],
         locate=[lambda message: message.role == "user", lambda message: message.weight != 1],
     )
+    @pytest.mark.full
     def test_locating_messages_costs_no_more_with_turns_than_rendering_them(self, family, locate):
         few, many = (self.costs(family, turns, full=True, locate=locate) for turns in (8, 64))
         plain, _ = self.costs(family, 64)

@@ -8,6 +8,7 @@ import sys
 import time
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
@@ -200,6 +201,7 @@ class ProcessTest(parameterized.TestCase):
             render_text("x")
         self.assertEqual(render_text("x"), "x")
 
+    @pytest.mark.full
     def test_an_idle_process_ends_and_the_next_text_starts_another(self):
         program = f"""if True:
             import os, sys
@@ -219,6 +221,7 @@ class ProcessTest(parameterized.TestCase):
         """
         subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
 
+    @pytest.mark.full
     def test_the_process_ends_with_its_parent_even_in_a_loop(self):
         program = f"""if True:
             import os, sys, threading

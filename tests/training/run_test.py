@@ -427,6 +427,7 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"another config or data \(data.mix.other: [0-9a-f]{64} before"):
             self.run_in("whole", data=data, steps=4)
 
+    @pytest.mark.full
     def test_data_that_changed_since_the_run_began_is_refused(self):
         self.run_in("run", steps=2)
         file = self.directory / "train.jsonl"
@@ -436,6 +437,7 @@ class RunTest(parameterized.TestCase):
         ):
             self.run_in("run", steps=2)
 
+    @pytest.mark.full
     def test_other_model_of_the_same_name_is_refused(self):
         self.run_in("run", steps=2)
         model = tiny.config(520)

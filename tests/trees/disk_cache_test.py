@@ -138,6 +138,7 @@ class StorageTest(parameterized.TestCase):
         self.assertLen(list((self.directory / "trees").iterdir()), 2)
 
     @parameterized.parameters(0, 2)
+    @pytest.mark.full
     def test_an_interrupted_build_goes_on_behind_its_journal(self, processes):
         dialogues = awkward(60)
         wanted = in_memory(dialogues, arguments())
