@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -72,6 +73,7 @@ def render(
 
     Raises:
       TemplateStopped: the jobs take more than `SECONDS` or `BYTES`, or the process was killed.
+      RuntimeError: there is a bug; the message ends with the traceback of the process.
     """
     return _client(os.getpid()).render((template, messages, jobs, variables))
 
@@ -112,6 +114,8 @@ class _Client:
             if "stopped" in answer:
                 self._stop()
                 raise TemplateStopped(answer["stopped"])
+            if "bug" in answer:
+                raise RuntimeError(f"a bug in the process that renders chat templates:\n{answer['bug']}")
             return Rendering(_restore(answer["texts"]), answer["refusal"])
 
     def _ask(self, request: tuple[Any, ...]) -> dict[str, Any] | None:
@@ -188,6 +192,10 @@ def _answer(connection: Connection, memory: int) -> bytes:
         return json.dumps({"texts": _shorten(texts), "refusal": refusal}).encode()
     except MemoryError:
         return json.dumps({"stopped": f"it needs more than {memory / 2**20:,.0f} MiB of memory"}).encode()
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # there is no request: the other process ended
+        raise
+    except BaseException:  # a bug: the other process raises an error with the traceback
+        return json.dumps({"bug": traceback.format_exc()}).encode()
 
 
 def _shorten(texts: Sequence[str]) -> list[list[Any]]:

@@ -17,7 +17,7 @@ LONGEST = 64 << 20
 """Largest number of characters of a rendered text."""
 _LARGEST_SHOWN = 500  # characters of a template's reason
 # What running a template can raise, deliberately or not.
-_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 _MARK = "\ue000text\ue000"  # follows each text of one call
 # A template with another one in a macro. Jinja removes the line break after the first tag (trim_blocks); the empty
 # output before the second tag keeps white space at the inner template's end (lstrip_blocks).

@@ -201,6 +201,14 @@ class ProcessTest(parameterized.TestCase):
             render_text("x")
         self.assertEqual(render_text("x"), "x")
 
+    def test_bug_in_the_process_keeps_its_traceback_and_the_process(self):
+        process = child()
+        client = template_process._client(os.getpid())
+        with self.assertRaisesRegex(RuntimeError, "(?s)a bug in the process.*Traceback.*render_jobs.*TypeError"):
+            client.render(("a request without messages",))
+        self.assertIs(child(), process)
+        self.assertEqual(render_text("x"), "x")
+
     @pytest.mark.full
     def test_an_idle_process_ends_and_the_next_text_starts_another(self):
         program = f"""if True:
