@@ -4,6 +4,7 @@ Only fast tokenizers, because rendering needs character offsets. Knows nothing o
 """
 
 import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -33,8 +34,8 @@ def load_tokenizer(
       chat_template: the path of a Jinja file, or the Jinja text itself; empty keeps the tokenizer's own.
 
     Raises:
-      UserError: there is no such tokenizer, it is a slow one, its GGUF file is not supported, or there is no
-        chat template. Whether the template can be used is checked by `sequences.Renderer`.
+      UserError: there is no such tokenizer, its file is damaged, it is a slow one, its GGUF file is not supported, or
+        there is no chat template. Whether the template can be used is checked by `sequences.Renderer`.
     """
     path = pathlib.Path(name_or_path).expanduser()
     if path.suffix.lower() == ".gguf":
@@ -67,6 +68,7 @@ def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int)
 
 
 def _load_published(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+    _check_tokenizer_file(path / "tokenizer.json")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
@@ -81,6 +83,27 @@ def _load_published(source: str, path: pathlib.Path) -> transformers.PreTrainedT
             "character offsets of tokens. Convert it to a tokenizer.json first."
         )
     return tokenizer
+
+
+def _check_tokenizer_file(file: pathlib.Path) -> None:
+    """Raises UserError if a tokenizer.json exists and is damaged; transformers would raise anything."""
+    if not file.is_file():
+        return
+    name = f"{file.parent.name}/{file.name}"
+    remedy = "The file is damaged or incomplete: download it again, or save the tokenizer again."
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{name}: not JSON ({error}). {remedy}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("added_tokens"), list):
+        raise UserError(f"{name}: not a JSON object with a list of added_tokens. {remedy}")
+    try:
+        tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises plain ones for what a file contains
+            raise
+        raise UserError(f"{name}: not a tokenizer ({error}). {remedy}") from None
 
 
 def _read_template(chat_template: str) -> str:

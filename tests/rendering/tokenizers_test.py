@@ -1,6 +1,7 @@
 """GGUF tokenizers against byte-level BPE written out in Python; templates and errors."""
 
 import itertools
+import json
 import pathlib
 import tempfile
 from unittest import mock
@@ -245,6 +246,35 @@ class DirectoryTest(_Files):
         (self.directory / "model").mkdir()
         self.assert_error(
             lambda: tokenizers.load_tokenizer(self.directory / "model"), "model: no tokenizer", "tokenizer.json"
+        )
+
+    @parameterized.named_parameters(
+        ("lacks_a_merged_token", lambda value: value["model"]["vocab"].pop("hello"), "Token `hello` out of vocabulary"),
+        ("lacks_merges", lambda value: value["model"].pop("merges"), "Missing vocab/merges"),
+        ("lacks_the_model", lambda value: value.pop("model"), "Model missing"),
+        ("lacks_added_tokens", lambda value: value.pop("added_tokens"), "added_tokens"),
+        ("has_an_id_that_is_text", lambda value: value["model"]["vocab"].update(x="1"), "invalid type: string"),
+        ("has_an_unknown_pre_tokenizer", lambda value: value.update(pre_tokenizer={"type": "New"}), "PreTokenizer"),
+    )
+    def test_damaged_tokenizer_file_is_an_error_with_file_reason_and_remedy(self, damage, reason):
+        tokenizers.load_tokenizer(self.gguf("gpt-2")).save_pretrained(self.directory / "model")
+        file = self.directory / "model" / "tokenizer.json"
+        tokenizers.load_tokenizer(file.parent)
+        value = json.loads(file.read_text())
+        damage(value)
+        file.write_text(json.dumps(value))
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(file.parent), "model/tokenizer.json: ", reason, "download it again"
+        )
+
+    @parameterized.parameters(b"", b'{"version": "1.0", "mod', b"[]", b"version https://git-lfs", b"\xff\xfe{\0}\0")
+    def test_tokenizer_file_that_is_no_json_object_is_an_error_with_file_and_remedy(self, content):
+        (self.directory / "model").mkdir()
+        (self.directory / "model" / "tokenizer.json").write_bytes(content)
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(self.directory / "model"),
+            "model/tokenizer.json: not",
+            "download it again",
         )
 
     def test_slow_tokenizer_is_an_error(self):
