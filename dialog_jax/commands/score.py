@@ -38,6 +38,7 @@ from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.inference import loading
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.tokenizers import fingerprint
@@ -130,7 +131,7 @@ def main() -> None:
         del options["chat_template"]  # the tokenizer has it
         scores = k_passes.score_dialogues(
             source.read(),
-            template_process.limit_template(model.tokenizer),
+            template_process.limit_template(tokenizer_files.reopen_tokenizer(model.tokenizer)),
             model.config,
             model.parameters,
             compute_dtype=dtype,

@@ -22,6 +22,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.evaluation import differences, k_passes
 from dialog_jax.evaluation.differences import Agreement
 from dialog_jax.evaluation.k_passes import Pass
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
@@ -58,7 +59,7 @@ def compare(
     renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
     make_passes = functools.partial(
         k_passes.make_passes,
-        tokenizer=template_process.limit_template(tokenizer),
+        tokenizer=template_process.limit_template(tokenizer_files.reopen_tokenizer(tokenizer)),
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
     )

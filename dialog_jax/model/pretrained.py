@@ -2,7 +2,7 @@
 
 In: a Hugging Face model directory (config.json and safetensors), a GGUF file, or a hub name. Out: a `DecoderConfig` and
 the nested dict of parameters; in the other direction, a directory that Hugging Face transformers and vLLM open. One
-table of names serves both directions. Of tokenizers it knows only `save_pretrained`.
+table of names serves both directions.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 
 from dialog_jax.errors import UserError
-from dialog_jax.formats import gguf_file
+from dialog_jax.formats import gguf_file, tokenizer_files
 from dialog_jax.model import decoder, hf_config, tensor_files
 
 _SHARD_BYTES = 5 * 10**9
@@ -257,11 +257,7 @@ def save_pretrained(
     for file in partial.glob("*.safetensors"):
         shutil.copymode(partial / "config.json", file)  # safetensors makes its files readable only by their owner
     if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-        settings = partial / "tokenizer_config.json"
-        # transformers 5 writes a class name that transformers 4 and its dependents do not know.
-        text = settings.read_text(encoding="utf-8")
-        settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+        tokenizer_files.save_tokenizer(tokenizer, partial)
     partial.rename(directory)
 
 

@@ -1,6 +1,7 @@
 """Loads the fast tokenizer of a model directory, hub name or GGUF file, with its chat template.
 
-Only fast tokenizers, because rendering needs character offsets. Knows nothing of dialogues.
+Tokens are those of the published tokenizer.json; names of special tokens and chat template are those that transformers
+reads. Only fast tokenizers, because rendering needs character offsets. Knows nothing of dialogues.
 """
 
 import hashlib
@@ -10,9 +11,10 @@ from typing import Any
 
 import tokenizers
 import transformers
+from transformers.utils import hub
 
 from dialog_jax.errors import UserError
-from dialog_jax.formats import gguf_file
+from dialog_jax.formats import gguf_file, tokenizer_files
 
 # Types of tokens in GGUF.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -68,38 +70,58 @@ def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int)
 
 
 def _load_published(source: str, path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    _check_tokenizer_file(path / "tokenizer.json")
+    try:
+        file = path / "tokenizer.json" if path.is_dir() else _download_tokenizer_file(source)
+    except OSError as error:
+        raise _not_loaded(path, error) from None
+    published = _read_tokenizer_file(file)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path.name}: no tokenizer could be loaded ({reason}). Give a directory with tokenizer.json and "
-            "tokenizer_config.json, a hub name, or a .gguf file; code that comes with a tokenizer is never run."
-        ) from None
+        raise _not_loaded(path, error) from None
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         raise UserError(
             f"{path.name}: got the slow tokenizer {type(tokenizer).__name__}; needed a fast one, which has the "
             "character offsets of tokens. Convert it to a tokenizer.json first."
         )
+    if published is not None:
+        tokenizer_files.apply_file(tokenizer, *published)
     return tokenizer
 
 
-def _check_tokenizer_file(file: pathlib.Path) -> None:
-    """Raises UserError if a tokenizer.json exists and is damaged; transformers would raise anything."""
-    if not file.is_file():
-        return
+def _not_loaded(path: pathlib.Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(
+        f"{path.name}: no tokenizer could be loaded ({reason}). Give a directory with tokenizer.json and "
+        "tokenizer_config.json, a hub name, or a .gguf file; code that comes with a tokenizer is never run."
+    )
+
+
+def _download_tokenizer_file(name: str) -> pathlib.Path | None:
+    """Returns the local copy of a Hub model's tokenizer.json; None if the model has none."""
+    file = hub.cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    return None if file is None else pathlib.Path(file)
+
+
+def _read_tokenizer_file(file: pathlib.Path | None) -> tuple[str, tokenizers.Tokenizer] | None:
+    """Returns (text, tokenizer) of a tokenizer.json; None if there is none.
+
+    Raises:
+      UserError: the file is damaged; transformers would raise anything.
+    """
+    if file is None or not file.is_file():
+        return None
     name = f"{file.parent.name}/{file.name}"
     remedy = "The file is damaged or incomplete: download it again, or save the tokenizer again."
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode()
         value = json.loads(text)
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{name}: not JSON ({error}). {remedy}") from None
     if not isinstance(value, dict) or not isinstance(value.get("added_tokens"), list):
         raise UserError(f"{name}: not a JSON object with a list of added_tokens. {remedy}")
     try:
-        tokenizers.Tokenizer.from_str(text)
+        return text, tokenizers.Tokenizer.from_str(text)
     except Exception as error:
         if type(error) is not Exception:  # the library raises plain ones for what a file contains
             raise

@@ -30,6 +30,7 @@ import transformers
 
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
@@ -150,7 +151,7 @@ def claim(
             file.write(json.dumps({"changes": list(changes)}) + "\n")
     if changes or not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(directory / "tokenizer"))
+        tokenizer_files.save_tokenizer(tokenizer, directory / "tokenizer")
         record = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
         atomic_files.write_text(directory / "model.json", json.dumps(record, indent=1) + "\n")
         atomic_files.write_text(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")

@@ -233,6 +233,16 @@ class AgreementTest(parameterized.TestCase):
         beyond = {what: finding.beyond for what, finding in outcome.findings.items() if finding.beyond}
         self.assertEqual(beyond, {"loss of a response": 1})
 
+    def test_tokenizer_that_truncates_fails(self):
+        def truncating(renderer, *args, **kwargs):
+            renderer.tokenizer.backend_tokenizer.enable_truncation(40)
+            return render(renderer, *args, **kwargs)
+
+        render = agreement.Renderer.render
+        with mock.patch.object(agreement.Renderer, "render", truncating):
+            outcome = compare()
+        self.assertFalse(outcome.passed)
+
     def test_weights_that_are_not_finite_fail(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
         model = tiny.config(len(tokenizer))

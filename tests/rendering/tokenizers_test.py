@@ -1,8 +1,10 @@
 """GGUF tokenizers against byte-level BPE written out in Python; templates and errors."""
 
+import contextlib
 import itertools
 import json
 import pathlib
+import pickle
 import tempfile
 from unittest import mock
 
@@ -13,8 +15,10 @@ import tokenizers as hf_tokenizers
 import transformers
 from absl.testing import absltest, parameterized
 from hypothesis import strategies
+from transformers.utils import hub
 
 from dialog_jax.dialogues import parsing
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering import tokenizers
 
 _ASSETS = pathlib.Path(__file__).parents[2] / "assets"
@@ -279,7 +283,7 @@ class DirectoryTest(_Files):
 
     def test_slow_tokenizer_is_an_error(self):
         slow = transformers.ByT5Tokenizer()
-        with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", return_value=slow):
+        with _on_hub(slow, None):
             self.assert_error(
                 lambda: tokenizers.load_tokenizer("owner/name"), "ByT5Tokenizer", "fast", "tokenizer.json"
             )
@@ -288,9 +292,137 @@ class DirectoryTest(_Files):
         fast = transformers.PreTrainedTokenizerFast(
             tokenizer_object=hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE()), chat_template=_TEMPLATE
         )
-        with mock.patch.object(transformers.AutoTokenizer, "from_pretrained", return_value=fast) as load:
+        with _on_hub(fast, None) as load:
             tokenizers.load_tokenizer("owner/name")
         load.assert_called_once_with("owner/name", trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _on_hub(tokenizer, file):
+    """transformers and the Hub's cache as they answer for a model with a tokenizer and a tokenizer.json."""
+    with (
+        mock.patch.object(transformers.AutoTokenizer, "from_pretrained", return_value=tokenizer) as load,
+        mock.patch.object(hub, "cached_file", return_value=None if file is None else str(file)),
+    ):
+        yield load
+
+
+class PublishedFileTest(_Files):
+    """A directory whose tokenizer.json and whose class of tokenizers differ; the file splits as Llama 3 does."""
+
+    def publish(self, model_type="qwen2", tokenizer_class="Qwen2Tokenizer", change=lambda value: None, **settings):
+        directory = self.directory / "published"
+        directory.mkdir()
+        value = json.loads(tokenizers.load_tokenizer(self.gguf("llama-bpe")).backend_tokenizer.to_str())
+        change(value)
+        text = json.dumps(value, indent=1, ensure_ascii=True) + "  \r\n"  # not as the library would write it
+        (directory / "tokenizer.json").write_bytes(text.encode())
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+        fields = {"tokenizer_class": tokenizer_class, "eos_token": "<|im_end|>", "chat_template": _TEMPLATE, **settings}
+        (directory / "tokenizer_config.json").write_text(json.dumps(fields))
+        return directory
+
+    @parameterized.parameters(
+        ("qwen2", "Qwen2Tokenizer"),
+        ("qwen2", "PreTrainedTokenizerFast"),
+        ("qwen3", "Qwen2TokenizerFast"),
+        ("llama", "LlamaTokenizerFast"),
+        ("llama", "GPT2Tokenizer"),
+        ("llama", "PreTrainedTokenizerFast"),
+    )
+    def test_tokens_are_those_of_the_file_whatever_the_class(self, model_type, tokenizer_class):
+        tokenizer = tokenizers.load_tokenizer(self.publish(model_type, tokenizer_class))
+        for text in (*_TEXTS, "the123 1234567 hello"):
+            self.assertEqual(tokenizer.tokenize(text), _slow_tokens(text, "llama-bpe"))
+        self.assertEqual(tokenizer.backend_tokenizer.encode("12312", add_special_tokens=False).tokens, ["123", "12"])
+        self.assertEqual(tokenizer.eos_token_id, 2)
+        self.assertEqual(tokenizer.chat_template, _TEMPLATE)
+
+    @parameterized.named_parameters(
+        ("normalizer", {"normalizer": {"type": "Lowercase"}}, "THE", ["t", "he"]),
+        (
+            "prefix_space",
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True,
+                }
+            },
+            "the",
+            ["Ġthe"],
+        ),
+        ("post_processor", {"post_processor": None}, "the", ["t", "he"]),
+    )  # fmt: skip
+    def test_every_part_of_the_file_applies(self, part, text, expected):
+        tokenizer = tokenizers.load_tokenizer(self.publish(change=lambda value: value.update(part), add_bos_token=True))
+        self.assertEqual(tokenizer.backend_tokenizer.encode(text).tokens, expected)
+
+    def test_flags_of_an_added_token_are_those_of_the_file(self):
+        settings = {"added_tokens_decoder": {"1": {"content": "<|im_start|>", "rstrip": True, "special": True}}}
+        tokenizer = tokenizers.load_tokenizer(self.publish(**settings))
+        self.assertEqual(tokenizer.tokenize("<|im_start|> he"), ["<|im_start|>", "Ġ", "he"])
+
+    def test_stored_truncation_and_padding_are_switched_off(self):
+        def change(value):
+            value["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+            value["padding"] = {
+                "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "<|endoftext|>",
+            }  # fmt: skip
+
+        tokenizer = tokenizers.load_tokenizer(self.publish(change=change))
+        text = "hello" * 3
+        self.assertEqual(tokenizer.backend_tokenizer.encode(text).tokens, _slow_tokens(text, "llama-bpe"))
+        self.assertEqual(tokenizer.backend_tokenizer.encode("he").tokens, ["he"])
+        many = tokenizer.backend_tokenizer.encode_batch(["he", text])
+        self.assertEqual([encoding.tokens for encoding in many], [["he"], _slow_tokens(text, "llama-bpe")])
+
+    def test_special_tokens_that_only_the_settings_name_are_added_after_those_of_the_file(self):
+        directory = self.publish(additional_special_tokens=["<|tool|>"])
+        tokenizer = tokenizers.load_tokenizer(directory)
+        self.assertEqual(tokenizer.tokenize("he<|tool|>he"), ["he", "<|tool|>", "he"])
+        self.assertEqual(tokenizer.convert_tokens_to_ids("<|tool|>"), len(_VOCABULARY))
+        tokenizer_files.save_tokenizer(tokenizer, self.directory / "saved")
+        again = tokenizers.load_tokenizer(self.directory / "saved")
+        self.assertEqual(again.tokenize("he<|tool|>he"), ["he", "<|tool|>", "he"])
+        self.assertEqual(again.convert_tokens_to_ids("<|tool|>"), len(_VOCABULARY))
+
+    def test_hub_names_load_the_same_tokens(self):
+        directory = self.publish()
+        by_class = transformers.AutoTokenizer.from_pretrained(directory)
+        self.assertNotEqual(by_class.tokenize("123"), ["123"])  # otherwise nothing is tested
+        with _on_hub(by_class, directory / "tokenizer.json"):
+            self.assertEqual(tokenizers.load_tokenizer("owner/name").tokenize("123"), ["123"])
+
+    def test_saved_files_have_the_bytes_of_the_published_one_and_names_that_transformers_4_reads(self):
+        directory = self.publish(additional_special_tokens=["<think>", "<|im_start|>"], pad_token="<|endoftext|>")
+        first, second = self.directory / "first", self.directory / "second"
+        tokenizer_files.save_tokenizer(tokenizers.load_tokenizer(directory), first)
+        tokenizer_files.save_tokenizer(tokenizers.load_tokenizer(first), second)
+        for saved in (first, second):
+            self.assertEqual((saved / "tokenizer.json").read_bytes(), (directory / "tokenizer.json").read_bytes())
+            fields = json.loads((saved / "tokenizer_config.json").read_text())
+            self.assertEqual(fields["tokenizer_class"], "PreTrainedTokenizerFast")
+            self.assertEqual(fields["additional_special_tokens"], ["<think>", "<|im_start|>"])
+            self.assertNotIn("extra_special_tokens", fields)
+            again = transformers.AutoTokenizer.from_pretrained(saved)
+            self.assertEqual(again.tokenize("123"), ["123"])
+            self.assertEqual((again.pad_token, again.eos_token), ("<|endoftext|>", "<|im_end|>"))
+            self.assertEqual(again.extra_special_tokens, ["<think>", "<|im_start|>"])
+
+    def test_pickled_tokenizer_saves_the_same_bytes(self):
+        directory = self.publish()
+        tokenizer = pickle.loads(pickle.dumps(tokenizers.load_tokenizer(directory)))
+        tokenizer_files.save_tokenizer(tokenizer, self.directory / "saved")
+        saved = self.directory / "saved" / "tokenizer.json"
+        self.assertEqual(saved.read_bytes(), (directory / "tokenizer.json").read_bytes())
+
+    def test_reopened_tokenizer_shares_no_state(self):
+        tokenizer = tokenizers.load_tokenizer(self.publish())
+        tokenizer.backend_tokenizer.enable_truncation(1)
+        tokenizer.backend_tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.Digits(individual_digits=True)
+        reopened = tokenizer_files.reopen_tokenizer(tokenizer)
+        self.assertEqual(reopened("123he")["input_ids"], reopened.convert_tokens_to_ids(["123", "he"]))
+        self.assertLen(tokenizer.backend_tokenizer.encode("123he").ids, 1)
 
 
 class SmolLM2Test(parameterized.TestCase):

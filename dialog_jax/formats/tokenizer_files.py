@@ -1,0 +1,77 @@
+"""Tokenizers as their tokenizer.json defines them, and their files, written so that others read the same tokens.
+
+transformers 5 replaces parts of some tokenizers by those of a Python class with the same name, and writes another
+tokenizer.json than it has read. Here the file decides: it is read as it is and saved byte for byte.
+"""
+
+import copy
+import json
+import pathlib
+from typing import Any
+
+import tokenizers
+import transformers
+
+_CONTENT = "published_tokenizer_json"  # attribute of a tokenizer: the content of its file
+# Under this name transformers reads tokenizer.json as it is; release 4 does not know the name that release 5 writes.
+_CLASS_NAME = "PreTrainedTokenizerFast"
+
+
+def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, backend: tokenizers.Tokenizer) -> None:
+    """Makes `tokenizer` tokenize as its tokenizer.json says.
+
+    Special tokens that only tokenizer_config.json names are added to those of the file. Truncation and padding that
+    the file stores are settings of whoever saved it, and are switched off.
+
+    Args:
+      content: the text of the file.
+      backend: the tokenizer that the text describes.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    for token in _find_tokens_beyond_file(tokenizer, backend):
+        backend.add_tokens([token])
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    setattr(tokenizer, "_tokenizer", backend)  # noqa: B010  (transformers has no public way)
+    setattr(tokenizer, _CONTENT, content)
+
+
+def reopen_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedTokenizerFast:
+    """Returns a tokenizer with the tokens of the published tokenizer.json, read again, for comparison with `tokenizer`.
+
+    The two share no state: a call of transformers' tokenizer resets truncation and padding, so that a comparison of
+    one with itself would never find them.
+    """
+    content = getattr(tokenizer, _CONTENT, None)
+    backend = tokenizers.Tokenizer.from_str(content or tokenizer.backend_tokenizer.to_str())
+    for token in _find_tokens_beyond_file(tokenizer, backend):
+        backend.add_tokens([token])
+    reopened = copy.copy(tokenizer)
+    setattr(reopened, "_tokenizer", backend)  # noqa: B010
+    return reopened
+
+
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, directory: pathlib.Path) -> None:
+    """Writes a tokenizer and its chat template as files that transformers 4 and 5 read.
+
+    tokenizer.json has the bytes of the file it was loaded from, unless tokens were added since.
+    """
+    tokenizer.save_pretrained(str(directory))
+    content = getattr(tokenizer, _CONTENT, None)
+    if content is not None and not _find_tokens_beyond_file(tokenizer, tokenizers.Tokenizer.from_str(content)):
+        (directory / "tokenizer.json").write_bytes(content.encode())
+    settings = directory / "tokenizer_config.json"
+    fields: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = _CLASS_NAME
+    # Release 4 has the list under another name, which release 5 reads, too, and expects an object under this one.
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    settings.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _find_tokens_beyond_file(
+    tokenizer: transformers.PreTrainedTokenizerFast, backend: tokenizers.Tokenizer
+) -> list[tokenizers.AddedToken]:
+    """Returns the added tokens of `tokenizer` that are not among those of `backend`, by id."""
+    in_file = {token.content for token in backend.get_added_tokens_decoder().values()}
+    return [token for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.content not in in_file]
