@@ -217,7 +217,7 @@ class RunTest(parameterized.TestCase):
         return mock.patch.object(loop_lib, function, called)
 
     @parameterized.parameters(
-        ("_place", 4, signal.SIGTERM, 2),  # the first place is taken by the evaluation before training
+        ("_place_batch", 4, signal.SIGTERM, 2),  # the first batch is taken by the evaluation before training
         ("_evaluate", 1, signal.SIGTERM, 4),
     )
     @pytest.mark.full
