@@ -39,6 +39,12 @@ def write_text(file: pathlib.Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def expand_home(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path with a leading `~`, which shells leave alone after `--flag=`, as the home directory."""
+    path = pathlib.Path(path)
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
 def check_parents(path: pathlib.Path, name: str) -> None:
     """Raises UserError, with the path's name in messages, if something above `path` exists and is not a directory."""
     for parent in path.parents:

@@ -30,8 +30,8 @@ _ROOMS = {
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",
-        "checkpoints", "metrics", "run_inputs", "run_directory", "export", "compilation_cache", "console", "loop",
-        "run",
+        "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "export", "compilation_cache",
+        "console", "loop", "run",
     ),
     "evaluation": ("scoring", "escaping", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),

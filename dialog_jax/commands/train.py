@@ -12,7 +12,8 @@ process this is:
 
     --distributed --coordinator_address=10.0.0.1:8476 --num_processes=2 --process_id=0
 
-Exit code: 0 when the run is finished, or was stopped by SIGTERM and saved; 130 when Ctrl-C stopped it; 1 on an error.
+Exit code: 0 when the run is finished, or was stopped by SIGTERM or SIGHUP (a closed terminal) and saved; 130 when
+Ctrl-C stopped it; 1 on an error.
 """
 
 import signal
@@ -48,7 +49,7 @@ def main() -> int:
         )
     except StoppedError as stop:
         entry.print_message(str(stop))
-        return 0 if stop.signal == signal.SIGTERM else _INTERRUPTED
+        return _INTERRUPTED if stop.signal == signal.SIGINT else 0
     except KeyboardInterrupt:
         entry.print_message("interrupted; the same command resumes from the last checkpoint")
         return _INTERRUPTED

@@ -216,7 +216,7 @@ def _restore(shortened: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _limit_process(memory: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the process that started this one handles them
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the process that started this one handles them
         signal.signal(number, signal.SIG_IGN)
     _set_soft_limit(resource.RLIMIT_DATA, memory)
     _set_soft_limit(resource.RLIMIT_FSIZE, 0)

@@ -6,8 +6,10 @@ or cut off, but not a changed byte of an array; the checksums do, on any mesh.
 
 import contextlib
 import logging
+import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +28,23 @@ _COUNTS = ("step", "skipped", "skipped_in_a_row")  # of TrainState: kept in the 
 # AttributeError for a changed name within its JSON, FileNotFoundError for a missing record. See also `_read`.
 _DAMAGE = (ValueError, KeyError, AttributeError, FileNotFoundError)
 
+# In a path, orbax and tensorstore read these as patterns, escapes and the start of an address: checkpoints would be
+# written in pieces that nobody finds again, or mixed with those of a directory beside it.
+_SPECIAL_IN_PATHS = re.compile(r"[\[\]*?\\]|\w:(?=/|$)|[\ud800-\udfff]")
+
 
 class DamagedError(UserError):
     """A checkpoint that cannot be read, or that differs from what was written."""
+
+
+def check_path(run: pathlib.Path) -> None:
+    """Raises UserError if checkpoints below the directory of a run could be written but not read."""
+    path = os.path.abspath(run)
+    if match := _SPECIAL_IN_PATHS.search(path):
+        raise UserError(
+            f"{path!r} has {match[0]!r} in it, which the library that writes checkpoints does not take literally. "
+            "Choose a path without [ ] * ? \\ and without names that end in a colon, or rename the run's directory."
+        )
 
 
 def find_best_step(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
@@ -152,7 +168,8 @@ def restore(directory: pathlib.Path, step: int, like: TrainState) -> TrainState:
     Raises:
       DamagedError: a file is missing, has changed since it was written, or holds other arrays than `like`.
     """
-    record, trees = _restore(directory, step, parameters=like.parameters, optimizer_state=like.optimizer_state)
+    trees_like = {"parameters": like.parameters, "optimizer_state": like.optimizer_state}
+    record, trees = _restore(directory, step, trees_like, ocp.args.StandardRestore)
 
     counts = {}
     for name in _COUNTS:
@@ -163,19 +180,64 @@ def restore(directory: pathlib.Path, step: int, like: TrainState) -> TrainState:
 
 def restore_parameters(directory: pathlib.Path, step: int, like: dict) -> dict:
     """Returns only the parameters of the state saved at `step`; raises what `restore` raises."""
-    return _restore(directory, step, parameters=like)[1]["parameters"]
+    return _restore(directory, step, {"parameters": like}, ocp.args.StandardRestore)[1]["parameters"]
 
 
-def _restore(directory: pathlib.Path, step: int, **like: Any) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def check_saved(directory: pathlib.Path, state: TrainState) -> None:
+    """Reads back the checkpoint of `state`, in groups of arrays that need no more memory than the largest array.
+
+    All processes call it together, once the save is finished.
+
+    Raises:
+      UserError: an array is missing, or is not what was written.
+    """
+    for name in ("parameters", "optimizer_state"):
+        leaves, structure = jax.tree.flatten(getattr(state, name))
+        for group in _group_by_size([leaf.nbytes for leaf in leaves]):
+            like = [leaf if index in group else ocp.PLACEHOLDER for index, leaf in enumerate(leaves)]
+            try:
+                _restore(directory, int(state.step), {name: jax.tree.unflatten(structure, like)}, _restore_some)
+            except DamagedError as error:
+                raise UserError(
+                    f"the first checkpoint, just written, cannot be read: {error}. The run stops before more work is "
+                    "lost. Choose another --output_dir, on another disk."
+                ) from error
+
+
+def _group_by_size(sizes: Sequence[int]) -> list[list[int]]:
+    """Returns consecutive indices in groups of the size of the largest, or 64 MiB if that is more.
+
+    In MiB: [10, 60, 100, 30, 80]  ->  [[0, 1], [2], [3], [4]]
+    """
+    limit = max([1 << 26, *sizes])
+    groups: list[list[int]] = []
+    total = limit
+    for index, size in enumerate(sizes):
+        if total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(index)
+        total += size
+    return groups
+
+
+def _restore_some(like: Any) -> ocp.args.PyTreeRestore:
+    """Returns the arguments that restore the leaves of `like` that are not `ocp.PLACEHOLDER`."""
+    return ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like))
+
+
+def _restore(
+    directory: pathlib.Path, step: int, like: Mapping[str, Any], make_arguments: Callable[[Any], Any]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Returns (record of a checkpoint, its trees that are named in `like`)."""
+
     def read() -> tuple[dict[str, Any], str]:
         with _open_reader(directory) as reader:
             content, damage = _read(reader, step, record=ocp.args.JsonRestore())
             damage = damage or _check_record(content["record"], step, like)
             if damage:
                 return {}, damage
-            arrays, damage = _read(
-                reader, step, **{name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-            )
+            arrays, damage = _read(reader, step, **{name: make_arguments(tree) for name, tree in like.items()})
             return content | arrays, damage
 
     # Any other exception on some process, such as a failing network disk, says nothing about the checkpoint.
@@ -225,10 +287,11 @@ def _check_record(record: Any, step: int, like: Mapping[str, Any]) -> str:
 def compute_checksums(tree: Any) -> dict[str, int]:
     """Returns {path: checksum of the array}. It depends on every bit of the array and not on its layout over devices.
 
-    All processes call it together. Source: the finalizer of MurmurHash3 (Appleby, public domain) of each word mixed
-    with its index, summed modulo 2**32, so that the order of summation does not matter.
+    Leaves that are `ocp.PLACEHOLDER` have none. All processes call it together. Source: the finalizer of MurmurHash3
+    (Appleby, public domain) of each word mixed with its index, summed modulo 2**32, so that the order of summation does
+    not matter.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [entry for entry in jax.tree_util.tree_leaves_with_path(tree) if entry[1] is not ocp.PLACEHOLDER]
     sums = _checksums([leaf for _, leaf in leaves])
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 

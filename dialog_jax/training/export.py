@@ -28,8 +28,9 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
     Raises:
       UserError: there is no run, or no such step, or something else is in `out`.
     """
-    run, out = pathlib.Path(run), pathlib.Path(out)
-    atomic_files.check_parents(out, str(out))
+    run, out = atomic_files.expand_home(run), atomic_files.expand_home(out)
+    checkpoints.check_path(run)
+    _check_out(run, out)
     model, stop_tokens = run_directory.read_model(run)
     number = _choose_step(run, step, checkpoints.list_steps(run / "checkpoints"))
     source = _identify_checkpoint(run, number)
@@ -46,6 +47,7 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
     )
     parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
     # All of it, export.json included, appears by one rename.
+    out = out.resolve()  # a link to a directory stays a link
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = load_tokenizer(run / "tokenizer")
@@ -53,6 +55,18 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
     (unfinished / "export.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(out)
     return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
+
+
+def _check_out(run: pathlib.Path, out: pathlib.Path) -> None:
+    """Raises UserError if a directory at `out` would replace something that is in use, or cannot be made."""
+    target = out.resolve()
+    for name, used in (("the current directory", pathlib.Path.cwd()), ("the run", run.resolve())):
+        if used.is_relative_to(target):
+            raise UserError(
+                f"--out={out} is {name}{'' if used == target else ', or contains it'}; an export is a directory of its "
+                f"own. Name a new one, for instance --out={run / 'model'}."
+            )
+    atomic_files.check_parents(out, str(out))
 
 
 def _choose_step(run: pathlib.Path, step: str, steps: list[int]) -> int:

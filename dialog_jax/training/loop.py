@@ -44,6 +44,8 @@ class _Outputs(NamedTuple):
     """Where the loop writes."""
 
     manager: CheckpointManager
+    directory: pathlib.Path
+    """Of the checkpoints."""
     writer: metrics.Writer | metrics.NullWriter
     progress: Progress
     losses: dict[int, float]
@@ -72,7 +74,10 @@ def train(
     losses = {record["step"]: record["loss"] for record in metrics.read_records(directory / "evaluation.jsonl")}
     distributed.check_same("state", {"evaluation.jsonl": losses})
     if start >= run.steps and start in losses:
-        console.print(f"The run is finished: step {start:,}. Nothing to do.")
+        console.print(
+            f"The run is finished: step {start:,}. Nothing to do. To extend it, raise steps or epochs and add "
+            "--allow_changes."
+        )
         return
     if start:
         console.print(f"resuming from step {start:,}")
@@ -81,11 +86,12 @@ def train(
     for line in sharding.describe_uneven_layouts(run.mesh, state.parameters):
         console.print(f"on the mesh: {line}")
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoints.open_manager(directory / "checkpoints"))
+        place = directory / "checkpoints"
+        manager = stack.enter_context(checkpoints.open_manager(place))
         writer = metrics.Writer(directory, step=start) if distributed.is_primary() else metrics.NullWriter()
         stack.enter_context(contextlib.closing(writer))
         progress = stack.enter_context(Progress(console, run.steps, start))
-        _train_steps(run, state, _Outputs(manager, writer, progress, losses), startup)
+        _train_steps(run, state, _Outputs(manager, place, writer, progress, losses), startup)
 
 
 def _train_steps(run: Run, state: TrainState, outputs: _Outputs, startup: Startup) -> None:
@@ -104,6 +110,7 @@ def _train_steps(run: Run, state: TrainState, outputs: _Outputs, startup: Startu
     local_rows = sharding.find_local_rows(run.mesh, run.config.rows)
     clock = Clock()
     pending: _Update | None = None
+    saved = False
 
     for step, batch in enumerate(run.plan.batches(start, run.steps, local_rows), start + 1):
         global_batch = _place_batch(run, batch)
@@ -128,6 +135,10 @@ def _train_steps(run: Run, state: TrainState, outputs: _Outputs, startup: Startu
         if stop_signal or step % run.config.checkpoint_every == 0 or step == run.steps:
             outputs.writer.sync()
             checkpoints.save(outputs.manager, state, keep=keep, losses=outputs.losses)
+            if not saved and not start:
+                checkpoints.finish_save(outputs.manager, keep=keep, losses=outputs.losses)
+                checkpoints.check_saved(outputs.directory, state)
+            saved = True
         if stop_signal:
             checkpoints.finish_save(outputs.manager, keep=keep, losses=outputs.losses)
             raise StoppedError(stop_signal, step)

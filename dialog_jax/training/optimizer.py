@@ -38,6 +38,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, main_schedule], [warmup])
 
 
+def describe_change_of_steps(config: OptimizerConfig, before: int, now: int, updates: int) -> str:
+    """Returns what another number of steps does to the learning rate of a run that continues; empty if nothing.
+
+    Args:
+      before: number of steps of the run so far.
+      now: number of steps from now on.
+      updates: number of updates made.
+    """
+    if before == now or not 0 < updates < now:
+        return ""
+    last, following = make_schedule(config, before)(updates - 1), make_schedule(config, now)(updates)
+    return (
+        f"steps: {before:,} before, {now:,} now. From here on the {config.schedule} schedule is that of {now:,} steps: "
+        f"the last update had learning rate {float(last):.3g}, the next has {float(following):.3g}"
+    )
+
+
 def decay_mask(parameters: dict) -> dict:
     """Returns True for the parameters that weight decay applies to: all matrices but the embedding.
 

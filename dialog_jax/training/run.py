@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
 from jax.sharding import Mesh
 
+from dialog_jax import atomic_files
 from dialog_jax.attention import dispatch
 from dialog_jax.attention.dispatch import Kernel
 from dialog_jax.batching.batches import Plan
 from dialog_jax.batching.mixture import Mixture
 from dialog_jax.errors import UserError
-from dialog_jax.model import pretrained
 from dialog_jax.training import (
     checkpoints,
     distributed,
+    initial_state,
     loop,
     metrics,
     optimizer,
@@ -35,12 +35,10 @@ from dialog_jax.training import (
     signals,
     train_step,
 )
-from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import TrainConfig, require_fields
 from dialog_jax.training.console import Startup
 from dialog_jax.training.loop import Run
 from dialog_jax.training.run_inputs import Inputs
-from dialog_jax.training.train_step import TrainState
 from dialog_jax.trees.dataset import Trees
 
 _TURNS_LISTED = 32  # turns that held-out figures list one by one
@@ -75,12 +73,12 @@ def run(
     Raises:
       UserError: the directory belongs to another config or is in use; model, tokenizer and data do not fit together;
         loss or gradient were not finite too often in a row; or a file could not be written. Checkpoints stay.
-      StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
+      StoppedError: SIGINT, SIGTERM or SIGHUP arrived; the last step is saved.
     """
     require_fields(config, "training", "model", "data.train")
     startup = Startup(start_time)
     console = console or _make_console()
-    directory = pathlib.Path(output_dir)
+    directory = atomic_files.expand_home(output_dir)
     distributed.check_same("config", run_directory.flatten_config(config))
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
@@ -97,6 +95,7 @@ def run(
         hashes = {**inputs.hashes, "steps": steps, "compute_dtype": dtype.name}
         distributed.check_same("content", hashes)
         changes += run_directory.find_input_changes(directory, hashes)
+        planned_steps = run_directory.read_hashes(directory).get("steps", steps)
         _check_changes(directory, changes, allow_changes)
         for change in changes:
             console.print(f"changed: {change}")
@@ -105,7 +104,12 @@ def run(
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
         update_rule = optimizer.make_optimizer(config.optimizer, steps)
-        state = _restore_or_load(inputs, mesh, update_rule, directory, console)
+        state = initial_state.restore_or_load(inputs, mesh, update_rule, directory, console)
+        line = optimizer.describe_change_of_steps(
+            config.optimizer, planned_steps, steps, int(state.step) - int(state.skipped)
+        )
+        if line:
+            console.print(line)
         distributed.run_primary_first(lambda: _claim(directory, config, inputs, hashes, changes))
 
         # Train.
@@ -163,6 +167,7 @@ def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
 
 def _lock(directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
     """Checks the directory; process 0 locks it for all until `stack` is closed."""
+    checkpoints.check_path(directory)
     run_directory.check_directory(directory)
     if distributed.is_primary():
         stack.enter_context(run_directory.lock(directory))
@@ -238,55 +243,6 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
     )
     distributed.check_same("attention", {"name": kernel.name})
     return kernel
-
-
-def _restore_or_load(
-    inputs: Inputs,
-    mesh: Mesh,
-    update_rule: optax.GradientTransformation,
-    directory: pathlib.Path,
-    console: rich.console.Console,
-) -> TrainState:
-    """Returns the newest state that can be read, or the first state of a fresh run."""
-    steps = checkpoints.list_steps(directory / "checkpoints")
-    distributed.check_same("state", {"checkpoints": steps})
-    if steps:
-        like = train_step.abstract_state(inputs.model, mesh, update_rule)
-        return _restore_newest(directory, steps, like, console)
-    parameters = distributed.run_on_all_hosts(
-        lambda: pretrained.load_parameters(
-            inputs.model_path,
-            inputs.model,
-            sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
-        )
-    )
-    return train_step.initialize_state(mesh, parameters, update_rule)
-
-
-def _restore_newest(
-    directory: pathlib.Path, steps: Sequence[int], like: TrainState, console: rich.console.Console
-) -> TrainState:
-    """Returns the newest state that can be read; moves the damaged checkpoints after it to damaged/."""
-    damaged: list[int] = []
-    for step in sorted(steps, reverse=True):
-        try:
-            state = checkpoints.restore(directory / "checkpoints", step, like)
-        except DamagedError as error:
-            console.print(f"{error}")
-            damaged.append(step)
-            continue
-        distributed.run_primary_first(lambda: _move_damaged(directory, damaged, console))
-        return state
-    raise UserError(
-        f"{directory.name}: none of the checkpoints {', '.join(map(str, damaged))} can be read. Restore one from a "
-        "copy, undo changes of model or optimizer made with --allow_changes, or start again in another --output_dir."
-    )
-
-
-def _move_damaged(directory: pathlib.Path, steps: Sequence[int], console: rich.console.Console) -> None:
-    for step in steps if distributed.is_primary() else ():
-        place = run_directory.move_damaged_checkpoint(directory, step)
-        console.print(f"checkpoint {step} was moved to {place}")
 
 
 def _claim(

@@ -123,12 +123,19 @@ def find_config_changes(directory: pathlib.Path, config: TrainConfig) -> list[st
 
 def find_input_changes(directory: pathlib.Path, inputs: Mapping[str, Any]) -> list[str]:
     """Returns how `inputs` differ from those of the run in the directory: ["data.train: 1f... before, 9a... now"]."""
-    if not (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
-        return []
-    before = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
+    before = read_hashes(directory)
     return [
-        f"{name}: {before.get(name)} before, {value} now" for name, value in inputs.items() if before.get(name) != value
+        f"{name}: {before.get(name)} before, {value} now"
+        for name, value in inputs.items()
+        if before and before.get(name) != value
     ]
+
+
+def read_hashes(directory: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of inputs.json; empty if the directory holds no run yet."""
+    if not (directory / "config.json").exists():  # the last file of a claim: without it there is no run yet
+        return {}
+    return json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
 
 
 def claim(

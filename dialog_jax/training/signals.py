@@ -1,4 +1,5 @@
-"""Signals that ask a run to stop: SIGINT (Ctrl-C) and SIGTERM (from a scheduler, before it takes the machine).
+"""Signals that ask a run to stop: SIGINT (Ctrl-C), SIGTERM (from a scheduler, before it takes the machine) and SIGHUP
+(the terminal was closed).
 
 Until there is something to save, a signal stops the run immediately. From then on it is deferred to the end of a step,
 but a second SIGINT still stops immediately.
@@ -8,7 +9,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -36,7 +37,7 @@ class Listener:
     """Receives the signals of `listen`.
 
     All processes of a run must save the same step, so with several of them none acts on its own signal: JAX's runtime
-    receives SIGTERM, SIGINT is forwarded to it as SIGTERM, and all processes learn of it in `agree_on_signal`.
+    receives SIGTERM, the others are forwarded to it as SIGTERM, and all processes learn of it in `agree_on_signal`.
 
     Args:
       single_process: whether this process is the only one of its run.
@@ -47,6 +48,7 @@ class Listener:
         """The first signal since `defer_signals`; with several processes, once all of them know of it."""
         self._single_process, self._local_signal = single_process, signal.SIGTERM
         self._deferring = self._interrupted = False
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def defer_signals(self, step: int) -> None:
         """Defers signals from now on, because the state after `step` (or soon after a later one) can be saved."""
@@ -58,6 +60,8 @@ class Listener:
         """Handles a signal; installed by `listen`."""
         del frame
         received = signal.Signals(number)
+        if received == signal.SIGHUP:
+            _silence(self._terminals)
         if not self._deferring:
             raise StoppedError(received)
         if self._interrupted and received == signal.SIGINT:
@@ -76,15 +80,27 @@ class Listener:
         return self.received
 
 
+def _silence(descriptors: Sequence[int]) -> None:
+    """Discards what is written to a terminal that was closed, where writing would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
 @contextlib.contextmanager
 def listen() -> Iterator[Listener]:
-    """Receives SIGINT and SIGTERM; does nothing outside the main thread, where Python receives no signals."""
+    """Receives SIGINT, SIGTERM and SIGHUP; does nothing outside the main thread, where Python receives no signals.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
     single_process = jax.process_count() == 1
     listener = Listener(single_process=single_process)
     if threading.current_thread() is not threading.main_thread():
         yield listener
         return
-    numbers = (signal.SIGINT, signal.SIGTERM) if single_process else (signal.SIGINT,)
+    numbers = [signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if single_process else [])]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, listener.handle) for number in numbers}
     try:
         yield listener

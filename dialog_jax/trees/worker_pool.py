@@ -162,7 +162,7 @@ def serve(descriptor: int, memory: int) -> None:
 
 
 def _serve(connection: Connection, memory: int) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the process that started this one handles them
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the process that started this one handles them
         signal.signal(number, signal.SIG_IGN)
     _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if hard_limit == resource.RLIM_INFINITY else min(memory, hard_limit)

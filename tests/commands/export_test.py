@@ -1,5 +1,6 @@
 """dialog_jax export on a run directory made by hand: the chosen step's parameters, bit for bit, and no overwriting."""
 
+import contextlib
 import json
 import pathlib
 import tempfile
@@ -90,6 +91,34 @@ class ExportTest(absltest.TestCase):
         _, error = self.export()
         self.assertIn("not empty", error)
         self.assertEqual([path.name for path in self.out.iterdir()], ["config.json"])
+
+    def test_directory_in_use_is_refused_by_name(self):
+        for out, place in ((".", self.directory), ("..", self.out), ("/", self.out), (self.run_directory, self.out)):
+            place.mkdir(exist_ok=True)
+            with contextlib.chdir(place):
+                told, error = running.run("export", f"--run={self.run_directory}", f"--out={out}")
+            self.assertEmpty(told)
+            name = "the run" if out == self.run_directory else "the current directory"
+            self.assertIn(f"--out={out} is {name}", error)
+            self.assertIn(f"Name a new one, for instance --out={self.run_directory}/model", error)
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["model", "run"])
+        self.assertEmpty(list(self.out.iterdir()))
+
+    def test_run_in_a_directory_that_cannot_be_read_is_refused_with_the_remedy(self):
+        self.run_directory = self.run_directory.rename(self.directory / "lr[1e-5]")
+        told, error = self.export()
+        self.assertEmpty(told)
+        self.assertIn("rename the run's directory", error)
+        self.run_directory = self.run_directory.rename(self.directory / "lr 1e-5")
+        self.export()
+        self.assert_holds(1)
+
+    def test_link_to_an_empty_directory_stays_a_link(self):
+        (self.directory / "elsewhere").mkdir()
+        self.out.symlink_to("elsewhere")
+        self.export()
+        self.assertTrue(self.out.is_symlink())
+        self.assert_holds(1)
 
     def test_checkpoint_with_a_changed_byte_is_not_exported(self):
         largest = max((self.run_directory / "checkpoints" / "1").rglob("*"), key=lambda file: file.stat().st_size)

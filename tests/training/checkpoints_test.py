@@ -12,6 +12,7 @@ import optax
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
+from dialog_jax.errors import UserError
 from dialog_jax.training import checkpoints, distributed, sharding
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.config import MeshConfig
@@ -50,6 +51,69 @@ class ChecksumTest(absltest.TestCase):
                 (value,) = checkpoints.compute_checksums([jnp.asarray(changed.view(np.float32))]).values()
                 seen.add(value)
         self.assertLen(seen, 1 + 6 * 32)
+
+
+class PathTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.directory = pathlib.Path(self.create_tempdir().full_path)
+        self.state = make_state({"a": jnp.arange(6.0).reshape(2, 3)}, optax.adam(1e-3))._replace(step=jnp.int32(3))
+
+    def save(self, name):
+        with checkpoints.open_manager(self.directory / name) as manager:
+            checkpoints.save(manager, self.state, keep=1, losses={})
+            checkpoints.finish_save(manager, keep=1, losses={})
+
+    @parameterized.parameters(
+        "lr[1e-5]", "[a]", "a[", "a]", "*", "a?", "a\\b", "**", "gs:", "s3:", "a\udcff", "a[1]/run"
+    )
+    def test_path_that_orbax_does_not_take_literally_is_refused_with_the_character(self, name):
+        with self.assertRaisesRegex(UserError, r"Choose a path without \[ \] \* \? .* or rename"):
+            checkpoints.check_path(self.directory / name)
+
+    @parameterized.parameters(
+        "a b", " a ", "100%", "%41", "a%20b", "ünï🙂", "~x", "~", "a#b", "a{b,c}", "a:b", "a'b\"", "$HOME", "a|b&c;d",
+        "@a", "a=b,c+d", "..a", "-a", "!a^", "a\nb", "1", "a/", "a.orbax-checkpoint-tmp-1",
+    )  # fmt: skip
+    def test_path_that_is_accepted_gives_the_same_state_back_there_and_elsewhere(self, name):
+        checkpoints.check_path(self.directory / name)
+        self.save(name)
+        checkpoints.check_saved(self.directory / name, self.state)
+        shutil.copytree(self.directory / name, self.directory / "elsewhere")
+        for place in (self.directory / name, self.directory / "elsewhere"):
+            jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(place, 3, self.state), self.state)
+
+    def test_saved_state_is_compared_array_by_array(self):
+        self.save("run")
+        nu = self.state.optimizer_state[0].nu
+        for other in (
+            self.state._replace(parameters={"a": self.state.parameters["a"].T}),
+            self.state._replace(parameters=self.state.parameters | {"b": jnp.zeros(2)}),
+            self.state._replace(optimizer_state=(self.state.optimizer_state[0]._replace(nu=nu | {"b": jnp.zeros(2)}),)),
+        ):
+            with self.assertRaisesRegex(
+                UserError, "the first checkpoint, just written, cannot be read: .*Choose another"
+            ):
+                checkpoints.check_saved(self.directory / "run", other)
+
+    def test_arrays_are_read_in_groups_of_the_largest_size(self):
+        mebibytes = [10, 60, 100, 30, 80]
+        groups = checkpoints._group_by_size([size << 20 for size in mebibytes])
+        self.assertEqual(groups, [[0, 1], [2], [3], [4]])
+        self.assertEqual(checkpoints._group_by_size([1, 2, 3]), [[0, 1, 2]])
+        self.assertEqual(checkpoints._group_by_size([]), [])
+
+    def test_saved_state_with_a_changed_byte_is_refused(self):
+        state = make_state(tiny.parameters(tiny.config(64)), optax.adam(1e-3))
+        with checkpoints.open_manager(self.directory / "run") as manager:
+            checkpoints.save(manager, state, keep=1, losses={})
+        checkpoints.check_saved(self.directory / "run", state)
+        largest = max((self.directory / "run").rglob("*"), key=lambda file: file.stat().st_size)
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 4
+        largest.write_bytes(data)
+        with self.assertRaisesRegex(UserError, "cannot be read: checkpoint 0 is not what was written"):
+            checkpoints.check_saved(self.directory / "run", state)
 
 
 class DamageTest(parameterized.TestCase):

@@ -209,13 +209,15 @@ class KillTest(absltest.TestCase):
         process.join()
         self.assertEqual(process.exitcode, exit_code, self.told(name))
 
-    def test_sigterm_exits_0_and_sigint_130_and_both_go_on_to_the_same_bits(self):
+    def test_sigterm_and_sighup_exit_0_and_sigint_130_and_all_go_on_to_the_same_bits(self):
         self.stopped("asked", signal.SIGTERM, exit_code=0)
         self.assertRegex(
             self.told("asked"), r"stopped by SIGTERM after step \d+, which is saved; the same command resumes the run"
         )
         shutil.rmtree(self.directory / "asked" / "tensorboard")
         (self.directory / "asked" / "metrics.jsonl").open("a").write('{"step": 9, "lo')  # a torn line
+        self.stopped("asked", signal.SIGHUP, exit_code=0)
+        self.assertRegex(self.told("asked"), r"stopped by SIGHUP after step \d+, which is saved")
         self.stopped("asked", signal.SIGINT, exit_code=130)
         self.assertRegex(
             self.told("asked"), r"resuming from step \d+\n(.*\n)*dialog_jax train: stopped by SIGINT after step \d+"

@@ -54,6 +54,20 @@ class ScheduleTest(parameterized.TestCase):
             OptimizerConfig(**fields)
 
 
+class ChangeOfStepsTest(parameterized.TestCase):
+    def test_extended_cosine_names_both_learning_rates(self):
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=0.0)
+        line = optimizer.describe_change_of_steps(config, 4, 8, 4)
+        last, following = (0.5 * (1 + math.cos(math.pi * fraction)) for fraction in (3 / 4, 4 / 8))
+        self.assertEqual((f"{last:.3g}", f"{following:.3g}"), ("0.146", "0.5"))
+        self.assertIn("steps: 4 before, 8 now. From here on the cosine schedule is that of 8 steps", line)
+        self.assertIn("the last update had learning rate 0.146, the next has 0.5", line)
+
+    @parameterized.parameters((8, 8, 4), (4, 8, 0), (8, 4, 4))
+    def test_nothing_is_said_without_a_change_or_an_update_on_both_sides(self, before, now, updates):
+        self.assertEqual(optimizer.describe_change_of_steps(OptimizerConfig(), before, now, updates), "")
+
+
 class ClippingTest(parameterized.TestCase):
     @parameterized.parameters(0.0, 0.5, 1e3)
     def test_updates_equal_optax_clipping_each_number(self, limit):

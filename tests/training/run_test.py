@@ -327,6 +327,9 @@ class RunTest(parameterized.TestCase):
         self.run_in("run", steps=2)
         self.run_in("run", steps=4, seed=1, allow_changes=True)
         self.assertIn("changed: seed: 0 before, 1 now", self.output.getvalue())
+        self.assertRegex(
+            self.output.getvalue(), "steps: 2 before, 4 now. From here on the cosine schedule is that of 4 s"
+        )
         (line,) = (self.directory / "run" / "changes.jsonl").read_text().splitlines()
         self.assertEqual(
             json.loads(line)["changes"],
@@ -360,6 +363,36 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "full is not empty and holds no run"):
             self.run_in("full")
         self.assertEqual([file.name for file in (self.directory / "full").iterdir()], ["thesis.txt"])
+
+    @parameterized.parameters("lr[1e-5]", "a/*/run", "runs?", "gs:/run")
+    def test_directory_whose_checkpoints_could_not_be_read_is_refused_before_anything_is_written(self, name):
+        with self.assertRaisesRegex(UserError, r"does not take literally. Choose a path without \[ \]"):
+            self.run_in(name)
+        self.assertFalse((self.directory / name.partition("/")[0]).exists())
+
+    @pytest.mark.full
+    def test_first_checkpoint_that_cannot_be_read_back_stops_the_run(self):
+        check = checkpoints.check_saved
+
+        def damage_and_check(directory, state):
+            damage(directory / "2")
+            check(directory, state)
+
+        with (
+            mock.patch.object(checkpoints, "check_saved", damage_and_check),
+            self.assertRaisesRegex(
+                UserError, "the first checkpoint, just written, cannot be read: checkpoint 2 is not"
+            ),
+        ):
+            self.run_in("run")
+        self.assertEqual(self.steps_of("run"), [2])
+
+    @pytest.mark.full
+    def test_home_directory_is_expanded(self):
+        with mock.patch.dict(os.environ, {"HOME": str(self.directory)}):
+            console = rich.console.Console(file=self.output)
+            run_lib.run(dataclasses.replace(self.config, steps=1), "~/new/run", console=console)
+        self.assertEqual(self.steps_of("new/run"), [1])
 
     def test_mistake_in_the_data_claims_nothing(self):
         data = dataclasses.replace(self.config.data, validation=str(self.directory / "validatoin.jsonl"))

@@ -1,11 +1,55 @@
 """What a listener makes of signals, one by one."""
 
 import asyncio
+import os
+import pathlib
+import pty
 import signal
+import sys
 
 from absl.testing import absltest
 
+from dialog_jax.training import signals
 from dialog_jax.training.signals import Listener, StoppedError
+
+_LISTENING = """
+import pathlib, sys, time
+from dialog_jax.training import signals
+with signals.listen() as listener:
+    listener.defer_signals(0)
+    print("ready", flush=True)
+    while not listener.received:
+        time.sleep(0.01)
+    print("a line to the closed terminal", flush=True)
+    print("and another", file=sys.stderr, flush=True)
+    pathlib.Path(sys.argv[1]).write_text(listener.received.name)
+"""
+
+
+class HangupTest(absltest.TestCase):
+    def test_closed_terminal_is_deferred_like_sigterm_and_printing_goes_on(self):
+        file = pathlib.Path(self.create_tempdir().full_path) / "received"
+        process, terminal = pty.fork()
+        if not process:
+            os.execv(sys.executable, [sys.executable, "-c", _LISTENING, str(file)])
+        output = b""
+        while b"ready" not in output:
+            output += os.read(terminal, 1000)
+        os.close(terminal)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), 0, output)
+        self.assertEqual(file.read_text(), "SIGHUP")
+
+    def test_signal_that_nohup_ignores_stays_ignored(self):
+        previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with signals.listen() as listener:
+                listener.defer_signals(0)
+                os.kill(os.getpid(), signal.SIGHUP)
+                self.assertIsNone(listener.received)
+                os.kill(os.getpid(), signal.SIGTERM)
+                self.assertEqual(listener.received, signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGHUP, previous)
 
 
 class ListenerTest(absltest.TestCase):

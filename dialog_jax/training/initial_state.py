@@ -1,0 +1,64 @@
+"""The state from which a run continues: its newest checkpoint that can be read, or the published weights."""
+
+import pathlib
+from collections.abc import Sequence
+
+import optax
+import rich.console
+from jax.sharding import Mesh
+
+from dialog_jax.errors import UserError
+from dialog_jax.model import pretrained
+from dialog_jax.training import checkpoints, distributed, run_directory, sharding, train_step
+from dialog_jax.training.checkpoints import DamagedError
+from dialog_jax.training.run_inputs import Inputs
+from dialog_jax.training.train_step import TrainState
+
+
+def restore_or_load(
+    inputs: Inputs,
+    mesh: Mesh,
+    update_rule: optax.GradientTransformation,
+    directory: pathlib.Path,
+    console: rich.console.Console,
+) -> TrainState:
+    """Returns the newest state that can be read, or the first state of a fresh run."""
+    steps = checkpoints.list_steps(directory / "checkpoints")
+    distributed.check_same("state", {"checkpoints": steps})
+    if steps:
+        like = train_step.abstract_state(inputs.model, mesh, update_rule)
+        return _restore_newest(directory, steps, like, console)
+    parameters = distributed.run_on_all_hosts(
+        lambda: pretrained.load_parameters(
+            inputs.model_path,
+            inputs.model,
+            sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
+        )
+    )
+    return train_step.initialize_state(mesh, parameters, update_rule)
+
+
+def _restore_newest(
+    directory: pathlib.Path, steps: Sequence[int], like: TrainState, console: rich.console.Console
+) -> TrainState:
+    """Returns the newest state that can be read; moves the damaged checkpoints after it to damaged/."""
+    damaged: list[int] = []
+    for step in sorted(steps, reverse=True):
+        try:
+            state = checkpoints.restore(directory / "checkpoints", step, like)
+        except DamagedError as error:
+            console.print(f"{error}")
+            damaged.append(step)
+            continue
+        distributed.run_primary_first(lambda: _move_damaged(directory, damaged, console))
+        return state
+    raise UserError(
+        f"{directory.name}: none of the checkpoints {', '.join(map(str, damaged))} can be read. Restore one from a "
+        "copy, undo changes of model or optimizer made with --allow_changes, or start again in another --output_dir."
+    )
+
+
+def _move_damaged(directory: pathlib.Path, steps: Sequence[int], console: rich.console.Console) -> None:
+    for step in steps if distributed.is_primary() else ():
+        place = run_directory.move_damaged_checkpoint(directory, step)
+        console.print(f"checkpoint {step} was moved to {place}")
