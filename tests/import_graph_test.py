@@ -20,7 +20,7 @@ _ROOMS = {
         "token_spans", "sequences",
     ),
     "trees": (
-        "prefix_tree", "objectives", "fitting", "weighting", "teacher_file", "teacher", "chunks", "dataset",
+        "prefix_tree", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals", "chunks", "dataset",
         "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),

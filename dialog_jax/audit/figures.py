@@ -114,12 +114,14 @@ def make_audit(
     *,
     objective: ObjectiveConfig,
     max_length: int,
+    on_error: str = "stop",
 ) -> Audit:
     """Returns the audit of `records`.
 
     Args:
       records: dialogues, and errors in the place of invalid ones.
       max_length: tokens of a row, for the finding `cut`; `fills` has further lengths.
+      on_error: what training does with an error, as `data.on_error`.
 
     Raises:
       UserError: there are no records.
@@ -134,18 +136,19 @@ def make_audit(
         special_texts=inspection.compile_special_texts(tokenizer),
     )
     tally = _Tally(tools)
+    suffix = "_skipped" if on_error == "skip" else ""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, _BATCH)):
         tally.counts["records"] += len(batch)
         for record in batch:
             if isinstance(record, UserError):
-                tally.findings.add("unreadable", str(record))
+                tally.findings.add(f"unreadable{suffix}", str(record))
         dialogues = [record for record in batch if isinstance(record, Dialogue)]
         contents: list[tuple[str, str]] = []
         rendered = inspection.render_dialogues(dialogues, renderer, objective)
         for dialogue, excerpts in zip(dialogues, rendered, strict=True):
             if isinstance(excerpts, UserError):
-                tally.findings.add("refused", str(excerpts))
+                tally.findings.add(f"refused{suffix}", str(excerpts))
             else:
                 contents += _add_dialogue(tally, dialogue, excerpts)
         encodings = tools.escaper.encode([tools.escaper.escape(text) for _, text in contents])

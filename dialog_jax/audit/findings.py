@@ -27,13 +27,25 @@ _KINDS = {
         "error",
         "records that are not valid dialogues",
         "records",
-        "Training stops at the first. Correct or remove them.",
+        "Training stops at the first. Correct or remove them, or leave them out with data.on_error=skip.",
     ),
     "refused": _Kind(
         "error",
         "dialogues that the chat template refuses, or renders so that they cannot be trained",
         "records",
-        "Training stops at the first. Change or remove them, or pass another chat template.",
+        "Training stops at the first. Change or remove them, pass another chat template, or set data.on_error=skip.",
+    ),
+    "unreadable_skipped": _Kind(
+        "warning",
+        "records that are not valid dialogues",
+        "records",
+        "They are left out, as data.on_error says, and listed in skipped.txt. Correct or remove them.",
+    ),
+    "refused_skipped": _Kind(
+        "warning",
+        "dialogues that the chat template refuses, or renders so that they cannot be trained",
+        "records",
+        "They are left out, as data.on_error says, and listed in skipped.txt. Change or remove them.",
     ),
     "nothing": _Kind(
         "error",

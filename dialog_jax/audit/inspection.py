@@ -1,10 +1,9 @@
 """One dialogue as training would see it: its sequences, and where the tokens of one diverge from those of another.
 
-In: records. Out: for each, its sequences, its divergences and the messages that the template renders. An invalid
-record is an error value and does not stop the reading. Knows no rows, and no figures of several dialogues.
+In: dialogues. Out: for each, its sequences, its divergences and the messages that the template renders. Knows no rows,
+and no figures of several dialogues.
 """
 
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,9 +13,7 @@ import tokenizers
 import transformers
 from jaxtyping import Bool
 
-from dialog_jax.dialogues import sources
 from dialog_jax.dialogues.dialogue import Dialogue, Message
-from dialog_jax.dialogues.parsing import parse_dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.trees import fitting, prefix_tree, weighting
@@ -56,21 +53,6 @@ def compile_special_texts(tokenizer: transformers.PreTrainedTokenizerFast) -> re
     """Returns a pattern that finds the text of a special token, the longest that matches."""
     texts = sorted(filter(None, list_special_tokens(tokenizer).values()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
-
-
-def iterate_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue | UserError]:
-    """Yields each record of a source as a dialogue, or as the error that `read_dialogues` would raise.
-
-    Raises:
-      UserError: the source does not exist, or is not of the format of its name.
-    """
-    for index, (where, record) in enumerate(sources.read_records(source, split=split, keep_errors=True)):
-        try:
-            dialogue = record if isinstance(record, UserError) else parse_dialogue(record, index=index, where=where)
-        except UserError as error:
-            yield error
-        else:
-            yield dialogue
 
 
 def render_dialogues(

@@ -39,7 +39,7 @@ _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
 _OUT = flags.DEFINE_string("out", "", "The .json file to write; an existing one is replaced.")
 
-_RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "allow_special_tokens")
+_RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "allow_special_tokens", "on_error")
 _ERRORS = 2  # exit code
 _PLACES = 3  # printed per finding
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -186,7 +186,14 @@ def main() -> int:
     source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
         records = _count_records(config_inputs.iterate_records(source), status)
-        audit = make_audit(records, tokenizer, renderer, objective=config.objective, max_length=config.data.max_length)
+        audit = make_audit(
+            records,
+            tokenizer,
+            renderer,
+            objective=config.objective,
+            max_length=config.data.max_length,
+            on_error=config.data.on_error,
+        )
     if out:
         write(audit, config, source, out)
     show(audit, rich.console.Console(highlight=False))

@@ -100,7 +100,8 @@ def main() -> int:
     config = config_flag.read(_CONFIG)
     require_fields(config, "check", "model")
     source = data_sources.find_source(config, _DATA.value)
-    dialogues = list(source.read())
+    skipped: list[str] = []
+    dialogues = list(source.read(skipped))
     options = config_inputs.renderer_options(config)
     model = loading.load_model(config.model, tokenizer=config.tokenizer, **options)
     loading.check_context(model.config, config.data.max_length)
@@ -120,6 +121,8 @@ def main() -> int:
     if not out.is_terminal:
         out.width = _WIDTH
     out.print(f"sample     {len(sample):,} of the {len(dialogues):,} dialogues of {source.name}, seed {_SEED.value}")
+    if skipped:
+        out.print(f"skipped    {len(skipped):,} records that are no valid dialogues; the first: {skipped[0]}")
     show(outcome, out)
     print(verdict(outcome))
     return 0 if outcome.passed else _DISAGREE

@@ -4,7 +4,6 @@
         --config=experiments/quickstart.py --data=validation --index=103 --turn=1
 """
 
-import itertools
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -85,7 +84,4 @@ def main() -> None:
     if not models[0]:
         raise UserError("there is no model to compare. Name some: --models=FIRST,SECOND.")
     source = data_sources.find_source(config, _DATA.value)
-    dialogue = next(itertools.islice(source.read(), _INDEX.value, None), None)
-    if dialogue is None:
-        raise UserError(f"{source.name} has no dialogue {_INDEX.value}; --index counts them from 0.")
-    compare(models, config, dialogue, _TURN.value)
+    compare(models, config, config_inputs.find_dialogue(source, _INDEX.value), _TURN.value)

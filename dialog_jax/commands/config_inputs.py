@@ -6,7 +6,6 @@ from typing import Any
 import transformers
 from absl import flags
 
-from dialog_jax.audit import inspection
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
@@ -26,11 +25,23 @@ def define_data() -> flags.FlagHolder[str]:
 
 
 def iterate_records(source: Source) -> Iterator[Dialogue | UserError]:
-    """Yields each record as a dialogue, or as the error that `read_dialogues` would raise."""
-    for path in source.paths:
-        for record in inspection.iterate_dialogues(path, split=source.split):
-            if not isinstance(record, Dialogue) or source.selects(record):
-                yield record
+    """Returns an iterator over the records, each a dialogue or its error, whatever data.on_error is."""
+    return filter(source.selects, source.files.iterate())
+
+
+def find_dialogue(source: Source, index: int) -> Dialogue:
+    """Returns the dialogue of one record.
+
+    Raises:
+      UserError: the record is not a dialogue, or the index is out of range.
+    """
+    count = 0
+    for count, record in enumerate(iterate_records(source), start=1):
+        if count > index:
+            if isinstance(record, UserError):
+                raise record
+            return record
+    raise UserError(f"--index={index}: {source.name} has {count:,} records, counted from 0.")
 
 
 def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizerFast, Renderer]:

@@ -10,8 +10,9 @@ Writes one line of JSON per dialogue, in the order of the input:
 `id` is that of the dialogue, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
 `messages`; `nll` is summed over the `tokens` of the response, its end of turn included. Every assistant message is
 scored unless it has "train": false or weight 0; other weights have no effect. A response that exceeds the model's
-context together with its history is left out and counted in "turns_cut". The file appears when it is complete. The
-last lines of output are nats per token, perplexity and tokens per second.
+context together with its history is left out and counted in "turns_cut". With --config.data.on_error=skip, records that
+are no valid dialogues or that the chat template refuses have no line and are listed in scores.skipped.txt. The file
+appears when it is complete. The last lines of output are nats per token, perplexity and tokens per second.
 
 With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens and their
 log-probabilities at the place of every scored token: what a student needs to train on the same dialogues with this
@@ -127,19 +128,28 @@ def main() -> None:
     dtype = jnp.dtype(_DTYPE.value)
     options = config_inputs.renderer_options(config)
     model = loading.load_model(config.model, tokenizer=config.tokenizer, dtype=dtype, **options)
+    skipped: list[str] = []
+    refused = skipped if config.data.on_error == "skip" else None
     if _PASSES.value == "k":
         del options["chat_template"]  # the tokenizer has it
         scores = k_passes.score_dialogues(
-            source.read(),
+            source.read(skipped),
             template_process.limit_template(tokenizer_files.reopen_tokenizer(model.tokenizer)),
             model.config,
             model.parameters,
             compute_dtype=dtype,
+            skipped=refused,
             **options,
         )
     else:
         scores = scoring.score_dialogues(
-            source.read(), model.renderer, model.config, model.parameters, compute_dtype=dtype, top_k=_TOP_K.value
+            source.read(skipped),
+            model.renderer,
+            model.config,
+            model.parameters,
+            compute_dtype=dtype,
+            top_k=_TOP_K.value,
+            skipped=refused,
         )
     console = rich.console.Console(stderr=True, highlight=False)
     with contextlib.ExitStack() as stack:
@@ -154,6 +164,10 @@ def main() -> None:
             )
             scores = _add_signals(scores, add)
         print(write_scores(scores, out, context=model.config.max_length, console=console))
+    if skipped:
+        file = out.with_name(f"{out.stem}.skipped.txt")
+        atomic_files.write_text(file, "".join(f"{' '.join(error.splitlines())}\n" for error in skipped))
+        print(f"{len(skipped):,} records skipped because of errors, all listed in {file}")
 
 
 def _check_files(source: Source, out: pathlib.Path, top_k_out: pathlib.Path | None) -> None:
@@ -163,6 +177,6 @@ def _check_files(source: Source, out: pathlib.Path, top_k_out: pathlib.Path | No
     if _TOP_K.value and _PASSES.value == "k":
         raise UserError("--passes=k does not give the likeliest tokens. Leave out --passes or --top_k.")
     outputs = [out, top_k_out] if top_k_out else [out]
-    files = [file.resolve() for file in [*outputs, *map(pathlib.Path, source.paths)]]
+    files = [file.resolve() for file in [*outputs, *map(pathlib.Path, source.files.paths)]]
     if len(set(files)) < len(files):
         raise UserError("--out, --top_k_out and the data are the same file; name different ones.")

@@ -30,7 +30,6 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import MessageSpan, Renderer
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.training.data_sources import Source
 from dialog_jax.trees import prefix_tree, weighting
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.weighting import SupervisedSequence
@@ -44,21 +43,6 @@ _TEMPLATE = "template"
 _COLORS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", _TEMPLATE: "default"}
 _GUTTER = 9  # columns
 _CONTEXT = 8  # tokens decoded together with those that follow them
-
-
-def find_dialogue(source: Source, index: int) -> Dialogue:
-    """Returns the dialogue of one record.
-
-    Raises:
-      UserError: the record is not a dialogue, or the index is out of range.
-    """
-    count = 0
-    for count, record in enumerate(config_inputs.iterate_records(source), start=1):
-        if count > index:
-            if isinstance(record, UserError):
-                raise record
-            return record
-    raise UserError(f"--index={index}: {source.name} has {count:,} records, counted from 0.")
 
 
 def node_roles(
@@ -252,4 +236,4 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
 def main() -> None:
     config = config_flag.read(_CONFIG)
     source = data_sources.find_source(config, _DATA.value)
-    show(find_dialogue(source, _INDEX.value), config, rich.console.Console(highlight=False))
+    show(config_inputs.find_dialogue(source, _INDEX.value), config, rich.console.Console(highlight=False))

@@ -5,6 +5,7 @@ Knows the formats of records, and nothing of templates, tokens or loss.
 
 import math
 import pathlib
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,34 +13,63 @@ from dialog_jax.dialogues import schemas, sources
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part, name_dialogue
 from dialog_jax.errors import UserError
 
+_NO_ROLES: Mapping[str, str] = types.MappingProxyType({})
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-30, 1e30
 
 
-def read_dialogues(source: str | pathlib.Path, *, split: str = "train") -> Iterator[Dialogue]:
+def read_dialogues(
+    source: str | pathlib.Path, *, split: str = "train", roles: Mapping[str, str] = _NO_ROLES
+) -> Iterator[Dialogue]:
     """Returns an iterator over the dialogues of a file or data set.
 
     Args:
       source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
         hub name that the optional package `datasets` reads.
       split: which split of a data set; files have none.
+      roles: further names of roles, as `data.roles`.
 
     Raises:
       UserError: the source does not exist, is not of the format of its suffix, is empty, or holds a record that
         is not a dialogue. Names the file, the line and the remedy.
     """
-    return _parse_all(sources.read_records(source, split=split), pathlib.Path(source).name)
+    return _raise_errors(iterate_dialogues(source, split=split, roles=roles), pathlib.Path(source).name)
 
 
-def parse_records(records: Iterable[Any], *, source: str = "records") -> Iterator[Dialogue]:
+def iterate_dialogues(
+    source: str | pathlib.Path, *, split: str = "train", roles: Mapping[str, str] = _NO_ROLES
+) -> Iterator[Dialogue | UserError]:
+    """Returns an iterator over the records of a source: each a dialogue, or the error that `read_dialogues` raises.
+
+    Raises:
+      UserError: the source does not exist, or is not of the format of its name.
+    """
+    return _parse_all(sources.read_records(source, split=split), roles)
+
+
+def parse_records(
+    records: Iterable[Any], *, source: str = "records", roles: Mapping[str, str] = _NO_ROLES
+) -> Iterator[Dialogue]:
     """Returns an iterator over the dialogues of Python records, in any format of `parse_dialogue`.
 
     Args:
       source: what errors call the records.
+      roles: further names of roles, as `data.roles`.
     """
-    return _parse_all(((f"{source}[{index}]", record) for index, record in enumerate(records)), source)
+    places = ((f"{source}[{index}]", record) for index, record in enumerate(records))
+    return _raise_errors(_parse_all(places, roles), source)
 
 
-def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
+def check_roles(roles: Mapping[str, str]) -> None:
+    """Raises UserError if `data.roles` maps a name to something that is no role."""
+    for name, role in roles.items():
+        if role not in schemas.ROLES:
+            raise UserError(
+                f"data.roles maps {name!r} to {role!r}; needed one of {', '.join(schemas.ROLES)}, for example "
+                "{'developer': 'system'}."
+            )
+
+
+def parse_dialogue(record: Any, *, index: int, where: str, roles: Mapping[str, str] = _NO_ROLES) -> Dialogue:
     """Returns the dialogue of a record.
 
     A record has one of these formats, tried in this order; its other keys become metadata:
@@ -93,12 +123,34 @@ def parse_dialogue(record: Any, *, index: int, where: str) -> Dialogue:
     )
 
 
-def _parse_all(records: Iterable[tuple[str, Any]], source: str) -> Iterator[Dialogue]:
-    index = -1
+def _parse_all(records: Iterable[tuple[str, Any]], roles: Mapping[str, str]) -> Iterator[Dialogue | UserError]:
     for index, (where, record) in enumerate(records):
-        yield parse_dialogue(record, index=index, where=where)
-    if index < 0:
-        raise UserError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
+        try:
+            parsed = (
+                record
+                if isinstance(record, UserError)
+                else parse_dialogue(record, index=index, where=where, roles=roles)
+            )
+        except UserError as error:
+            yield error
+        else:
+            yield parsed
+
+
+def _raise_errors(dialogues: Iterable[Dialogue | UserError], source: str) -> Iterator[Dialogue]:
+    empty = True
+    for dialogue in dialogues:
+        if isinstance(dialogue, UserError):
+            raise dialogue
+        empty = False
+        yield dialogue
+    if empty:
+        raise make_empty_error(source)
+
+
+def make_empty_error(source: str) -> UserError:
+    """Returns the error of a file or data set without records."""
+    return UserError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
 
 
 def _parse_message(item: Any, where: str) -> Message:

@@ -13,14 +13,15 @@ from dialog_jax.errors import UserError
 _PARQUET_BATCH = 256  # records held in memory at once
 
 
-def read_records(source: str | pathlib.Path, *, split: str, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
+def read_records(source: str | pathlib.Path, *, split: str) -> Iterator[tuple[str, Any]]:
     """Returns an iterator over (place for errors, such as "train.jsonl:413"; record).
+
+    A line of a `.jsonl` file that is not JSON is a `UserError` in place of its record.
 
     Args:
       source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
         hub name that the optional package `datasets` reads.
       split: which split of a data set; files have none.
-      keep_errors: yield the error in place of a line of a `.jsonl` file that is not JSON, and continue.
 
     Raises:
       UserError: the file is missing or has an unknown suffix; while reading: its content is not what its suffix says.
@@ -42,17 +43,8 @@ def read_records(source: str | pathlib.Path, *, split: str, keep_errors: bool = 
             raise UserError(
                 f"{path.name}: no such file. Check the path; relative paths start at the working directory."
             )
-        records = readers[suffix](path)
-    else:
-        records = _dataset_records(str(source), path, split)
-    return records if keep_errors else _raise_errors(records)
-
-
-def _raise_errors(records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for where, record in records:
-        if isinstance(record, UserError):
-            raise record
-        yield where, record
+        return readers[suffix](path)
+    return _dataset_records(str(source), path, split)
 
 
 def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:

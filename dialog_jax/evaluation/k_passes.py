@@ -23,6 +23,7 @@ from dialog_jax.evaluation import escaping
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.rendering.template_process import TemplateStopped
 
 _REPLY = "Qx7 zebra"  # a text that no template contains
 _SHORTEST_LENGTH = 128
@@ -134,14 +135,23 @@ def score_dialogues(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
     compute_dtype: jax.typing.DTypeLike,
+    skipped: list[str] | None = None,
 ) -> Iterator[Score]:
-    """Yields what `scoring.score_dialogues` yields, from one forward pass per response.
+    """Yields what `scoring.score_dialogues` yields, from one forward pass per response; `skipped` is as there.
 
     Raises:
       UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
-        passes = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+        try:
+            passes = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+        except TemplateStopped:
+            raise
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         fitting_passes = [one for one in passes if len(one.tokens) <= model.max_length]
         turns = []
         for one in fitting_passes:

@@ -6,6 +6,7 @@ and few programs are compiled.
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.training import train_step
 from dialog_jax.training.loss import TargetScores
-from dialog_jax.trees import dataset, fitting, prefix_tree, teacher_file
+from dialog_jax.trees import dataset, fitting, prefix_tree, refusals, teacher_file
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
@@ -68,6 +69,7 @@ def score_dialogues(
     *,
     compute_dtype: jax.typing.DTypeLike,
     top_k: int = 0,
+    skipped: list[str] | None = None,
 ) -> Iterator[Score]:
     """Yields the scores of `dialogues`, in their order.
 
@@ -77,6 +79,8 @@ def score_dialogues(
     Args:
       compute_dtype: of the forward pass; log-probabilities are float32, sums over a response float64.
       top_k: number of likeliest tokens in `signals`.
+      skipped: where to append the error of each dialogue that the chat template refuses, which is then left out; None
+        to raise it.
 
     Raises:
       UserError: what `Renderer.render` raises; `top_k` exceeds the vocabulary; or a loss is not finite.
@@ -90,7 +94,11 @@ def score_dialogues(
         turns: list[list[dict[str, Any]]] = [[] for _ in window]
         signals: list[list[Signal]] = [[] for _ in window]
         tokens_read = [0] * len(window)
-        trees, turns_cut = _build_trees(window, renderer, model.max_length)
+        trees, turns_cut, errors = _build_trees(window, renderer, model.max_length)
+        for error in errors.values():
+            if skipped is None:
+                raise error
+            skipped.append(str(error))
         for row, scores in _score_rows(trees, model.max_length, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
             for tree, node_scores in _split_row(row, scores):
                 tokens_read[tree.dialogue] += len(tree.tree.tokens)
@@ -98,6 +106,8 @@ def score_dialogues(
                 if top_k:
                     signals[tree.dialogue] += _list_signals(tree, node_scores)
         for index, dialogue in enumerate(window):
+            if index in errors:
+                continue
             turns[index].sort(key=lambda turn: turn["message"])
             signals[index].sort(key=lambda signal: signal.message)
             record: dict[str, Any] = {
@@ -111,30 +121,48 @@ def score_dialogues(
             yield Score(record, dialogue.name, tokens_read[index], signals[index])
 
 
-def _build_trees(window: Sequence[Dialogue], renderer: Renderer, context: int) -> tuple[list[_ScoredTree], list[int]]:
-    """Returns (the trees of the window's dialogues, for each dialogue how many responses exceed the context)."""
+def _build_trees(
+    window: Sequence[Dialogue], renderer: Renderer, context: int
+) -> tuple[list[_ScoredTree], list[int], dict[int, UserError]]:
+    """Returns the trees of the window's dialogues, and what is left out.
+
+    That is for each dialogue the number of its responses that exceed the context, and by index in the window the errors
+    of dialogues that the chat template refuses.
+    """
+    errors: dict[int, UserError] = {}
+    render = functools.partial(_render_fitting, renderer=renderer, context=context)
     paths = [(index, path) for index, dialogue in enumerate(window) for path in fitting.unfold(dialogue, _ALL)]
     paths = [(index, path) for index, path in paths if path.supervised_messages]
     sequences: list[list[RenderedSequence]] = [[] for _ in window]
     turns_cut = [0] * len(window)
     for start in range(0, len(paths), _RENDER_BATCH):
         part = paths[start : start + _RENDER_BATCH]
-        rendered = renderer.render([path.dialogue for _, path in part], max_length=context)
-        for (index, path), path_sequences in zip(part, rendered, strict=True):
-            selected = _select_fitting(path, list(path_sequences), renderer, context)
+        rendered = refusals.call_with_each(render, [path for _, path in part])
+        for (index, path), selected in zip(part, rendered, strict=True):
+            if isinstance(selected, UserError):
+                errors.setdefault(index, selected)
+                continue
             turns_cut[index] += len(path.supervised_messages) - len(selected)
             sequences[index] += [
                 sequence._replace(message_index=path.original_indices[sequence.message_index]) for sequence in selected
             ]
     trees = []
     for index, dialogue_sequences in enumerate(sequences):
+        if index in errors:
+            continue
         for group in _group_by_tree(dialogue_sequences, context):
             tree, nodes = prefix_tree.build_trie([sequence.tokens for sequence in group])
             weight = np.zeros(len(tree.tokens), np.float32)
             for sequence, sequence_nodes in zip(group, nodes, strict=True):
                 weight[sequence_nodes[max(sequence.start, 1) :]] = 1  # nothing predicts a first token
             trees.append(_ScoredTree(index, tree._replace(weight=weight), group, nodes))
-    return trees, turns_cut
+    return trees, turns_cut, errors
+
+
+def _render_fitting(paths: Sequence[Excerpt], *, renderer: Renderer, context: int) -> list[list[RenderedSequence]]:
+    """Returns for each path its sequences of at most `context` tokens."""
+    rendered = renderer.render([path.dialogue for path in paths], max_length=context)
+    return [_select_fitting(path, list(part), renderer, context) for path, part in zip(paths, rendered, strict=True)]
 
 
 def _select_fitting(

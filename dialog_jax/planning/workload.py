@@ -46,10 +46,10 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     if source is None or not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
         return None
     tokenizer = load_tokenizer(tokenizer_path, chat_template=config.data.chat_template)
-    count = sum(1 for _ in source.read())
+    count = sum(1 for _ in source.iterate())
     stride = -(-count // dialogues)
     trees = dataset.prepare(
-        (dialogue for number, dialogue in enumerate(source.read()) if number % stride == 0),
+        (record for number, record in enumerate(source.iterate()) if number % stride == 0),
         Renderer(
             tokenizer,
             chat_template_kwargs=config.data.chat_template_kwargs,

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from dialog_jax.batching import mixture
+from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
 from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -54,6 +55,11 @@ class DataConfig:
     """Further variables of the chat template, such as {"enable_thinking": False}."""
     allow_special_tokens: bool = False
     """Parse special tokens that the text of a message spells; otherwise they are ordinary text there."""
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further names of roles in the data: {"Bot": "assistant"}, or {"developer": "user"} instead of system."""
+    on_error: str = "stop"
+    """What happens to a record that is no valid dialogue, or that the chat template refuses: `stop` ends the command
+    with its error, `skip` leaves it out, counts it and lists it in skipped.txt."""
     cache_dir: str = ""
     """Directory for prepared data, which several runs can share; empty for the run's own directory."""
     workers: int = -1
@@ -197,6 +203,7 @@ class TrainConfig:
                 f"{self.data.teacher!r}; leave data.train empty, and a teacher to a single set."
             )
         mixture.check_mix(self.data.mix)
+        parsing.check_roles(self.data.roles)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
             raise UserError(
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "
@@ -240,6 +247,7 @@ class TrainConfig:
             max_length=self.data.max_length,
             truncate=self.data.truncate,
             share_prefixes=self.data.share_prefixes,
+            on_error=self.data.on_error,
         )
 
 

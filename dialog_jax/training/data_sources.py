@@ -3,23 +3,50 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
-from dialog_jax.audit import inspection
-from dialog_jax.dialogues import holdout
+from dialog_jax.dialogues import holdout, parsing
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """Files or hub data sets, and how they are read."""
+
+    paths: tuple[str, ...]
+    split: str
+    """The split of hub data sets; files have none."""
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """As `data.roles`."""
+
+    @property
+    def name(self) -> str:
+        """The name in messages: `a.jsonl, b.jsonl`."""
+        return ", ".join(os.path.basename(path) for path in self.paths)
+
+    def iterate(self) -> Iterator[Dialogue | UserError]:
+        """Yields each record as a dialogue or as its error.
+
+        Raises:
+          UserError: a file is missing or not of the format of its name, or holds no record.
+        """
+        for path in self.paths:
+            empty = True
+            for record in parsing.iterate_dialogues(path, split=self.split, roles=self.roles):
+                empty = False
+                yield record
+            if empty:
+                raise parsing.make_empty_error(os.path.basename(path))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Division:
     """The division of the training data into dialogues to train on and held-out ones."""
 
-    paths: tuple[str, ...]
+    files: Files
     """All of the training data."""
-    split: str
     share: float
     """Of the dialogues that is held out."""
 
@@ -31,68 +58,81 @@ class Division:
           UserError: all dialogues are equal, or the data cannot be read.
         """
         try:
-            dialogues = (record for record in self._iterate_records() if isinstance(record, Dialogue))
+            dialogues = (record for record in self.files.iterate() if isinstance(record, Dialogue))
             return holdout.find_limit(dialogues, self.share)
         except UserError as error:
-            for record in self._iterate_records():  # a record that is no dialogue is the better explanation
+            for record in self.files.iterate():  # a record that is no dialogue is the better explanation
                 if isinstance(record, UserError):
                     raise record from None
-            raise UserError(f"{_join_names(self.paths)}: data.validation is empty, and {error}") from None
-
-    def _iterate_records(self) -> Iterator[Dialogue | UserError]:
-        for path in self.paths:
-            yield from inspection.iterate_dialogues(path, split=self.split)
+            raise UserError(f"{self.files.name}: data.validation is empty, and {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Files or hub data sets, or one side of the division into training and held-out dialogues."""
+    """Files, or one side of the division of their dialogues into training and held-out ones."""
 
-    paths: tuple[str, ...]
-    split: str
-    """The split of hub data sets; files have none."""
+    files: Files
+    on_error: str = "stop"
+    """As `data.on_error`."""
     division: Division | None = None
-    """None if all dialogues of the sources are read."""
+    """None if all dialogues of the files are read."""
     held_out: bool = False
     """Whether this is the held-out side."""
 
     @property
     def name(self) -> str:
         """The name in messages: `my.jsonl`, or `5% of my.jsonl` for the held-out side."""
-        files = _join_names(self.paths)
-        return f"{100 * self.division.share:.3g}% of {files}" if self.division and self.held_out else files
+        share = f"{100 * self.division.share:.3g}% of " if self.division and self.held_out else ""
+        return share + self.files.name
 
-    def selects(self, dialogue: Dialogue) -> bool:
-        """Returns whether a dialogue of the sources is on this side."""
+    def selects(self, record: Dialogue | UserError) -> bool:
+        """Returns whether a record of the files is on this side.
+
+        The error of an invalid record stops the reading of both sides; if it is skipped, it is on the training side.
+        """
         if self.division is None:
             return True
-        return (holdout.hash_dialogue(dialogue) < self.division.limit) == self.held_out
+        if isinstance(record, UserError):
+            return self.on_error == "stop" or not self.held_out
+        return (holdout.hash_dialogue(record) < self.division.limit) == self.held_out
 
-    def read(self) -> Iterator[Dialogue]:
-        """Yields the dialogues of this side.
+    def iterate(self) -> Iterator[Dialogue | UserError]:
+        """Yields the dialogues of this side, and the errors of invalid records if `on_error` is `skip`.
 
         Raises:
-          UserError: what `read_dialogues` raises, or none of the dialogues is on this side.
+          UserError: the error of an invalid record if `on_error` is `stop`; what `Files.iterate` raises; or none of the
+            dialogues is on this side.
         """
         count, selected = 0, 0
-        for path in self.paths:
-            for dialogue in read_dialogues(path, split=self.split):
+        for record in self.files.iterate():
+            if isinstance(record, UserError) and self.on_error == "stop":
+                raise record
+            is_selected = self.selects(record)
+            if isinstance(record, Dialogue):
                 count += 1
-                if self.selects(dialogue):
-                    selected += 1
-                    yield dialogue
+                selected += is_selected
+            if is_selected:
+                yield record
         if count and not selected:  # of one set of a mixture; the division as a whole has dialogues on both sides
             raise UserError(
                 f"{self.name}: data.validation is empty, and the share that is held out in its place takes all of the "
                 f"{count:,} dialogues of this set. Lower data.validation_share, or give data.validation."
             )
 
+    def read(self, skipped: list[str]) -> Iterator[Dialogue]:
+        """Yields the dialogues of this side; appends the errors that `iterate` yields to `skipped`."""
+        for record in self.iterate():
+            if isinstance(record, UserError):
+                skipped.append(str(record))
+            else:
+                yield record
+
 
 def training_sources(config: TrainConfig) -> dict[str, Source]:
     """Returns what a run trains on, by the config's field: `data.train`, or `data.mix.NAME` of each set."""
     division = None if config.data.validation else _make_division(config)
     return {
-        field: Source(paths=(path,), split=config.data.train_split, division=division)
+        field: _make_source(config, (path,), config.data.train_split, division)
         for field, path in _training_paths(config).items()
     }
 
@@ -100,9 +140,9 @@ def training_sources(config: TrainConfig) -> dict[str, Source]:
 def validation_source(config: TrainConfig) -> Source:
     """Returns what a run evaluates on: data.validation, or a share of what data.train or data.mix names."""
     if config.data.validation:
-        return Source(paths=(config.data.validation,), split=config.data.validation_split)
+        return _make_source(config, (config.data.validation,), config.data.validation_split)
     division = _make_division(config)
-    return Source(paths=division.paths, split=division.split, division=division, held_out=True)
+    return Source(files=division.files, on_error=config.data.on_error, division=division, held_out=True)
 
 
 def find_source(config: TrainConfig, name: str) -> Source:
@@ -118,7 +158,7 @@ def find_source(config: TrainConfig, name: str) -> Source:
         raise UserError("data.train is empty. Name a file or hub data set: --config.data.train=...")
     if name not in paths:
         raise UserError(f"--data={name}: the config names no such data; it names {', '.join(paths)} and validation.")
-    return Source(paths=(paths[name],), split=config.data.train_split)
+    return _make_source(config, (paths[name],), config.data.train_split)
 
 
 def _training_paths(config: TrainConfig) -> dict[str, str]:
@@ -127,13 +167,12 @@ def _training_paths(config: TrainConfig) -> dict[str, str]:
     return {"data.train": config.data.train} if config.data.train else {}
 
 
+def _make_source(config: TrainConfig, paths: tuple[str, ...], split: str, division: Division | None = None) -> Source:
+    files = Files(paths=paths, split=split, roles=config.data.roles)
+    return Source(files=files, on_error=config.data.on_error, division=division)
+
+
 def _make_division(config: TrainConfig) -> Division:
-    return Division(
-        paths=tuple(_training_paths(config).values()),
-        split=config.data.train_split,
-        share=config.data.validation_share,
-    )
-
-
-def _join_names(paths: Sequence[str]) -> str:
-    return ", ".join(os.path.basename(path) for path in paths)
+    paths = tuple(_training_paths(config).values())
+    files = Files(paths=paths, split=config.data.train_split, roles=config.data.roles)
+    return Division(files=files, share=config.data.validation_share)

@@ -8,6 +8,7 @@ output_dir/
   model.json         the shape of the model, and the tokens at which a reply ends
   tokenizer/         with its chat template
   trees/             prepared data; trees/*/report.json names the dialogues that were shortened or dropped
+  skipped.txt        errors of the records that data.on_error=skip left out, all of them
   checkpoints/       train states, orbax
   damaged/           checkpoints that could not be read
   metrics.jsonl      one line per update
@@ -35,7 +36,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
 
-_BEFORE_A_CLAIM = {"trees", "tokenizer", "model.json", "inputs.json", "lock"}
+_BEFORE_A_CLAIM = {"trees", "skipped.txt", "tokenizer", "model.json", "inputs.json", "lock"}
 # Fields that may differ when a run is resumed.
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
 _BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # their content is in the hashes

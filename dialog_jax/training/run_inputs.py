@@ -14,9 +14,9 @@ from typing import NamedTuple
 import rich.console
 import transformers
 
+from dialog_jax import atomic_files
 from dialog_jax.batching.mixture import Mixture
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
 from dialog_jax.model import pretrained
@@ -25,10 +25,13 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.training.data_sources import Source
+from dialog_jax.training.data_sources import Files, Source
 from dialog_jax.trees import disk_cache, teacher_file
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.teacher_file import TeacherFile
+
+SKIPPED = "skipped.txt"
+"""The file in a run's directory that lists every skipped record."""
 
 # Fields of DataConfig that do not change trees, or whose content is in their key.
 _NOT_IN_TREES = {
@@ -81,6 +84,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     for field, source in data_sources.training_sources(config).items():
         sets[field], hashes[field] = prepare(source, teacher)
     held_out, hashes["data.validation"] = prepare(validation, None)
+    _list_skipped(directory / SKIPPED, [*sets.values(), held_out])
     if validation.division is not None:
         console.print(
             f"data.validation is empty: {validation.name} is held out (dialogues: {held_out.report.dialogues:,}), "
@@ -108,10 +112,10 @@ def _prepare_trees(
     teacher: TeacherFile | None,
 ) -> tuple[Trees, str]:
     """Returns (the trees of a source, from the cache if they are there; a hash of everything that determines them)."""
-    files = [pathlib.Path(path).expanduser() for path in source.paths]
+    files = [pathlib.Path(path).expanduser() for path in source.files.paths]
     versions = [_file_version(file) for file in files]
     key = {
-        "dialogues": [_hash_dialogues(path, source.split) for path in source.paths],
+        "dialogues": [_hash_dialogues(source.files, path) for path in source.files.paths],
         "held_out": [source.held_out, source.division.limit if source.division else 0],
         "tokenizer": fingerprint(renderer.tokenizer),
         "chat_template": renderer.tokenizer.chat_template,
@@ -125,18 +129,27 @@ def _prepare_trees(
         trees = disk_cache.load_or_build(
             config.data.cache_dir or directory / "trees",
             key,
-            _check_unchanged(source.read(), files, versions),
+            _check_unchanged(source.iterate(), files, versions),
             renderer,
             config.make_tree_config(),
             teacher=teacher,
             workers=config.data.workers,
         )
     names_file = f"{config.data.cache_dir or 'trees'}/*/report.json"
-    console.print(f"{source.name}: {trees.report.format(names_file)}")
+    console.print(f"{source.name}: {trees.report.format(names_file, SKIPPED)}")
     return trees, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_dialogues(path: str, split: str) -> str:
+def _list_skipped(file: pathlib.Path, sets: Sequence[Trees]) -> None:
+    """Writes the error of each skipped record of all sets, one per line; removes the file if there is none."""
+    text = "".join(f"{error}\n" for trees in sets for error in trees.skipped)
+    if not text:
+        file.unlink(missing_ok=True)
+    elif not file.exists() or file.read_text(encoding="utf-8") != text:  # the first process of a run has written it
+        atomic_files.write_text(file, text)
+
+
+def _hash_dialogues(source: Files, path: str) -> str:
     """Returns a hash of a file's bytes, or of the dialogues of a hub data set."""
     digest = hashlib.sha256()
     file = pathlib.Path(path).expanduser()
@@ -145,8 +158,9 @@ def _hash_dialogues(path: str, split: str) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     else:
-        for dialogue in read_dialogues(path, split=split):
-            digest.update(json.dumps(dataclasses.asdict(dialogue), sort_keys=True, default=str).encode())
+        for record in dataclasses.replace(source, paths=(path,)).iterate():
+            content = str(record) if isinstance(record, UserError) else dataclasses.asdict(record)
+            digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -159,8 +173,10 @@ def _file_version(file: pathlib.Path) -> tuple[int, ...] | None:
 
 
 def _check_unchanged(
-    dialogues: Iterable[Dialogue], files: Sequence[pathlib.Path], versions: Sequence[tuple[int, ...] | None]
-) -> Iterator[Dialogue]:
+    dialogues: Iterable[Dialogue | UserError],
+    files: Sequence[pathlib.Path],
+    versions: Sequence[tuple[int, ...] | None],
+) -> Iterator[Dialogue | UserError]:
     """Yields the dialogues; raises UserError at the end if a file has changed, whose old hash is in the trees' key."""
     yield from dialogues
     for file, version in zip(files, versions, strict=True):

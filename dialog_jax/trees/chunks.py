@@ -7,6 +7,7 @@ no files and no processes.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from jaxtyping import Int32
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import fitting, prefix_tree, weighting
+from dialog_jax.rendering.template_process import TemplateStopped
+from dialog_jax.trees import fitting, prefix_tree, refusals, weighting
 from dialog_jax.trees import teacher as teacher_lib
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -26,7 +28,9 @@ from dialog_jax.trees.teacher_file import TeacherFile
 from dialog_jax.trees.weighting import SupervisedSequence
 
 TOO_LONG, NO_TARGET = "dropped, too long", "dropped, no target"
+SKIPPED = "skipped because of errors"
 TRUNCATIONS = ("turns", "drop", "split", "error")
+ON_ERROR = ("stop", "skip")
 # What is stored of each token, and of each tree.
 TOKEN_COLUMNS: dict[str, type[np.generic]] = {
     "tokens": np.int32,
@@ -45,6 +49,7 @@ TREE_COLUMNS: dict[str, type[np.generic]] = {
 _MAX_DIALOGUES = 256  # of a chunk
 _MAX_CHARACTERS = 1 << 18  # after which a chunk ends; its memory grows with them
 _MAX_NAMES = 1000  # dialogues named per reason
+_Rendered = tuple[Dialogue, list[Excerpt]] | UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +65,17 @@ class TreeConfig:
     the turns before as fit half of `max_length`; `error` refuses it."""
     share_prefixes: bool = False
     """Let trees of a row that begin with the same system prompt share it."""
+    on_error: str = "stop"
+    """What becomes of a record that is no valid dialogue or that the chat template refuses: `stop` raises its error,
+    `skip` leaves the record out and lists it."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise UserError(f"data.max_length is {self.max_length}; it must be at least 2.")
         if self.truncate not in TRUNCATIONS:
             raise UserError(f"data.truncate is {self.truncate!r}; it must be one of {', '.join(TRUNCATIONS)}.")
+        if self.on_error not in ON_ERROR:
+            raise UserError(f"data.on_error is {self.on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
 
 
 class Chunk(NamedTuple):
@@ -78,15 +88,18 @@ class Chunk(NamedTuple):
     counts: collections.Counter[str]
     named: dict[str, list[str]]
     """The first dialogues of each reason why a dialogue is not trained on completely."""
+    skipped: list[str]
+    """The error of each record that is left out, in order; empty unless `TreeConfig.on_error` is `skip`."""
 
 
-def batch_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
-    """Yields the dialogues of one chunk after another, limited in number and in text."""
-    batch: list[Dialogue] = []
+def batch_dialogues(dialogues: Iterable[Dialogue | UserError]) -> Iterator[list[Dialogue | UserError]]:
+    """Yields the dialogues of one chunk after another, limited in number and in text; see `build_chunk` for errors."""
+    batch: list[Dialogue | UserError] = []
     characters = 0
     for dialogue in dialogues:
         batch.append(dialogue)
-        characters += sum(len(message.content) for message in dialogue.messages)
+        if isinstance(dialogue, Dialogue):
+            characters += sum(len(message.content) for message in dialogue.messages)
         if len(batch) == _MAX_DIALOGUES or characters >= _MAX_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -95,7 +108,10 @@ def batch_dialogues(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
 
 
 def build_chunks(
-    batches: Iterable[list[Dialogue]], renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None = None
+    batches: Iterable[list[Dialogue | UserError]],
+    renderer: Renderer,
+    config: TreeConfig,
+    teacher: TeacherFile | None = None,
 ) -> Iterator[Chunk]:
     """Yields the chunk of each batch, in order; a thread renders the next batch (tokenizers release the GIL).
 
@@ -103,26 +119,34 @@ def build_chunks(
       UserError: what `build_chunk` raises.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        previous: tuple[list[Dialogue], concurrent.futures.Future[list[list[Excerpt]]]] | None = None
+        previous: concurrent.futures.Future[list[_Rendered]] | None = None
         for batch in batches:
             future = executor.submit(_render, batch, renderer, config)
             if previous is not None:
-                yield _assemble(previous[0], previous[1].result(), renderer, config, teacher)
-            previous = batch, future
+                yield _assemble(previous.result(), renderer, config, teacher)
+            previous = future
         if previous is not None:
-            yield _assemble(previous[0], previous[1].result(), renderer, config, teacher)
+            yield _assemble(previous.result(), renderer, config, teacher)
 
 
 def build_chunk(
-    batch: Sequence[Dialogue], renderer: Renderer, config: TreeConfig, teacher: TeacherFile | None = None
+    batch: Sequence[Dialogue | UserError],
+    renderer: Renderer,
+    config: TreeConfig,
+    teacher: TeacherFile | None = None,
 ) -> Chunk:
     """Returns the chunk of a batch.
 
+    Args:
+      batch: dialogues, and the errors of records that are none: the chunk lists them among the skipped ones.
+
     Raises:
       UserError: a dialogue is too long and `truncate` is `error`; the teacher's file lacks a response or has other
-        tokens; what `Renderer.render` raises. Names the dialogue, its place and the remedy.
+        tokens; what `Renderer.render` raises, unless `on_error` is `skip`. Names the dialogue, its place and the
+        remedy.
+      TemplateStopped: the template exceeded its time or memory, whatever `on_error` is.
     """
-    return _assemble(batch, _render(batch, renderer, config), renderer, config, teacher)
+    return _assemble(_render(batch, renderer, config), renderer, config, teacher)
 
 
 def add_counts(counts: collections.Counter[str], named: dict[str, list[str]], chunk: Chunk) -> None:
@@ -159,10 +183,25 @@ def trees_to_columns(trees: Sequence[Tree], shared_prefix_lengths: Sequence[int]
     }
 
 
-def _render(batch: Sequence[Dialogue], renderer: Renderer, config: TreeConfig) -> list[list[Excerpt]]:
+def _render(batch: Sequence[Dialogue | UserError], renderer: Renderer, config: TreeConfig) -> list[_Rendered]:
+    """Returns each dialogue with its excerpts, or its error if `on_error` is `skip`; errors in the batch stay."""
+    dialogues = [one for one in batch if isinstance(one, Dialogue)]
+    render = functools.partial(_render_dialogues, renderer=renderer, config=config)
+    excerpts = render(dialogues) if config.on_error == "stop" else refusals.call_with_each(render, dialogues)
+    pairs = zip(dialogues, excerpts, strict=True)
+    rendered = iter([result if isinstance(result, UserError) else (dialogue, result) for dialogue, result in pairs])
+    results = [one if isinstance(one, UserError) else next(rendered) for one in batch]
+    if config.on_error == "stop":
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+    return results
+
+
+def _render_dialogues(dialogues: Sequence[Dialogue], *, renderer: Renderer, config: TreeConfig) -> list[list[Excerpt]]:
     """Returns the excerpts of each dialogue, one per path, with all sequences of at most `max_length` tokens."""
     objective = config.objective
-    unfolded = [fitting.unfold(dialogue, objective) for dialogue in batch]
+    unfolded = [fitting.unfold(dialogue, objective) for dialogue in dialogues]
     sequences = iter(
         renderer.render(
             [excerpt.dialogue for excerpts in unfolded for excerpt in excerpts],
@@ -175,22 +214,28 @@ def _render(batch: Sequence[Dialogue], renderer: Renderer, config: TreeConfig) -
 
 
 def _assemble(
-    batch: Sequence[Dialogue],
-    rendered: Sequence[Sequence[Excerpt]],
+    rendered: Sequence[_Rendered],
     renderer: Renderer,
     config: TreeConfig,
     teacher: TeacherFile | None,
 ) -> Chunk:
-    """Returns the chunk of a batch from its rendered excerpts."""
+    """Returns the chunk of rendered dialogues; errors among them are listed."""
     counts: collections.Counter[str] = collections.Counter()
     named: dict[str, list[str]] = {}
+    skipped: list[str] = []
     trees: list[Tree] = []
     ids: list[str | int] = []
     shared_prefix_lengths: list[int] = []
     teacher_rows: list[np.ndarray] = []
-    for dialogue, excerpts in zip(batch, rendered, strict=True):
+    for one in rendered:
+        counts["records"] += 1
+        fitted = one if isinstance(one, UserError) else _fit_or_skip(*one, renderer, config, counts)
+        if isinstance(one, UserError) or isinstance(fitted, UserError):
+            skipped.append(str(fitted))
+            _add_name(counts, named, SKIPPED, str(fitted))
+            continue
+        (dialogue, _), (groups, reason, detail) = one, fitted
         counts["dialogues"] += 1
-        groups, reason, detail = _fit(dialogue, excerpts, renderer, config, counts)
         if groups:
             built = _build_trees(dialogue, groups, config.objective)
             for sequences, tree in built:
@@ -212,7 +257,7 @@ def _assemble(
     counts["tokens"] += len(columns["tokens"])
     counts["targets"] += int(columns["targets"].sum())
     counts["branching"] += sum(not (tree.subtree_end == len(tree.tokens)).all() for tree in trees)
-    return Chunk(columns, ids, counts, named)
+    return Chunk(columns, ids, counts, named, skipped)
 
 
 def _build_trees(
@@ -222,6 +267,24 @@ def _build_trees(
     supervised = weighting.select_supervised(dialogue, groups, objective)
     trees = weighting.build_trees(supervised, objective)
     return [(sequences, tree) for sequences, tree in zip(supervised, trees, strict=True) if tree is not None]
+
+
+def _fit_or_skip(
+    dialogue: Dialogue,
+    excerpts: Sequence[Excerpt],
+    renderer: Renderer,
+    config: TreeConfig,
+    counts: collections.Counter[str],
+) -> tuple[list[list[Excerpt]], str, str] | UserError:
+    """Returns what `_fit` does, or if `on_error` is `skip` the error of a template that refuses a shortened history."""
+    try:
+        return _fit(dialogue, excerpts, renderer, config, counts)
+    except TemplateStopped:
+        raise
+    except UserError as error:
+        if config.on_error == "stop" or config.truncate == "error":
+            raise
+        return error
 
 
 def _fit(

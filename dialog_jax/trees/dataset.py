@@ -6,6 +6,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -26,6 +27,8 @@ class Report:
     """What became of a set of dialogues: counts, and in `named` the first dialogues of each reason."""
 
     dialogues: int
+    skipped: int
+    """Records that are left out because they are no valid dialogue, or because the chat template refuses them."""
     trees: int
     tokens: int
     targets: int
@@ -45,11 +48,12 @@ class Report:
     def __str__(self) -> str:
         return self.format()
 
-    def format(self, names_file: str = "") -> str:
+    def format(self, names_file: str = "", skipped_file: str = "") -> str:
         """Returns the report as lines of text.
 
         Args:
           names_file: the file that lists the named dialogues; the text points to it. Without one, the text names some.
+          skipped_file: the file that lists all skipped records.
         """
         lines = [
             f"{self.dialogues:,} dialogues read, {self.trees:,} trees kept: {self.tokens:,} tokens, "
@@ -63,11 +67,13 @@ class Report:
         for reason, count, remedy in (
             ("shortened", self.shortened, "raise max_length, or set truncate to split"),
             ("split", self.split, "raise max_length to keep each in one tree"),
+            (chunks.SKIPPED, self.skipped, "data.on_error is skip"),
             (chunks.TOO_LONG, self.dropped_too_long, "raise max_length"),
             (chunks.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
         ):
-            if count and names_file:
-                lines.append(f"{count:,} {reason}, listed in {names_file} ({remedy})")
+            file = skipped_file if reason == chunks.SKIPPED else names_file
+            if count and file:
+                lines.append(f"{count:,} {reason}, listed in {file} ({remedy})")
             elif count:
                 names = self.named[reason][:_NAMES_SHOWN]
                 more = f" and {count - len(names):,} more" if count > len(names) else ""
@@ -97,6 +103,8 @@ class Trees:
     """Number of tokens of each tree with a weight above 0."""
     shared_prefix_id: Int64[np.ndarray, " trees"]
     """Equal for trees with the same shared prefix; -1 for trees without one."""
+    skipped: Sequence[str] = ()
+    """The error of each record that is left out."""
     teacher_row: Int64[np.ndarray, " N"] | None = None
     """Row in `teacher` of each token that it scored; -1 for others."""
     teacher: TeacherFile | None = None
@@ -137,11 +145,16 @@ class Trees:
 
 
 def prepare(
-    dialogues: Iterable[Dialogue], renderer: Renderer, config: TreeConfig, *, teacher: TeacherFile | None = None
+    dialogues: Iterable[Dialogue | UserError],
+    renderer: Renderer,
+    config: TreeConfig,
+    *,
+    teacher: TeacherFile | None = None,
 ) -> Trees:
     """Returns the trees of `dialogues`, in order, in memory.
 
     Args:
+      dialogues: among them the errors of records that are skipped.
       teacher: has log-probabilities of every response that is trained on.
 
     Raises:
@@ -149,14 +162,15 @@ def prepare(
     """
     counts: collections.Counter[str] = collections.Counter()
     named: dict[str, list[str]] = {}
-    parts = []
+    parts: list[chunks.Chunk] = []
     for chunk in chunks.build_chunks(chunks.batch_dialogues(dialogues), renderer, config, teacher):
         chunks.add_counts(counts, named, chunk)
         parts.append(chunk)
     report = make_report(counts, named)
     check_not_empty(report, config)
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-    return _make_trees(columns, [name for part in parts for name in part.ids], report, teacher)
+    ids = [name for part in parts for name in part.ids]
+    return _make_trees(columns, ids, report, teacher, [error for part in parts for error in part.skipped])
 
 
 def concatenate_trees(
@@ -184,13 +198,22 @@ def check_not_empty(report: Report, config: TreeConfig) -> None:
 def make_report(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Report:
     """Returns the report of the counts and names of chunks."""
     fields = [field.name for field in dataclasses.fields(Report) if field.name != "named"]
-    reasons = {"turns_cut": "turns cut", "dropped_too_long": chunks.TOO_LONG, "dropped_no_target": chunks.NO_TARGET}
+    reasons = {
+        "skipped": chunks.SKIPPED,
+        "turns_cut": "turns cut",
+        "dropped_too_long": chunks.TOO_LONG,
+        "dropped_no_target": chunks.NO_TARGET,
+    }
     return Report(named=dict(named), **{field: counts.get(reasons.get(field, field), 0) for field in fields})
 
 
 def _make_trees(
-    columns: Mapping[str, np.ndarray], ids: Sequence[str | int], report: Report, teacher: TeacherFile | None
+    columns: Mapping[str, np.ndarray],
+    ids: Sequence[str | int],
+    report: Report,
+    teacher: TeacherFile | None,
+    skipped: Sequence[str] = (),
 ) -> Trees:
-    stored = {name: column for name, column in columns.items() if name != "size"}
+    stored: dict[str, Any] = {name: column for name, column in columns.items() if name != "size"}
     offsets = np.concatenate([[0], np.cumsum(columns["size"])]).astype(np.int64)
-    return Trees(**stored, offsets=offsets, ids=tuple(ids), report=report, teacher=teacher)
+    return Trees(**stored, offsets=offsets, ids=tuple(ids), report=report, teacher=teacher, skipped=skipped)

@@ -39,7 +39,7 @@ from dialog_jax.trees.chunks import Chunk, TreeConfig
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.teacher_file import TeacherFile
 
-FORMAT = 6  # raise when the same input gives different trees, or different files
+FORMAT = 7  # raise when the same input gives different trees, or different files
 MAX_WORKERS = 16  # by default; one reading process can keep about this many busy
 _TYPES: dict[str, type[np.generic]] = {
     **chunks.TOKEN_COLUMNS,
@@ -49,6 +49,7 @@ _TYPES: dict[str, type[np.generic]] = {
     "id_offsets": np.int64,
     "teacher_row": np.int64,
 }
+_SKIPPED = "skipped.txt"  # the error of each skipped record, one per line
 _SECONDS = 5.0  # between journals
 
 
@@ -72,7 +73,7 @@ class Ids(Sequence[str | int]):
 def load_or_build(
     cache_directory: str | os.PathLike,
     key: Mapping[str, Any],
-    dialogues: Iterable[Dialogue],
+    dialogues: Iterable[Dialogue | UserError],
     renderer: Renderer,
     config: TreeConfig,
     *,
@@ -112,8 +113,8 @@ def load_or_build(
 def _build(
     directory: pathlib.Path,
     key: str,
-    dialogues: Iterable[Dialogue],
-    build_chunks: Callable[[Iterable[list[Dialogue]]], Iterator[Chunk]],
+    dialogues: Iterable[Dialogue | UserError],
+    build_chunks: Callable[[Iterable[list[Dialogue | UserError]]], Iterator[Chunk]],
     config: TreeConfig,
     columns: Sequence[str],
     seconds: float,
@@ -122,9 +123,9 @@ def _build(
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     unfinished.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((unfinished / name).open("ab")) for name in columns}
+        files = {name: stack.enter_context((unfinished / name).open("ab")) for name in (*columns, _SKIPPED)}
         counts, named = _resume(unfinished, files)
-        rest = itertools.islice(dialogues, counts["dialogues"], None)
+        rest = itertools.islice(dialogues, counts["records"], None)
         written = time.monotonic()
         try:
             for chunk in build_chunks(chunks.batch_dialogues(rest)):
@@ -181,6 +182,8 @@ def _append(files: Mapping[str, BinaryIO], chunk: Chunk) -> None:
         assert column.dtype == _TYPES[name], (name, column.dtype)
         files[name].write(column.tobytes())
     files["ids"].write(b"".join(ids))
+    for error in chunk.skipped:
+        files[_SKIPPED].write(" ".join(error.splitlines()).encode("utf-8", errors="backslashreplace") + b"\n")
 
 
 def _write_journal(
@@ -211,10 +214,12 @@ def _load(directory: pathlib.Path, teacher: TeacherFile | None) -> Trees:
                 f"{directory.name}/{name}: has {length:,} bytes; needed {size:,}, as it was built. Remove the "
                 f"directory {directory}, so that it is built again."
             )
-        columns[name] = np.memmap(file, _TYPES[name], "r")
+        if name != _SKIPPED:
+            columns[name] = np.memmap(file, _TYPES[name], "r")
     ids = Ids(columns.pop("ids"), columns.pop("id_offsets"))
     report = dataset.make_report(journal["counts"], journal["named"])
-    return Trees(**columns, ids=ids, report=report, teacher=teacher)
+    skipped = (directory / _SKIPPED).read_text(encoding="utf-8").splitlines()
+    return Trees(**columns, ids=ids, report=report, teacher=teacher, skipped=tuple(skipped))
 
 
 @contextlib.contextmanager

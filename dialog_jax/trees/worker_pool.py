@@ -36,7 +36,7 @@ class WorkerError(UserError):
 
 
 def build_chunks(
-    batches: Iterable[list[Dialogue]],
+    batches: Iterable[list[Dialogue | UserError]],
     renderer: Renderer,
     config: TreeConfig,
     teacher: TeacherFile | None = None,
@@ -86,9 +86,9 @@ class _Worker:
 
     process: subprocess.Popen
     connection: Connection
-    batch: Sequence[Dialogue] = ()
+    batch: Sequence[Dialogue | UserError] = ()
 
-    def send(self, batch: Sequence[Dialogue]) -> None:
+    def send(self, batch: Sequence[Dialogue | UserError]) -> None:
         """Sends a batch to an idle worker."""
         self.batch = batch
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` raises the error
@@ -96,8 +96,8 @@ class _Worker:
 
     def receive(self, seconds: float) -> Chunk:
         """Waits for the chunk of the worker's batch and returns it; the worker is idle afterwards."""
-        first, last = self.batch[0].name, self.batch[-1].name
-        names = first if len(self.batch) == 1 else f"{first} to {last}"
+        dialogues = [one.name for one in self.batch if isinstance(one, Dialogue)]
+        names = " to ".join(dict.fromkeys([dialogues[0], dialogues[-1]])) if dialogues else "skipped records"
         if not self.connection.poll(seconds):
             raise WorkerError(
                 f"{names}: not rendered after {seconds:,.0f} seconds. One of them may be very long, or the chat "

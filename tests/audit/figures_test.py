@@ -33,7 +33,7 @@ def fresh(family, template=None):
     return tokenizer
 
 
-def look(records, tokenizer, *, max_length=100_000, **objective):
+def look(records, tokenizer, *, max_length=100_000, on_error="stop", **objective):
     if isinstance(tokenizer, str):
         tokenizer = chat_templates.train_tokenizer(tokenizer)
     return audit.make_audit(
@@ -42,6 +42,7 @@ def look(records, tokenizer, *, max_length=100_000, **objective):
         sequences_lib.Renderer(tokenizer),
         objective=ObjectiveConfig(**objective),
         max_length=max_length,
+        on_error=on_error,
     )
 
 
@@ -332,6 +333,10 @@ class FindingsTest(parameterized.TestCase):
         result = look([good[0], UserError("x.jsonl:2: not JSON"), refused, good[1]], "gemma")
         self.assertEqual((result.records, result.dialogues, result.trees), (4, 2, 2))
         self.assertEqual(found(result), {"unreadable": ("error", 1, 4), "refused": ("error", 1, 4)})
+        skipped = look([good[0], UserError("x.jsonl:2: not JSON"), refused, good[1]], "gemma", on_error="skip")
+        self.assertEqual(
+            found(skipped), {"unreadable_skipped": ("warning", 1, 4), "refused_skipped": ("warning", 1, 4)}
+        )
         self.assertEqual(first(result, "unreadable"), ["x.jsonl:2: not JSON"])
         self.assertRegex(first(result, "refused")[0], r"^dialogue 7 \(said.jsonl:8\): .*roles must alternate")
         self.assertEqual(look(good, "gemma").tokens, result.tokens)

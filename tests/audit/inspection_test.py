@@ -8,7 +8,7 @@ from absl.testing import absltest
 
 from dialog_jax.audit import inspection
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.dialogues.parsing import read_dialogues
+from dialog_jax.dialogues.parsing import iterate_dialogues, read_dialogues
 from dialog_jax.rendering import sequences
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
@@ -31,7 +31,7 @@ class EachDialogueTest(absltest.TestCase):
             json.dumps({**_GOOD, "prompt": "a\u2028b"}, ensure_ascii=False).encode() + b"\r",
         ]
         self.path.write_bytes(b"\n".join(lines))
-        found = list(inspection.iterate_dialogues(self.path))
+        found = list(iterate_dialogues(self.path))
         self.assertEqual([isinstance(one, Dialogue) for one in found], [True, False, False, False, True])
         self.assertEqual([one.where for one in (found[0], found[4])], ["data.jsonl:1", "data.jsonl:6"])
         self.assertEqual([one.id for one in (found[0], found[4])], [0, 4])
@@ -45,15 +45,15 @@ class EachDialogueTest(absltest.TestCase):
         array = self.path.with_suffix(".json")
         array.write_text(json.dumps(records))
         for path in (self.path, array):
-            self.assertEqual(list(inspection.iterate_dialogues(path)), list(read_dialogues(path)))
+            self.assertEqual(list(iterate_dialogues(path)), list(read_dialogues(path)))
 
     def test_file_that_is_not_there_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "no such file"):
-            list(inspection.iterate_dialogues(self.path))
+            list(iterate_dialogues(self.path))
 
     def test_empty_file_has_no_records(self):
         self.path.write_text("\n")
-        self.assertEmpty(list(inspection.iterate_dialogues(self.path)))
+        self.assertEmpty(list(iterate_dialogues(self.path)))
 
 
 class RenderTest(absltest.TestCase):

@@ -10,8 +10,8 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 
 from dialog_jax import __main__ as program
-from dialog_jax.audit import inspection
 from dialog_jax.commands import help_text
+from dialog_jax.dialogues import parsing
 from dialog_jax.training import config as config_lib
 from tests.commands import running
 
@@ -111,7 +111,7 @@ class ErrorsTest(absltest.TestCase):
 
     def test_bug_keeps_its_traceback(self):
         with (
-            mock.patch.object(inspection, "iterate_dialogues", side_effect=IndexError("a bug")),
+            mock.patch.object(parsing, "iterate_dialogues", side_effect=IndexError("a bug")),
             self.assertRaisesRegex(IndexError, "a bug"),
         ):
             running.run("show", *self.flags)

@@ -196,9 +196,9 @@ class FilesTest(parameterized.TestCase):
                 self.check_errors_kept(path, data)
 
     def check_errors_kept(self, path, data):
-        """With `keep_errors`, each line that is not empty is one record or one error."""
+        """Each line that is not empty is one record or one error."""
         lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
-        given = list(sources.read_records(path, split="train", keep_errors=True))
+        given = list(sources.read_records(path, split="train"))
         self.assertLen(given, len(lines))
         for where, record in given:
             self.assertStartsWith(where, f"{path.name}:")

@@ -23,7 +23,7 @@ class DataSourcesTest(absltest.TestCase):
         return str(file)
 
     def contents(self, source):
-        return [dialogue.messages[0].content for dialogue in source.read()]
+        return [dialogue.messages[0].content for dialogue in source.read([])]
 
     def sides(self, **data):
         config = TrainConfig(data=DataConfig(**data))

@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from dialog_jax.errors import UserError
+from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.trees import chunks as chunks_lib
 from dialog_jax.trees import dataset, disk_cache, teacher_file, worker_pool
 from dialog_jax.trees.chunks import TreeConfig
@@ -94,7 +97,7 @@ class StorageTest(parameterized.TestCase):
 
     def assert_same(self, got, wanted):
         for field in dataclasses.fields(dataset.Trees):
-            if field.name in ("ids", "report", "teacher"):
+            if field.name in ("ids", "report", "teacher", "skipped"):
                 continue
             one, other = getattr(got, field.name), getattr(wanted, field.name)
             self.assertEqual(one is None, other is None)
@@ -103,6 +106,57 @@ class StorageTest(parameterized.TestCase):
                 self.assertEqual(one.dtype, other.dtype, field.name)
         self.assertEqual(list(got.ids), list(wanted.ids))
         self.assertEqual(got.report, wanted.report)
+        self.assertEqual(tuple(got.skipped), tuple(wanted.skipped))
+
+    def test_bad_records_are_left_out_and_listed_whatever_builds_the_trees(self):
+        given = arguments(family="gemma", on_error="skip")
+        refused = [said(("system", "a"), ("user", "b"), ("assistant", "c"), id=number) for number in (3, 20)]
+        good = [turns(2, id=number, system=False) for number in range(30)]
+        records = [*good[:7], UserError("x.jsonl:8: not JSON"), refused[0], *good[7:20], refused[1], *good[20:]]
+        wanted = in_memory(records, given)
+        self.assert_same(
+            dataclasses.replace(wanted, skipped=(), report=in_memory(good, given).report), in_memory(good, given)
+        )
+        self.assertEqual((wanted.report.dialogues, wanted.report.skipped), (30, 3))
+        self.assertLen(wanted.skipped, 3)
+        self.assertEqual(wanted.skipped[0], "x.jsonl:8: not JSON")
+        for error, number in zip(wanted.skipped[1:], (3, 20), strict=True):
+            self.assertRegex(error, rf"^dialogue {number} \(said.jsonl:{number + 1}\): .*System role not supported")
+        for name, processes, count in (("a", 0, 1), ("b", 2, 8)):
+            with together(count):
+                trees = self.load(iter(records), given, name=name, workers=processes, seconds=0.0)
+            self.assert_same(trees, wanted)
+            self.assert_same(self.load(iter(()), given, name=name), wanted)
+
+        def interrupted():
+            yield from records[:17]
+            raise KeyboardInterrupt
+
+        with together(4), self.assertRaises(KeyboardInterrupt):
+            self.load(interrupted(), given, name="c", workers=0, seconds=0.0)
+        with together(5):
+            self.assert_same(self.load(iter(records), given, name="c", workers=0), wanted)
+        text = str(wanted.report)
+        self.assertIn("30 dialogues read", text)
+        self.assertIn("3 skipped because of errors: x.jsonl:8: not JSON; dialogue 3", text)
+        self.assertIn("3 skipped because of errors, listed in s.txt", wanted.report.format("names", "s.txt"))
+
+    def test_bad_record_stops_the_build_unless_it_is_skipped(self):
+        refused = said(("system", "a"), ("user", "b"), ("assistant", "c"), id=3)
+        for record, reason in ((UserError("x.jsonl:8: not JSON"), "not JSON"), (refused, "System role")):
+            with self.assertRaisesRegex(UserError, reason):
+                in_memory([turns(1, system=False), record], arguments(family="gemma"))
+
+    def test_stopped_template_is_not_skipped(self):
+        loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        template = "{% if messages[0].content == 'loop' %}" + loops + "{% endif %}" + chat_templates.TEMPLATES["chatml"]
+        given = arguments(template=template, on_error="skip")
+        records = [turns(1), said(("user", "loop"), ("assistant", "a"), id=1)]
+        with (
+            mock.patch.object(template_process, "SECONDS", 1.0),
+            self.assertRaisesRegex(TemplateStopped, r"dialogue 1 .*more than 1 s"),
+        ):
+            in_memory(records, given)
 
     @parameterized.parameters("turns", "split")
     @pytest.mark.full
