@@ -115,7 +115,7 @@ def parse_dialogue(record: Any, *, index: int, where: str, roles: Mapping[str, s
     unpacked = schemas.unpack(record, name)
     return Dialogue(
         id=identifier,
-        messages=tuple(_parse_message(item, f"{name}: message {i}") for i, item in enumerate(unpacked.messages)),
+        messages=tuple(_parse_message(item, f"{name}: message {i}", roles) for i, item in enumerate(unpacked.messages)),
         parents=() if unpacked.parents == list(range(-1, len(unpacked.messages) - 1)) else tuple(unpacked.parents),
         tools=unpacked.tools,
         metadata={key: value for key, value in record.items() if key not in unpacked.used},
@@ -153,7 +153,7 @@ def make_empty_error(source: str) -> UserError:
     return UserError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
 
 
-def _parse_message(item: Any, where: str) -> Message:
+def _parse_message(item: Any, where: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(item, Mapping):
         raise UserError(
             f'{where} is {schemas.quote(item)}; needed an object with "role" and "content". Write it as one.'
@@ -161,11 +161,15 @@ def _parse_message(item: Any, where: str) -> Message:
     sharegpt = "from" in item and "role" not in item
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     speaker = item.get(role_key)
-    role = schemas.SHAREGPT_ROLES.get(speaker) if sharegpt and isinstance(speaker, str) else speaker
-    if role not in schemas.ROLES:
-        allowed = ", ".join(schemas.SHAREGPT_ROLES if sharegpt else schemas.ROLES)
+    names = {**schemas.ROLE_NAMES, **roles}
+    if not isinstance(speaker, str) or speaker not in names:
         has = f"has no {role_key!r}" if speaker is None else f"has {role_key} {speaker!r}"
-        raise UserError(f"{where} {has}; needed one of {allowed}. Rename it in the data.")
+        raise UserError(
+            f"{where} {has}; needed one of {', '.join(schemas.ROLES)}, or another name of these: "
+            f"{', '.join(name for name in names if name not in schemas.ROLES)}. Rename it in the data, or map it: "
+            f"--config.data.roles=\"{{'{speaker if isinstance(speaker, str) else 'NAME'}': 'assistant'}}\"."
+        )
+    role = names[speaker]
     fields = {
         key: value
         for key, value in item.items()

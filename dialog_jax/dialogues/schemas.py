@@ -14,19 +14,23 @@ _CONTAINERS = (Mapping, list, tuple)
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# ShareGPT's names for the speaker. A function call is something the assistant writes.
-SHAREGPT_ROLES = {
+# Names of the speaker in the common formats. `developer` is OpenAI's newer name for the system message, `function` its
+# older one for a tool's result, `ipython` Llama's.
+ROLE_NAMES = {
     "system": "system",
-    "human": "user",
+    "developer": "system",
     "user": "user",
-    "gpt": "assistant",
+    "human": "user",
     "assistant": "assistant",
+    "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
     "function_response": "tool",
+    "ipython": "tool",
 }
 
 FORMATS = (
@@ -147,7 +151,7 @@ def _list_prompt(prompt: Any, name: str) -> list[Any]:
     history = []
     for item in _check_list(prompt, "prompt", name):
         speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
-        is_response = isinstance(speaker, str) and SHAREGPT_ROLES.get(speaker) == "assistant"
+        is_response = isinstance(speaker, str) and ROLE_NAMES.get(speaker) == "assistant"
         unweighted = is_response and item.get("weight") is None and item.get("train") is None
         history.append({**item, "weight": 0.0} if unweighted else item)
     return history

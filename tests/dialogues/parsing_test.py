@@ -92,12 +92,33 @@ class FormatsTest(_Files):
         ("tool", "tool"),
         ("observation", "tool"),
         ("function_response", "tool"),
+        ("developer", "system"),
+        ("function", "tool"),
+        ("ipython", "tool"),
     )
     def test_sharegpt_speaker_becomes_role(self, speaker, role):
         record = {"conversations": [{"from": speaker, "value": "x", "weight": 0}], "idx": 3}
         dialogue = parsing.parse_dialogue(record, index=9, where="")
         self.assertEqual(
             dialogue, Dialogue(id=9, messages=(Message(role=role, content="x", weight=0.0),), metadata={"idx": 3})
+        )
+
+    def test_roles_of_the_config_name_further_roles_and_replace_those_known(self):
+        roles = {"Bot": "assistant", "developer": "user"}
+        for key, content in (("role", "content"), ("from", "value")):
+            messages = [{key: "developer", content: "a"}, {key: "Bot", content: "b"}, {key: "gpt", content: "c"}]
+            (dialogue,) = parsing.parse_records([{"messages": messages}], roles=roles)
+            self.assertEqual([message.role for message in dialogue.messages], ["user", "assistant", "assistant"])
+
+    def test_unknown_role_names_the_option_that_maps_it(self):
+        record = {"messages": [{"role": "Bot", "content": "a"}]}
+        self.assert_error(
+            lambda: list(parsing.parse_records([record])),
+            "message 0 has role 'Bot'",
+            """--config.data.roles="{'Bot': 'assistant'}\"""",
+        )
+        self.assert_error(
+            lambda: parsing.check_roles({"Bot": "robot"}), "data.roles", "'Bot'", "'robot'", "system, user"
         )
 
     def test_sharegpt_system_field_becomes_first_message(self):
