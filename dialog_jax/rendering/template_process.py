@@ -3,7 +3,8 @@
 A process that renders has one such child: a fresh interpreter, which starts with the first request and ends after a
 while without requests. The operating system limits its memory and CPU time and keeps it from writing files; the parent
 limits the time it waits for a text, and then kills it. Templates and messages go there through a socket that no other
-process can open, and only JSON comes back.
+process can open, and only JSON comes back. A process that only renders, and that another process limits and watches,
+needs no child (`render_in_this_process`).
 
 Jinja's sandbox, which transformers uses, keeps templates from Python's objects. Knows messages as dictionaries; knows
 no tokens.
@@ -41,10 +42,15 @@ BYTES = 1 << 30
 _START_SECONDS = 300.0  # generous, for a busy machine
 _IDLE_SECONDS = 600.0  # after which the process ends
 _READY = b"ready"
+_is_limited = False  # whether this process renders by itself
 
 
 class TemplateStopped(UserError):
     """A template exceeded the limit of time or memory."""
+
+
+class _TimeExceeded(BaseException):
+    """Raised by a signal handler; not an `Exception`, so that it is not taken for an error of the template."""
 
 
 def limit_template(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedTokenizerFast:
@@ -75,7 +81,48 @@ def render(
       TemplateStopped: the jobs take more than `SECONDS` or `BYTES`, or the process was killed.
       RuntimeError: there is a bug; the message ends with the traceback of the process.
     """
-    return _client(os.getpid()).render((template, messages, jobs, variables))
+    request = (template, messages, jobs, variables)
+    return _render_limited(request) if _is_limited else _client(os.getpid()).render(request)
+
+
+def render_in_this_process() -> None:
+    """Makes this process render templates by itself, within the same limits; it must do so in its main thread."""
+    global _is_limited
+    _is_limited = True
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TimeExceeded
+
+    signal.signal(signal.SIGPROF, stop)
+    _set_soft_limit(resource.RLIMIT_CORE, 0)
+
+
+def _render_limited(request: tuple[Any, ...]) -> Rendering:
+    """Returns what `template_rendering.render_jobs` does; limits the CPU time and the memory that this takes."""
+    memory, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    _set_soft_limit(resource.RLIMIT_DATA, _measure_data() + BYTES)
+    # A handler runs between two instructions of Python; a template that stays within one is ended by the system.
+    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * SECONDS) + 1)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        return template_rendering.render_jobs(*request)
+    except _TimeExceeded:
+        raise TemplateStopped(f"it ran for more than {SECONDS:g} s") from None
+    except MemoryError:
+        raise TemplateStopped(f"it needs more than {BYTES / 2**20:,.0f} MiB of memory") from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _set_soft_limit(resource.RLIMIT_CPU, resource.RLIM_INFINITY)
+        _set_soft_limit(resource.RLIMIT_DATA, memory)
+
+
+def _measure_data() -> int:
+    """Returns the bytes of this process that count against RLIMIT_DATA."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[5]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return 0
 
 
 @functools.cache
@@ -225,4 +272,6 @@ def _limit_process(memory: int) -> None:
 
 def _set_soft_limit(kind: int, limit: int) -> None:
     _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    if hard != resource.RLIM_INFINITY:
+        limit = hard if limit == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (limit, hard))

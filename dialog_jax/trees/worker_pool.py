@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks, teacher_file
 from dialog_jax.trees.chunks import Chunk, TreeConfig
@@ -49,7 +50,7 @@ def build_chunks(
 
     Args:
       workers: processes; 0 for this one only, whose memory and time are not limited, as for a single batch. Chat
-        templates are rendered in processes of their own in any case.
+        templates are never rendered in this process.
       memory: limit of a worker's memory in bytes, where the system supports one.
       seconds: to wait for a chunk.
 
@@ -107,8 +108,9 @@ class _Worker:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
             raise WorkerError(
-                f"{names}: the process that rendered them ended (exit code {self.process.wait()}): it was killed, or "
-                "had too little memory. Lower data.workers, or remove dialogues that are very long."
+                f"{names}: the process that rendered them ended (exit code {self.process.wait()}): it was killed, had "
+                "too little memory, or the chat template ran too long. Lower data.workers, remove dialogues that are very "
+                "long, or correct the template."
             ) from None
         if isinstance(answer, MemoryError):
             raise WorkerError(f"{names}: need more memory than a worker may have. Remove dialogues that are very long.")
@@ -167,6 +169,7 @@ def _serve(connection: Connection, memory: int) -> NoReturn:
     _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if hard_limit == resource.RLIM_INFINITY else min(memory, hard_limit)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
+    template_process.render_in_this_process()
     renderer, config, path, same_tokenizer = connection.recv()
     teacher = None
     if path:

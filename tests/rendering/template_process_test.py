@@ -124,6 +124,28 @@ class HarmTest(parameterized.TestCase):
         self.limit_seconds(3.0)
         self.assert_stopped(_WRITES, f"(it ran for more than 3 s|{_TOO_MUCH_MEMORY})")
 
+    def test_process_that_renders_by_itself_has_the_same_limits(self):
+        program = f"""if True:
+            import sys
+            sys.path[:] = {sys.path!r}
+            from dialog_jax.rendering import template_process as it
+            it.SECONDS = 0.5
+            it.render_in_this_process()
+            for template in {[_LOOPS, _CALLS, _DOUBLES, _WRITES, "{{ 'x' * 100_000_000_000 }}"]!r}:
+                for text in template, "{{{{ messages[1].content }}}}":
+                    try:
+                        print(*it.render(text, {_MESSAGES!r}, [it.Job(2)], {{}}))
+                    except it.TemplateStopped as error:
+                        print(error)
+        """
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        stopped, rendered = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
+        self.assertLen(stopped, 5, done.stderr)
+        for line, reasons in zip(stopped, ["time", "time", "either", "either", "memory"], strict=True):
+            expected = {"time": "it ran for more than 0.5 s", "memory": _TOO_MUCH_MEMORY}
+            self.assertIn(line, expected.values() if reasons == "either" else [expected[reasons]])
+        self.assertEqual(rendered, ["['b'] "] * 5)
+
     @parameterized.parameters(
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
