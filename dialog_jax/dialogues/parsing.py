@@ -23,8 +23,8 @@ def read_dialogues(
     """Returns an iterator over the dialogues of a file or data set.
 
     Args:
-      source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
-        hub name that the optional package `datasets` reads.
+      source: a `.jsonl`, `.ndjson`, `.json` (a list of records, or one) or `.parquet` file, all but the last also
+        compressed; otherwise a directory or Hugging Face hub name that the optional package `datasets` reads.
       split: which split of a data set; files have none.
       roles: further names of roles, as `data.roles`.
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from dialog_jax.dialogues import json_files
 from dialog_jax.errors import UserError
 
 _PARQUET_BATCH = 256  # records held in memory at once
@@ -16,84 +17,44 @@ _PARQUET_BATCH = 256  # records held in memory at once
 def read_records(source: str | pathlib.Path, *, split: str) -> Iterator[tuple[str, Any]]:
     """Returns an iterator over (place for errors, such as "train.jsonl:413"; record).
 
-    A line of a `.jsonl` file that is not JSON is a `UserError` in place of its record.
+    A line that is not JSON is a `UserError` in place of its record.
 
     Args:
-      source: a `.jsonl`, `.json` (a list of records, or one) or `.parquet` file; otherwise a directory or Hugging Face
-        hub name that the optional package `datasets` reads.
+      source: a `.jsonl`, `.ndjson`, `.json` (a list of records, or one) or `.parquet` file, all but the last also
+        compressed; otherwise a directory or Hugging Face hub name that the optional package `datasets` reads.
       split: which split of a data set; files have none.
 
     Raises:
       UserError: the file is missing or has an unknown suffix; while reading: its content is not what its suffix says.
     """
     path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return _dataset_records(str(source), path, split)
+    name = path.name.lower()
+    for compression in json_files.COMPRESSIONS:
+        name = name.removesuffix(compression)
+    is_compressed = name != path.name.lower()
+    suffix = pathlib.PurePath(name).suffix
     readers: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _jsonl_records,
-        ".json": _json_records,
-        ".parquet": _parquet_records,
+        **dict.fromkeys(json_files.LINES, json_files.read_lines),
+        ".json": json_files.read_list,
     }
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix not in readers:
-        raise UserError(
-            f"{path.name}: got a file that ends in {path.suffix or 'nothing'}; dialogues are read from "
-            f"{', '.join(readers)}, a directory or a hub data set. Convert it, or rename it to what it is."
-        )
-    if suffix in readers and not path.is_dir():
+    if not is_compressed:
+        readers[".parquet"] = _parquet_records
+    if suffix in readers:
         if not path.is_file():
             raise UserError(
                 f"{path.name}: no such file. Check the path; relative paths start at the working directory."
             )
         return readers[suffix](path)
-    return _dataset_records(str(source), path, split)
-
-
-def _jsonl_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    # Bytes, so that only a newline ends a line: text mode would also split at a lone carriage return.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            record: Any
-            try:
-                record = _decode_json(line.rstrip(b"\r\n"), where, "Write one complete JSON object per line.")
-            except UserError as error:
-                record = error
-            yield where, record
-
-
-def _json_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        return
-    remedy = "Write a list of records; if the file has one object per line, name it .jsonl."
-    value = _decode_json(data, path.name, remedy)
-    if isinstance(value, list):
-        for index, record in enumerate(value):
-            yield f"{path.name}[{index}]", record
-    else:
-        yield path.name, value
-
-
-def _decode_json(data: bytes, where: str, remedy: str) -> Any:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
+    if path.is_file():
+        ending = suffix * is_compressed + path.suffix or "nothing"
         raise UserError(
-            f"{where}: byte {error.start + 1} is not UTF-8; dialogues are UTF-8 text. Save the file as UTF-8."
-        ) from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        # For a line of a .jsonl file, `where` has the number of the line already.
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
-        raise UserError(f"{where}: not JSON at {place}: {error.msg}. {remedy}") from None
-    except RecursionError:
-        raise UserError(f"{where}: nests lists and objects too deeply to be read. Write a dialogue flat.") from None
-    except ValueError as error:
-        raise UserError(f"{where}: has a number that is too long ({error}). Write it shorter, or as text.") from None
+            f"{path.name}: got a file that ends in {ending}; dialogues are read from {', '.join(readers)}, all but "
+            f"Parquet also compressed as {', '.join(json_files.COMPRESSIONS)}, a directory or a hub data set. Convert "
+            "or decompress it, or rename it to what it is."
+        )
+    return _dataset_records(str(source), path, split)
 
 
 def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:

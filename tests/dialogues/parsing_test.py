@@ -402,7 +402,9 @@ class BadFilesTest(_Files):
     def test_missing_file_and_unknown_ending_fail_before_reading(self):
         self.assert_error(lambda: parsing.read_dialogues("nowhere/gone.jsonl"), "gone.jsonl: no such file", "Check")
         path = self.file("x.csv", "a,b")
-        self.assert_error(lambda: parsing.read_dialogues(path), "x.csv", ".csv", ".jsonl, .json, .parquet", "Convert")
+        self.assert_error(
+            lambda: parsing.read_dialogues(path), "x.csv", ".csv", ".jsonl, .ndjson, .json, .parquet", "Convert"
+        )
 
     @parameterized.parameters("./missing", "/missing/dir", "a/b/c")
     def test_missing_directory_is_not_looked_up_on_the_hub(self, source):
