@@ -109,8 +109,8 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             raise WorkerError(
                 f"{names}: the process that rendered them ended (exit code {self.process.wait()}): it was killed, had "
-                "too little memory, or the chat template ran too long. Lower data.workers, remove dialogues that are very "
-                "long, or correct the template."
+                "too little memory, or the chat template ran too long. Lower data.workers, remove dialogues that are "
+                "very long, or correct the template."
             ) from None
         if isinstance(answer, MemoryError):
             raise WorkerError(f"{names}: need more memory than a worker may have. Remove dialogues that are very long.")
