@@ -26,7 +26,9 @@ _ROOMS = {
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
     "audit": ("inspection", "row_lengths", "findings", "figures"),
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
-    "model": ("rotary", "decoder", "decoding", "tensor_files", "hf_config", "pretrained"),
+    "model": (
+        "rotary", "decoder", "decoding", "tensor_names", "tensor_files", "hf_config", "model_files", "pretrained",
+    ),
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",
@@ -36,7 +38,7 @@ _ROOMS = {
     "evaluation": ("scoring", "escaping", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),
     "commands": (
-        "config_flag", "help_text", "config_inputs", "entry", "train", "audit", "show", "check", "score", "compare",
+        "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "compare",
         "export", "chat", "plot", "plan",
     ),
 }

@@ -103,7 +103,7 @@ def main() -> None:
     compilation_cache.enable(entry.print_message)
     config = config_flag.read(_CONFIG)
     require_fields(config, "chat", "model")
-    model = loading.load_model(config.model, tokenizer=config.tokenizer, **config_inputs.renderer_options(config))
+    model = loading.load_model(config.model, **config_inputs.model_options(config))
     opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
     if _MESSAGE.value is not None:
         session = generation.Session(model.config, model.parameters)

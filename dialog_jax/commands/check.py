@@ -103,7 +103,7 @@ def main() -> int:
     skipped: list[str] = []
     dialogues = list(source.read(skipped))
     options = config_inputs.renderer_options(config)
-    model = loading.load_model(config.model, tokenizer=config.tokenizer, **options)
+    model = loading.load_model(config.model, **config_inputs.model_options(config))
     loading.check_context(model.config, config.data.max_length)
     sample = sample_dialogues(dialogues, _DIALOGUES.value, _SEED.value)
     with console.status("rendering") as status:

@@ -49,7 +49,7 @@ def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = loading.load_model(name, tokenizer=config.tokenizer, **config_inputs.renderer_options(config))
+        model = loading.load_model(name, **config_inputs.model_options(config))
         reply = chat.reply(
             model,
             history,

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 from absl import flags
 
+from dialog_jax.commands import entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
@@ -56,6 +57,16 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
     options = renderer_options(config)
     tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"))
     return tokenizer, Renderer(tokenizer, **options)
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Returns the fields of the config that determine how a model is opened, as arguments of `open_model`."""
+    return {
+        "tokenizer": config.tokenizer,
+        "resize_embedding": config.resize_embedding,
+        "report": entry.print_message,
+        **renderer_options(config),
+    }
 
 
 def renderer_options(config: TrainConfig) -> dict[str, Any]:

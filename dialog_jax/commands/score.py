@@ -127,7 +127,7 @@ def main() -> None:
     _check_files(source, out, top_k_out)
     dtype = jnp.dtype(_DTYPE.value)
     options = config_inputs.renderer_options(config)
-    model = loading.load_model(config.model, tokenizer=config.tokenizer, dtype=dtype, **options)
+    model = loading.load_model(config.model, dtype=dtype, **config_inputs.model_options(config))
     skipped: list[str] = []
     refused = skipped if config.data.on_error == "skip" else None
     if _PASSES.value == "k":

@@ -1,14 +1,17 @@
 """GGUF files, opened only if the lengths in their header are consistent with their size.
 
 The published reader trusts every length in a file, so one flipped bit can make it loop without end. Here the header is
-checked first, in time and memory bounded by the file's size. Tokenizers and weights are both read from such files.
+checked first, in time and memory bounded by the file's size. Tokenizers and weights are both read from such files. A
+model that llama.cpp has split into several files is read as one.
 """
 
 import math
 import mmap
 import pathlib
+import re
 import struct
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import gguf
 
@@ -21,12 +24,59 @@ _MAX_DIMENSIONS = 4
 _MAX_ELEMENTS_PER_BYTE = 8  # more than in the densest of quantized types
 
 
-def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
-    """Returns the published reader of the file; its tensors are read on request.
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+
+
+class Gguf(NamedTuple):
+    """The content of a file, or of all files of a model that was split."""
+
+    fields: Mapping[str, gguf.ReaderField]
+    """Of the first file; the others have only fields about the split."""
+    tensors: list[gguf.ReaderTensor]
+
+
+def is_gguf(path: pathlib.Path) -> bool:
+    """Returns whether the name of a path is that of a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
+def list_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of the model of which `path` is one: m-00001-of-00002.gguf and m-00002-of-00002.gguf, or it."""
+    match = _SPLIT.fullmatch(path.name)
+    if not match:
+        return [path]
+    stem, _, count, suffix = match.groups()
+    return [path.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in range(1, int(count) + 1)]
+
+
+def open_gguf(path: pathlib.Path) -> Gguf:
+    """Returns the content of a model; its tensors are read on request.
+
+    Args:
+      path: the file, or any file of a model that was split.
 
     Raises:
-      UserError: there is no such file, or its header and its size disagree.
+      UserError: there is no such file, its header and its size disagree, or files of a split model are missing or do
+        not belong together.
     """
+    files = list_files(path)
+    missing = [file.name for file in files if not file.exists()]
+    if missing and path.exists():
+        raise UserError(
+            f"{path.name} is one of {len(files):,} files of a model, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not beside it. Download all of them into one directory."
+        )
+    readers = [_open_file(file) for file in (files if path.exists() else [path])]
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    counts = [contents(file, reader, "split.count", int) for file, reader in zip(files, readers, strict=False)]
+    if len({tensor.name for tensor in tensors}) < len(tensors) or any(
+        count not in (None, len(files)) for count in counts
+    ):
+        raise UserError(f"{path.name}: its {len(files):,} files do not belong together. Download all of them again.")
+    return Gguf(readers[0].fields, tensors)
+
+
+def _open_file(path: pathlib.Path) -> gguf.GGUFReader:
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _Header(content).check()
@@ -39,7 +89,7 @@ def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
     return reader
 
 
-def contents(path: pathlib.Path, reader: gguf.GGUFReader, name: str, kind: type, *, many: bool = False) -> Any:
+def contents(path: pathlib.Path, reader: Gguf | gguf.GGUFReader, name: str, kind: type, *, many: bool = False) -> Any:
     """Returns the value of a field, or None if there is no such field.
 
     Args:

@@ -4,9 +4,10 @@ In: a Hugging Face model directory, a .gguf file or a hub name. Out: a `Model`. 
 chat, evaluation, experiments and commands all call it. Knows no mesh; a run lays out the parameters itself.
 """
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 import transformers
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import pretrained
+from dialog_jax.model import model_files, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.rendering.tokenizers import check_vocabulary, load_tokenizer
+from dialog_jax.rendering.tokenizers import check_vocabulary, largest_token, load_tokenizer
 
 
 class Model(NamedTuple):
@@ -29,6 +30,10 @@ class Model(NamedTuple):
     renderer: Renderer
     stop_tokens: frozenset[int]
     """Ids at which a reply ends: the template's end of turn and the model's own end tokens."""
+    dtype: str
+    """Type of the published weights: float32, float16 or bfloat16."""
+    added_rows: int
+    """Rows at the end of the embedding that the published one does not have."""
     parameters: dict
     """Empty unless `load_model` loaded them."""
 
@@ -40,6 +45,8 @@ def open_model(
     chat_template: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
+    resize_embedding: bool = False,
+    report: Callable[[str], None] = print,
 ) -> Model:
     """Returns the model without its parameters.
 
@@ -49,6 +56,8 @@ def open_model(
       chat_template: a Jinja file or its text; empty for the tokenizer's own.
       chat_template_kwargs: further variables of the template, such as enable_thinking.
       allow_special_tokens: parse special tokens that messages spell; otherwise they are ordinary text.
+      resize_embedding: add rows to the embedding for tokens beyond it; otherwise they are an error.
+      report: called with a line of text for everything that is done otherwise than the model's files say.
 
     Raises:
       UserError: a part is missing or broken, or the tokenizer does not belong to the model.
@@ -56,17 +65,29 @@ def open_model(
     path = pretrained.resolve(name_or_path)
     config = pretrained.load_config(path)
     fast_tokenizer = load_tokenizer(tokenizer or str(path), chat_template=chat_template)
+    weights = model_files.describe_weights(path, config)
+    for note in weights.notes:
+        report(note)
+    added_rows = max(0, largest_token(fast_tokenizer) + 1 - config.vocab_size) if resize_embedding else 0
+    if added_rows:
+        report(
+            f"embedding: {config.vocab_size:,} rows in {path.name}, and the tokenizer has token ids up to "
+            f"{largest_token(fast_tokenizer):,}; rows added, each the mean of the others: {added_rows:,}"
+        )
+        config = dataclasses.replace(config, vocab_size=config.vocab_size + added_rows)
     check_vocabulary(fast_tokenizer, config.vocab_size)
     renderer = Renderer(
         fast_tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens
     )
-    stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *pretrained.stop_tokens(path)} - {None}
+    stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *model_files.stop_tokens(path)} - {None}
     return Model(
         path=path,
         config=config,
         tokenizer=fast_tokenizer,
         renderer=renderer,
         stop_tokens=frozenset(int(token) for token in stop_tokens),
+        dtype=weights.dtype,
+        added_rows=added_rows,
         parameters={},
     )
 
@@ -84,7 +105,8 @@ def load_model(
       UserError: what `open_model` raises, or a tensor is missing, unexpected or misshapen.
     """
     model = open_model(name_or_path, **options)
-    return model._replace(parameters=pretrained.load_parameters(model.path, model.config, dtype=dtype))
+    parameters = pretrained.load_parameters(model.path, model.config, dtype=dtype, added_rows=model.added_rows)
+    return model._replace(parameters=parameters)
 
 
 def check_context(config: DecoderConfig, max_length: int) -> None:

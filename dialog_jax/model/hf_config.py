@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import gguf
 import numpy as np
 
 from dialog_jax.errors import UserError
@@ -18,6 +17,35 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwe
 
 # Defaults of each family's configuration class in transformers, for fields that config.json omits.
 _DEFAULT_BIAS = {"llama": False, "qwen2": True, "qwen3": False}
+# The same for a text_config, which is often saved without them; a whole config.json has them.
+_DEFAULT_SHAPES = {
+    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+    "qwen3": {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+}
+for _shapes in _DEFAULT_SHAPES.values():
+    _shapes.update(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
+
+
+def is_wrapper(fields: Mapping[str, Any]) -> bool:
+    """Returns whether config.json describes a model, for instance of images and text, that contains a decoder."""
+    return isinstance(fields.get("text_config"), Mapping)
+
+
+def _unwrap(file: pathlib.Path, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the fields of the decoder: those of `text_config`, with transformers' defaults, if there is one."""
+    if not is_wrapper(fields):
+        return fields
+    text = fields["text_config"]
+    family = text.get("model_type")
+    if family not in decoder.FAMILIES:
+        raise UserError(
+            f"{file}: model_type is {fields.get('model_type')!r} with a text_config of model_type {family!r}; "
+            f"supported there are {', '.join(decoder.FAMILIES)}"
+        )
+    tied = bool(text.get("tie_word_embeddings") or fields.get("tie_word_embeddings"))
+    shared = {"quantization_config": fields.get("quantization_config")}
+    return _DEFAULT_SHAPES[family] | shared | text | {"tie_word_embeddings": tied}
 
 
 def from_json(file: pathlib.Path, fields: Mapping[str, Any]) -> decoder.DecoderConfig:
@@ -28,6 +56,7 @@ def from_json(file: pathlib.Path, fields: Mapping[str, Any]) -> decoder.DecoderC
             raise UserError(f"{file}: {name} is missing; is this the config.json of a {family} model?")
         return fields[name]
 
+    fields = _unwrap(file, fields)
     family = fields.get("model_type")
     if family not in decoder.FAMILIES:
         raise UserError(f"{file}: model_type is {family!r}; supported are {', '.join(decoder.FAMILIES)}")
@@ -102,7 +131,7 @@ def _parse_rope(file: pathlib.Path, fields: Mapping[str, Any]) -> tuple[float, r
         raise UserError(f"{file}: rope scaling of type llama3 lacks {error.args[0]}") from None
 
 
-def from_gguf(path: pathlib.Path, reader: gguf.GGUFReader) -> decoder.DecoderConfig:
+def from_gguf(path: pathlib.Path, reader: gguf_file.Gguf) -> decoder.DecoderConfig:
     """Returns the structure that the header of a GGUF file describes; errors name `path`."""
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     family = gguf_file.contents(path, reader, "general.architecture", str)

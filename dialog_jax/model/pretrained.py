@@ -1,18 +1,17 @@
 """Published checkpoints to parameters and back.
 
 In: a Hugging Face model directory (config.json and safetensors), a GGUF file, or a hub name. Out: a `DecoderConfig` and
-the nested dict of parameters; in the other direction, a directory that Hugging Face transformers and vLLM open. One
-table of names serves both directions.
+the nested dict of parameters; in the other direction, a directory that Hugging Face transformers and vLLM open.
 """
 
-import hashlib
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -22,40 +21,14 @@ import safetensors.numpy
 
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file, tokenizer_files
-from dialog_jax.model import decoder, hf_config, tensor_files
+from dialog_jax.model import decoder, hf_config, model_files, tensor_files, tensor_names
+from dialog_jax.model.tensor_names import NAMES
 
 _SHARD_BYTES = 5 * 10**9
+_BY_TOKEN = ("embedding", "lm_head")  # parameters with a row for each token
 
 Path = tuple[str, ...]
 Sharding = Callable[[Path, tuple[int, ...]], jax.sharding.Sharding]
-
-
-class _Name(NamedTuple):
-    published: str  # Hugging Face's name; {} is the layer
-    gguf: str
-    transposed: bool = False  # published matrices are [out, in], ours [in, out]
-
-
-_NAMES: dict[str, _Name] = {
-    "embedding": _Name("model.embed_tokens.weight", "token_embd.weight"),
-    "final_norm": _Name("model.norm.weight", "output_norm.weight"),
-    "lm_head": _Name("lm_head.weight", "output.weight"),
-    "layers/attention_norm": _Name("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
-    "layers/attention/w_query": _Name("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight", True),
-    "layers/attention/w_key": _Name("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight", True),
-    "layers/attention/w_value": _Name("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight", True),
-    "layers/attention/w_output": _Name("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight", True),
-    "layers/attention/b_query": _Name("model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
-    "layers/attention/b_key": _Name("model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
-    "layers/attention/b_value": _Name("model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
-    "layers/attention/b_output": _Name("model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
-    "layers/attention/query_norm": _Name("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
-    "layers/attention/key_norm": _Name("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
-    "layers/feed_forward_norm": _Name("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
-    "layers/feed_forward/w_gate": _Name("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
-    "layers/feed_forward/w_up": _Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
-    "layers/feed_forward/w_down": _Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
-}
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
@@ -85,13 +58,16 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
       UserError: config.json is missing or broken, the model type is unknown, or a setting is not supported.
     """
     path = pathlib.Path(path)
-    if path.suffix == ".gguf":
+    if gguf_file.is_gguf(path):
         return hf_config.from_gguf(path, gguf_file.open_gguf(path))
     if (path / "model.json").exists():
         raise UserError(
             f"{path} is a run, not a model. Export it first: dialog_jax export --run={path} --out={path}/model"
         )
-    return hf_config.from_json(path / "config.json", tensor_files.read_json(path / "config.json"))
+    config = hf_config.from_json(path / "config.json", tensor_files.read_json(path / "config.json"))
+    if config.tie_embeddings and tensor_files.has_safetensors(path) and model_files.is_untied(path):
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
 
 
 def load_parameters(
@@ -100,27 +76,40 @@ def load_parameters(
     *,
     sharding: Sharding | None = None,
     dtype: jax.typing.DTypeLike = np.float32,
+    added_rows: int = 0,
 ) -> dict:
     """Returns the parameters in a Hugging Face directory or a .gguf file, read one stacked parameter at a time.
 
     Args:
       sharding: (path of a parameter, its shape) to its sharding; None for JAX's default device.
+      added_rows: how many rows of the embedding, at its end, the files do not have. They, and those of the unembedding,
+        are the mean of the others.
 
     Raises:
       UserError: a tensor is missing, unexpected or misshapen, or a file is truncated.
     """
     path = pathlib.Path(path)
-    from_gguf = path.suffix == ".gguf"
-    with tensor_files.gguf_tensors(path, config) if from_gguf else tensor_files.open_safetensors(path) as tensors:
+    from_gguf = gguf_file.is_gguf(path)
+    with model_files.open_tensors(path, config) as tensors:
         if config.layers > len(tensors.shapes):
             raise UserError(
                 f"{tensors.where}: tensors are missing: it has {len(tensors.shapes):,}, and its config says "
                 f"{config.layers:,} layers; they belong to different models"
             )
         flat = _flatten(decoder.abstract_parameters(config))
-        published = {key: _list_names(key, config, from_gguf) for key in flat}
-        _check_tensors(tensors, config, flat, published)
-        return _unflatten({key: _load(tensors, key, flat[key].shape, published[key], sharding, dtype) for key in flat})
+        published = {key: tensor_names.list_names(key, config.layers, from_gguf) for key in flat}
+        if config.tie_embeddings and not tensors.shapes.keys() & set(published["embedding"]) and not from_gguf:
+            published["embedding"] = [tensor_names.UNEMBEDDING]  # one of the two is enough
+        _check_tensors(tensors, config, flat, published, added_rows)
+
+        def load(key: str) -> jax.Array:
+            parameter = _read_parameter(tensors, key, flat[key].shape, published[key], dtype, added_rows)
+            if sharding is None:
+                return jax.device_put(parameter)
+            placement = sharding(tuple(key.split("/")), parameter.shape)
+            return jax.make_array_from_callback(parameter.shape, placement, lambda index: parameter[index])
+
+        return _unflatten({key: load(key) for key in flat})
 
 
 def _flatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,19 +128,19 @@ def _unflatten(flat: Mapping[str, Any]) -> dict:
     return parameters
 
 
-def _list_names(key: str, config: decoder.DecoderConfig, from_gguf: bool = False) -> list[str]:
-    """Returns the published names of a parameter: one per layer if it is stacked, otherwise one."""
-    name = _NAMES[key].gguf if from_gguf else _NAMES[key].published
-    return [name.format(layer) for layer in range(config.layers)] if "{}" in name else [name]
-
-
 def _check_tensors(
-    tensors: tensor_files.Tensors, config: decoder.DecoderConfig, flat: Mapping, published: Mapping[str, list[str]]
+    tensors: tensor_files.Tensors,
+    config: decoder.DecoderConfig,
+    flat: Mapping,
+    published: Mapping[str, list[str]],
+    added_rows: int,
 ) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for key, names in published.items():
         shape = flat[key].shape[1:] if key.startswith("layers/") else flat[key].shape
-        expected.update(dict.fromkeys(names, shape[::-1] if _NAMES[key].transposed else shape))
+        if key in _BY_TOKEN:
+            shape = (shape[0] - added_rows, *shape[1:])
+        expected.update(dict.fromkeys(names, shape[::-1] if NAMES[key].transposed else shape))
     # Redundant: a copy of a tied unembedding, and the rotary buffers that old releases of transformers wrote.
     known = expected.keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
     unexpected = sorted(name for name in tensors.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq"))
@@ -174,9 +163,14 @@ def _check_tensors(
             )
 
 
-def _load(
-    tensors: tensor_files.Tensors, key: str, shape, names: list[str], sharding: Sharding | None, dtype
-) -> jax.Array:
+def _read_parameter(
+    tensors: tensor_files.Tensors,
+    key: str,
+    shape: tuple[int, ...],
+    names: list[str],
+    dtype: jax.typing.DTypeLike,
+    added_rows: int,
+) -> np.ndarray:
     parameter = np.empty(shape, dtype)
     slots = parameter if key.startswith("layers/") else parameter[None]
     for slot, name in zip(slots, names, strict=True):
@@ -186,34 +180,11 @@ def _load(
                 f"{tensors.files[name]}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is needed. "
                 "Quantized safetensors are not supported."
             )
-        slot[...] = array.T if _NAMES[key].transposed else array
-    if sharding is None:
-        return jax.device_put(parameter)
-    placement = sharding(tuple(key.split("/")), shape)
-    return jax.make_array_from_callback(shape, placement, lambda index: parameter[index])
-
-
-def stop_tokens(path: pathlib.Path) -> set[int]:
-    """Returns the ids at which generation ends, from a model's config.json and generation_config.json."""
-    ids: set[int] = set()
-    for file in ("config.json", "generation_config.json"):
-        if (path / file).is_file():
-            ends = tensor_files.read_json(path / file).get("eos_token_id")
-            ids.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return ids
-
-
-def fingerprint(path: pathlib.Path) -> str:
-    """Returns a hash of a model's config and of its weight files' names, sizes, first and last MiB."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()
+        if key in _BY_TOKEN and added_rows:
+            slot[-added_rows:] = array.mean(axis=0, dtype=np.float64)
+            slot = slot[:-added_rows]
+        slot[...] = array.T if NAMES[key].transposed else array
+    return parameter
 
 
 def save_pretrained(
@@ -268,8 +239,12 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 def _save_weights(
     directory: pathlib.Path, config: decoder.DecoderConfig, flat: Mapping[str, Any], shard_bytes: int
 ) -> None:
-    plan = [(name, key, layer) for key in flat for layer, name in enumerate(_list_names(key, config))]
-    sizes = {key: 4 * math.prod(leaf.shape) // len(_list_names(key, config)) for key, leaf in flat.items()}
+    plan = [
+        (name, key, layer) for key in flat for layer, name in enumerate(tensor_names.list_names(key, config.layers))
+    ]
+    sizes = {
+        key: 4 * math.prod(leaf.shape) // len(tensor_names.list_names(key, config.layers)) for key, leaf in flat.items()
+    }
     shards: list[list[tuple[str, str, int]]] = [[]]
     filled = 0
     for entry in sorted(plan):
@@ -292,4 +267,4 @@ def _save_weights(
 
 def _to_published(leaf: Any, key: str, layer: int) -> np.ndarray:
     array = np.asarray(leaf[layer] if key.startswith("layers/") else leaf).astype(np.float32)
-    return np.ascontiguousarray(array.T if _NAMES[key].transposed else array)
+    return np.ascontiguousarray(array.T if NAMES[key].transposed else array)

@@ -1,11 +1,15 @@
-"""Files of tensors, read lazily: safetensors (one file or shards with an index) and GGUF.
+"""Files of tensors, read lazily: safetensors (one file or shards, with an index or without) and GGUF.
 
-A file that is missing, truncated or inconsistent is an error that names it. Knows only published tensor names.
+A file that is missing, truncated or inconsistent is an error that names it. Yields tensors by Hugging Face's names or
+llama.cpp's; knows no parameter of ours.
 """
 
+import collections
 import contextlib
 import json
+import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +19,11 @@ import safetensors
 
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, tensor_names
+
+_SINGLE, _INDEX_SUFFIX = "model.safetensors", ".safetensors.index.json"
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in both formats
 
 
 class Tensors(NamedTuple):
@@ -24,33 +32,39 @@ class Tensors(NamedTuple):
     where: pathlib.Path  # for errors
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, pathlib.Path]
+    dtypes: Mapping[str, str]
+    """As the files spell them: F32, BF16, Q4_1."""
     read: Callable[[str], np.ndarray]
+    others: tuple[str, ...] = ()
+    """Names of tensors that belong to other parts than the decoder."""
+
+    def find_dtype(self) -> str:
+        """Returns the type of most of the numbers: float32, float16 or bfloat16; float32 if they are quantized."""
+        counts: collections.Counter[str] = collections.Counter()
+        for name, shape in self.shapes.items():
+            counts[self.dtypes[name]] += math.prod(shape)
+        return _DTYPES.get(counts.most_common(1)[0][0], "float32") if counts else "float32"
+
+
+def has_safetensors(directory: pathlib.Path) -> bool:
+    """Returns whether a directory has weights that `open_safetensors` looks for."""
+    return any(directory.glob("*.safetensors"))
 
 
 @contextlib.contextmanager
-def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
-    """Yields the tensors of a Hugging Face directory.
+def open_safetensors(directory: pathlib.Path, *, wrapped: bool = False) -> Iterator[Tensors]:
+    """Yields the tensors of a Hugging Face directory, by their names in a causal language model.
+
+    Args:
+      wrapped: the decoder is part of another model; tensors of its other parts are listed in `others`.
 
     Raises:
       UserError: a file is missing, broken, or outside the directory.
     """
-    index = directory / "model.safetensors.index.json"
-    weight_map: Mapping[str, str] = {}
-    if index.exists():
-        weight_map = read_json(index).get("weight_map") or {}
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{index}: weight_map does not map names to file names; download or save the model again")
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
-            # Checked by name, since files in the Hub's cache are links to files elsewhere.
-            if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-                raise UserError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
-    else:
-        shards = ["model.safetensors"]
-    if not shards:
-        raise UserError(f"{index} lists no tensors; download or save the model again")
+    index, shards = _find_shards(directory)
+    weight_map = _read_weight_map(index) if index else {}
     with contextlib.ExitStack() as stack:
-        handles, files, shapes = {}, {}, {}
+        handles, files, shapes, dtypes = {}, {}, {}, {}
         for shard in shards:
             file = directory / shard
             if not file.exists():
@@ -58,15 +72,76 @@ def open_safetensors(directory: pathlib.Path) -> Iterator[Tensors]:
             try:
                 handle = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
                 for name in handle.keys():  # noqa: SIM118  (not a dict)
+                    entry = handle.get_slice(name)
                     handles[name], files[name] = handle, file
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{file} is not a complete safetensors file: {error}. Download it again.") from error
         for name in weight_map.keys() - shapes.keys():
+            assert index is not None
             raise UserError(
                 f"{directory / weight_map[name]}: tensor {name} of {index.name} is missing; download it again"
             )
-        yield Tensors(directory, shapes, files, lambda name: handles[name].get_tensor(name))
+        try:
+            standard = tensor_names.standardize_names(shapes.keys())
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from None
+        others = tuple(sorted(shapes.keys() - standard.keys()))
+        if not wrapped:  # then they are unexpected
+            standard |= {name: name for name in others}
+        original = {new: old for old, new in standard.items()}
+        if len(original) < len(standard):
+            twice = collections.Counter(standard.values()).most_common(1)[0][0]
+            names = " and ".join(old for old, new in standard.items() if new == twice)
+            raise UserError(f"{directory}: {names} name the same tensor; save the model again")
+        yield Tensors(
+            directory,
+            {new: shapes[old] for new, old in original.items()},
+            {new: files[old] for new, old in original.items()},
+            {new: dtypes[old] for new, old in original.items()},
+            lambda name: handles[original[name]].get_tensor(original[name]),
+            others if wrapped else (),
+        )
+
+
+def _find_shards(directory: pathlib.Path) -> tuple[pathlib.Path | None, list[str]]:
+    """Returns (the index, if there is one; names of the weight files).
+
+    As transformers does: model.safetensors, otherwise the files of model.safetensors.index.json. Without both, files of
+    other names if there is no doubt about them.
+    """
+    names = sorted(file.name for file in directory.glob("*.safetensors"))
+    indices = sorted(file for file in directory.iterdir() if file.name.endswith(_INDEX_SUFFIX))
+    index = directory / f"model{_INDEX_SUFFIX}"
+    if _SINGLE in names:
+        return None, [_SINGLE]
+    if index in indices or len(indices) == 1:
+        index = index if index in indices else indices[0]
+        return index, sorted(set(_read_weight_map(index).values()))
+    if len(names) == 1 and not _SHARD.fullmatch(names[0]):
+        return None, names
+    shards = [match for match in map(_SHARD.fullmatch, names) if match]
+    if shards and len({(match[1], match[3]) for match in shards}) == 1 and len(shards) == len(names):
+        stem, count = shards[0][1], int(shards[0][3])
+        return None, [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    raise UserError(
+        f"{directory / _SINGLE} does not exist, and there is no model{_INDEX_SUFFIX}; the directory has "
+        f"{', '.join(names) or 'no .safetensors file'}. Weights are read from safetensors (or a .gguf file) only."
+    )
+
+
+def _read_weight_map(index: pathlib.Path) -> Mapping[str, str]:
+    """Returns {tensor: file} of an index, whose files lie beside it."""
+    weight_map = read_json(index).get("weight_map") or {}
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index}: weight_map does not map names to file names; download or save the model again")
+    for shard in set(weight_map.values()):
+        # Checked by name, since files in the Hub's cache are links to files elsewhere.
+        if pathlib.PurePath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+            raise UserError(f"{index}: {shard!r} is not a file name; shards must lie beside the index")
+    if not weight_map:
+        raise UserError(f"{index} lists no tensors; download or save the model again")
+    return weight_map
 
 
 @contextlib.contextmanager
@@ -74,6 +149,7 @@ def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[
     """Yields the tensors of a .gguf file, dequantized, with rotary components paired as Hugging Face does."""
     tensors = {tensor.name: tensor for tensor in gguf_file.open_gguf(path).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
     # llama.cpp pairs rotary components (2i, 2i + 1) for llama only; Hugging Face pairs (i, i + H/2) for all families.
     interleaved = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if config.family == "llama" else ()
 
@@ -84,7 +160,7 @@ def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[
             array = pairs.swapaxes(1, 2).reshape(array.shape)
         return array
 
-    yield Tensors(path, shapes, dict.fromkeys(shapes, path), read)
+    yield Tensors(path, shapes, dict.fromkeys(shapes, path), dtypes, read)
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

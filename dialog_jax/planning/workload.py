@@ -42,7 +42,7 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     file = pathlib.Path(config.data.train).expanduser()
     source = data_sources.training_sources(config).get("data.train")
     tokenizer_path = pathlib.Path(config.tokenizer or config.model).expanduser()
-    readable = tokenizer_path.suffix == ".gguf" or (tokenizer_path / "tokenizer.json").exists()
+    readable = tokenizer_path.suffix.lower() == ".gguf" or (tokenizer_path / "tokenizer.json").exists()
     if source is None or not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
         return None
     tokenizer = load_tokenizer(tokenizer_path, chat_template=config.data.chat_template)

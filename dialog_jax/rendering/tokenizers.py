@@ -40,7 +40,7 @@ def load_tokenizer(
         there is no chat template. Whether the template can be used is checked by `sequences.Renderer`.
     """
     path = pathlib.Path(name_or_path).expanduser()
-    if path.suffix.lower() == ".gguf":
+    if gguf_file.is_gguf(path):
         tokenizer = _load_gguf(path)
     else:
         tokenizer = _load_published(str(path) if path.is_dir() else str(name_or_path), path)
@@ -59,13 +59,19 @@ def fingerprint(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
+def largest_token(tokenizer: transformers.PreTrainedTokenizerFast) -> int:
+    """Returns the largest token id."""
+    return max(tokenizer.get_vocab().values())
+
+
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:
     """Raises UserError if the tokenizer has token ids of `size` or more, for which the model has no embedding."""
-    largest = max(tokenizer.get_vocab().values())
+    largest = largest_token(tokenizer)
     if largest >= size:
         raise UserError(
             f"the tokenizer has token ids up to {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
-            f"model's vocabulary has {size:,}. Use the tokenizer that belongs to the model."
+            f"model's embedding has {size:,} rows. Use the tokenizer that belongs to the model, or add rows for new "
+            "tokens with --config.resize_embedding."
         )
 
 

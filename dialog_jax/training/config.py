@@ -163,6 +163,8 @@ class TrainConfig:
     """A directory with config.json and safetensors, a .gguf file, or a name on the Hugging Face Hub."""
     tokenizer: str = ""
     """A directory, .gguf file or Hub name to load the tokenizer from; empty for the model's own."""
+    resize_embedding: bool = False
+    """Add rows to embedding and unembedding, each the mean of the others, for tokens that the model has no row for."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)

@@ -33,6 +33,7 @@ def restore_or_load(
             inputs.model_path,
             inputs.model,
             sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
+            added_rows=inputs.added_rows,
         )
     )
     return train_step.initialize_state(mesh, parameters, update_rule)

@@ -19,7 +19,7 @@ from dialog_jax.batching.mixture import Mixture
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
-from dialog_jax.model import pretrained
+from dialog_jax.model import model_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
@@ -56,6 +56,10 @@ class Inputs(NamedTuple):
     tokenizer: transformers.PreTrainedTokenizerFast
     stop_tokens: frozenset[int]
     """Ids of the tokens at which a reply ends."""
+    dtype: str
+    """Type of the published weights."""
+    added_rows: int
+    """Rows at the end of the embedding that the published one does not have."""
     train: Trees | Mixture
     held_out: Trees
     hashes: Mapping[str, str]
@@ -74,12 +78,14 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         chat_template=config.data.chat_template,
         chat_template_kwargs=config.data.chat_template_kwargs,
         allow_special_tokens=config.data.allow_special_tokens,
+        resize_embedding=config.resize_embedding,
+        report=console.print,
     )
     loading.check_context(model.config, config.data.max_length)
     teacher = _read_teacher(config, model.tokenizer, model.config)
     prepare = functools.partial(_prepare_trees, config, model.renderer, directory, console)
     sets: dict[str, Trees] = {}
-    hashes = {"model": pretrained.fingerprint(model.path)}
+    hashes = {"model": model_files.fingerprint(model.path)}
     validation = data_sources.validation_source(config)
     for field, source in data_sources.training_sources(config).items():
         sets[field], hashes[field] = prepare(source, teacher)
@@ -95,6 +101,8 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         model=model.config,
         tokenizer=model.tokenizer,
         stop_tokens=model.stop_tokens,
+        dtype=model.dtype,
+        added_rows=model.added_rows,
         train=Mixture(dict(zip(config.data.mix, sets.values(), strict=True)), config.data.mix)
         if config.data.mix
         else sets["data.train"],

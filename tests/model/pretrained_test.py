@@ -4,6 +4,7 @@ import pathlib
 import resource
 import shutil
 import tempfile
+from unittest import mock
 
 import gguf
 import hypothesis
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+import transformers
 from absl.testing import absltest, parameterized
 from hypothesis import strategies
 
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.formats import tokenizer_files
+from dialog_jax.model import decoder, model_files, pretrained
 
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 _SMOLLM2 = pathlib.Path(__file__).parents[2] / "assets" / "smollm2-135m-instruct"
@@ -225,12 +228,9 @@ class SaveTest(_TemporaryTest):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
 
-        class Tokenizer:
-            def save_pretrained(self, directory):
-                raise KeyboardInterrupt
-
-        with self.assertRaises(KeyboardInterrupt):
-            pretrained.save_pretrained(saved, config, parameters, tokenizer=Tokenizer())
+        stop = mock.patch.object(tokenizer_files, "save_tokenizer", side_effect=KeyboardInterrupt)
+        with stop, self.assertRaises(KeyboardInterrupt):
+            pretrained.save_pretrained(saved, config, parameters, tokenizer=object())
         self.assertFalse(saved.exists())
         pretrained.save_pretrained(saved, config, parameters)
         names = {file.name for file in saved.iterdir()}
@@ -297,6 +297,170 @@ class LoadTest(_TemporaryTest):
         self.edit_tensors(directory, edit)
         _assert_equal_bits(_load(directory)[1], needed)
 
+    def test_load_of_a_tied_config_with_another_unembedding_does_not_tie(self):
+        directory = self.copy("qwen2")
+        tied, needed = _load(directory)
+        self.assertTrue(tied.tie_embeddings)
+        other = np.random.default_rng(0).normal(size=(tied.vocab_size, tied.width)).astype(np.float32)
+        self.edit_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": other}))
+        config, parameters = _load(directory)
+        self.assertEqual(config, dataclasses.replace(tied, tie_embeddings=False))
+        np.testing.assert_array_equal(parameters["lm_head"], other)
+        _assert_equal_bits(parameters["embedding"], needed["embedding"])
+        (note,) = model_files.describe_weights(directory, config).notes
+        self.assertRegex(note, "qwen2: config.json ties the embeddings, but lm_head.weight differs")
+        self.assertEmpty(model_files.describe_weights(_REFERENCES / "tiny_qwen2", tied).notes)
+        pretrained.save_pretrained(self.directory / "saved", config, parameters)
+        self.assertFalse(json.loads((self.directory / "saved" / "config.json").read_text())["tie_word_embeddings"])
+        _assert_equal_bits(_load(self.directory / "saved")[1], parameters)
+
+    def test_load_of_a_tied_config_with_the_unembedding_alone_uses_it_twice(self):
+        directory = self.copy("qwen2")
+        _, needed = _load(directory)
+
+        def edit(tensors):
+            tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+        self.edit_tensors(directory, edit)
+        _assert_equal_bits(_load(directory)[1], needed)
+
+    @parameterized.parameters("", "module.model.", "base_model.model.model.", "transformer.", "_orig_mod.model.")
+    def test_load_of_names_with_another_prefix_gives_the_same_parameters(self, prefix):
+        for name in ("qwen2", "llama"):
+            directory = self.copy(name)
+            _, needed = _load(directory)
+            outer = prefix.removesuffix("model.") if prefix.endswith(".model.") else ""
+
+            def edit(tensors, outer=outer):
+                for old in list(tensors):
+                    new = f"{outer}{old}" if old == "lm_head.weight" else prefix + old.removeprefix("model.")
+                    tensors[new] = tensors.pop(old)
+
+            self.edit_tensors(directory, edit)
+            _assert_equal_bits(_load(directory)[1], needed)
+
+    def wrap(self, name, prefix, head, extra, **fields):
+        """The tiny model as the decoder of a model of images and text."""
+        directory = self.copy(name)
+
+        def edit(tensors):
+            for old in list(tensors):
+                new = head if old == "lm_head.weight" else prefix + old.removeprefix("model.")
+                tensors[new] = tensors.pop(old)
+            tensors.update({key: np.zeros((2, 3), np.float32) for key in extra})
+
+        self.edit_tensors(directory, edit)
+        config = json.loads((directory / "config.json").read_text())
+        text = config | fields.pop("text", {})
+        (directory / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text} | fields))
+        return directory
+
+    @parameterized.parameters(
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+        ("model.text_model.", "lm_head.weight"),
+    )
+    def test_load_of_a_wrapper_gives_its_decoder_and_a_note_of_the_rest(self, prefix, head):
+        extra = ("vision_tower.encoder.layers.0.layer_norm1.weight", "vision_tower.head.bias", "projector.weight")
+        for name in ("llama", "qwen2", "qwen3"):
+            needed_config, needed = _load(_REFERENCES / f"tiny_{name}")
+            directory = self.wrap(name, prefix, head, extra)
+            config, parameters = _load(directory)
+            self.assertEqual(config, needed_config)
+            _assert_equal_bits(parameters, needed)
+            (note,) = model_files.describe_weights(directory, config).notes
+            self.assertRegex(note, r"more than a language model: 3 tensors \(projector, vision_tower\) are not read")
+
+    def test_wrapper_has_the_defaults_of_transformers_and_says_what_it_wraps(self):
+        for family in ("llama", "qwen2", "qwen3"):
+            directory = self.directory / f"{family} alone"
+            directory.mkdir()
+            (directory / "config.json").write_text(json.dumps({"text_config": {"model_type": family}}))
+            config, theirs = pretrained.load_config(directory), transformers.CONFIG_MAPPING[family]()
+            self.assertEqual(
+                (config.vocab_size, config.width, config.layers, config.heads, config.kv_heads, config.feed_forward),
+                (
+                    theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+                    theirs.num_key_value_heads, theirs.intermediate_size,
+                ),
+            )  # fmt: skip
+            self.assertEqual((config.max_length, config.head_dim), (theirs.max_position_embeddings, 128))
+            self.assertEqual(config.norm_epsilon, theirs.rms_norm_eps)
+        directory = self.wrap("qwen3", "language_model.model.", "lm_head.weight", (), text={"model_type": "mamba"})
+        with self.assertRaisesRegex(ValueError, "config.json: model_type is 'llava' with a text_config of .*'mamba'"):
+            pretrained.load_config(directory)
+
+    def test_wrapper_that_is_quantized_or_has_two_decoders_is_refused(self):
+        directory = self.wrap("llama", "language_model.model.", "language_model.lm_head.weight", ())
+        fields = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(fields | {"quantization_config": {"bits": 4}}))
+        self.assert_load_fails(directory, "quantization_config is")
+        (directory / "config.json").write_text(json.dumps(fields))
+        extra = "second.language_model.layers.0.input_layernorm.weight"
+        self.edit_tensors(directory, lambda tensors: tensors.update({extra: np.zeros(3, np.float32)}))
+        self.assert_load_fails(directory, "there are 2 decoders, .*'language_model.model.', 'second.language_model.'")
+
+    def test_load_of_shards_with_other_names_gives_the_same_parameters(self):
+        config, needed = _load(_REFERENCES / "tiny_qwen3")
+        saved = self.directory / "saved"
+        pretrained.save_pretrained(saved, config, needed, shard_bytes=100_000)
+        (saved / "model.safetensors.index.json").rename(saved / "weights [1].safetensors.index.json")
+        _assert_equal_bits(_load(saved)[1], needed)
+        index = saved / "weights [1].safetensors.index.json"
+        fields = json.loads(index.read_text())
+        shards = sorted(set(fields["weight_map"].values()))
+        for number, shard in enumerate(shards):
+            (saved / shard).rename(saved / f"part {number}.bin")
+        names = {shard: f"part {number}.bin" for number, shard in enumerate(shards)}
+        weight_map = {name: names[shard] for name, shard in fields["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        _assert_equal_bits(_load(saved)[1], needed)
+
+    def test_load_without_index_reads_one_file_or_all_numbered_ones(self):
+        config, needed = _load(_REFERENCES / "tiny_qwen3")
+        saved = self.directory / "saved"
+        pretrained.save_pretrained(saved, config, needed, shard_bytes=100_000)
+        (saved / "model.safetensors.index.json").unlink()
+        _assert_equal_bits(_load(saved)[1], needed)
+        shutil.copy(_REFERENCES / "tiny_qwen3" / "model.safetensors", saved / "other.safetensors")
+        self.assert_load_fails(
+            saved, "there is no model.safetensors.index.json; the directory has model-00001-of", "other"
+        )
+        for shard in saved.glob("model-*"):
+            shard.unlink()
+        _assert_equal_bits(_load(saved)[1], needed)
+        shutil.copy(_REFERENCES / "tiny_qwen2" / "model.safetensors", saved / "more.safetensors")
+        self.assert_load_fails(saved, "the directory has more.safetensors, other.safetensors")
+        shutil.copy(saved / "other.safetensors", saved / "model.safetensors")  # as transformers, this one
+        _assert_equal_bits(_load(saved)[1], needed)
+
+    def test_added_rows_are_the_mean_of_the_others(self):
+        for name in ("llama", "qwen2"):
+            directory = _REFERENCES / f"tiny_{name}"
+            config, needed = _load(directory)
+            larger = dataclasses.replace(config, vocab_size=config.vocab_size + 3)
+            parameters = pretrained.load_parameters(directory, larger, added_rows=3)
+            for key in {"embedding", "lm_head"} & parameters.keys():
+                rows = np.asarray(needed[key], np.float64)
+                np.testing.assert_array_equal(parameters[key][:-3], needed[key])
+                mean = sum(rows) / len(rows)
+                np.testing.assert_allclose(parameters[key][-3:], np.stack([mean] * 3), rtol=1e-6, atol=1e-9)
+        self.assertEqual(
+            {"embedding", "lm_head"} & _load(_REFERENCES / "tiny_llama")[1].keys(), {"embedding", "lm_head"}
+        )
+
+    @parameterized.parameters((np.float32, "float32"), (np.float16, "float16"), (ml_dtypes.bfloat16, "bfloat16"))
+    def test_type_of_the_weights_is_that_of_most_of_them(self, dtype, name):
+        directory = self.copy()
+        config = pretrained.load_config(directory)
+
+        def edit(tensors):
+            norms = {key: array for key, array in tensors.items() if array.ndim == 1}
+            tensors.update({key: array.astype(dtype) for key, array in tensors.items()} | norms)
+
+        self.edit_tensors(directory, edit)
+        self.assertEqual(model_files.describe_weights(directory, config).dtype, name)
+
     def test_load_with_wrong_vocabulary_is_an_error_with_both_shapes(self):
         directory = self.copy()
         self.edit_config(directory, vocab_size=132)
@@ -351,6 +515,7 @@ class LoadTest(_TemporaryTest):
     @parameterized.parameters([["a"]], [{"model.norm.weight": 3}], [{"model.norm.weight": None}], ["text"])
     def test_load_with_index_of_another_kind_is_an_error(self, weight_map):
         directory = self.copy()
+        (directory / "model.safetensors").unlink()
         index = directory / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": weight_map}))
         self.assert_load_fails(directory, "index.json", "weight_map does not map names to file names")
@@ -384,6 +549,7 @@ class LoadTest(_TemporaryTest):
     @parameterized.parameters("../model.safetensors", "/etc/passwd", "..", "a\\b", "sub/model.safetensors")
     def test_load_with_index_that_leaves_the_directory_is_an_error(self, shard):
         directory = self.copy()
+        (directory / "model.safetensors").unlink()
         index = directory / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
         self.assert_load_fails(directory, "index.json", "not a file name")
@@ -442,6 +608,55 @@ class GgufTest(_TemporaryTest):
         got_config, got = _load(self.write(name))
         self.assertEqual(got_config, config)
         _assert_equal_bits(got, needed)
+
+    def split(self, file, count, stem):
+        """Writes the files that llama.cpp's gguf-split makes of one: the fields in the first, tensors in all."""
+        reader = gguf.GGUFReader(file)
+        tensors = reader.tensors
+        for number in range(count):
+            name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+            writer = gguf.GGUFWriter(self.directory / name, "qwen3")
+            if not number:
+                for field in reader.fields.values():
+                    if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                        writer.add_key_value(field.name, field.contents(), field.types[0])
+            writer.add_key_value("split.no", number, gguf.GGUFValueType.UINT16)
+            writer.add_key_value("split.count", count, gguf.GGUFValueType.UINT16)
+            for tensor in tensors[number * len(tensors) // count : (number + 1) * len(tensors) // count]:
+                writer.add_tensor(tensor.name, np.array(tensor.data))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        return [self.directory / f"{stem}-{number + 1:05d}-of-{count:05d}.gguf" for number in range(count)]
+
+    def test_gguf_in_several_files_is_read_as_one_from_any_of_them(self):
+        config, needed = _load(_REFERENCES / "tiny_qwen3")
+        whole = self.write("qwen3")
+        files = self.split(whole, 3, "model[1]")
+        hashes = set()
+        for file in files:
+            self.assertEqual(pretrained.load_config(file), config)
+            _assert_equal_bits(pretrained.load_parameters(file, config), needed)
+            hashes.add(model_files.fingerprint(file))
+        self.assertLen(hashes, 1)
+        data = bytearray(files[2].read_bytes())
+        data[-1] ^= 1
+        files[2].write_bytes(data)
+        self.assertNotIn(model_files.fingerprint(files[0]), hashes)
+        files[1].unlink()
+        self.assert_load_fails(
+            files[2], r"is one of 3 files of a model, and model\[1\]-00002-of-00003.gguf is not beside it"
+        )
+        shutil.copy(files[0], files[1])
+        self.assert_load_fails(files[2], "its 3 files do not belong together")
+
+    def test_gguf_in_capitals_is_read(self):
+        config, needed = _load(_REFERENCES / "tiny_qwen3")
+        file = self.write("qwen3").rename(self.directory / "MODEL.GGUF")
+        self.assertEqual(pretrained.load_config(file), config)
+        _assert_equal_bits(pretrained.load_parameters(file, config), needed)
+        self.assertEqual(model_files.describe_weights(file, config), ("float32", ()))
 
     def test_gguf_with_missing_tensor_or_truncated_is_an_error(self):
         file = self.write("qwen3", edit=lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))

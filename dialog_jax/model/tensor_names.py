@@ -1,0 +1,82 @@
+"""Names of parameters: ours, Hugging Face's and llama.cpp's; and what savers and wrappers put before Hugging Face's.
+
+One table serves loading and saving. Knows no file and no array.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from dialog_jax.errors import UserError
+
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class _Name(NamedTuple):
+    published: str  # Hugging Face's name; {} is the layer
+    gguf: str
+    transposed: bool = False  # published matrices are [out, in], ours [in, out]
+
+
+NAMES: dict[str, _Name] = {
+    "embedding": _Name(EMBEDDING, "token_embd.weight"),
+    "final_norm": _Name("model.norm.weight", "output_norm.weight"),
+    "lm_head": _Name(UNEMBEDDING, "output.weight"),
+    "layers/attention_norm": _Name("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    "layers/attention/w_query": _Name("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight", True),
+    "layers/attention/w_key": _Name("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight", True),
+    "layers/attention/w_value": _Name("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight", True),
+    "layers/attention/w_output": _Name("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight", True),
+    "layers/attention/b_query": _Name("model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
+    "layers/attention/b_key": _Name("model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
+    "layers/attention/b_value": _Name("model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
+    "layers/attention/b_output": _Name("model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
+    "layers/attention/query_norm": _Name("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
+    "layers/attention/key_norm": _Name("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
+    "layers/feed_forward_norm": _Name("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "layers/feed_forward/w_gate": _Name("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
+    "layers/feed_forward/w_up": _Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
+    "layers/feed_forward/w_down": _Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
+}
+
+_ANCHOR = "layers.0.input_layernorm.weight"  # every decoder of our families has it, and no vision or audio tower
+
+
+def list_names(key: str, layers: int, from_gguf: bool = False) -> list[str]:
+    """Returns the published names of a parameter: one per layer if it is stacked, otherwise one."""
+    name = NAMES[key].gguf if from_gguf else NAMES[key].published
+    return [name.format(layer) for layer in range(layers)] if "{}" in name else [name]
+
+
+def standardize_names(names: Collection[str]) -> dict[str, str]:
+    """Returns {name in the file: Hugging Face's name in a causal language model} of the decoder's tensors.
+
+        layers.0.mlp.up_proj.weight                             model.layers.0.mlp.up_proj.weight
+        language_model.model.norm.weight                        model.norm.weight
+        language_model.lm_head.weight                           lm_head.weight
+        model.language_model.norm.weight, lm_head.weight        model.norm.weight, lm_head.weight
+        vision_tower.patch_embedding.weight                     (none: part of something else)
+
+    Raises:
+      UserError: there are several decoders.
+    """
+    prefix = _find_prefix(names)
+    if prefix is None:
+        return {name: name for name in names}
+    parts = prefix.split(".")[:-1]
+    outer = "".join(f"{part}." for part in (parts[:-1] if parts[-1:] == ["model"] else parts))
+    head = next((name for name in (f"{outer}lm_head.weight", UNEMBEDDING) if name in names), None)
+    decoder_parts = tuple(f"{prefix}{part}." for part in ("embed_tokens", "layers", "norm"))
+    standard = {name: f"model.{name.removeprefix(prefix)}" for name in names if name.startswith(decoder_parts)}
+    return standard if head is None else standard | {head: UNEMBEDDING}
+
+
+def _find_prefix(names: Collection[str]) -> str | None:
+    prefixes = sorted(name.removesuffix(_ANCHOR) for name in names if f".{name}".endswith(f".{_ANCHOR}"))
+    if len(prefixes) > 1:
+        prefixes = [prefix for prefix in prefixes if "language_model." in prefix or "text_model." in prefix] or prefixes
+    if len(prefixes) > 1:
+        raise UserError(
+            f"there are {len(prefixes)} decoders, with tensor names that begin with "
+            f"{', '.join(map(repr, prefixes))}; one is needed. Save the language model alone."
+        )
+    return prefixes[0] if prefixes else None
