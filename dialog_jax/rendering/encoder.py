@@ -4,7 +4,8 @@ Adds no special token to those in the text. Texts may be escaped (`special_token
 special tokens. Knows nothing of dialogues.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ import transformers
 from jaxtyping import Int32
 
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
+
+_SHORT = 64  # characters of a text whose tokens are worth keeping, such as the end of a prompt; or tokens
 
 
 class Tokenized(NamedTuple):
@@ -23,12 +26,15 @@ class Tokenized(NamedTuple):
     starts: Int32[np.ndarray, " n"]
     ends: Int32[np.ndarray, " n"]
 
-    def count_before(self, character: int) -> int | None:
-        """Returns the number of tokens before `character`, or None where no token starts there."""
-        if character == len(self.text):
-            return len(self.ids)
-        index = int(np.searchsorted(self.ends, character, "right"))  # the first token that ends after it
-        return index if index < len(self.ids) and self.starts[index] == character else None
+    def ends_with(self, other: "Tokenized", index: int, character: int) -> bool:
+        """Returns whether the tokens from `index` on begin with those of `other`, a text at `character` of this one."""
+        stop = index + len(other.ids)
+        return (
+            stop <= len(self.ids)
+            and np.array_equal(self.ids[index:stop], other.ids)
+            and np.array_equal(self.starts[index:stop], other.starts + character)
+            and np.array_equal(self.ends[index:stop], other.ends + character)
+        )
 
     def cut(self, text: str, stop: int) -> "Tokenized":
         """Returns the first `stop` tokens, as the tokens of `text`."""
@@ -66,6 +72,9 @@ class Encoder:
         anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
         self._anchor = next(anchors, "")
         ends = [index for index in self.tokenize_continuation(after_response).ids.tolist() if index in added]
+        self._dividers = {index: token.content for index, token in added.items() if _divides(token, added.values())}
+        self._is_divider = np.isin(np.arange(len(self.special)), list(self._dividers))
+        self._tokenize_short = functools.lru_cache(maxsize=4096)(lambda text: self.tokenize([text])[0])
         special = [index for index in ends if added[index].special]
         visible = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
         self.end_of_turn: int | None = next(iter(special + visible), None)
@@ -87,6 +96,13 @@ class Encoder:
         """Returns the text of token ids, special tokens included."""
         return self._backend.decode(ids.tolist(), skip_special_tokens=False)
 
+    def decodes_equal(self, one: Int32[np.ndarray, " n"], two: Int32[np.ndarray, " m"]) -> bool:
+        """Returns whether two lists of tokens have the same text; decodes only from where they differ."""
+        shared = count_shared(one, two)
+        special = np.flatnonzero(self.special[one[:shared]])
+        start = int(special[-1]) if len(special) else 0  # decoders treat the beginning of a text in their own way
+        return self.decode(one[start:]) == self.decode(two[start:])
+
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Returns each text with its tokens; several texts in one call are faster than one by one."""
         tokenized = []
@@ -94,6 +110,42 @@ class Encoder:
             starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()
             tokenized.append(Tokenized(text, np.array(encoding.ids, np.int32), starts, ends))
         return tokenized
+
+    def tokenize_like(self, text: str, others: Sequence[Tokenized]) -> Tokenized:
+        """Returns the tokens of a text by itself, taking those at its beginning from texts that begin the same.
+
+        A special token divides a text: the tokens before it do not depend on it, nor on what follows. Only what follows
+        the last one that both texts share is tokenized.
+
+            other    <user> Hi <end> <assistant> Hello <end>
+            text     <user> Hi <end> <assistant> <think> </think> Hello <end>
+            taken    <user> Hi <end>             tokenized   <assistant> <think> </think> Hello <end>
+        """
+        lengths = [_count_equal_characters(other.text, text) for other in others]
+        number = int(np.argmax(lengths))
+        other = others[number]
+        index = self._find_divider(other, lengths[number])
+        if index is None:
+            return self.tokenize([text])[0]
+        character = int(other.starts[index])
+        rest = text[character:]
+        tokenized = self._tokenize_short(rest) if len(rest) <= _SHORT else self.tokenize([rest])[0]
+        if other.ends_with(tokenized, index, character):
+            return other.cut(text, index + len(tokenized.ids))
+        return other.cut(text[:character], index).append(text, tokenized)
+
+    def _find_divider(self, tokenized: Tokenized, stop: int) -> int | None:
+        """Returns the index of the last token in the first `stop` characters that divides the text; None if none."""
+        last = int(np.searchsorted(tokenized.ends, stop, "right"))
+        while last > 0:
+            first = max(0, last - _SHORT)  # it is usually among the last few tokens
+            for offset in np.flatnonzero(self._is_divider[tokenized.ids[first:last]])[::-1].tolist():
+                index = first + offset
+                # The unknown token is special, too, and may stand for any text.
+                if tokenized.text.startswith(self._dividers[int(tokenized.ids[index])], int(tokenized.starts[index])):
+                    return index
+            last = first
+        return None
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
         """Returns the number of tokens up to the last end of turn, or to another special token that ends the text."""
@@ -105,3 +157,39 @@ class Encoder:
             if not len(ends) or self.decode(ids[ends[-1] + 1 :]).strip():
                 return len(ids)
         return int(ends[-1]) + 1
+
+
+def count_shared(tokens: Int32[np.ndarray, " n"], others: Int32[np.ndarray, " m"]) -> int:
+    """Returns the number of tokens with which both begin."""
+    length = min(len(tokens), len(others))
+    different = np.flatnonzero(tokens[:length] != others[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _divides(token: tokenizers.AddedToken, added: Iterable[tokenizers.AddedToken]) -> bool:
+    """Returns whether the tokens before a special token and those from it on are those of the two texts by themselves.
+
+    Not if it is looked for in normalized text, takes white space or a word boundary before it into account, or may be a
+    part of another added token.
+    """
+    first = token.content[:1]
+    return (
+        token.special
+        and not (token.normalized or token.lstrip or token.single_word)
+        and not (not first or first.isspace() or first.isalnum() or first == "_")
+        and not any(token.content in other.content[1:] for other in added)
+    )
+
+
+def _count_equal_characters(one: str, two: str) -> int:
+    """Returns the number of characters with which both texts begin."""
+    low, high = 0, min(len(one), len(two))
+    if one[:high] == two[:high]:
+        return high
+    while high - low > 1:  # the first `low` characters are equal, the first `high` are not
+        middle = (low + high) // 2
+        if one[low:middle] == two[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

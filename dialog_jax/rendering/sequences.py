@@ -20,7 +20,7 @@ from jaxtyping import Int32
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
-from dialog_jax.rendering.encoder import Encoder, Tokenized
+from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
@@ -69,7 +69,6 @@ class Renderer:
         self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper)
         self._encoder = Encoder(tokenizer, self._template.after_response(), self._escaper)
-        self._encode_tail = functools.lru_cache(maxsize=4096)(self._encoder.encode)
         self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., "Renderer"], tuple[Any, ...]]:
@@ -170,7 +169,7 @@ class Renderer:
 
         def find_new(tokenized: Tokenized, count: int, *, is_prompt: bool) -> tuple[MessageSpan, ...]:
             """Returns the spans of messages that are not entirely in the tokens shared with the previous sequence."""
-            shared = _count_shared(tokenized.ids, previous)
+            shared = count_shared(tokenized.ids, previous)
             for index in [index for index, stop in stops.items() if stop > shared]:
                 del stops[index]
             new_indices = [index for index in indices if index < count and index not in stops]
@@ -179,18 +178,20 @@ class Renderer:
             return spans
 
         roles = [message.role for message in dialogue.messages]
+        references = [beginning]
         for index, prompt, rendered in self._template.turns(dialogue):
-            start = self._cut_prompt(beginning, prompt)
-            if max_length and start is not None and start >= max_length:
+            prompt_tokens = self._encoder.tokenize_like(prompt, references)
+            start = len(prompt_tokens.ids)
+            if max_length and start >= max_length:
                 return
             self._check_continues(dialogue, index, prompt, rendered)
-            stop = None if start is None else self._cut_response(beginning, rendered, len(prompt))
-            if start is None or stop is None:
-                tokenized, start = self._tokenize_separately(dialogue, index, prompt, rendered)
-            else:
-                tokenized = beginning.cut(rendered, stop)
+            complete = self._tokenize_response(dialogue, index, prompt_tokens, rendered, beginning)
+            tokenized = complete.cut(rendered, start + self._encoder.response_length(complete.ids[start:]))
             if max_length and len(tokenized.ids) > max_length:
                 return
+            if np.array_equal(tokenized.ids, beginning.ids[: len(tokenized.ids)]):  # share memory
+                tokenized = tokenized._replace(ids=beginning.ids[: len(tokenized.ids)])
+            references = [beginning, complete]
             message_spans = find_new(tokenized.cut(prompt, start), index, is_prompt=True)
             part_spans = finder.find_response_parts(tokenized, index, len(prompt))
             stops[index], previous = len(tokenized.ids), tokenized.ids
@@ -213,56 +214,25 @@ class Renderer:
                 "enable_thinking) or pass another chat template."
             )
 
-    def _cut_prompt(self, beginning: Tokenized, prompt: str) -> int | None:
-        """Returns the number of tokens of `prompt` in `beginning`; None if they differ from those it has by itself."""
-        if self.end_of_turn is None or not beginning.text.startswith(prompt):
-            return None
-        start = beginning.count_before(len(prompt))
-        if start is None:
-            return None
-        # A special token divides a text, so only what follows the last one can be tokenized differently when the
-        # prompt is tokenized by itself.
-        near = max(0, start - 64)
-        special = np.flatnonzero(self._encoder.special[beginning.ids[near:start]])
-        tail = near + int(special[-1]) if len(special) else 0
-        tail_ids = self._encode_tail(prompt[beginning.starts[tail] if tail else 0 :])
-        return start if np.array_equal(tail_ids, beginning.ids[tail:start]) else None
-
-    def _cut_response(self, beginning: Tokenized, rendered: str, start: int) -> int | None:
-        """Returns the number of tokens of `beginning` up to the last end of turn of `rendered` after character `start`.
-
-        None if there is no end of turn, or the texts differ; without a special token at its end, the response could
-        merge with what follows it.
-        """
-        last = rendered.rfind(self._encoder.end_text, start)
-        if last < 0 or not beginning.text.startswith(rendered[: last + len(self._encoder.end_text)]):
-            return None
-        index = beginning.count_before(last)
-        return index + 1 if index is not None and beginning.ids[index] == self.end_of_turn else None
-
-    def _tokenize_separately(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> tuple[Tokenized, int]:
-        """Returns (the tokens of prompt ++ response, where the response starts) of one turn."""
-        prompt_tokens, tokenized = self._encoder.tokenize([prompt, rendered])
-        start = len(prompt_tokens.ids)
-        if not np.array_equal(tokenized.ids[:start], prompt_tokens.ids):
-            # A token crosses from prompt to response: inference fixes the prompt's tokens first.
-            crossing, response = tokenized, rendered[len(prompt) :]
-            tokenized = prompt_tokens.append(rendered, self._encoder.tokenize_continuation(response))
-            if self._encoder.decode(tokenized.ids) != self._encoder.decode(crossing.ids):
-                raise UserError(
-                    f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
-                    f"cross from {self._escaper.unescape(prompt[-20:])!r} to "
-                    f"{self._escaper.unescape(response[:20])!r}. Pass a chat template that ends the "
-                    "generation prompt where a token ends."
-                )
-        return tokenized.cut(rendered, start + self._encoder.response_length(tokenized.ids[start:])), start
-
-
-def _count_shared(tokens: Int32[np.ndarray, " n"], previous: Int32[np.ndarray, " m"]) -> int:
-    """Returns the number of tokens with which both begin."""
-    length = min(len(tokens), len(previous))
-    different = np.flatnonzero(tokens[:length] != previous[:length])
-    return int(different[0]) if len(different) else length
+    def _tokenize_response(
+        self, dialogue: Dialogue, index: int, prompt: Tokenized, rendered: str, beginning: Tokenized
+    ) -> Tokenized:
+        """Returns the prompt's tokens and those of the response of message `index`, which ends the rendered text."""
+        start = len(prompt.ids)
+        tokenized = self._encoder.tokenize_like(rendered, [beginning, prompt])
+        if np.array_equal(tokenized.ids[:start], prompt.ids):
+            return tokenized
+        # A token crosses from prompt to response: inference fixes the prompt's tokens first.
+        response = rendered[len(prompt.text) :]
+        continued = prompt.append(rendered, self._encoder.tokenize_continuation(response))
+        if not self._encoder.decodes_equal(continued.ids, tokenized.ids):
+            raise UserError(
+                f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
+                f"cross from {self._escaper.unescape(prompt.text[-20:])!r} to "
+                f"{self._escaper.unescape(response[:20])!r}. Pass a chat template that ends the "
+                "generation prompt where a token ends."
+            )
+        return continued
 
 
 def _describe_difference(prompt: str, rendered: str) -> str:

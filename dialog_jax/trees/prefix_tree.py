@@ -94,20 +94,25 @@ def build_trie(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[I
     assert sequences, "a tree needs a sequence"
     paths: list[_Path] = []
     parents: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     size = 0
     all_nodes = []  # for each sequence, the node of each of its tokens
     for tokens in sequences:
         shared, depth, extends = None, 0, -1
-        for number, path in enumerate(paths):
-            common = common_prefix_length(path.tokens, tokens)
-            if shared is None or common > depth:
-                shared, depth, extends = path, common, number
+        for number, path in reversed(list(enumerate(paths))):  # the most recent one usually shares most
+            if depth < min(len(path.tokens), len(tokens)) and path.tokens[depth] == tokens[depth]:
+                common = common_prefix_length(path.tokens, tokens)
+                if common > depth:
+                    shared, depth, extends = path, common, number
         new = np.arange(size, size + len(tokens) - depth, dtype=np.int32)
         nodes = new if shared is None else np.concatenate([shared.nodes[:depth], new])
         all_nodes.append(nodes)
         if not len(new):
             continue
         parents.append(np.concatenate([nodes[depth - 1 : depth] if depth else [-1], new[:-1]]).astype(np.int32))
+        values.append(tokens[depth:])
+        positions.append(np.arange(depth, len(tokens), dtype=np.int32))
         size += len(new)
         path = _Path(tokens, nodes)
         if shared is not None and depth == len(shared.tokens):
@@ -115,11 +120,8 @@ def build_trie(sequences: Sequence[Int[np.ndarray, " _"]]) -> tuple[Tree, list[I
         else:
             paths.append(path)
 
-    parent = np.concatenate(parents)
-    value, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for tokens, nodes in zip(sequences, all_nodes, strict=True):
-        value[nodes] = tokens
-        position[nodes] = np.arange(len(nodes), dtype=np.int32)
+    parent, position = np.concatenate(parents), np.concatenate(positions)
+    value = np.concatenate(values).astype(np.int32)
     weight, turn = np.zeros(size, np.float32), np.full(size, -1, np.int32)
     if len(paths) == 1:  # a single path: insertion order is depth-first order
         return Tree(value, parent, position, np.full(size, size, np.int32), weight, turn), all_nodes

@@ -1,6 +1,7 @@
 """Measures the host's part of training: dialogues prepared per second, memory, and the time to build a batch.
 
     python scripts/benchmarks/data.py --workers=2 --step_seconds=0.3
+    python scripts/benchmarks/data.py --workers=0 --dialogues=300 --chat_template=qwen3.jinja
 
 Prepares the dialogues of `--data` from scratch in a temporary directory, then builds batches as training does, and
 prints the figures as JSON. Needs no accelerator and loads no weights: a step is `--step_seconds` of sleep, so the
@@ -29,6 +30,7 @@ from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "assets/smollm2-135m-instruct", "Model directory, GGUF file or Hub name.")
+_TEMPLATE = flags.DEFINE_string("chat_template", "", "Jinja file or its text; empty for the tokenizer's own.")
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "File of dialogues.")
 _DIALOGUES = flags.DEFINE_integer("dialogues", 0, "Number of dialogues from the start; 0 for all.", lower_bound=0)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens per row, and at most per dialogue.", lower_bound=2)
@@ -41,7 +43,8 @@ _STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.0, "Seconds per step, to me
 def prepare(directory: str) -> tuple[Trees, dict[str, float | int]]:
     """Returns (trees stored under `directory`, figures of their preparation)."""
     start, start_times = time.perf_counter(), os.times()
-    renderer, config = Renderer(load_tokenizer(_TOKENIZER.value)), TreeConfig(max_length=_MAX_LENGTH.value)
+    renderer = Renderer(load_tokenizer(_TOKENIZER.value, chat_template=_TEMPLATE.value))
+    config = TreeConfig(max_length=_MAX_LENGTH.value)
     dialogues = itertools.islice(read_dialogues(_DATA.value), _DIALOGUES.value or None)
     trees = disk_cache.load_or_build(directory, {}, dialogues, renderer, config, workers=_WORKERS.value)
     seconds, end_times = time.perf_counter() - start, os.times()

@@ -1,9 +1,13 @@
 """Texts of a dialogue's turns against the tokenizer's own `apply_chat_template`, called for each of them."""
 
+import re
 from unittest import mock
 
+import jinja2
 import numpy as np
 from absl.testing import absltest, parameterized
+from jinja2 import sandbox
+from transformers.utils import chat_template_utils
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering import chat_template, template_rendering
@@ -45,6 +49,38 @@ def with_template(template):
     tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
     tokenizer.chat_template = template
     return tokenizer
+
+
+class SandboxTest(parameterized.TestCase):
+    @parameterized.parameters(
+        "m.content", "m.items", "m.missing", "m['content'].startswith('H')", "m.content.format", "m.__class__", "m.pop",
+        "'{0.__class__}'.format(m)", "[].append", "[].append(1)", "''.__class__.__mro__", "messages.append(m)",
+        "m.update({'a': 1})", "m.content.__class__", "ns.__init__", "ns.x", "ns.y", "ns.x.upper()", "joiner('-')",
+        "loop.index0", "loop.__class__", "raise_exception.__globals__", "m.clear()", "m.empty", "m.empty.x",
+        "m['get']('content')", "m.get('content')", "m | attr('content')", "m | attr('pop')", "cycler.__init__",
+    )  # fmt: skip
+    def test_an_expression_gives_what_an_unchanged_sandbox_gives(self, expression):
+        template = (
+            "{% set ns = namespace(x='a') %}{% for m in messages %}[{{ " + expression + " }}]"
+            "{{ (" + expression + ") is defined }}{% endfor %}"
+        )
+        messages = [{"role": "user", "content": "Hi", "empty": "", "items": 3}] * 2
+        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals |= chat_template_utils._cached_compile_jinja_template("").environment.globals
+        expected = []
+        for count in (1, 2):
+            try:
+                expected.append(environment.from_string(template).render(messages=messages[:count]))
+            except (jinja2.TemplateError, TypeError, ValueError):
+                break
+        rendering = template_rendering.render_jobs(
+            template, messages, [Job(1), Job(2), Job(2)][: len(expected) + 1], {}
+        )
+        number = re.compile("0x[0-9a-f]+")  # an address
+        self.assertEqual(
+            [number.sub("", text) for text in rendering.texts[:2]], [number.sub("", text) for text in expected]
+        )
+        self.assertEqual(bool(rendering.refusal), len(expected) < 2)
 
 
 class TurnsTest(parameterized.TestCase):

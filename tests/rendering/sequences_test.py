@@ -187,10 +187,12 @@ class Law6(parameterized.TestCase):
             self.assertEqual(sequence.tokens[0], tokenizer.bos_token_id)
 
     @parameterized.parameters("chatml", "mistral", "phi3")
-    def test_a_prefix_preserving_dialogue_is_tokenised_once(self, family):
+    def test_sequences_of_a_prefix_preserving_dialogue_share_memory(self, family):
         dialogue = said(*[("user", "Hi"), ("assistant", "Hello you.")] * 4)
-        with mock.patch.object(sequences_lib.Renderer, "_tokenize_separately", side_effect=AssertionError("not cut")):
-            self.assertLen(render(renderer_of(family), dialogue), 4)
+        sequences = render(renderer_of(family), dialogue)
+        self.assertLen(sequences, 4)
+        for one, other in itertools.pairwise(sequences):
+            self.assertTrue(np.shares_memory(one.tokens, other.tokens))
 
 
 class OptionsTest(parameterized.TestCase):
@@ -449,6 +451,17 @@ class CostTest(parameterized.TestCase):
         if family in ("chatml", "gemma"):  # in the others, responses do not continue what history renders
             self.assertLess(many[0], 1.5 * 8 * few[0])
         self.assertLess(many[1], 1.2 * 8 * few[1])
+
+    @parameterized.parameters(*FAMILIES)
+    def test_tokenizing_costs_no_more_per_turn_in_longer_dialogues(self, family):
+        if family == "plain":  # no special token divides its texts
+            return
+        few, many = (self.costs(family, turns)[0] for turns in (8, 64))
+        self.assertLess(many, 1.1 * 8 * few)
+
+    def test_a_template_that_strips_reasoning_costs_each_response_twice(self):
+        costs = {family: self.costs(family, 64)[0] for family in ("qwen3", "chatml")}
+        self.assertLess(costs["qwen3"], 2 * costs["chatml"])
 
 
 class PartsTest(parameterized.TestCase):
