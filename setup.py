@@ -29,6 +29,7 @@ setuptools.setup(
         "numpy>=2.2.6",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyyaml>=6.0",
         "rich>=14.0.0",
         "safetensors>=0.8",
         "tensorboardX>=2.6.5",

@@ -1,12 +1,13 @@
-"""Files that are either complete or as they were before, whatever interrupts the writing.
+"""Files and directories that are either complete or as they were before, whatever interrupts the writing.
 
-A file is written under another name in the same directory, forced to the disk and then renamed, which replaces an
-older file in one step. The only place that does so.
+They are written under another name in the same directory, forced to the disk and then renamed, which replaces an older
+file in one step. The only place that does so.
 """
 
 import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 from dialog_jax.errors import UserError
@@ -33,6 +34,25 @@ def replace(file: pathlib.Path) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory to fill; it becomes `directory` if the block ends without an exception.
+
+    `directory` must not exist or be empty. After an exception there is none.
+    """
+    unfinished = directory.with_name(f"{UNFINISHED}{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a killed process leaves it
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _sync(path)
+        unfinished.replace(directory)
+        sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def write_text(file: pathlib.Path, text: str) -> None:
     """Writes text to a file in UTF-8."""
     with replace(file) as unfinished:
@@ -56,7 +76,11 @@ def check_parents(path: pathlib.Path, name: str) -> None:
 
 def sync_directory(directory: pathlib.Path) -> None:
     """Waits until the names of the files in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    _sync(directory)
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

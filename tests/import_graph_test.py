@@ -32,8 +32,8 @@ _ROOMS = {
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",
-        "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "export", "compilation_cache",
-        "console", "loop", "run",
+        "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "model_card", "export",
+        "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "escaping", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),
@@ -45,7 +45,7 @@ _ROOMS = {
 # fmt: on
 _WITHOUT_JAX = ("errors", "atomic_files", "formats", "dialogues", "rendering", "trees", "batching", "audit")
 _JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
-_OF_OUR_ROOMS = {"attention": ("errors", "formats"), "model": ("errors", "formats", "attention")}
+_OF_OUR_ROOMS = {"attention": ("errors", "formats"), "model": ("errors", "atomic_files", "formats", "attention")}
 
 
 def _imports(file):

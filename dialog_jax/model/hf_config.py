@@ -182,8 +182,8 @@ def from_gguf(path: pathlib.Path, reader: gguf_file.Gguf) -> decoder.DecoderConf
     )
 
 
-def to_json(config: decoder.DecoderConfig) -> dict[str, Any]:
-    """Returns the fields of config.json, float32, as Hugging Face transformers and vLLM read them."""
+def to_json(config: decoder.DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
+    """Returns the fields of config.json, with weights of `dtype`, as Hugging Face transformers and vLLM read them."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := config.rope_scaling) is not None:
         rope = {
@@ -210,12 +210,12 @@ def to_json(config: decoder.DecoderConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "dtype": "float32",
+        "dtype": dtype,
         # Both spellings: transformers 5 reads rope_parameters, earlier releases and vLLM the other two.
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else rope,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
     if config.family == "llama":
         fields["mlp_bias"] = False

@@ -1,14 +1,20 @@
 """What the files of a published model say besides its parameters, and where they disagree with its config.json."""
 
 import contextlib
+import fnmatch
 import hashlib
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import huggingface_hub
 import numpy as np
+import yaml
 
 from dialog_jax.formats import gguf_file
 from dialog_jax.model import decoder, hf_config, tensor_files, tensor_names
+
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+DOCUMENTS = (*LICENCES, "README.md")
 
 
 def is_untied(path: pathlib.Path) -> bool:
@@ -79,9 +85,43 @@ def stop_tokens(path: pathlib.Path) -> set[int]:
         if (path / file).is_file():
             fields = tensor_files.read_json(path / file)
             for part in (fields, fields["text_config"] if hf_config.is_wrapper(fields) else {}):
-                ends = part.get("eos_token_id")
-                ids.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+                ids |= list_ids(part.get("eos_token_id"))
     return ids
+
+
+def list_ids(value: int | list[int] | None) -> set[int]:
+    """Returns the ids in a field that holds one, several or none."""
+    return set(value) if isinstance(value, list) else set() if value is None else {value}
+
+
+def read_generation_config(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the fields of generation_config.json; empty if there is none."""
+    file = path / "generation_config.json"
+    return tensor_files.read_json(file) if file.is_file() else {}
+
+
+def list_licences(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a model's directory that must go wherever the model goes."""
+    patterns = [pattern.lower() for pattern in LICENCES]
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    return [file for file in files if file.is_file() and any(fnmatch.fnmatch(file.name.lower(), p) for p in patterns)]
+
+
+def read_licence(path: pathlib.Path) -> dict[str, str]:
+    """Returns the fields `license`, `license_name` and `license_link` of the model's README.md or GGUF file."""
+    names = ("license", "license_name", "license_link")
+    fields: dict[str, Any] | None = None
+    if gguf_file.is_gguf(path):
+        content = gguf_file.open_gguf(path)
+        fields = {name: gguf_file.contents(path, content, f"general.{name.replace('_', '.')}", str) for name in names}
+    else:
+        card = path / "README.md"
+        try:
+            if card.is_file():
+                fields = huggingface_hub.metadata_load(card)
+        except (ValueError, yaml.YAMLError):  # no card of the kind that the Hub reads
+            pass
+    return {name: str(value) for name in names if (value := (fields or {}).get(name))}
 
 
 def fingerprint(path: pathlib.Path) -> str:

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file, tokenizer_files
 from dialog_jax.model import decoder, hf_config, model_files, tensor_files, tensor_names
@@ -40,7 +41,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(name_or_path).expanduser()
     if path.exists():
         return path
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *model_files.DOCUMENTS]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
@@ -188,27 +189,45 @@ def _read_parameter(
 
 
 def save_pretrained(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str], config: decoder.DecoderConfig, parameters: Mapping[str, Any], **options: Any
+) -> None:
+    """Writes what `write_model` writes to a directory that appears when it is complete.
+
+    Args:
+      options: those of `write_model`.
+
+    Raises:
+      UserError: `directory` exists and is not empty, or what `write_model` raises.
+    """
+    directory = pathlib.Path(os.path.abspath(directory))
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists already; give a new directory, or remove this one")
+    with atomic_files.new_directory(directory) as unfinished:
+        write_model(unfinished, config, parameters, **options)
+
+
+def write_model(
+    directory: pathlib.Path,
     config: decoder.DecoderConfig,
     parameters: Mapping[str, Any],
     *,
     tokenizer: Any = None,
     stop_tokens: Collection[int] = (),
+    generation: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-    """Writes a directory that Hugging Face transformers and vLLM open: float32 weights, config and tokenizer.
-
-    The directory appears by a rename when it is complete; an interrupted save leaves a directory `.NAME.partial`.
+    """Writes files that Hugging Face transformers and vLLM open: weights, config, generation config and tokenizer.
 
     Args:
-      stop_tokens: ids at which generation ends; empty for the tokenizer's end token.
+      directory: empty.
+      stop_tokens: ids at which generation ends; empty for those of `generation`, or else the tokenizer's end token.
+      generation: further fields of generation_config.json.
+      dtype: of the weights: float32, float16 or bfloat16.
 
     Raises:
-      UserError: `directory` exists and is not empty, or parameters and config do not fit.
+      UserError: parameters and config do not fit, or a parameter is too large for float16.
     """
-    directory = pathlib.Path(os.path.abspath(directory))
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists already; give a new directory, or remove this one")
     flat, needed = _flatten(parameters), _flatten(decoder.abstract_parameters(config))
     for key in sorted(flat.keys() | needed.keys()):
         got = tuple(flat[key].shape) if key in flat else None
@@ -216,20 +235,17 @@ def save_pretrained(
             raise UserError(
                 f"parameter {key} has shape {got}, but its config needs {needed[key].shape if key in needed else None}"
             )
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _save_weights(partial, config, flat, shard_bytes)
+    _save_weights(directory, config, flat, np.dtype(dtype), shard_bytes)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
-    _write_json(partial / "config.json", hf_config.to_json(config) | ids)
-    ends = {"eos_token_id": sorted(stop_tokens)} if stop_tokens else {}
-    generation = {name: value for name, value in (ids | ends).items() if value is not None}
-    _write_json(partial / "generation_config.json", generation)
-    for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / "config.json", file)  # safetensors makes its files readable only by their owner
+    _write_json(directory / "config.json", hf_config.to_json(config, dtype) | ids)
+    fields = {name: value for name, value in ids.items() if value is not None} | dict(generation or {})
+    if stop_tokens and {*stop_tokens} != model_files.list_ids(fields.get("eos_token_id")):
+        fields["eos_token_id"] = sorted(stop_tokens)
+    _write_json(directory / "generation_config.json", fields)
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)  # safetensors makes its files readable only by their owner
     if tokenizer is not None:
-        tokenizer_files.save_tokenizer(tokenizer, partial)
-    partial.rename(directory)
+        tokenizer_files.save_tokenizer(tokenizer, directory)
 
 
 def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
@@ -237,13 +253,14 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 
 
 def _save_weights(
-    directory: pathlib.Path, config: decoder.DecoderConfig, flat: Mapping[str, Any], shard_bytes: int
+    directory: pathlib.Path, config: decoder.DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
 ) -> None:
     plan = [
         (name, key, layer) for key in flat for layer, name in enumerate(tensor_names.list_names(key, config.layers))
     ]
     sizes = {
-        key: 4 * math.prod(leaf.shape) // len(tensor_names.list_names(key, config.layers)) for key, leaf in flat.items()
+        key: dtype.itemsize * math.prod(leaf.shape) // len(tensor_names.list_names(key, config.layers))
+        for key, leaf in flat.items()
     }
     shards: list[list[tuple[str, str, int]]] = [[]]
     filled = 0
@@ -257,7 +274,7 @@ def _save_weights(
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, entries in zip(files, shards, strict=True):
-        arrays = {name: _to_published(flat[key], key, layer) for name, key, layer in entries}
+        arrays = {name: _to_published(flat[key], key, layer, dtype) for name, key, layer in entries}
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, entries in zip(files, shards, strict=True) for name, _, _ in entries}
@@ -265,6 +282,13 @@ def _save_weights(
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _to_published(leaf: Any, key: str, layer: int) -> np.ndarray:
-    array = np.asarray(leaf[layer] if key.startswith("layers/") else leaf).astype(np.float32)
-    return np.ascontiguousarray(array.T if NAMES[key].transposed else array)
+def _to_published(leaf: Any, key: str, layer: int, dtype: np.dtype) -> np.ndarray:
+    array = np.asarray(leaf[layer] if key.startswith("layers/") else leaf)
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if np.isfinite(array).all() and not np.isfinite(converted).all():
+        raise UserError(
+            f"parameter {key} has numbers up to {np.abs(array).max():.3g}, which are too large for {dtype.name}. "
+            "Choose bfloat16 or float32."
+        )
+    return np.ascontiguousarray(converted.T if NAMES[key].transposed else converted)

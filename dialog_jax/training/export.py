@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,16 +15,19 @@ from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, pretrained
 from dialog_jax.rendering.tokenizers import load_tokenizer
-from dialog_jax.training import checkpoints, metrics, run_directory
+from dialog_jax.training import checkpoints, metrics, model_card, run_directory
 
 
-def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, step: str = "best") -> str:
+def export_model(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, step: str = "best", dtype: str = ""
+) -> str:
     """Writes the trained model as a Hugging Face directory, which appears when it is complete; returns a summary.
 
     Args:
       run: the directory of a run.
       out: must not exist, be empty, or hold this export already.
       step: `best` by held-out loss, `latest`, or the number of a step that has a checkpoint.
+      dtype: of the weights: float32, bfloat16 or float16; empty for the type that the run loaded.
 
     Raises:
       UserError: there is no run, or no such step, or something else is in `out`.
@@ -31,30 +35,42 @@ def export_model(run: str | os.PathLike[str], out: str | os.PathLike[str], *, st
     run, out = atomic_files.expand_home(run), atomic_files.expand_home(out)
     checkpoints.check_path(run)
     _check_out(run, out)
-    model, stop_tokens = run_directory.read_model(run)
-    number = _choose_step(run, step, checkpoints.list_steps(run / "checkpoints"))
-    source = _identify_checkpoint(run, number)
+    model = run_directory.read_model(run)
+    dtype = dtype or model.base.dtype
+    losses = {line["step"]: line["loss"] for line in metrics.read_records(run / "evaluation.jsonl")}
+    number = _choose_step(run, step, checkpoints.list_steps(run / "checkpoints"), losses)
+    source = _identify_checkpoint(run, number) | {"dtype": dtype}
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a directory.")
     if out.exists() and any(out.iterdir()):
         if _is_export_of(out, source):
-            return f"{out}: already there, exported from step {number:,}"
-        raise UserError(f"{out} is not empty and holds no export of step {number:,} of {run}. Choose another --out.")
+            return f"{out}: already there, exported from step {number:,} in {dtype}"
+        raise UserError(
+            f"{out} is not empty and holds no export of step {number:,} of {run} in {dtype}. Choose another --out."
+        )
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=device),
-        decoder.abstract_parameters(model),
+        decoder.abstract_parameters(model.decoder),
     )
     parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
-    # All of it, export.json included, appears by one rename.
-    out = out.resolve()  # a link to a directory stays a link
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer = load_tokenizer(run / "tokenizer")
-    pretrained.save_pretrained(unfinished, model, parameters, tokenizer=tokenizer, stop_tokens=stop_tokens)
-    (unfinished / "export.json").write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(out)
-    return f"{out}: step {number:,}, {sum(leaf.size for leaf in jax.tree.leaves(parameters)):,} parameters"
+    with atomic_files.new_directory(out.resolve()) as unfinished:  # a link to a directory stays a link
+        pretrained.write_model(
+            unfinished,
+            model.decoder,
+            parameters,
+            tokenizer=load_tokenizer(run / "tokenizer"),
+            stop_tokens=model.stop_tokens,
+            generation=model.base.generation,
+            dtype=dtype,
+        )
+        for file in model.base.licences:
+            shutil.copyfile(file, unfinished / file.name)
+        card = model_card.make_card(run, model.base, number, losses, dtype)
+        atomic_files.write_text(unfinished / "README.md", card)
+        atomic_files.write_text(unfinished / "export.json", json.dumps(source, indent=1) + "\n")
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    return f"{out}: step {number:,}, {size:,} parameters in {dtype}"
 
 
 def _check_out(run: pathlib.Path, out: pathlib.Path) -> None:
@@ -69,8 +85,7 @@ def _check_out(run: pathlib.Path, out: pathlib.Path) -> None:
     atomic_files.check_parents(out, str(out))
 
 
-def _choose_step(run: pathlib.Path, step: str, steps: list[int]) -> int:
-    losses = {line["step"]: line["loss"] for line in metrics.read_records(run / "evaluation.jsonl")}
+def _choose_step(run: pathlib.Path, step: str, steps: list[int], losses: Mapping[int, float]) -> int:
     best = checkpoints.find_best_step(losses, steps)
     if not steps or (step == "best" and best is None):
         raise UserError(

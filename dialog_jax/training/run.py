@@ -22,6 +22,7 @@ from dialog_jax.attention.dispatch import Kernel
 from dialog_jax.batching.batches import Plan
 from dialog_jax.batching.mixture import Mixture
 from dialog_jax.errors import UserError
+from dialog_jax.model import model_files
 from dialog_jax.training import (
     checkpoints,
     distributed,
@@ -257,6 +258,13 @@ def _claim(
             inputs.model,
             inputs.tokenizer,
             stop_tokens=inputs.stop_tokens,
+            base=run_directory.BaseModel(
+                hub_name="" if pathlib.Path(config.model).expanduser().exists() else config.model,
+                dtype=inputs.dtype,
+                generation=model_files.read_generation_config(inputs.model_path),
+                licence=model_files.read_licence(inputs.model_path),
+                licences=model_files.list_licences(inputs.model_path),
+            ),
             changes=changes,
         )
     elif not (directory / "config.json").exists():

@@ -5,7 +5,8 @@ output_dir/
   inputs.json        hashes of model and data, which must not change before the run is finished
   changes.jsonl      later changes of both, made with --allow_changes
   lock               held by the process that trains here
-  model.json         the shape of the model, and the tokens at which a reply ends
+  model.json         the shape of the model, the tokens at which a reply ends, and what else an export needs
+  licences/          those of the base model
   tokenizer/         with its chat template
   trees/             prepared data; trees/*/report.json names the dialogues that were shortened or dropped
   skipped.txt        errors of the records that data.on_error=skip left out, all of them
@@ -23,9 +24,10 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 
@@ -36,10 +38,34 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
 from dialog_jax.training.config import TrainConfig
 
-_BEFORE_A_CLAIM = {"trees", "skipped.txt", "tokenizer", "model.json", "inputs.json", "lock"}
+_BEFORE_A_CLAIM = {"licences", "trees", "skipped.txt", "tokenizer", "model.json", "inputs.json", "lock"}
 # Fields that may differ when a run is resumed.
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
 _BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # their content is in the hashes
+
+
+class BaseModel(NamedTuple):
+    """What an export repeats of the model that a run began with."""
+
+    hub_name: str = ""
+    """Its name on the Hub; empty if it was a local file or directory."""
+    dtype: str = "float32"
+    """Type of its weights."""
+    generation: Mapping[str, Any] = {}
+    """The fields of its generation_config.json."""
+    licence: Mapping[str, str] = {}
+    """What its model card says of the licence: `license`, `license_name`, `license_link`."""
+    licences: Sequence[pathlib.Path] = ()
+    """Its licence files."""
+
+
+class RunModel(NamedTuple):
+    """The model that a run trains."""
+
+    decoder: DecoderConfig
+    stop_tokens: list[int]
+    """Ids of the tokens at which a reply ends."""
+    base: BaseModel
 
 
 def _describe_config(config: TrainConfig) -> dict[str, Any]:
@@ -147,6 +173,7 @@ def claim(
     tokenizer: transformers.PreTrainedTokenizerFast,
     *,
     stop_tokens: Collection[int],
+    base: BaseModel = BaseModel(),  # noqa: B008  (immutable)
     changes: Sequence[str] = (),
 ) -> None:
     """Claims the directory for a config: writes what an export needs, the inputs' hashes and, last, the config.
@@ -160,7 +187,14 @@ def claim(
     if changes or not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer_files.save_tokenizer(tokenizer, directory / "tokenizer")
-        record = {"decoder": dataclasses.asdict(model), "stop_tokens": sorted(stop_tokens)}
+        (directory / "licences").mkdir(exist_ok=True)
+        for licence in base.licences:
+            shutil.copyfile(licence, directory / "licences" / licence.name)
+        record = {
+            "decoder": dataclasses.asdict(model),
+            "stop_tokens": sorted(stop_tokens),
+            "base": {**base._asdict(), "licences": [file.name for file in base.licences]},
+        }
         atomic_files.write_text(directory / "model.json", json.dumps(record, indent=1) + "\n")
         atomic_files.write_text(directory / "inputs.json", json.dumps(inputs, indent=1) + "\n")
         atomic_files.write_text(directory / "config.json", json.dumps(_describe_config(config), indent=1) + "\n")
@@ -185,8 +219,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
-    """Returns (config of the model that a run trains, ids of the tokens at which a reply ends).
+def read_model(directory: pathlib.Path) -> RunModel:
+    """Returns the model that a run trains.
 
     Raises:
       UserError: there is no run in the directory.
@@ -198,4 +232,5 @@ def read_model(directory: pathlib.Path) -> tuple[DecoderConfig, list[int]]:
     decoder_fields = record["decoder"]
     if decoder_fields["rope_scaling"] is not None:
         decoder_fields["rope_scaling"] = Llama3Scaling(**decoder_fields["rope_scaling"])
-    return DecoderConfig(**decoder_fields), record["stop_tokens"]
+    base = record["base"] | {"licences": [directory / "licences" / name for name in record["base"]["licences"]]}
+    return RunModel(DecoderConfig(**decoder_fields), record["stop_tokens"], BaseModel(**base))

@@ -1,27 +1,34 @@
 """dialog_jax export on a run directory made by hand: the chosen step's parameters, bit for bit, and no overwriting."""
 
 import contextlib
+import importlib.metadata
 import json
 import pathlib
+import shutil
 import tempfile
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl.testing import absltest
+import safetensors
+from absl.testing import absltest, parameterized
 
-from dialog_jax.model import pretrained
+from dialog_jax.model import model_files, pretrained
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, run_directory
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.training.train_step import make_state
+from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.commands import running
 from tests.rendering import chat_templates
 from tests.training import tiny
 
+_GENERATION = {"eos_token_id": 2, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 7, "custom": {"a": [1]}}
 
-class ExportTest(absltest.TestCase):
+
+class ExportTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -29,7 +36,13 @@ class ExportTest(absltest.TestCase):
         self.tokenizer = chat_templates.train_tokenizer("chatml")
         self.model = tiny.config(len(self.tokenizer))
         config = TrainConfig(model="some", data=DataConfig(train="a.jsonl", validation="b.jsonl"))
-        run_directory.claim(self.run_directory, config, {}, self.model, self.tokenizer, stop_tokens={1, 2})
+        self.base = self.directory / "base"
+        self.base.mkdir()
+        (self.base / "LICENSE").write_text("Do as you like.")
+        (self.base / "Notice.txt").write_text("We made it.")
+        (self.base / "generation_config.json").write_text(json.dumps(_GENERATION))
+        (self.base / "README.md").write_text("---\nlicense: other\nlicense_name: likeable\ntags: [a]\n---\n# Some\n")
+        self.claim(config)
         # Step 1 is the best by held-out loss, step 2 the latest.
         self.parameters = {step: tiny.parameters(self.model, seed=step) for step in (1, 2)}
         losses = {0: 1.0, 1: 2.0, 2: 3.0}
@@ -39,6 +52,22 @@ class ExportTest(absltest.TestCase):
                 checkpoints.save(manager, state, keep=1, losses=losses)
         lines = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
         (self.run_directory / "evaluation.jsonl").write_text("".join(lines))
+
+    def claim(self, config, **fields):
+        base = {
+            "generation": model_files.read_generation_config(self.base),
+            "licence": model_files.read_licence(self.base),
+            "licences": model_files.list_licences(self.base),
+        }
+        run_directory.claim(
+            self.run_directory,
+            config,
+            {"steps": 6, "compute_dtype": "bfloat16"},
+            self.model,
+            self.tokenizer,
+            stop_tokens={1, 2},
+            base=run_directory.BaseModel(**(base | fields)),
+        )
 
     def export(self, *flags):
         return running.run("export", f"--run={self.run_directory}", f"--out={self.out}", *flags)
@@ -57,8 +86,60 @@ class ExportTest(absltest.TestCase):
         self.assertEqual(tokenizer.chat_template, self.tokenizer.chat_template)
         self.assertEqual(tokenizer.get_vocab(), self.tokenizer.get_vocab())
         generation = json.loads((self.out / "generation_config.json").read_text())
-        self.assertEqual(generation["eos_token_id"], [1, 2])
-        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["model", "run"])
+        self.assertEqual(generation, _GENERATION | {"eos_token_id": [1, 2], "pad_token_id": 2})
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["base", "model", "run"])
+
+    def test_licences_and_a_card_with_the_facts_of_the_run_are_written(self):
+        (self.run_directory / "config.json").unlink()
+        config = TrainConfig(
+            model="owner/some",
+            data=DataConfig(train="a|b.jsonl", validation="b.jsonl"),
+            objective=ObjectiveConfig(name="roles", roles=("assistant", "tool")),
+        )
+        self.claim(config, hub_name="owner/some")
+        shutil.rmtree(self.base)
+        self.export()
+        self.assertEqual((self.out / "LICENSE").read_text(), "Do as you like.")
+        self.assertEqual((self.out / "Notice.txt").read_text(), "We made it.")
+        card = (self.out / "README.md").read_text()
+        self.assertEqual(
+            huggingface_hub.metadata_load(self.out / "README.md"),
+            {
+                "base_model": "owner/some",
+                "license": "other",
+                "license_name": "likeable",
+                "library_name": "transformers",
+                "pipeline_tag": "text-generation",
+            },
+        )
+        for fact in (
+            "| base model | owner/some |",
+            "| training data | a\\|b.jsonl |",
+            "| held-out data | b.jsonl |",
+            "| objective | name roles, roles ['assistant', 'tool'], turn_discount 1.0, normalize token",
+            "| steps | 1 of 6, each of 8 rows of 1,024 tokens |",
+            "| held-out loss | 1.0000 before training, 2.0000 after step 1 |",
+            "| optimizer | AdamW: learning_rate 2e-05, schedule cosine, weight_decay 0.0 |",
+            "| weights | float32 (computed in bfloat16) |",
+            f"| version | dialog_jax {importlib.metadata.version('dialog_jax')} |",
+            "The licence of the base model is in LICENSE, Notice.txt.",
+        ):
+            self.assertIn(fact, card)
+
+    @parameterized.parameters((None, "bfloat16"), ("float16", "float16"), ("float32", "float32"))
+    def test_type_of_the_weights_is_that_of_the_base_model_unless_another_is_named(self, flag, name):
+        (self.run_directory / "config.json").unlink()
+        self.claim(TrainConfig(model="some", data=DataConfig(train="a.jsonl")), dtype="bfloat16")
+        told, _ = self.export(*([f"--dtype={flag}"] if flag else []))
+        self.assertIn(f"parameters in {name}", told)
+        fields = json.loads((self.out / "config.json").read_text())
+        self.assertEqual((fields["dtype"], fields["torch_dtype"]), (name, name))
+        with safetensors.safe_open(self.out / "model.safetensors", "numpy") as file:
+            self.assertEqual({str(file.get_tensor(key).dtype) for key in file.keys()}, {name})  # noqa: SIM118
+        rounded = jax.tree.map(lambda leaf: leaf.astype(name).astype(np.float32), jax.device_get(self.parameters[1]))
+        jax.tree.map(np.testing.assert_array_equal, pretrained.load_parameters(self.out, self.model), rounded)
+        other = "float16" if name == "float32" else "float32"
+        self.assertIn("holds no export of step 1", self.export(f"--dtype={other}")[1])
 
     def test_latest_and_numbered_steps_can_be_had(self):
         self.export("--step=latest")
@@ -101,7 +182,7 @@ class ExportTest(absltest.TestCase):
             name = "the run" if out == self.run_directory else "the current directory"
             self.assertIn(f"--out={out} is {name}", error)
             self.assertIn(f"Name a new one, for instance --out={self.run_directory}/model", error)
-        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["model", "run"])
+        self.assertEqual(sorted(path.name for path in self.directory.iterdir()), ["base", "model", "run"])
         self.assertEmpty(list(self.out.iterdir()))
 
     def test_run_in_a_directory_that_cannot_be_read_is_refused_with_the_remedy(self):

@@ -216,6 +216,46 @@ class SaveTest(_TemporaryTest):
         self.assertLess(max((saved / shard).stat().st_size for shard in shards), 55_000)
         _assert_equal_bits(_load(saved)[1], parameters)
 
+    def test_save_of_numbers_too_large_for_float16_is_an_error(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        parameters["final_norm"] = parameters["final_norm"].at[0].set(1e5)
+        with self.assertRaisesRegex(ValueError, "final_norm has numbers up to 1e.05, which are too large for float16"):
+            pretrained.save_pretrained(self.directory / "saved", config, parameters, dtype="float16")
+        self.assertEmpty(list(self.directory.iterdir()))
+
+    def test_stop_tokens_replace_those_of_the_generation_config_only_if_they_differ(self):
+        config, parameters = _load(_REFERENCES / "tiny_qwen3")
+        for number, (fields, stop_tokens, expected) in enumerate(
+            [
+                ({"eos_token_id": 5}, {5}, 5),
+                ({"eos_token_id": [7, 5]}, {5, 7}, [7, 5]),
+                ({"eos_token_id": 5}, {5, 6}, [5, 6]),
+            ]
+        ):
+            saved = self.directory / str(number)
+            pretrained.save_pretrained(saved, config, parameters, generation=fields, stop_tokens=stop_tokens)
+            got = json.loads((saved / "generation_config.json").read_text())
+            self.assertEqual(got["eos_token_id"], expected)
+
+    def test_licence_is_read_from_the_card_or_the_gguf_file(self):
+        card = self.directory / "README.md"
+        self.assertEqual(model_files.read_licence(self.directory), {})
+        for text, expected in (
+            ("---\nlicense: mit\n---\n# A", {"license": "mit"}),
+            ("no front matter", {}),
+            ("---\nlicense: [a: b: c\n---\n", {}),
+            ("---\n- a\n---\n", {}),
+        ):
+            card.write_text(text)
+            self.assertEqual(model_files.read_licence(self.directory), expected)
+        file = self.directory / "a.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_license("apache-2.0")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        self.assertEqual(model_files.read_licence(file), {"license": "apache-2.0"})
+
     def test_save_into_a_directory_that_is_not_empty_is_an_error_and_leaves_it(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"

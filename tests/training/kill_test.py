@@ -114,7 +114,7 @@ class KillTest(absltest.TestCase):
 
     def state_of(self, name):
         """The last state of a run."""
-        model, _ = run_directory.read_model(self.directory / name)
+        model = run_directory.read_model(self.directory / name).decoder
         transform = optimizer.make_optimizer(OptimizerConfig(), _STEPS)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(

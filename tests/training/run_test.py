@@ -60,7 +60,7 @@ class RunTest(parameterized.TestCase):
         return sorted(int(path.name) for path in (self.directory / name / "checkpoints").iterdir())
 
     def parameters_of(self, name, step):
-        model, _ = run_directory.read_model(self.directory / name)
+        model = run_directory.read_model(self.directory / name).decoder
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])

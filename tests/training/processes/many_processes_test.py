@@ -76,7 +76,7 @@ def start(directory, processes, runs, *, patience=100, devices=_DEVICES):
 
 def parameters(directory, step):
     """The parameters of a checkpoint, on one device of this process."""
-    model, _ = run_directory.read_model(directory)
+    model = run_directory.read_model(directory).decoder
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), decoder.abstract_parameters(model)

@@ -1,0 +1,78 @@
+"""The README.md of an exported model: how it was made, and the front matter that the Hugging Face Hub reads."""
+
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from dialog_jax.training import run_directory
+from dialog_jax.training.run_directory import BaseModel
+
+_RATE_FIELDS = ("learning_rate", "schedule", "weight_decay")
+
+
+def make_card(run: pathlib.Path, base: BaseModel, step: int, losses: Mapping[int, float], dtype: str) -> str:
+    """Returns the text of the model card.
+
+    Args:
+      run: the directory of the run.
+      step: of the checkpoint.
+      losses: held-out loss by step.
+      dtype: of the exported weights.
+    """
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    steps = run_directory.read_hashes(run).get("steps", step)
+    data, optimizer = config["data"], config["optimizer"]
+    sets = [data["train"], *(entry["train"] for entry in data["mix"].values())]
+    rows = config["rows"] * config["gradient_accumulation"]
+    facts = {
+        "base model": base.hub_name or config["model"],
+        "training data": ", ".join(filter(None, sets)),
+        "held-out data": data["validation"] or f"{100 * data['validation_share']:g}% of the training data",
+        "objective": _list_fields(config["objective"]),
+        "steps": f"{step:,} of {steps:,}, each of {rows:,} rows of {data['max_length']:,} tokens",
+        "held-out loss": _describe_losses(losses, step),
+        "optimizer": f"AdamW: {_list_fields({name: optimizer[name] for name in _RATE_FIELDS})}",
+        "weights": f"{dtype} (computed in {run_directory.read_hashes(run).get('compute_dtype', 'float32')})",
+        "version": f"dialog_jax {_find_version()}",
+    }
+    licence = f"\nThe licence of the base model is in {_list_names(base)}.\n" if base.licences else ""
+    table = "".join(f"| {name} | {_escape(value)} |\n" for name, value in facts.items())
+    return (
+        f"---\n{yaml.safe_dump(_make_front_matter(base), sort_keys=False)}---\n\n"
+        f"# {_escape(facts['base model'])}, fine-tuned on dialogues\n\n| | |\n|---|---|\n{table}{licence}"
+    )
+
+
+def _make_front_matter(base: BaseModel) -> dict[str, Any]:
+    front_matter: dict[str, Any] = {"base_model": base.hub_name} if base.hub_name else {}
+    return front_matter | dict(base.licence) | {"library_name": "transformers", "pipeline_tag": "text-generation"}
+
+
+def _find_version() -> str:
+    try:
+        return importlib.metadata.version("dialog_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _list_names(base: BaseModel) -> str:
+    return ", ".join(file.name for file in base.licences)
+
+
+def _list_fields(fields: Mapping[str, Any]) -> str:
+    """Returns "name conditional, turn_discount 1.0", without empty fields."""
+    return ", ".join(f"{name} {value}" for name, value in fields.items() if value not in ("", [], {}))
+
+
+def _describe_losses(losses: Mapping[int, float], step: int) -> str:
+    known = [(0, "before training"), (step, f"after step {step:,}")]
+    return ", ".join(f"{losses[at]:.4f} {when}" for at, when in known if at in losses) or "not evaluated"
+
+
+def _escape(value: str) -> str:
+    """Returns a text that stays in its cell of a table."""
+    return value.replace("|", "\\|").replace("\n", " ")
