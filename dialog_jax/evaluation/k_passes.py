@@ -84,8 +84,14 @@ def make_passes(
         (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, text)
         response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]
         if ids[: len(prompt_ids)] != prompt_ids:  # a token crosses the boundary; a model would be given the prompt's
-            response, ends = _encode_continuation(tokenizer, text[len(prompt) :], encode)
-            if tokenizer.decode(prompt_ids + response) != tokenizer.decode(ids):
+            crossing_text = tokenizer.decode(ids)
+            continuations = (
+                _encode_continuation(tokenizer, text[len(prompt) :], encode, front) for front in _list_fronts(tokenizer)
+            )
+            response, ends = next(
+                (one for one in continuations if tokenizer.decode(prompt_ids + one[0]) == crossing_text), ([], [])
+            )
+            if not response:
                 raise UserError(
                     f"{dialogue.name}: no tokens after the prompt of message {index} decode to its response. Pass a "
                     "chat template whose generation prompt ends where a token ends."
@@ -229,21 +235,28 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
     return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
 
 
-def _encode_continuation(tokenizer, text: str, encode: Callable) -> tuple[list[int], list[int]]:
-    """Returns what `_encode` returns for a text that continues another: no space is put in front of it."""
+def _list_fronts(tokenizer) -> list[str]:
+    """Returns texts to put in front of one that continues another, so that the tokenizer puts no space there.
+
+    Behind a special token most put none; a few do, but none behind ordinary text, which may merge with what follows.
+    """
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     plain = [token.content for token in special if not (token.lstrip or token.rstrip)]
-    if not plain:
-        return encode(tokenizer, text)
-    ids, ends = encode(tokenizer, plain[0] + text)
-    return ids[1:], [end - len(plain[0]) for end in ends[1:]]
+    return [*plain[:1], "\n", "a", "1", ""]
+
+
+def _encode_continuation(tokenizer, text: str, encode: Callable, front: str) -> tuple[list[int], list[int]]:
+    """Returns what `_encode` returns for `front` and a text, without the tokens of `front`."""
+    ids, ends = encode(tokenizer, front + text)
+    skipped = sum(end <= len(front) for end in ends)
+    return ids[skipped:], [end - len(front) for end in ends[skipped:]]
 
 
 def _find_end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
     """Returns the first special token after a reply's text, or else the first one added to the vocabulary."""
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    suffix, _ = _encode_continuation(tokenizer, text.rpartition(_REPLY)[2], _encode)
+    suffix, _ = _encode_continuation(tokenizer, text.rpartition(_REPLY)[2], _encode, _list_fronts(tokenizer)[0])
     added = tokenizer.added_tokens_decoder
     special = [token for token in suffix if token in added and added[token].special]
     visible = [token for token in suffix if token in added and added[token].content.strip()]

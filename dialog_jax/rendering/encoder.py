@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from jaxtyping import Int32
 
-from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
+from dialog_jax.rendering.special_tokens import SpecialTokenEscaper, TokenIds
 
 _SHORT = 64  # characters of a text whose tokens are worth keeping, such as the end of a prompt; or tokens
 
@@ -68,9 +68,6 @@ class Encoder:
         self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
         """Whether each token id is a special token."""
         self.special[[index for index, token in added.items() if token.special]] = True
-        # Tokenizers that put a space in front of a text put none after a special token.
-        anchors = (token.content for token in added.values() if token.special and not (token.lstrip or token.rstrip))
-        self._anchor = next(anchors, "")
         ends = [index for index in self.tokenize_continuation(after_response).ids.tolist() if index in added]
         self._dividers = {index: token.content for index, token in added.items() if _divides(token, added.values())}
         self._is_divider = np.isin(np.arange(len(self.special)), list(self._dividers))
@@ -87,10 +84,8 @@ class Encoder:
         return self.tokenize([text])[0].ids
 
     def tokenize_continuation(self, text: str) -> Tokenized:
-        """Returns the tokens of a text that continues another."""
-        _, ids, starts, ends = self.tokenize([self._anchor + text])[0]
-        skipped, length = bool(self._anchor), len(self._anchor)
-        return Tokenized(text, ids[skipped:], starts[skipped:] - length, ends[skipped:] - length)
+        """Returns the tokens of a text that continues ordinary text."""
+        return _convert(text, self.escaper.encode_continuation(text))
 
     def decode(self, ids: Int32[np.ndarray, " n"]) -> str:
         """Returns the text of token ids, special tokens included."""
@@ -105,11 +100,7 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokenized]:
         """Returns each text with its tokens; several texts in one call are faster than one by one."""
-        tokenized = []
-        for text, encoding in zip(texts, self.escaper.encode(texts), strict=True):
-            starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()
-            tokenized.append(Tokenized(text, np.array(encoding.ids, np.int32), starts, ends))
-        return tokenized
+        return [_convert(text, tokens) for text, tokens in zip(texts, self.escaper.encode(texts), strict=True)]
 
     def tokenize_like(self, text: str, others: Sequence[Tokenized]) -> Tokenized:
         """Returns the tokens of a text by itself, taking those at its beginning from texts that begin the same.
@@ -157,6 +148,12 @@ class Encoder:
             if not len(ends) or self.decode(ids[ends[-1] + 1 :]).strip():
                 return len(ids)
         return int(ends[-1]) + 1
+
+
+def _convert(text: str, tokens: TokenIds) -> Tokenized:
+    """Returns the tokens of a text as arrays."""
+    starts, ends = np.array(tokens.offsets, np.int32).reshape(-1, 2).T.copy()
+    return Tokenized(text, np.array(tokens.ids, np.int32), starts, ends)
 
 
 def count_shared(tokens: Int32[np.ndarray, " n"], others: Int32[np.ndarray, " m"]) -> int:

@@ -131,6 +131,23 @@ class SpecialTokenEscaper:
             return [TokenIds(encoding.ids, encoding.offsets) for encoding in encodings]
         return [self._encode_escaped(text) if self.is_escaped(text) else self._encode(text) for text in texts]
 
+    def encode_continuation(self, text: str) -> TokenIds:
+        """Returns the tokens of a text, escaped or not, that continues ordinary text: no space is put in front of it.
+
+        Some tokenizers put a space in front of a text, and of what follows each added token in it:
+
+            text           (laughs) Here<end>           by itself      ▁( laughs ) ▁Here <end>
+                                                        continuation   ( laughs ) ▁Here <end>
+        """
+        match = self._added_pattern.search(text)
+        stop = len(text) if match is None else match.start()
+        tokens = self._encode_ordinary(self.unescape(text[:stop]), 0, {_ANCHOR}, self._continuing_tokenizer)
+        if stop < len(text):
+            (rest,) = self.encode([text[stop:]])
+            tokens.ids.extend(rest.ids)
+            tokens.offsets.extend((start + stop, end + stop) for start, end in rest.offsets)
+        return tokens
+
     def _encode(self, text: str) -> TokenIds:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return TokenIds(encoding.ids, encoding.offsets)
@@ -153,10 +170,10 @@ class SpecialTokenEscaper:
     def _append_text(self, tokens: TokenIds, text: str, start: int, stop: int) -> None:
         """Appends the tokens of characters `start` to `stop` of an escaped text, as ordinary text."""
         ordinary = self.unescape(text[start:stop])
-        new = self._encode_ordinary(ordinary, start, {_ANCHOR})
+        new = self._encode_ordinary(ordinary, start, {_ANCHOR}, self._ordinary_tokenizer)
         if not self._special_ids.isdisjoint(new.ids):
             # A special token may also be in the vocabulary; it is not found if its last character is encoded apart.
-            new = self._encode_ordinary(ordinary, start, {_ANCHOR, *self._special})
+            new = self._encode_ordinary(ordinary, start, {_ANCHOR, *self._special}, self._ordinary_tokenizer)
             if not self._special_ids.isdisjoint(new.ids):
                 raise UserError(
                     f"the tokenizer makes a special token of ordinary text: {ordinary[:60]!r}. Remove it from the "
@@ -165,17 +182,21 @@ class SpecialTokenEscaper:
         tokens.ids.extend(new.ids)
         tokens.offsets.extend(new.offsets)
 
-    def _encode_ordinary(self, text: str, start: int, divided: Iterable[str]) -> TokenIds:
+    def _encode_ordinary(
+        self, text: str, start: int, divided: Iterable[str], tokenizer: tokenizers.Tokenizer
+    ) -> TokenIds:
         """Returns the tokens of a text in which special tokens are ordinary, at character `start` of another.
 
         Args:
           divided: texts whose last character is encoded apart from what precedes it.
+          tokenizer: of the text; what follows a division continues ordinary text.
         """
         tokens = TokenIds([], [])
         cuts = [match.start() + len(match[1]) - 1 for match in re.finditer(f"(?=({_any_of(divided)}))", text)]
         for begin, end in itertools.pairwise([0, *sorted({*cuts} - {0}), len(text)]):
-            anchor = _ANCHOR if start + begin else ""
-            encoding = self._ordinary_tokenizer.encode(anchor + text[begin:end], add_special_tokens=False)
+            anchor = _ANCHOR if start and not begin else ""
+            part_tokenizer = self._continuing_tokenizer if begin else tokenizer
+            encoding = part_tokenizer.encode(anchor + text[begin:end], add_special_tokens=False)
             tokens.ids.extend(encoding.ids[bool(anchor) :])
             shift = start + begin - len(anchor)
             tokens.offsets.extend((first + shift, last + shift) for first, last in encoding.offsets[bool(anchor) :])
@@ -190,11 +211,35 @@ class SpecialTokenEscaper:
         return ordinary
 
     @functools.cached_property
+    def _continuing_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer with special tokens as ordinary text, which puts no space in front of a text."""
+        definition = json.loads(self._backend.to_str())
+        definition["normalizer"] = _remove_prefix_space(definition["normalizer"])
+        definition["pre_tokenizer"] = _remove_prefix_space(definition["pre_tokenizer"])
+        continuing = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        continuing.encode_special_tokens = True
+        return continuing
+
+    @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
         """The ids of special tokens without that of the unknown token."""
         model = json.loads(self._backend.to_str())["model"]
         unknown = self._ids.get(model.get("unk_token"), model.get("unk_id"))
         return frozenset(self._ids[text] for text in self._special) - {unknown}
+
+
+def _remove_prefix_space(component: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns a normalizer or pre-tokenizer of a tokenizer.json without what puts a space in front of a text."""
+    if component is None or component["type"] == "Prepend":
+        return None
+    if component["type"] == "Metaspace":
+        return {**component, "prepend_scheme": "never"}
+    if component["type"] == "ByteLevel":
+        return {**component, "add_prefix_space": False}
+    if component["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in component else "pretokenizers"
+        return {**component, key: [part for part in map(_remove_prefix_space, component[key]) if part is not None]}
+    return component
 
 
 def _any_of(texts: Iterable[str]) -> str:
