@@ -14,9 +14,12 @@ _PACKAGE = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_
 _ROOMS = {
     "": ("errors", "atomic_files"),
     "formats": ("gguf_file", "tokenizer_files"),
-    "dialogues": ("dialogue", "json_files", "sources", "schemas", "parsing", "holdout"),
+    "dialogues": (
+        "dialogue", "json_files", "sources", "json_values", "weights", "tool_calls", "schemas", "parsing", "holdout",
+    ),
     "rendering": (
-        "template_rendering", "template_process", "tokenizers", "special_tokens", "chat_template", "encoder",
+        "call_arguments", "template_rendering", "template_process", "tokenizers", "special_tokens", "chat_template",
+        "encoder",
         "token_spans", "sequences",
     ),
     "trees": (

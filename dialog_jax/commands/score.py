@@ -24,11 +24,13 @@ naively; the two agree to rounding, which `dialog_jax check` verifies.
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import rich.console
@@ -36,12 +38,14 @@ from absl import flags
 
 from dialog_jax import atomic_files
 from dialog_jax.commands import config_flag, config_inputs, entry
+from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.inference import loading
 from dialog_jax.rendering import template_process
+from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import compilation_cache, data_sources
 from dialog_jax.training.config import require_fields
@@ -109,6 +113,21 @@ def _add_signals(scores: Iterable[Score], add: Callable[[str | int, Sequence[Sig
         yield score
 
 
+def _leave_out_refused(
+    dialogues: Iterable[Dialogue], make_passes: Callable[[Dialogue], Any], refused: list[str]
+) -> Iterator[Dialogue]:
+    """Yields the dialogues that the chat template renders; appends the errors of the others to `refused`."""
+    for dialogue in dialogues:
+        try:
+            make_passes(dialogue)
+        except TemplateStopped:
+            raise
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            yield dialogue
+
+
 def _warning(score: Score, context: int) -> str:
     if cut := score.record.get("turns_cut"):
         return f"{score.name}: {cut:,} responses exceed the model's context of {context:,} tokens and are not scored"
@@ -132,13 +151,17 @@ def main() -> None:
     refused = skipped if config.data.on_error == "skip" else None
     if _PASSES.value == "k":
         del options["chat_template"]  # the tokenizer has it
+        tokenizer = template_process.limit_template(tokenizer_files.reopen_tokenizer(model.tokenizer))
+        dialogues = source.read(skipped)
+        if refused is not None:
+            make_passes = functools.partial(k_passes.make_passes, tokenizer=tokenizer, **options)
+            dialogues = _leave_out_refused(dialogues, make_passes, refused)
         scores = k_passes.score_dialogues(
-            source.read(skipped),
-            template_process.limit_template(tokenizer_files.reopen_tokenizer(model.tokenizer)),
+            dialogues,
+            tokenizer,
             model.config,
             model.parameters,
             compute_dtype=dtype,
-            skipped=refused,
             **options,
         )
     else:

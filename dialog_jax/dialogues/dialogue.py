@@ -38,7 +38,12 @@ class Dialogue:
     parents: tuple[int, ...] = ()
     """The index of each message's parent, -1 for the first; empty if each message follows the one before it."""
     tools: tuple[Mapping[str, Any], ...] | None = None
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template for this dialogue; they replace those of the config."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The fields of the record that are not read."""
+    nulls: int = 0
+    """Number of null fields of arguments and of tools' parameters that are left out."""
     where: str = ""
 
     @property

@@ -9,6 +9,7 @@ its equals) whose hash is nearest to the share.
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
@@ -19,9 +20,11 @@ _HASHES = 2**64  # hashes are below it
 def hash_dialogue(dialogue: Dialogue) -> int:
     """Returns a number from 0 to 2 ** 64 - 1 that depends on the content only.
 
-    The content is what a chat template reads: messages, their order and the tools. Not id, metadata or weights.
+    The content is what a chat template reads: messages, their order, the tools and its variables. Not id, metadata or
+    weights.
     """
-    content = [[message.as_dict() for message in dialogue.messages], dialogue.parents, dialogue.tools]
+    content: list[Any] = [[message.as_dict() for message in dialogue.messages], dialogue.parents, dialogue.tools]
+    content += [dialogue.chat_template_kwargs] if dialogue.chat_template_kwargs else []
     text = json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")

@@ -3,18 +3,18 @@
 Knows the formats of records, and nothing of templates, tokens or loss.
 """
 
-import math
 import pathlib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dialog_jax.dialogues import schemas, sources
+from dialog_jax.dialogues import json_values, schemas, sources, tool_calls, weights
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part, name_dialogue
+from dialog_jax.dialogues.json_values import quote
 from dialog_jax.errors import UserError
 
 _NO_ROLES: Mapping[str, str] = types.MappingProxyType({})
-_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-30, 1e30
+_NULLS_COUNTED = frozenset({"arguments", "parameters"})  # in which a null may have a meaning
 
 
 def read_dialogues(
@@ -72,7 +72,7 @@ def check_roles(roles: Mapping[str, str]) -> None:
 def parse_dialogue(record: Any, *, index: int, where: str, roles: Mapping[str, str] = _NO_ROLES) -> Dialogue:
     """Returns the dialogue of a record.
 
-    A record has one of these formats, tried in this order; its other keys become metadata:
+    A record has one of these formats, tried in this order; keys that are not read become metadata:
 
         {"messages": [{"role": "user", "content": "Hi", "weight": 0.5, "name": "Ann"}, ...], "tools": [...]}
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be kind."}
@@ -85,40 +85,49 @@ def parse_dialogue(record: Any, *, index: int, where: str, roles: Mapping[str, s
                       {"id": "a", "parent": "q", "role": "assistant", "content": "Hello"},
                       {"id": "b", "parent": "q", "role": "assistant", "content": "Good day"}]}
 
-    `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with its own weight.
-    A message's `weight` is 1 unless given, and `"train": false` makes it 0. An assistant message inside `prompt` is
-    history: its weight is 0 unless given. A null field of a message counts as absent, and null `content` as the empty
-    string where there are `tool_calls`. JSON text in `tool_calls` and in the fields of a tool stays text; `tools`
-    itself may be JSON text. An empty list of tools counts as no tools.
+    Any of them may have `system`, `tools`, `chat_template_kwargs` and `weight`, which multiplies the weights of all
+    messages. `content` may be a list of parts, `{"type": "text", "text": "...", "weight": 0.2}`, each with its own
+    weight (`weights` has the spellings). An assistant message inside `prompt` is history: its weight is 0 unless given.
+
+    Null fields count as absent, except in JSON text. Null `content` is the empty string where there are `tool_calls`.
+    Tools and calls have one form, whatever their spelling (`tool_calls`).
 
     Args:
       index: the record's place in its source, from 0; the dialogue's id if it has none.
       where: "train.jsonl:413", for errors.
+      roles: further names of roles, as `data.roles`.
 
     Raises:
       UserError: the record has none of the formats; names what it has, what is needed, the place and the remedy.
     """
-    schemas.check_depth(record, name_dialogue(index, where))
+    json_values.check_depth(record, name_dialogue(index, where))
     if not isinstance(record, Mapping):
         raise UserError(
-            f"{name_dialogue(index, where)}: got {schemas.quote(record)}; needed an object with the keys of one of "
+            f"{name_dialogue(index, where)}: got {quote(record)}; needed an object with the keys of one of "
             f"{schemas.FORMATS}. Write one object per dialogue."
         )
-    identifier = index if record.get("id") is None else record["id"]
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+    identifier = index if record.get("id") is None else json_values.read_identifier(record["id"])
+    if identifier is None:
         raise UserError(
-            f"{name_dialogue(index, where)}: id is {schemas.quote(identifier)}; needed a string or an integer. "
-            "Change it."
+            f"{name_dialogue(index, where)}: id is {quote(record['id'])}; needed a string or an integer. Change it."
         )
-    schemas.check_text(identifier, f"{name_dialogue(index, where)}: id")
+    json_values.check_text(identifier, f"{name_dialogue(index, where)}: id")
     name = name_dialogue(identifier, where)
-    unpacked = schemas.unpack(record, name)
+    role_names = {**schemas.ROLE_NAMES, **roles}
+    nulls = json_values.count_nulls(record, _NULLS_COUNTED)
+    record = {key: json_values.remove_nulls(value) for key, value in record.items()}
+    unpacked = schemas.unpack(record, name, role_names)
     return Dialogue(
         id=identifier,
-        messages=tuple(_parse_message(item, f"{name}: message {i}", roles) for i, item in enumerate(unpacked.messages)),
+        messages=tuple(
+            _parse_message(item, f"{name}: message {i}", role_names, unpacked.weight)
+            for i, item in enumerate(unpacked.messages)
+        ),
         parents=() if unpacked.parents == list(range(-1, len(unpacked.messages) - 1)) else tuple(unpacked.parents),
         tools=unpacked.tools,
-        metadata={key: value for key, value in record.items() if key not in unpacked.used},
+        chat_template_kwargs=unpacked.chat_template_kwargs,
+        metadata={key: value for key, value in record.items() if key not in unpacked.used and value is not None},
+        nulls=nulls,
         where=where,
     )
 
@@ -153,51 +162,71 @@ def make_empty_error(source: str) -> UserError:
     return UserError(f"{source}: holds no dialogue; needed at least one record. Check that it was written in full.")
 
 
-def _parse_message(item: Any, where: str, roles: Mapping[str, str]) -> Message:
+def _parse_message(item: Any, where: str, role_names: Mapping[str, str], record_weight: float) -> Message:
     if not isinstance(item, Mapping):
-        raise UserError(
-            f'{where} is {schemas.quote(item)}; needed an object with "role" and "content". Write it as one.'
-        )
-    sharegpt = "from" in item and "role" not in item
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+        raise UserError(f'{where} is {quote(item)}; needed an object with "role" and "content". Write it as one.')
+    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     speaker = item.get(role_key)
-    names = {**schemas.ROLE_NAMES, **roles}
-    if not isinstance(speaker, str) or speaker not in names:
-        has = f"has no {role_key!r}" if speaker is None else f"has {role_key} {speaker!r}"
-        raise UserError(
-            f"{where} {has}; needed one of {', '.join(schemas.ROLES)}, or another name of these: "
-            f"{', '.join(name for name in names if name not in schemas.ROLES)}. Rename it in the data, or map it: "
-            f"--config.data.roles=\"{{'{speaker if isinstance(speaker, str) else 'NAME'}': 'assistant'}}\"."
-        )
-    role = names[speaker]
-    fields = {
-        key: value
-        for key, value in item.items()
-        if key not in (role_key, content_key, "weight", "train", "parent") and value is not None
-    }
+    role = _find_role(speaker, role_key, where, role_names)
+    where = f"{where} ({role})"
+    weights.check_keys(item, where)
     content = item.get(content_key)
+    not_fields = {role_key, content_key, "tool_calls", "function_call", *weights.KEYS}
+    fields = {key: value for key, value in item.items() if key not in not_fields and value is not None}
+    if both := {"role", "content"} & fields.keys():
+        raise UserError(f"{where} has {content_key} and {' and '.join(both)}; needed one of them. Remove the other.")
+    calls = _parse_calls(item, where)
+    if speaker == "function_call":
+        if calls or content is None:
+            raise UserError(f"{where} needs its call in {content_key}, and nowhere else. Write it there.")
+        calls, content = tool_calls.parse_function_call(content, f"{where}: {content_key}"), ""
+    if calls:
+        fields["tool_calls"] = calls
     parts: tuple[Part, ...] = ()
     if isinstance(content, list):
-        parts = _parse_parts(content, f"{where} ({role})")
+        parts = _parse_parts(content, where)
         content = "".join(part.text for part in parts)
-    if content is None and fields.get("tool_calls"):
+    if content is None and calls:
         content = ""
     if not isinstance(content, str):
         raise UserError(
-            f"{where} ({role}) has {content_key} {schemas.quote(content)}; needed a string or a list of text parts. "
+            f"{where} has {content_key} {quote(content)}; needed a string or a list of text parts. "
             "Write it as text; only a message with tool_calls may leave it out."
         )
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where} ({role}) has half a surrogate pair at character {error.start} of its {content_key}; "
+            f"{where} has half a surrogate pair at character {error.start} of its {content_key}; "
             "needed Unicode text. Write the whole pair, or remove it."
         ) from None
-    schemas.check_text(fields, f"{where} ({role})")
-    weight = _parse_weight(item, where)
+    json_values.check_text(fields, where)
+    weight = weights.multiply(weights.parse_weight(item, where), record_weight, where)
     weighted = weight > 0 and any(part.weight != 1 for part in parts if part.text)
     return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
+
+
+def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]) -> str:
+    """Returns the role of a message's speaker."""
+    if isinstance(speaker, str) and speaker in role_names:
+        return role_names[speaker]
+    has = f"has no {key!r}" if speaker is None else f"has {key} {speaker!r}"
+    example = speaker if isinstance(speaker, str) else "NAME"
+    raise UserError(
+        f"{where} {has}; needed one of {', '.join(schemas.ROLES)}, or another name of these: "
+        f"{', '.join(name for name in role_names if name not in schemas.ROLES)}. Rename it in the data, or map it: "
+        f"--config.data.roles=\"{{'{example}': 'assistant'}}\"."
+    )
+
+
+def _parse_calls(item: Mapping[str, Any], where: str) -> list[Any]:
+    """Returns the calls of a message's `tool_calls`, or of OpenAI's older `function_call`."""
+    calls = tool_calls.parse_calls(item.get("tool_calls"), f"{where}: tool_calls")
+    if item.get("function_call") is None:
+        return calls
+    if calls:
+        raise UserError(f"{where} has both tool_calls and function_call; needed one of them. Remove one.")
+    return tool_calls.parse_function_call(item["function_call"], f"{where}: function_call")
 
 
 def _parse_parts(items: list[Any], where: str) -> tuple[Part, ...]:
@@ -206,35 +235,15 @@ def _parse_parts(items: list[Any], where: str) -> tuple[Part, ...]:
         is_text = isinstance(item, Mapping) and item.get("type", "text") == "text" and isinstance(item.get("text"), str)
         if not is_text:
             raise UserError(
-                f"{where}: part {number} of its content is {schemas.quote(item)}; needed text, as "
+                f"{where}: part {number} of its content is {quote(item)}; needed text, as "
                 '{"type": "text", "text": "...", "weight": 0.5}. Images and other parts are not supported: remove them.'
             )
-        unknown = sorted(set(item) - {"type", "text", "weight", "train"})
+        unknown = sorted(set(item) - {"type", "text", *weights.KEYS})
         if unknown:
             raise UserError(
                 f"{where}: part {number} of its content has {', '.join(map(repr, unknown))}; a part has type, text, "
                 "weight and train. Rename or remove it."
             )
-        parts.append(Part(text=item["text"], weight=_parse_weight(item, f"{where}: part {number} of its content")))
+        weight = weights.parse_weight(item, f"{where}: part {number} of its content")
+        parts.append(Part(text=item["text"], weight=weight))
     return tuple(parts)
-
-
-def _parse_weight(item: Mapping[str, Any], where: str) -> float:
-    weight, train = item.get("weight"), item.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise UserError(f"{where} has train {schemas.quote(train)}; needed true or false. For a number, use weight.")
-    if weight is None:
-        weight = 1.0
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or (isinstance(weight, float) and not math.isfinite(weight)) or weight < 0:
-        raise UserError(
-            f"{where} has weight {schemas.quote(weight)}; needed a finite number >= 0. "
-            'Write 1 for a message that is trained on, 0 (or "train": false) for one that is not.'
-        )
-    # Weights become float32, in which they must be neither infinite nor rounded to 0.
-    if weight and not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
-        raise UserError(
-            f"{where} has weight {schemas.quote(weight)}; needed 0, or a number from {_SMALLEST_WEIGHT:g} to "
-            f"{_LARGEST_WEIGHT:g}. Scale the weights."
-        )
-    return 0.0 if train is False else float(weight)

@@ -1,16 +1,14 @@
 """Records in any of the supported formats to lists of messages, with the parent of each; messages are not yet checked.
 
-Knows the formats of records, and nothing of weights, templates or tokens.
+Knows the formats of records, and nothing of templates or tokens.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dialog_jax.dialogues import tool_calls, weights
+from dialog_jax.dialogues.json_values import check_depth, check_text, parse_text, quote, read_identifier, remove_nulls
 from dialog_jax.errors import UserError
-
-_MAX_DEPTH = 100  # levels of lists and objects; messages, calls and their arguments need only a few
-_CONTAINERS = (Mapping, list, tuple)
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -37,6 +35,23 @@ FORMATS = (
     '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion" '
     'or "continuations"'
 )
+# Keys of formats that are not read, with the way to write such records.
+_OTHER_FORMATS = (
+    ({"instruction", "output"}, "Write instruction and input as prompt, and output as completion."),
+    ({"chosen", "rejected"}, 'Write the chosen response as completion, or both as continuations: {"weight": ...}.'),
+    ({"question", "answer"}, "Write question as prompt, and answer as completion."),
+    ({"prompt", "response"}, "Write response as completion."),
+    ({"input_ids"}, "Tokens are not read: write the messages."),
+    ({"text"}, "Plain text has no responses: write the messages."),
+)
+_LISTS = ("messages", "conversations")
+_SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+# Arguments of `apply_chat_template` that are no variables of the template, and fields of the record.
+_NOT_TEMPLATE_KWARGS = {
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 
 class Unpacked(NamedTuple):
@@ -47,33 +62,28 @@ class Unpacked(NamedTuple):
     parents: list[int]
     """The index of each message's parent, -1 for the first."""
     tools: tuple[Mapping[str, Any], ...] | None
+    chat_template_kwargs: Mapping[str, Any]
+    weight: float
+    """Of the record; it multiplies those of its messages."""
     used: set[str]
     """The keys of the record that are not metadata."""
 
 
-def unpack(record: Mapping[str, Any], name: str) -> Unpacked:
-    """Returns the messages, parents and tools of a record; `name` is the dialogue's, for errors.
+def unpack(record: Mapping[str, Any], name: str, role_names: Mapping[str, str]) -> Unpacked:
+    """Returns the messages, parents, tools and options of a record whose values have no null fields.
+
+    Args:
+      name: the dialogue's, for errors.
+      role_names: the role by the name of each speaker.
 
     Raises:
-      UserError: the record has none of the formats, its messages are not a list, or their parents are wrong.
+      UserError: the record has none of the formats, its messages are not a list, their parents are wrong, or another
+        field has the wrong form.
     """
-    used = {"id", "tools"}
-    if record.get("messages") is not None:
-        used |= {"messages"}
-        items = _check_list(record["messages"], "messages", name)
-    elif record.get("conversations") is not None:
-        used |= {"conversations", "system"}
-        items = _check_list(record["conversations"], "conversations", name)
-        items = _list_system(record.get("system"), items, name) + items
-    elif record.get("prompt") is not None and record.get("completion") is not None:
-        used |= {"prompt", "completion"}
-        items = _list_prompt(record["prompt"], name) + _list_response(record["completion"], "completion", name)
-    elif record.get("prompt") is not None and record.get("continuations") is not None:
-        used |= {"prompt"}
-        items = _list_prompt(record["prompt"], name)
-    else:
-        keys = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
-        raise UserError(f"{name}: has the keys {keys}; needed {FORMATS}. Rename or convert its fields.")
+    weights.check_keys(record, name, is_record=True)
+    used = {"id", "tools", "functions", "chat_template_kwargs", *_SYSTEM_FIELDS, *weights.KEYS}
+    items, format_keys = _list_messages(record, name, role_names)
+    used |= format_keys
     items, parents = _find_parents(items, name)
     if record.get("continuations") is not None:
         if "completion" in used or parents != list(range(-1, len(items) - 1)):
@@ -81,7 +91,35 @@ def unpack(record: Mapping[str, Any], name: str) -> Unpacked:
             raise UserError(f"{name}: has continuations and {other}; needed one of them. Remove the other.")
         used |= {"continuations"}
         items, parents = _append_continuations(items, record["continuations"], name)
-    return Unpacked(items, parents, _parse_tools(record.get("tools"), name), used)
+    system = _list_system(record, items, name, role_names)
+    if system:
+        items, parents = system + items, [-1, *(parent + 1 for parent in parents)]
+    return Unpacked(
+        messages=items,
+        parents=parents,
+        tools=_parse_tools(record, name),
+        chat_template_kwargs=_parse_kwargs(record.get("chat_template_kwargs"), f"{name}: chat_template_kwargs"),
+        weight=weights.parse_weight(record, name),
+        used=used,
+    )
+
+
+def _list_messages(record: Mapping[str, Any], name: str, role_names: Mapping[str, str]) -> tuple[list[Any], set[str]]:
+    """Returns (the messages of a record's format, without continuations; the keys they are from)."""
+    for key in _LISTS:
+        if record.get(key) is not None:
+            return _check_list(record[key], key, name), {key}
+    if record.get("prompt") is not None:
+        history = _list_prompt(record["prompt"], name, role_names)
+        if record.get("completion") is not None:
+            return history + _list_response(record["completion"], "completion", name), {"prompt", "completion"}
+        if record.get("continuations") is not None:
+            return history, {"prompt"}
+    keys = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
+    remedy = next(
+        (remedy for other, remedy in _OTHER_FORMATS if other <= record.keys()), "Rename or convert its fields."
+    )
+    raise UserError(f"{name}: has the keys {keys}; needed {FORMATS}. {remedy}")
 
 
 def _find_parents(items: list[Any], name: str) -> tuple[list[Any], list[int]]:
@@ -91,26 +129,27 @@ def _find_parents(items: list[Any], name: str) -> tuple[list[Any], list[int]]:
     places: dict[str | int, int] = {}
     parents = []
     for index, item in enumerate(items):
-        identifier, parent = (item.get("id"), item.get("parent")) if isinstance(item, Mapping) else (None, None)
-        if not isinstance(item, Mapping) or (parent is None and index):
+        given = (item.get("id"), item.get("parent")) if isinstance(item, Mapping) else (None, None)
+        identifier, parent = map(read_identifier, given)
+        if not isinstance(item, Mapping) or (given[1] is None and index):
             raise UserError(
                 f"{name}: message {index} has no parent, but others have; only the first message of a tree has none. "
                 'Give it "parent", the id of the message it follows.'
             )
-        if parent is not None and (not isinstance(parent, str | int) or parent not in places):
+        if given[1] is not None and (parent is None or parent not in places):
             raise UserError(
-                f"{name}: message {index} has parent {quote(parent)}, which is the id of no message before it. List "
+                f"{name}: message {index} has parent {quote(given[1])}, which is the id of no message before it. List "
                 "parents before what follows them."
             )
-        if identifier is not None and (not isinstance(identifier, str | int) or identifier in places):
+        if given[0] is not None and (identifier is None or identifier in places):
             raise UserError(
-                f"{name}: message {index} has id {quote(identifier)}; needed a string or an integer that no message "
+                f"{name}: message {index} has id {quote(given[0])}; needed a string or an integer that no message "
                 "before it has. Change it."
             )
         parents.append(-1 if parent is None else places[parent])
         if identifier is not None:
             places[identifier] = index
-    return [{key: value for key, value in dict(item).items() if key != "id"} for item in items], parents
+    return [{key: value for key, value in item.items() if key not in ("id", "parent")} for item in items], parents
 
 
 def _append_continuations(history: list[Any], continuations: Any, name: str) -> tuple[list[Any], list[int]]:
@@ -129,6 +168,9 @@ def _append_continuations(history: list[Any], continuations: Any, name: str) -> 
 
 
 def _check_list(value: Any, key: str, name: str) -> list[Any]:
+    """Returns a list of messages, which may also be JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = remove_nulls(parse_text(value, f"{name}: {key}", "Write it as a list."))
     if not isinstance(value, list | tuple):
         raise UserError(f"{name}: {key} is {quote(value)}; needed a list of messages. Write it as a list.")
     if not value:
@@ -136,25 +178,44 @@ def _check_list(value: Any, key: str, name: str) -> list[Any]:
     return list(value)
 
 
-def _list_system(system: Any, items: list[Any], name: str) -> list[Any]:
-    """Returns the system message that some ShareGPT data sets keep beside the conversation."""
-    if system is None or system == "":
+def _list_system(
+    record: Mapping[str, Any], items: Sequence[Any], name: str, role_names: Mapping[str, str]
+) -> list[Any]:
+    """Returns the system message that a record has beside its other messages; empty if these have the same one."""
+    fields = {key: record[key] for key in _SYSTEM_FIELDS if record.get(key) not in (None, "")}
+    values = list(fields.values())
+    if not values:
         return []
-    if any(isinstance(item, Mapping) and "system" in (item.get("from"), item.get("role")) for item in items):
-        raise UserError(f"{name}: has both a system field and a system message; needed one. Remove one of them.")
-    return [{"role": "system", "content": system}]
+    if any(value != values[0] for value in values):
+        raise UserError(f"{name}: has different texts in {' and '.join(fields)}; needed one. Remove one of them.")
+    for item in items:
+        if _find_role(item, role_names) == "system":
+            if item.get("content", item.get("value")) == values[0]:
+                return []
+            raise UserError(
+                f"{name}: has both a {next(iter(fields))} field and a system message, with different texts; needed "
+                "one. Remove one of them."
+            )
+    speaker = next((name for name, role in role_names.items() if role == "system"), "system")
+    return [{"role": speaker, "content": values[0]}]
 
 
-def _list_prompt(prompt: Any, name: str) -> list[Any]:
+def _find_role(item: Any, role_names: Mapping[str, str]) -> str | None:
+    """Returns the role of a message that is not yet checked; None if it has none."""
+    speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
+    return role_names.get(speaker) if isinstance(speaker, str) else None
+
+
+def _list_prompt(prompt: Any, name: str, role_names: Mapping[str, str]) -> list[Any]:
+    """Returns the messages of a prompt, in which responses are history and not trained on unless they say so."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    history = []
-    for item in _check_list(prompt, "prompt", name):
-        speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
-        is_response = isinstance(speaker, str) and ROLE_NAMES.get(speaker) == "assistant"
-        unweighted = is_response and item.get("weight") is None and item.get("train") is None
-        history.append({**item, "weight": 0.0} if unweighted else item)
-    return history
+    return [
+        {**item, "weight": 0.0}
+        if _find_role(item, role_names) == "assistant" and not weights.has_weight(item)
+        else item
+        for item in _check_list(prompt, "prompt", name)
+    ]
 
 
 def _list_response(value: Any, key: str, name: str) -> list[Any]:
@@ -166,59 +227,29 @@ def _list_response(value: Any, key: str, name: str) -> list[Any]:
     return _check_list(value, key, name)
 
 
-def _parse_tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...] | None:
-    remedy = 'Write them as [{"type": "function", "function": {"name": ..., "parameters": ...}}].'
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{name}: tools is text but not JSON ({error.msg} at column {error.colno}). {remedy}"
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise UserError(f"{name}: tools is text that cannot be read as JSON ({error}). {remedy}") from None
-        check_depth(tools, f"{name}: tools")
-    if tools is None:
-        return None
-    check_text(tools, f"{name}: tools")
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise UserError(f"{name}: tools is {quote(tools)}; needed a list of objects. {remedy}")
-    return tuple(tools) or None
+def _parse_tools(record: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], ...] | None:
+    """Returns the tools of a record, which OpenAI's older format calls functions."""
+    tools = tool_calls.parse_tools(record.get("tools"), f"{name}: tools")
+    functions = tool_calls.parse_tools(record.get("functions"), f"{name}: functions")
+    if tools and functions and tools != functions:
+        raise UserError(f"{name}: has both tools and functions; needed one of them. Remove one.")
+    return tools or functions
 
 
-def check_depth(value: Any, where: str) -> None:
-    """Raises UserError if lists and objects nest so deeply in the value that a recursive function could fail."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        containers = [
-            one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, _CONTAINERS)
-        ]
-        level = [entry for entries in containers for entry in entries]
-        if not level:
-            return
-    raise UserError(f"{where}: nests lists and objects more than {_MAX_DEPTH} deep. Flatten it, or write it as text.")
-
-
-def check_text(value: Any, where: str) -> None:
-    """Raises UserError if a string or key in the value is not Unicode text."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where} has half a surrogate pair in {quote(value)}; needed Unicode text. Write the whole pair, or "
-                "remove it."
-            ) from None
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            check_text(key, where)
-            check_text(entry, where)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            check_text(entry, where)
-
-
-def quote(value: Any) -> str:
-    """Returns the value and its type, short enough for an error."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+def _parse_kwargs(kwargs: Any, where: str) -> Mapping[str, Any]:
+    """Returns the variables of the chat template that a record gives."""
+    remedy = 'Write it as an object, for example {"enable_thinking": false}.'
+    if isinstance(kwargs, str):
+        kwargs = parse_text(kwargs, where, remedy)
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise UserError(f"{where} is {quote(kwargs)}; needed an object. {remedy}")
+    check_text(kwargs, where)
+    check_depth(kwargs, where)
+    if reserved := sorted(_NOT_TEMPLATE_KWARGS & kwargs.keys()):
+        raise UserError(
+            f"{where} has {', '.join(map(repr, reserved))}, which is no variable that a record can set. Remove it; "
+            "messages and tools are fields of the record, and data.chat_template is set in the config."
+        )
+    return dict(kwargs)

@@ -68,7 +68,7 @@ def _parquet_records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as parquet:
             for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH):
                 for record in batch.to_pylist():
-                    yield f"{path.name}[{index}]", _remove_nulls(record)
+                    yield f"{path.name}[{index}]", record
                     index += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = f"damaged after {index:,} records" if index else "not a Parquet file"
@@ -104,7 +104,7 @@ def _dataset_records(source: str, path: pathlib.Path, split: str) -> Iterator[tu
             f"{path.name}: split {split!r} could not be opened as a data set ({error}). Check name, split and network."
         ) from None
     for index, record in enumerate(rows):
-        yield f"{path.name}[{index}]", _remove_nulls(record)
+        yield f"{path.name}[{index}]", record
 
 
 def _check_inside(directory: pathlib.Path) -> None:
@@ -152,12 +152,3 @@ def _list_patterns(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for entry in value:
             yield from _list_patterns(entry)
-
-
-def _remove_nulls(value: Any) -> Any:
-    """Returns the value without null fields: in a column, every struct has the keys of all structs, null if absent."""
-    if isinstance(value, Mapping):
-        return {key: _remove_nulls(field) for key, field in value.items() if field is not None}
-    if isinstance(value, list):
-        return [_remove_nulls(item) for item in value]
-    return value

@@ -29,7 +29,8 @@ def escape_special_tokens(dialogue: Dialogue, tokenizer) -> Dialogue:
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special.sort(key=len, reverse=True)
     messages, tools = _escape(dialogue.messages, special), _escape(dialogue.tools, special)
-    return dataclasses.replace(dialogue, messages=messages, tools=tools)
+    kwargs = _escape(dialogue.chat_template_kwargs, special)
+    return dataclasses.replace(dialogue, messages=messages, tools=tools, chat_template_kwargs=kwargs)
 
 
 def unescape(text: str) -> str:

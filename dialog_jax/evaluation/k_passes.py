@@ -23,7 +23,6 @@ from dialog_jax.evaluation import escaping
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.rendering.template_process import TemplateStopped
 
 _REPLY = "Qx7 zebra"  # a text that no template contains
 _SHORTEST_LENGTH = 128
@@ -141,23 +140,14 @@ def score_dialogues(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
     compute_dtype: jax.typing.DTypeLike,
-    skipped: list[str] | None = None,
 ) -> Iterator[Score]:
-    """Yields what `scoring.score_dialogues` yields, from one forward pass per response; `skipped` is as there.
+    """Yields what `scoring.score_dialogues` yields, from one forward pass per response.
 
     Raises:
       UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
-        try:
-            passes = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
-        except TemplateStopped:
-            raise
-        except UserError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-            continue
+        passes = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
         fitting_passes = [one for one in passes if len(one.tokens) <= model.max_length]
         turns = []
         for one in fitting_passes:
@@ -201,7 +191,9 @@ def _render(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mappi
     messages = [dialogue.messages[index].as_dict() for index in indices]
     tools = [dict(tool) for tool in dialogue.tools] if dialogue.tools else None
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, **{**kwargs, **dialogue.chat_template_kwargs}
+        )
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"{dialogue.name}: the chat template refuses messages {', '.join(map(str, indices))}: {error}"

@@ -136,4 +136,5 @@ class ChatTemplate:
         except ValueError as error:  # there are several templates, and none of them is the default
             return Rendering([], str(error))
         messages = [message.as_dict() for message in dialogue.messages[: max(job.messages for job in jobs)]]
-        return template_process.render(template, messages, jobs, {"tools": tools, **self._variables})
+        variables = {"tools": tools, **self._variables, **dialogue.chat_template_kwargs}
+        return template_process.render(template, messages, jobs, variables)

@@ -139,7 +139,7 @@ class Renderer:
         if first is None:
             return np.zeros(0, np.int32)
         beginning = (*dialogue.messages[:first], Message(role=dialogue.messages[first].role, content=PROBE))
-        key = repr((beginning, dialogue.tools))
+        key = repr((beginning, dialogue.tools, dialogue.chat_template_kwargs))
         if key not in self._shared_prefixes:
             if len(self._shared_prefixes) == _SHARED_PREFIXES_KEPT:
                 self._shared_prefixes.clear()

@@ -101,7 +101,7 @@ class SpecialTokenEscaper:
         """
         contents = [message.content for message in dialogue.messages]
         fields = [message.fields for message in dialogue.messages if message.fields]
-        for text in iterate_strings((contents, fields, dialogue.tools)):
+        for text in iterate_strings((contents, fields, dialogue.tools, dialogue.chat_template_kwargs)):
             if self.is_escaped(text):
                 raise UserError(
                     f"{dialogue.name}: has half a surrogate pair in a text; needed Unicode text. Remove it."
@@ -259,9 +259,10 @@ def _change_dialogue(dialogue: Dialogue, change: Callable[[str], str]) -> Dialog
     """Returns the dialogue with every text that a template sees changed; the dialogue itself if no text changes."""
     messages = tuple(_change_message(message, change) for message in dialogue.messages)
     tools = _change_strings(dialogue.tools, change)
-    if messages == dialogue.messages and tools == dialogue.tools:
+    kwargs = _change_strings(dialogue.chat_template_kwargs, change)
+    if messages == dialogue.messages and tools == dialogue.tools and kwargs == dialogue.chat_template_kwargs:
         return dialogue
-    return dataclasses.replace(dialogue, messages=messages, tools=tools)
+    return dataclasses.replace(dialogue, messages=messages, tools=tools, chat_template_kwargs=kwargs)
 
 
 def _change_message(message: Message, change: Callable[[str], str]) -> Message:

@@ -13,6 +13,7 @@ import transformers
 from transformers.utils import chat_template_utils
 
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import call_arguments
 
 LONGEST = 64 << 20
 """Largest number of characters of a rendered text."""
@@ -58,6 +59,18 @@ def render_jobs(
       messages: as the template sees them.
       variables: further variables of the template, among them `tools` and the special tokens.
     """
+
+    def render(changed: call_arguments.Messages) -> tuple[str, bool]:
+        rendering = _render_plain(template, changed, jobs, variables)
+        return "\n".join(rendering.texts), len(rendering.texts) < len(jobs)
+
+    return _render_plain(template, call_arguments.adapt_arguments(template, messages, render), jobs, variables)
+
+
+def _render_plain(
+    template: str, messages: Sequence[Mapping[str, Any]], jobs: Sequence[Job], variables: Mapping[str, Any]
+) -> Rendering:
+    """Returns the texts of the jobs for messages that stay as they are."""
     texts = _render_in_macro(template, messages, jobs, variables)
     if texts:
         return Rendering(texts)

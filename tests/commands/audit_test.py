@@ -125,7 +125,7 @@ class AuditTest(absltest.TestCase):
 
     def test_nothing_that_can_be_read_exits_with_1_and_writes_nothing(self):
         for records, flags, told in (
-            ([], (), "there is no record"),
+            ([], (), "holds no dialogue"),
             (_GOOD, ("--config.data.train=nowhere.jsonl",), "no such file"),
             (
                 _GOOD,

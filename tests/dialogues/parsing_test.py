@@ -62,13 +62,13 @@ class FormatsTest(_Files):
                     Message(
                         role="assistant",
                         content="",
-                        fields={"tool_calls": [{"function": {"arguments": '{"x": 1}'}}]},
+                        fields={"tool_calls": [{"function": {"arguments": {"x": 1}}}]},
                     ),
                     Message(role="tool", content="3", fields={"tool_call_id": "c1"}),
                     Message(role="assistant", content="3", weight=0.0),
                     Message(role="assistant", content="4", weight=0.25, fields={"reasoning_content": "Hm."}),
                 ),
-                tools=({"type": "function", "function": {"name": "price", "parameters": '{"type": "object"}'}},),
+                tools=({"type": "function", "function": {"name": "price", "parameters": {"type": "object"}}},),
                 metadata={"source": "shop"},
                 where="x.jsonl:4",
             ),
@@ -87,7 +87,6 @@ class FormatsTest(_Files):
         ("user", "user"),
         ("gpt", "assistant"),
         ("assistant", "assistant"),
-        ("function_call", "assistant"),
         ("system", "system"),
         ("tool", "tool"),
         ("observation", "tool"),
@@ -177,6 +176,121 @@ class FormatsTest(_Files):
         )
 
 
+class FieldsOfRecordsTest(_Files):
+    @parameterized.parameters("system", "system_prompt", "system_message")
+    def test_system_field_is_the_system_message_of_every_format(self, key):
+        for record in (
+            {"messages": _GOOD["messages"]},
+            {"messages": json.dumps(_GOOD["messages"])},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            {"prompt": "Hi", "completion": "Hello"},
+            {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
+            {"prompt": [{"role": "user", "content": "Hi"}], "continuations": ["Hello"]},
+        ):
+            (dialogue,) = parsing.parse_records([{**record, key: "Be kind."}])
+            self.assertEqual(dialogue.messages, (Message(role="system", content="Be kind."), *_HI))
+            self.assertEqual((dialogue.metadata, dialogue.parents), ({}, ()))
+            for nothing in (None, ""):
+                (dialogue,) = parsing.parse_records([{**record, key: nothing}])
+                self.assertEqual(dialogue.messages, _HI)
+
+    def test_system_field_is_the_root_of_a_message_tree(self):
+        (dialogue,) = parsing.parse_records([{**_tree((None, "q"), ("q", "a"), ("q", "b")), "system": "Be kind."}])
+        self.assertEqual([message.content for message in dialogue.messages], ["Be kind.", "q", "a", "b"])
+        self.assertEqual(dialogue.parents, (-1, 0, 1, 1))
+        (dialogue,) = parsing.parse_records([{"prompt": "q", "continuations": ["a", "b"], "system": "Be kind."}])
+        self.assertEqual(dialogue.parents, (-1, 0, 1, 1))
+
+    def test_system_field_and_system_message_are_one_if_they_are_equal(self):
+        for role in ("system", "developer"):
+            record = {"messages": [{"role": role, "content": "Be kind."}, *_GOOD["messages"]]}
+            (dialogue,) = parsing.parse_records([{**record, "system": "Be kind."}])
+            self.assertEqual(dialogue.messages, (Message(role="system", content="Be kind."), *_HI))
+            self.assert_error(
+                lambda record=record: list(parsing.parse_records([{**record, "system": "Be brief."}])),
+                "both a system field and a system message",
+                "Remove",
+            )
+        self.assert_error(
+            lambda: list(parsing.parse_records([{**_GOOD, "system": "a", "system_prompt": "b"}])),
+            "different texts in system and system_prompt",
+        )
+
+    def test_messages_given_as_json_text_are_parsed(self):
+        (dialogue,) = parsing.parse_records([{"conversations": json.dumps([{"from": "human", "value": "Hi"}])}])
+        self.assertEqual(dialogue.messages, _HI[:1])
+        record = {"messages": json.dumps([{"role": "user", "content": "Hi", "name": None}])}
+        (dialogue,) = parsing.parse_records([record])
+        self.assertEqual(dialogue.messages, _HI[:1])
+        self.assert_error(
+            lambda: list(parsing.parse_records([{"messages": "[{"}])), "messages is text but not JSON", "column", "list"
+        )
+
+    def test_prompt_and_completion_are_lists_of_messages_of_any_format(self):
+        prompt = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}, {"from": "Bot", "value": "3"}]
+        completion = [
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "5"},
+        ]
+        (dialogue,) = parsing.parse_records([{"prompt": prompt, "completion": completion}], roles={"Bot": "assistant"})
+        self.assertEqual([message.content for message in dialogue.messages], ["1", "2", "3", "", "4", "5"])
+        self.assertEqual([message.weight for message in dialogue.messages], [1, 0, 0, 1, 1, 1])
+        (dialogue,) = parsing.parse_records([{"prompt": "1", "completion": {"content": "2"}}])
+        self.assertEqual([message.role for message in dialogue.messages], ["user", "assistant"])
+
+    def test_integer_ids_that_a_table_stored_as_floats_are_integers(self):
+        records = [{**_GOOD, "id": 3.0}, {**_GOOD, "id": -0.0}, {**_GOOD, "id": 2**70}]
+        self.assertEqual([dialogue.id for dialogue in parsing.parse_records(records)], [3, 0, 2**70])
+        for dialogue in parsing.parse_records(records):
+            self.assertIsInstance(dialogue.id, int)
+        for identifier in (3.5, 1e300, float("nan"), True, [3]):
+            self.assert_error(
+                lambda one=identifier: list(parsing.parse_records([{**_GOOD, "id": one}])), "id is", "integer"
+            )
+        messages = [
+            {"role": "user", "content": "q", "id": 1.0, "parent": None},
+            {"role": "assistant", "content": "a", "id": 2, "parent": 1},
+            {"role": "assistant", "content": "b", "id": 3.0, "parent": 1.0},
+        ]
+        (dialogue,) = parsing.parse_records([{"messages": messages}])
+        self.assertEqual(dialogue.parents, (-1, 0, 0))
+
+    def test_chat_template_kwargs_of_a_record_are_variables_of_the_template(self):
+        for kwargs in ({"enable_thinking": False, "x": None}, '{"enable_thinking": false}'):
+            (dialogue,) = parsing.parse_records([{**_GOOD, "chat_template_kwargs": kwargs}])
+            self.assertEqual(dialogue.chat_template_kwargs, {"enable_thinking": False})
+            self.assertEqual(dialogue.metadata, {})
+        for kwargs, *parts in (
+            (["x"], "['x'] (list)", "needed an object"),
+            ("x", "text but not JSON"),
+            ({"tools": []}, "'tools'", "Remove"),
+            ({"add_generation_prompt": True}, "'add_generation_prompt'"),
+            ({"tokenize": True}, "'tokenize'"),
+        ):
+            record = {**_GOOD, "chat_template_kwargs": kwargs}
+            self.assert_error(
+                lambda record=record: list(parsing.parse_records([record])), "chat_template_kwargs", *parts
+            )
+
+    def test_content_under_both_names_is_refused(self):
+        record = {"messages": [{"from": "human", "value": "a", "content": "b"}]}
+        self.assert_error(
+            lambda: list(parsing.parse_records([record])), "message 0 (user)", "value and content", "Remove"
+        )
+
+    @parameterized.parameters(
+        ({"instruction": "a", "input": "", "output": "b"}, "instruction and input as prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen response as completion"),
+        ({"prompt": "a", "response": "b"}, "Write response as completion"),
+        ({"question": "a", "answer": "b"}, "question as prompt"),
+        ({"text": "a"}, "Plain text"),
+        ({"input_ids": [1]}, "Tokens are not read"),
+    )
+    def test_other_known_format_is_refused_with_its_remedy(self, record, remedy):
+        self.assert_error(lambda: list(parsing.parse_records([record])), "has the keys", remedy)
+
+
 class FilesTest(_Files):
     def test_jsonl_with_bom_blank_lines_and_unusual_line_ends(self):
         line = json.dumps({"prompt": "Hi\u2028there", "completion": "Hello"}, ensure_ascii=False)
@@ -217,7 +331,13 @@ class FilesTest(_Files):
         first, second = parsing.read_dialogues(path)
         self.assertEqual(first.messages[0], _HI[0])
         self.assertEqual(
-            first.messages[1], Message(role="assistant", content="", weight=0.5, fields={"tool_calls": call})
+            first.messages[1],
+            Message(
+                role="assistant",
+                content="",
+                weight=0.5,
+                fields={"tool_calls": [{"function": {"name": "price", "arguments": {"x": 1}}}]},
+            ),
         )
         self.assertEqual(first.metadata, {})
         self.assertEqual((second.name, second.metadata), ("dialogue 6 (x.parquet[1])", {"note": "n"}))
@@ -482,7 +602,7 @@ _BAD_RECORDS = (
     ("weight_infinite", _with_message(weight=float("inf")), ["message 1", "weight inf", "finite"]),
     ("weight_text", _with_message(weight="1"), ["message 1", "weight '1' (str)", "number"]),
     ("weight_bool", _with_message(weight=True), ["message 1", "weight True (bool)", "number", "train"]),
-    ("train_number", _with_message(train=0), ["message 1", "train 0", "true or false", "weight"]),
+    ("train_number", _with_message(train=2), ["message 1", "train 2", "true or false", "weight"]),
     ("tools_object", {**_GOOD, "tools": {"name": "f"}}, ["tools", "list of objects", "Write"]),
     ("tools_names", {**_GOOD, "tools": ["f"]}, ["tools", "list of objects", "Write"]),
     ("tools_text", {**_GOOD, "tools": "[f]"}, ["tools", "not JSON", "column 2", "Write"]),
