@@ -316,6 +316,19 @@ class ScoreTest(parameterized.TestCase):
         self.assertIn("role 'bot'", error)
 
     @parameterized.parameters("one", "k")
+    def test_bad_records_are_left_out_counted_and_listed_if_the_config_says_so(self, passes):
+        self.save_model("gemma")
+        refused = {"id": "refused", "messages": [{"role": "system", "content": "a"}, *_DIALOGUES[0]["messages"]]}
+        records = [_DIALOGUES[0], "{", refused, {**_DIALOGUES[3], "id": "last"}]
+        written, told, _ = self.score(records, "--config.data.on_error=skip", f"--passes={passes}")
+        self.assertEqual([record["id"] for record in written], ["text", "last"])
+        listed = self.out.with_name("scores.skipped.txt").read_text().splitlines()
+        self.assertLen(listed, 2)
+        self.assertStartsWith(listed[0], "data.jsonl:2: not JSON")
+        self.assertRegex(listed[1], r"^dialogue refused \(data\.jsonl:3\): .*System role not supported")
+        self.assertIn("2 records skipped because of errors, all listed in", told)
+
+    @parameterized.parameters("one", "k")
     def test_weights_that_are_not_finite_are_an_error_that_names_the_dialogue(self, passes):
         model, parameters, tokenizer = self.save_model("chatml")
         parameters["final_norm"] = parameters["final_norm"].at[3].set(jnp.nan)
