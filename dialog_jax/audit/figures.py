@@ -16,7 +16,7 @@ import numpy as np
 import transformers
 from jaxtyping import Bool
 
-from dialog_jax.audit import inspection, row_lengths
+from dialog_jax.audit import inspection, row_lengths, unread
 from dialog_jax.audit.findings import Finding, FindingTally
 from dialog_jax.audit.row_lengths import Fill, Fit, Spread
 from dialog_jax.dialogues.dialogue import Dialogue
@@ -68,6 +68,8 @@ class Audit:
     response_tokens: Spread | None
     responses_each: Spread | None
     fills: list[Fill]
+    unread: dict[str, int]
+    """Number of times that each key occurs which neither the program nor the chat template reads."""
     findings: list[Finding]
 
 
@@ -93,6 +95,7 @@ class _Tally:
     """Figures of the dialogues so far."""
 
     tools: _Tools
+    keys: unread.KeyTally
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     roles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     last_targets: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
@@ -135,7 +138,7 @@ def make_audit(
         escaper=special_tokens.SpecialTokenEscaper(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
         special_texts=inspection.compile_special_texts(tokenizer),
     )
-    tally = _Tally(tools)
+    tally = _Tally(tools, unread.KeyTally(renderer))
     suffix = "_skipped" if on_error == "skip" else ""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, _BATCH)):
@@ -164,6 +167,7 @@ def _add_dialogue(tally: _Tally, dialogue: Dialogue, excerpts: Sequence[Excerpt]
     sequences = weighting.select_supervised(dialogue, [excerpts], tally.tools.objective)[0]
     tree = weighting.build_trees([sequences], tally.tools.objective)[0]
     _add_messages(tally, dialogue, sequences)
+    tally.keys.add(dialogue, [excerpt.dialogue for excerpt in excerpts])
     if tree is None:
         tally.findings.add("no_target", dialogue.name)
         return []
@@ -194,11 +198,16 @@ def _add_messages(tally: _Tally, dialogue: Dialogue, sequences: Sequence[Supervi
         if match := next(filter(None, matches), None):
             kind = "special_parsed" if tally.tools.renderer.allow_special_tokens else "special"
             tally.findings.add(kind, f"{where} has {match[0]!r}")
-        if index in responses and not message.content.strip() and not message.fields.get("tool_calls"):
+        calls = message.fields.get("tool_calls", ())
+        if any(isinstance(call["function"].get("arguments"), str) for call in calls):
+            tally.findings.add("text_arguments", where)
+        if index in responses and not message.content.strip() and not calls:
             tally.findings.add("empty", where)
     tally.counts["untrained"] += sum(
         message.role == "assistant" and index not in responses for index, message in enumerate(dialogue.messages)
     )
+    if dialogue.nulls:
+        tally.findings.add("nulls", f"{dialogue.name}: {dialogue.nulls:,}")
     if any(dialogue.messages[path[-1]].role != "assistant" for path in dialogue.paths()):
         tally.findings.add("unanswered", dialogue.name)
 
@@ -274,6 +283,9 @@ def _summarize(tally: _Tally, max_length: int) -> Audit:
         if fill.max_length == max_length and fill.responses_cut:
             where = f"at max_length = {max_length:,}, and {fill.targets_lost:.2%} of all targets with them"
             tally.findings.add("cut", where, count=fill.responses_cut)
+    unread_keys = tally.keys.count_unread()
+    if unread_keys:
+        tally.findings.add("unread", ", ".join(f"{key} ({count:,})" for key, count in unread_keys.items()))
     tokens = sum(size for size, _ in tally.tree_tokens)
     return Audit(
         records=counts["records"],
@@ -299,5 +311,6 @@ def _summarize(tally: _Tally, max_length: int) -> Audit:
         response_tokens=row_lengths.measure_spread(tally.response_tokens),
         responses_each=row_lengths.measure_spread(tally.responses_each),
         fills=fills,
+        unread=unread_keys,
         findings=tally.findings.make_findings(counts),
     )

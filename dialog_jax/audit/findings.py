@@ -146,6 +146,24 @@ _KINDS = {
         "responses",
         "They are trained exactly, with branches.",
     ),
+    "text_arguments": _Kind(
+        "warning",
+        "messages with tool calls whose arguments are text, but not a JSON object",
+        "messages",
+        "Templates that write arguments as JSON write them as a string. Correct them, unless that is intended.",
+    ),
+    "nulls": _Kind(
+        "note",
+        "dialogues with null fields in arguments or parameters, which are left out",
+        "dialogues",
+        "Exports of tables have them where a field is absent. To keep a null, write arguments or tools as JSON text.",
+    ),
+    "unread": _Kind(
+        "note",
+        "keys that neither the program nor the chat template reads",
+        "",
+        "They have no effect. Check whether one of them is misspelled, or needs another chat template.",
+    ),
     "unanswered": _Kind(
         "note",
         "dialogues that do not end with an assistant message",

@@ -65,7 +65,7 @@ class Renderer:
     ):
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer = tokenizer
-        self._chat_template_kwargs = chat_template_kwargs
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper)
         self._encoder = Encoder(tokenizer, self._template.after_response(), self._escaper)
@@ -75,7 +75,7 @@ class Renderer:
         """Returns the pickled form: the arguments, from which another process makes its own renderer."""
         make = functools.partial(
             Renderer,
-            chat_template_kwargs=self._chat_template_kwargs,
+            chat_template_kwargs=self.chat_template_kwargs,
             allow_special_tokens=self.allow_special_tokens,
         )
         return make, (self.tokenizer,)
@@ -89,6 +89,17 @@ class Renderer:
         """Returns the template's rendering of the first `count` messages; raises what `ChatTemplate.text` does."""
         escaped = self._escaper.escape_dialogue(dialogue)
         return self._escaper.unescape(self._template.text(escaped, count, add_generation_prompt=add_generation_prompt))
+
+    def render_texts(self, dialogue: Dialogue) -> list[str]:
+        """Returns the rendering of all messages, and of each supervised response the prompt and the rendering with it.
+
+        Raises:
+          UserError: the template refuses one of them.
+        """
+        dialogue = self._escaper.escape_dialogue(dialogue)
+        texts = [self._template.text(dialogue, len(dialogue.messages))]
+        texts += [text for _, prompt, rendered in self._template.turns(dialogue) for text in (prompt, rendered)]
+        return [self._escaper.unescape(text) for text in texts]
 
     def render(
         self,
