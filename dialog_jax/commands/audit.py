@@ -39,7 +39,7 @@ _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
 _OUT = flags.DEFINE_string("out", "", "The .json file to write; an existing one is replaced.")
 
-_RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "allow_special_tokens", "on_error")
+_RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "template_time", "allow_special_tokens", "on_error")
 _ERRORS = 2  # exit code
 _PLACES = 3  # printed per finding
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}

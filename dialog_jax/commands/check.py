@@ -114,6 +114,7 @@ def main() -> int:
             model.parameters,
             chat_template_kwargs=options["chat_template_kwargs"],
             allow_special_tokens=options["allow_special_tokens"],
+            template_time=options["template_time"],
             max_length=config.data.max_length,
             report_progress=status.update,
         )

@@ -75,4 +75,5 @@ def renderer_options(config: TrainConfig) -> dict[str, Any]:
         "chat_template": config.data.chat_template,
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "allow_special_tokens": config.data.allow_special_tokens,
+        "template_time": config.data.template_time,
     }

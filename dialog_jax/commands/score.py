@@ -150,8 +150,10 @@ def main() -> None:
     skipped: list[str] = []
     refused = skipped if config.data.on_error == "skip" else None
     if _PASSES.value == "k":
-        del options["chat_template"]  # the tokenizer has it
-        tokenizer = template_process.limit_template(tokenizer_files.reopen_tokenizer(model.tokenizer))
+        del options["chat_template"], options["template_time"]  # the tokenizer has them
+        tokenizer = template_process.limit_template(
+            tokenizer_files.reopen_tokenizer(model.tokenizer), model.renderer.template_time
+        )
         dialogues = source.read(skipped)
         if refused is not None:
             make_passes = functools.partial(k_passes.make_passes, tokenizer=tokenizer, **options)
@@ -183,6 +185,7 @@ def main() -> None:
                     top_k=_TOP_K.value,
                     tokenizer=fingerprint(model.tokenizer),
                     vocabulary=model.config.vocab_size,
+                    template_time=model.renderer.template_time,
                 )
             )
             scores = _add_signals(scores, add)

@@ -45,6 +45,7 @@ def compare(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
+    template_time: str = "",
     max_length: int,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> Agreement:
@@ -56,10 +57,15 @@ def compare(
       report_progress: called with a line of text.
     """
     agreement = Agreement()
-    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+    renderer = Renderer(
+        tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        allow_special_tokens=allow_special_tokens,
+        template_time=template_time,
+    )
     make_passes = functools.partial(
         k_passes.make_passes,
-        tokenizer=template_process.limit_template(tokenizer_files.reopen_tokenizer(tokenizer)),
+        tokenizer=template_process.limit_template(tokenizer_files.reopen_tokenizer(tokenizer), renderer.template_time),
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
     )

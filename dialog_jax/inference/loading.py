@@ -45,6 +45,7 @@ def open_model(
     chat_template: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
+    template_time: str = "",
     resize_embedding: bool = False,
     report: Callable[[str], None] = print,
 ) -> Model:
@@ -56,6 +57,7 @@ def open_model(
       chat_template: a Jinja file or its text; empty for the tokenizer's own.
       chat_template_kwargs: further variables of the template, such as enable_thinking.
       allow_special_tokens: parse special tokens that messages spell; otherwise they are ordinary text.
+      template_time: the time that a template which reads the clock takes for the current one; empty for now.
       resize_embedding: add rows to the embedding for tokens beyond it; otherwise they are an error.
       report: called with a line of text for everything that is done otherwise than the model's files say.
 
@@ -77,7 +79,10 @@ def open_model(
         config = dataclasses.replace(config, vocab_size=config.vocab_size + added_rows)
     check_vocabulary(fast_tokenizer, config.vocab_size)
     renderer = Renderer(
-        fast_tokenizer, chat_template_kwargs=chat_template_kwargs, allow_special_tokens=allow_special_tokens
+        fast_tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        allow_special_tokens=allow_special_tokens,
+        template_time=template_time,
     )
     stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *model_files.stop_tokens(path)} - {None}
     return Model(

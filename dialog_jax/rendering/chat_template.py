@@ -3,6 +3,7 @@
 Knows nothing of tokens. Texts are those of transformers' own `apply_chat_template`, which may also change messages.
 """
 
+import datetime
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import transformers
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
-from dialog_jax.rendering import template_process
+from dialog_jax.rendering import template_process, template_rendering
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.template_rendering import Job, Rendering
@@ -29,6 +30,7 @@ class ChatTemplate:
       tokenizer: its `chat_template` is set.
       kwargs: further variables of the template, for example `{"enable_thinking": False}`.
       escaper: the one that escaped the dialogues; the rendered text is then escaped, too. None for plain dialogues.
+      time: an ISO date or time that the template takes for the current one; empty for now.
     """
 
     def __init__(
@@ -36,10 +38,16 @@ class ChatTemplate:
         tokenizer: transformers.PreTrainedTokenizerFast,
         kwargs: Mapping[str, Any] | None = None,
         escaper: SpecialTokenEscaper | None = None,
+        time: str = "",
     ):
         self._tokenizer = tokenizer
         self._escaper = escaper or SpecialTokenEscaper(tokenizer, allow_special_tokens=True)
         self._variables = {**tokenizer.special_tokens_map, **(kwargs or {})}
+        self.time = ""
+        """The time that the template takes for the current one; empty if it reads no clock."""
+        if template_rendering.CLOCK in str(tokenizer.chat_template):
+            self.time = time or datetime.datetime.now().isoformat(timespec="seconds")
+            self._variables[template_rendering.TIME] = self.time
         name = pathlib.Path(tokenizer.name_or_path).name
         self._name = f"{name}: the chat template" if name else "the chat template"
 

@@ -51,6 +51,7 @@ class Renderer:
       tokenizer: a fast tokenizer whose `chat_template` is set.
       chat_template_kwargs: further variables of the template, for example `{"enable_thinking": False}`.
       allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
+      template_time: an ISO date or time that a template which reads the clock takes for the current one; empty for now.
 
     Raises:
       UserError: the template cannot render one user and one assistant message.
@@ -62,12 +63,13 @@ class Renderer:
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
+        template_time: str = "",
     ):
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
-        self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper)
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper, template_time)
         self._encoder = Encoder(tokenizer, self._template.after_response(), self._escaper)
         self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
 
@@ -77,8 +79,14 @@ class Renderer:
             Renderer,
             chat_template_kwargs=self.chat_template_kwargs,
             allow_special_tokens=self.allow_special_tokens,
+            template_time=self.template_time,
         )
         return make, (self.tokenizer,)
+
+    @property
+    def template_time(self) -> str:
+        """The ISO time that the template takes for the current one; empty if it reads no clock."""
+        return self._template.time
 
     @property
     def end_of_turn(self) -> int | None:

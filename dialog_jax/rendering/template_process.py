@@ -53,14 +53,21 @@ class _TimeExceeded(BaseException):
     """Raised by a signal handler; not an `Exception`, so that it is not taken for an error of the template."""
 
 
-def limit_template(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedTokenizerFast:
-    """Returns the tokenizer with an `apply_chat_template` that renders text, not tokens, in the limited process."""
+def limit_template(
+    tokenizer: transformers.PreTrainedTokenizerFast, template_time: str
+) -> transformers.PreTrainedTokenizerFast:
+    """Returns the tokenizer with an `apply_chat_template` that renders text, not tokens, in the limited process.
+
+    Args:
+      template_time: `Renderer.template_time`.
+    """
+    time_variable = {template_rendering.TIME: template_time} if template_time else {}
 
     def apply_chat_template(
         messages: Sequence[Mapping[str, Any]], *, tools: Any = None, add_generation_prompt: bool = False, **kwargs: Any
     ) -> str:
         assert kwargs.pop("tokenize") is False
-        variables = {"tools": tools, **tokenizer.special_tokens_map, **kwargs}
+        variables = {"tools": tools, **tokenizer.special_tokens_map, **kwargs, **time_variable}
         job = Job(len(messages), add_generation_prompt)
         texts, refusal = render(tokenizer.get_chat_template(tools=tools), messages, [job], variables)
         if not texts:

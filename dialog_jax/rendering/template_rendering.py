@@ -3,6 +3,7 @@
 Knows messages as dictionaries; knows no tokens and no process. Everything else calls `template_process.render`.
 """
 
+import datetime
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from dialog_jax.rendering import call_arguments
 
 LONGEST = 64 << 20
 """Largest number of characters of a rendered text."""
+CLOCK = "strftime_now"
+"""The function of a template that formats the current time."""
+TIME = "time_of_strftime_now"
+"""Name of the variable that fixes the time: an ISO date or time."""
 _LARGEST_SHOWN = 500  # characters of a template's reason
 # What running a template can raise, deliberately or not.
 _REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -57,7 +62,7 @@ def render_jobs(
     Args:
       template: Jinja text.
       messages: as the template sees them.
-      variables: further variables of the template, among them `tools` and the special tokens.
+      variables: further variables of the template, among them `tools`, the special tokens and `TIME`.
     """
 
     def render(changed: call_arguments.Messages) -> tuple[str, bool]:
@@ -116,6 +121,9 @@ def _apply(
     template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
 ) -> str:
     _speed_up_sandbox(template)
+    # transformers turns all other variables into plain data, so a function must be a global of its environment.
+    now = datetime.datetime.fromisoformat(variables[TIME]) if TIME in variables else datetime.datetime.now()
+    chat_template_utils._compile_jinja_template(template).environment.globals[CLOCK] = now.strftime
     text = _make_tokenizer().apply_chat_template(
         [dict(message) for message in messages],
         chat_template=template,

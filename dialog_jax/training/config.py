@@ -5,6 +5,7 @@ mesh are here and not beside what they configure.
 """
 
 import dataclasses
+import datetime
 import math
 import typing
 from collections.abc import Mapping
@@ -53,6 +54,9 @@ class DataConfig:
     """A Jinja file, or the text of the template; empty for the tokenizer's own."""
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Further variables of the chat template, such as {"enable_thinking": False}."""
+    template_time: str = ""
+    """The date or time, such as 2026-07-01 or 2026-07-01T12:00, that a chat template takes for the current one; empty
+    for the time at which the run or command starts. A run keeps it in its config.json."""
     allow_special_tokens: bool = False
     """Parse special tokens that the text of a message spells; otherwise they are ordinary text there."""
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -237,6 +241,13 @@ class TrainConfig:
             raise UserError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTION)}.")
         if self.remat not in REMAT:
             raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}.")
+        try:
+            datetime.datetime.fromisoformat(self.data.template_time or "2026-07-01")
+        except ValueError:
+            raise UserError(
+                f"data.template_time is {self.data.template_time!r}; it must be a date or time such as 2026-07-01 or "
+                "2026-07-01T12:00."
+            ) from None
         if self.data.workers < -1:
             raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
@@ -263,6 +274,11 @@ def require_fields(config: TrainConfig, user: str, *fields: str) -> None:
     for field in fields:
         if not values[field]:
             raise UserError(f"{field} is empty; {user} needs it: --config.{field}=...")
+
+
+def set_template_time(config: TrainConfig, time: str) -> TrainConfig:
+    """Returns the config with another data.template_time."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_time=time))
 
 
 def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:

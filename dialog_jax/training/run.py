@@ -5,6 +5,7 @@ to `training.loop`. `training.run_directory` describes the files in the director
 """
 
 import contextlib
+import datetime
 import math
 import os
 import pathlib
@@ -36,7 +37,7 @@ from dialog_jax.training import (
     signals,
     train_step,
 )
-from dialog_jax.training.config import TrainConfig, require_fields
+from dialog_jax.training.config import TrainConfig, require_fields, set_template_time
 from dialog_jax.training.console import Startup
 from dialog_jax.training.loop import Run
 from dialog_jax.training.run_inputs import Inputs
@@ -86,11 +87,15 @@ def run(
     with signals.listen() as listener, contextlib.ExitStack() as stack:
         # Open: the directory is empty, or holds this run and no other process trains there.
         distributed.run_primary_first(lambda: _lock(directory, stack))
+        config = run_directory.keep_template_time(directory, config)
         changes = run_directory.find_config_changes(directory, config)
         _check_changes(directory, changes, allow_changes)
 
         # Prepare: read model config, tokenizer and data, and plan which rows each step trains on.
-        inputs = distributed.run_primary_first(lambda: run_inputs.read_inputs(config, directory, console))
+        now = distributed.all_gather_strings(datetime.datetime.now().isoformat(timespec="seconds"))[0]
+        inputs = distributed.run_primary_first(lambda: run_inputs.read_inputs(config, directory, console, now))
+        if inputs.template_time:
+            config = set_template_time(config, inputs.template_time)
         plan, steps = _plan_steps(config, inputs.train, sharding.count_row_shards(mesh), console)
         dtype = _compute_dtype(config, mesh)
         hashes = {**inputs.hashes, "steps": steps, "compute_dtype": dtype.name}

@@ -36,7 +36,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
-from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.config import TrainConfig, set_template_time
 
 _BEFORE_A_CLAIM = {"licences", "trees", "skipped.txt", "tokenizer", "model.json", "inputs.json", "lock"}
 # Fields that may differ when a run is resumed.
@@ -130,6 +130,14 @@ def lock(directory: pathlib.Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def keep_template_time(directory: pathlib.Path, config: TrainConfig) -> TrainConfig:
+    """Returns the config with the data.template_time of the run in the directory, unless `config` has its own."""
+    if config.data.template_time or not (directory / "config.json").exists():
+        return config
+    before = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return set_template_time(config, before["data"].get("template_time", ""))
 
 
 def find_config_changes(directory: pathlib.Path, config: TrainConfig) -> list[str]:

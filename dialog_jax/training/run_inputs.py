@@ -42,6 +42,7 @@ _NOT_IN_TREES = {
     "train_split",
     "validation_split",
     "chat_template",
+    "template_time",
     "cache_dir",
     "teacher",
     "workers",
@@ -60,14 +61,20 @@ class Inputs(NamedTuple):
     """Type of the published weights."""
     added_rows: int
     """Rows at the end of the embedding that the published one does not have."""
+    template_time: str
+    """The time that the chat template takes for the current one; empty if it reads no clock."""
     train: Trees | Mixture
     held_out: Trees
     hashes: Mapping[str, str]
     """Hashes of the content of model and data, by config field."""
 
 
-def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console) -> Inputs:
+def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console, now: str = "") -> Inputs:
     """Returns the inputs that `config` names. Trees are prepared unless `directory` or data.cache_dir has them.
+
+    Args:
+      now: the time for templates that read the clock if data.template_time is empty, the same on all processes; empty
+        for the time of the call.
 
     Raises:
       UserError: a file is missing or broken, or model, tokenizer and data do not fit together.
@@ -78,11 +85,16 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         chat_template=config.data.chat_template,
         chat_template_kwargs=config.data.chat_template_kwargs,
         allow_special_tokens=config.data.allow_special_tokens,
+        template_time=config.data.template_time or now,
         resize_embedding=config.resize_embedding,
         report=console.print,
     )
+    if model.renderer.template_time:
+        console.print(
+            f"the chat template reads the clock: it is {model.renderer.template_time} for this run (data.template_time)"
+        )
     loading.check_context(model.config, config.data.max_length)
-    teacher = _read_teacher(config, model.tokenizer, model.config)
+    teacher = _read_teacher(config, model)
     prepare = functools.partial(_prepare_trees, config, model.renderer, directory, console)
     sets: dict[str, Trees] = {}
     hashes = {"model": model_files.fingerprint(model.path)}
@@ -103,6 +115,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         stop_tokens=model.stop_tokens,
         dtype=model.dtype,
         added_rows=model.added_rows,
+        template_time=model.renderer.template_time,
         train=Mixture(dict(zip(config.data.mix, sets.values(), strict=True)), config.data.mix)
         if config.data.mix
         else sets["data.train"],
@@ -127,6 +140,7 @@ def _prepare_trees(
         "held_out": [source.held_out, source.division.limit if source.division else 0],
         "tokenizer": fingerprint(renderer.tokenizer),
         "chat_template": renderer.tokenizer.chat_template,
+        "template_time": renderer.template_time,
         "objective": dataclasses.asdict(config.objective),
         # All other fields, so that a new one is not forgotten.
         **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
@@ -192,16 +206,20 @@ def _check_unchanged(
             raise UserError(f"{file.name} changed while it was read. Start again once it is written in full.")
 
 
-def _read_teacher(
-    config: TrainConfig, tokenizer: transformers.PreTrainedTokenizerFast, model: DecoderConfig
-) -> TeacherFile | None:
+def _read_teacher(config: TrainConfig, model: loading.Model) -> TeacherFile | None:
     """Returns the file of data.teacher, if there is one."""
     if not config.data.teacher:
         return None
-    teacher = teacher_file.read_file(config.data.teacher, tokenizer=fingerprint(tokenizer))
-    if teacher.largest >= model.vocab_size:
+    teacher = teacher_file.read_file(config.data.teacher, tokenizer=fingerprint(model.tokenizer))
+    if teacher.template_time != model.renderer.template_time:
         raise UserError(
-            f"{teacher.name} names token {teacher.largest:,}, but the model's vocabulary has {model.vocab_size:,}. "
-            "Choose a teacher with the model's tokenizer."
+            f"{teacher.name}: the time in the teacher's prompts is {teacher.template_time or 'none'}, in those of this "
+            f"run {model.renderer.template_time or 'none'}. Set data.template_time={teacher.template_time}, or score "
+            "with the chat template of this run."
+        )
+    if teacher.largest >= model.config.vocab_size:
+        raise UserError(
+            f"{teacher.name} names token {teacher.largest:,}, but the model's vocabulary has "
+            f"{model.config.vocab_size:,}. Choose a teacher with the model's tokenizer."
         )
     return teacher

@@ -68,6 +68,8 @@ class TeacherFile:
     digest: str
     same_tokenizer: bool
     """Whether the teacher's tokenizer has the fingerprint of the data's."""
+    template_time: str
+    """The time that the teacher's chat template took for the current one; empty if it reads no clock."""
     largest: int
     """The largest token id in `top_token`."""
     numbers: Mapping[str | int, int]
@@ -93,7 +95,7 @@ def checksum(tokens: Int[np.ndarray, " n"]) -> int:
 
 @contextlib.contextmanager
 def write_file(
-    path: pathlib.Path, *, top_k: int, tokenizer: str, vocabulary: int
+    path: pathlib.Path, *, top_k: int, tokenizer: str, vocabulary: int, template_time: str = ""
 ) -> Iterator[Callable[[str | int, Sequence[Signal]], None]]:
     """Yields a function to call with the id and signals of each dialogue; the file appears at the end, complete.
 
@@ -103,6 +105,7 @@ def write_file(
       top_k: N.
       tokenizer: fingerprint of the teacher's tokenizer.
       vocabulary: size of the teacher's vocabulary.
+      template_time: the time that the chat template took for the current one; empty if it reads no clock.
 
     Raises:
       UserError: two dialogues have the same id.
@@ -135,7 +138,12 @@ def write_file(
 
         append(response_offset=0)
         yield add
-        metadata = {"ids": json.dumps(list(numbers)), "tokenizer": tokenizer, "vocabulary": str(vocabulary)}
+        metadata = {
+            "ids": json.dumps(list(numbers)),
+            "tokenizer": tokenizer,
+            "vocabulary": str(vocabulary),
+            "template_time": template_time,
+        }
         with atomic_files.replace(path) as unfinished, unfinished.open("wb") as stream:
             stream.write(_make_header({name: column.tell() for name, column in columns.items()}, top_k, metadata))
             for column in columns.values():
@@ -176,6 +184,7 @@ def read_file(path: str | os.PathLike[str], *, tokenizer: str) -> TeacherFile:
         name=file.name,
         digest=digest.hexdigest(),
         same_tokenizer=metadata.get("tokenizer") == tokenizer,
+        template_time=metadata.get("template_time", ""),
         largest=_check_values(file.name, arrays["top_token"], arrays["top_log_probability"]),
         numbers={name: number for number, name in enumerate(ids)},
         **arrays,

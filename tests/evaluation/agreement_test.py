@@ -234,6 +234,8 @@ class AgreementTest(parameterized.TestCase):
         self.assertEqual(beyond, {"loss of a response": 1})
 
     def test_tokenizer_that_truncates_fails(self):
+        self.addCleanup(chat_templates.train_tokenizer("chatml").backend_tokenizer.no_truncation)
+
         def truncating(renderer, *args, **kwargs):
             renderer.tokenizer.backend_tokenizer.enable_truncation(40)
             return render(renderer, *args, **kwargs)

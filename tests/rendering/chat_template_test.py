@@ -1,5 +1,8 @@
 """Texts of a dialogue's turns against the tokenizer's own `apply_chat_template`, called for each of them."""
 
+import copy
+import datetime
+import pickle
 import re
 from unittest import mock
 
@@ -10,7 +13,7 @@ from jinja2 import sandbox
 from transformers.utils import chat_template_utils
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
-from dialog_jax.rendering import chat_template, template_rendering
+from dialog_jax.rendering import chat_template, sequences, template_rendering
 from dialog_jax.rendering.template_rendering import Job
 from tests.rendering import chat_templates
 
@@ -35,6 +38,13 @@ _ELABORATE = """\
   {% if add_generation_prompt %}
 {{ header('assistant') }}
   {%- endif %}
+"""
+# As in Llama 3.2: the date of today.
+_CLOCK = """\
+{%- if strftime_now is defined %}{% set today = strftime_now("%d %b %Y %H:%M") %}{% endif -%}
+{%- macro one(message) %}{{ strftime_now("%Y") }} {{ message.role }}: {{ message.content }}|{% endmacro -%}
+{{ today }}|{% for message in messages %}{{ one(message) }}{% endfor %}
+{%- if add_generation_prompt %}{{ "assistant:" }}{% endif %}
 """
 _TEMPLATES = {
     **chat_templates.TEMPLATES,
@@ -155,6 +165,42 @@ class TurnsTest(parameterized.TestCase):
         template = chat_template.ChatTemplate(tokenizer)
         for shown in (chat_templates.random_dialogue(np.random.default_rng(0), turns=1), dialogue):
             self.assertEqual(list(template.turns(shown)), self.expected(tokenizer, shown))
+
+
+class ClockTest(parameterized.TestCase):
+    def make_renderer(self, template, **options):
+        tokenizer = copy.copy(chat_templates.train_tokenizer("chatml"))
+        tokenizer.chat_template = template
+        return sequences.Renderer(tokenizer, **options)
+
+    def render(self, renderer):
+        messages = (Message(role="user", content="Hi"), Message(role="assistant", content="Hello"))
+        return renderer.render_text(Dialogue(id=0, messages=messages), 2)
+
+    @parameterized.parameters(
+        ("2026-07-01T13:05:59", "01 Jul 2026 13:05|2026 user: Hi|2026 assistant: Hello|"),
+        ("2031-01-09", "09 Jan 2031 00:00|2031 user: Hi|2031 assistant: Hello|"),
+    )
+    def test_time_of_the_template_is_the_one_that_is_set(self, time, expected):
+        renderer = self.make_renderer(_CLOCK, template_time=time)
+        self.assertEqual(self.render(renderer), expected)
+        self.assertEqual(self.render(pickle.loads(pickle.dumps(renderer))), expected)
+        self.assertEqual(renderer.template_time, time)
+
+    def test_time_is_that_of_the_renderer_s_start_in_all_processes(self):
+        before = datetime.datetime.now().replace(microsecond=0)
+        renderer = self.make_renderer(_CLOCK.replace("%M", "%M:%S"))
+        after = datetime.datetime.now()
+        time = datetime.datetime.fromisoformat(renderer.template_time)
+        self.assertBetween(time, before, after)
+        with mock.patch.object(chat_template, "datetime"):  # whatever it is now
+            other = pickle.loads(pickle.dumps(renderer))
+            for one in (renderer, other):
+                self.assertStartsWith(self.render(one), time.strftime("%d %b %Y %H:%M:%S|"))
+        self.assertEqual(other.template_time, renderer.template_time)
+
+    def test_template_without_a_clock_has_no_time(self):
+        self.assertEqual(self.make_renderer(_ELABORATE, template_time="2026-07-01").template_time, "")
 
 
 if __name__ == "__main__":

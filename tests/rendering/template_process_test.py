@@ -1,6 +1,7 @@
 """Templates that mean harm, by what they try: Python's objects, time, memory; and the life of their process."""
 
 import concurrent.futures
+import copy
 import os
 import signal
 import subprocess
@@ -185,12 +186,18 @@ class ProcessTest(parameterized.TestCase):
     def test_the_limited_tokenizer_writes_what_the_tokenizer_does(self):
         for family in chat_templates.FAMILIES:
             tokenizer = chat_templates.train_tokenizer(family)
-            limited = template_process.limit_template(tokenizer)
+            limited = template_process.limit_template(tokenizer, "")
             for prompt in (False, True):
                 self.assertEqual(
                     limited.apply_chat_template(_MESSAGES, tokenize=False, add_generation_prompt=prompt, x=1),
                     tokenizer.apply_chat_template(_MESSAGES, tokenize=False, add_generation_prompt=prompt, x=1),
                 )
+
+    def test_limited_tokenizer_takes_the_time_it_is_given(self):
+        tokenizer = copy.copy(chat_templates.train_tokenizer("chatml"))
+        tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M') }}"
+        limited = template_process.limit_template(tokenizer, "2026-07-01T13:05:09")
+        self.assertEqual(limited.apply_chat_template(_MESSAGES, tokenize=False), "01 Jul 2026 13:05")
 
     def test_every_text_that_can_be_in_a_message_comes_back(self):
         for content in ("", "é🙂\ud800\x00\u2028", "x" * (1 << 20)):

@@ -103,6 +103,10 @@ class ConfigTest(parameterized.TestCase):
             {"data": DataConfig(train="t", validation="v", workers=-2)},
             "data.workers is -2; it must be at least 0, or -1",
         ),
+        (
+            {"data": DataConfig(train="t", template_time="July")},
+            "data.template_time is 'July'; it must be a date or time",
+        ),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
         ({"attention": "portable"}, "attention is 'portable'; it must be one of auto, blockwise, pallas, splash"),
     )

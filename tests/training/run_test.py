@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: what they write, how they go on, and how they refuse."""
 
 import dataclasses
+import datetime
 import io
 import json
 import math
@@ -167,6 +168,48 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(UserError, "attention=pallas does not work here: pallas is a kernel for gpu"):
             self.run_in("run", attention="pallas")
         self.assertFalse((self.directory / "run" / "config.json").exists())
+
+    @pytest.mark.full
+    def test_time_of_a_template_that_reads_the_clock_is_fixed_for_the_run(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        template = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}" + tokenizer.chat_template
+        data = dataclasses.replace(self.config.data, chat_template=template)
+        self.run_in("run", steps=2, data=data)
+        stored = json.loads((self.directory / "run" / "config.json").read_text())["data"]["template_time"]
+        self.assertIn(f"the chat template reads the clock: it is {stored} for this run", self.output.getvalue())
+        with mock.patch.object(run_lib, "datetime") as later:
+            later.datetime.now.return_value = datetime.datetime(2040, 1, 1)
+            self.assertEqual(self.run_in("run", steps=4, data=data, allow_changes=True).step, 4)
+            self.assertLen(list((self.directory / "run" / "trees").iterdir()), 2)  # of training and held-out data
+            changed = dataclasses.replace(data, template_time="2040-01-01")
+            with self.assertRaisesRegex(UserError, f"data.template_time: '{stored}' before, '2040-01-01' now"):
+                self.run_in("run", steps=4, data=changed)
+            self.run_in("later", steps=1, data=data)
+        later_time = json.loads((self.directory / "later" / "config.json").read_text())["data"]["template_time"]
+        self.assertEqual(later_time, "2040-01-01T00:00:00")
+        hashes = [run_directory.read_hashes(self.directory / name)["data.train"] for name in ("run", "later")]
+        self.assertNotEqual(*hashes)
+
+    def test_teacher_of_another_time_is_refused_with_the_remedy(self):
+        with teacher_file.write_file(
+            self.directory / "t", top_k=1, tokenizer="", vocabulary=9, template_time="2026-07-01"
+        ) as add:
+            add(
+                "a",
+                [
+                    teacher_file.Signal(
+                        1, 0, np.zeros(1, np.int32), np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
+                    )
+                ],
+            )
+        template = "{{ strftime_now('%Y') }}" + chat_templates.train_tokenizer("chatml").chat_template
+        data = dataclasses.replace(
+            self.config.data, teacher=str(self.directory / "t"), chat_template=template, template_time="2026-07-02"
+        )
+        with self.assertRaisesRegex(
+            UserError, "prompts is 2026-07-01, in .* 2026-07-02. Set data.template_time=2026-07-01"
+        ):
+            self.run_in("run", data=data, loss=LossConfig(distillation=0.5))
 
     @pytest.mark.full
     def test_no_absolute_path_is_written(self):

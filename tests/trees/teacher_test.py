@@ -142,7 +142,9 @@ class FileTest(TeacherTest):
         self.assertEqual([file.name for file in self.directory.iterdir()], [self.path.name])
         arrays = safetensors.numpy.load_file(self.path)
         with safetensors.safe_open(self.path, "numpy") as file:
-            self.assertEqual(file.metadata(), {"ids": '["a", 7, 1]', "tokenizer": "T", "vocabulary": "512"})
+            self.assertEqual(
+                file.metadata(), {"ids": '["a", 7, 1]', "tokenizer": "T", "vocabulary": "512", "template_time": ""}
+            )
         expected = [(number, *r) for number, d in enumerate(dialogues) for r in responses_of(d, "chatml")]
         np.testing.assert_array_equal(arrays["response_dialogue"], [number for number, *_ in expected])
         np.testing.assert_array_equal(arrays["response_message"], [message for _, message, *_ in expected])
