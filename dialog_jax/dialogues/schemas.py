@@ -50,7 +50,7 @@ _SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 _NOT_TEMPLATE_KWARGS = {
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
 }
 
 

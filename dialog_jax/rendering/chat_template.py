@@ -3,6 +3,7 @@
 Knows nothing of tokens. Texts are those of transformers' own `apply_chat_template`, which may also change messages.
 """
 
+import contextlib
 import datetime
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import transformers
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
-from dialog_jax.rendering import template_process, template_rendering
+from dialog_jax.rendering import refused_fields, template_process, template_rendering
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.template_rendering import Job, Rendering
@@ -115,12 +116,24 @@ class ChatTemplate:
             ) from None
         yield from rendering.texts
         if len(rendering.texts) < len(jobs):
-            refused = jobs[len(rendering.texts)].messages
-            roles = ", ".join(message.role for message in dialogue.messages[:refused])
-            raise UserError(
-                f"{dialogue.name}: the chat template refuses its first {refused} messages ({roles}): "
-                f"{rendering.refusal}. Change the dialogue, or pass another chat template."
-            )
+            raise self._make_refusal(dialogue, jobs[len(rendering.texts)], rendering.refusal)
+
+    def _make_refusal(self, dialogue: Dialogue, job: Job, reason: str) -> UserError:
+        """Returns the error of a job that the template refuses, with the field in which it is if that is known."""
+        plain = self._escaper.unescape_dialogue(dialogue) if isinstance(dialogue, EscapedDialogue) else dialogue
+
+        def is_refused(other: Dialogue) -> bool:
+            return not self._run(other, [job]).texts
+
+        change = ""
+        with contextlib.suppress(TemplateStopped):
+            change = refused_fields.find_change(plain, job.messages, is_refused) if is_refused(plain) else ""
+        roles = ", ".join(message.role for message in dialogue.messages[: job.messages])
+        remedy = f"It accepts them {change}; change the dialogue" if change else "Change the dialogue"
+        return UserError(
+            f"{dialogue.name}: the chat template refuses its first {job.messages} messages ({roles}): {reason}. "
+            f"{remedy}, pass another chat template, or leave out what it refuses with data.on_error=skip."
+        )
 
     def _render(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Rendering:
         """Returns what the template renders; of an escaped dialogue, escaped and compared with the plain rendering."""

@@ -5,6 +5,7 @@ Knows messages as dictionaries; knows no tokens and no process. Everything else 
 
 import datetime
 import functools
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ CLOCK = "strftime_now"
 TIME = "time_of_strftime_now"
 """Name of the variable that fixes the time: an ISO date or time."""
 _LARGEST_SHOWN = 500  # characters of a template's reason
+_LARGEST_LINE = 120  # characters of a template's line in an error
 # What running a template can raise, deliberately or not.
 _REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 _MARK = "\ue000text\ue000"  # follows each text of one call
@@ -85,8 +87,23 @@ def _render_plain(
         except jinja2.TemplateSyntaxError as error:
             return Rendering(texts, f"it is not Jinja at line {error.lineno}: {error.message}")
         except _REFUSALS as error:
-            return Rendering(texts, (str(error) or type(error).__name__)[:_LARGEST_SHOWN])
+            return Rendering(texts, _describe_error(error, template))
     return Rendering(texts)
+
+
+def _describe_error(error: Exception, template: str) -> str:
+    """Returns what a template says, or the error in it, with its line.
+
+    Roles must alternate.
+    can only concatenate str (not "int") to str (TypeError at line 7 of the template: {{ message.name + 1 }})
+    """
+    reason = (str(error) or type(error).__name__)[:_LARGEST_SHOWN]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    if type(error) is jinja2.TemplateError or not lines or not lines[-1]:  # raise_exception in the template
+        return reason
+    source = template.splitlines()[lines[-1] - 1 : lines[-1]]
+    code = " ".join(source).strip()[:_LARGEST_LINE]
+    return f"{reason} ({type(error).__name__} at line {lines[-1]} of the template: {code})"
 
 
 def _render_in_macro(

@@ -531,7 +531,7 @@ class RefusalTest(parameterized.TestCase):
         ("mistral", [("user", "a"), ("assistant", "b"), ("assistant", "c")], "must alternate"),
     )
     def test_what_a_template_refuses_names_dialogue_line_reason_and_remedy(self, family, messages, reason):
-        remedy = "Put a message before" if "begins" in reason else "Change the dialogue, or pass another"
+        remedy = "Put a message before" if "begins" in reason else "hange the dialogue, pass another"
         with self.assertRaisesRegex(ValueError, rf"^dialogue 4 \(said.jsonl:5\).*{reason}.*{remedy}"):
             render(renderer_of(family), said(*messages, id=4))
 
