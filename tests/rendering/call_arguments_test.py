@@ -112,7 +112,9 @@ class ArgumentsTest(parameterized.TestCase):
         for call in (_FOR_TEXT["written"], _FOR_TEXT["added"], _FOR_OBJECTS["tojson"]):
             renderer = renderer_with(_TEMPLATE % call)
             (dialogue,) = parsing.parse_records([record_with(_ARGUMENTS[0])])
-            passes = k_passes.make_passes(dialogue, template_process.limit_template(renderer.tokenizer))
+            passes = k_passes.make_passes(
+                dialogue, template_process.limit_template(renderer.tokenizer, renderer.template_time)
+            )
             sequences = list(next(iter(renderer.render([dialogue]))))
             self.assertEqual([p.tokens.tolist() for p in passes], [s.tokens.tolist() for s in sequences])
 
@@ -162,7 +164,7 @@ class RecordVariablesTest(absltest.TestCase):
             self.assertStartsWith(text, f"<|im_start|>system\n{head}<|im_end|>\n")
             prefix = self.renderer.tokenizer.decode(self.renderer.encode_shared_prefix(dialogue))
             self.assertIn(head, prefix)
-            limited = template_process.limit_template(self.renderer.tokenizer)
+            limited = template_process.limit_template(self.renderer.tokenizer, self.renderer.template_time)
             (one,) = k_passes.make_passes(dialogue, limited, self.kwargs)
             self.assertEqual(one.tokens.tolist(), sequence.tokens.tolist())
 
@@ -171,7 +173,9 @@ class RecordVariablesTest(absltest.TestCase):
         (sequence,) = next(iter(self.renderer.render([dialogue])))
         end = self.renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.assertEqual(sequence.tokens.tolist().count(end), 3)
-        (one,) = k_passes.make_passes(dialogue, template_process.limit_template(self.renderer.tokenizer), self.kwargs)
+        (one,) = k_passes.make_passes(
+            dialogue, template_process.limit_template(self.renderer.tokenizer, self.renderer.template_time), self.kwargs
+        )
         self.assertEqual(one.tokens.tolist(), sequence.tokens.tolist())
 
 
