@@ -118,6 +118,7 @@ def make_audit(
     objective: ObjectiveConfig,
     max_length: int,
     on_error: str = "stop",
+    embedding_rows: int | None = None,
 ) -> Audit:
     """Returns the audit of `records`.
 
@@ -125,6 +126,7 @@ def make_audit(
       records: dialogues, and errors in the place of invalid ones.
       max_length: tokens of a row, for the finding `cut`; `fills` has further lengths.
       on_error: what training does with an error, as `data.on_error`.
+      embedding_rows: of the model, if it is known.
 
     Raises:
       UserError: there are no records.
@@ -139,6 +141,8 @@ def make_audit(
         special_texts=inspection.compile_special_texts(tokenizer),
     )
     tally = _Tally(tools, unread.KeyTally(renderer))
+    for kind, sentence in inspection.inspect_tokenizer(renderer, embedding_rows).items():
+        tally.findings.add(kind, sentence)
     suffix = "_skipped" if on_error == "skip" else ""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, _BATCH)):

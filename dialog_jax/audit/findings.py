@@ -53,6 +53,12 @@ _KINDS = {
         "",
         "Give assistant messages a weight above 0, or choose another objective.",
     ),
+    "beyond_embedding": _Kind(
+        "error",
+        "the tokenizer has token ids for which the model has no embedding",
+        "",
+        "Training stops. Use the tokenizer that belongs to the model, or add rows with --config.resize_embedding.",
+    ),
     "doubled_bos": _Kind(
         "error",
         "dialogues that begin with two BOS tokens",
@@ -91,6 +97,18 @@ _KINDS = {
         "They are trained as they would be generated, after the prompt's tokens; elsewhere the same text has other "
         "tokens. End the generation prompt at a token boundary, usually without white space.",
     ),
+    "replaced_tokenizer": _Kind(
+        "warning",
+        "transformers does not tokenize as tokenizer.json says, which is followed here",
+        "",
+        "Serve the model with tokens of the file: it is exported byte for byte, for PreTrainedTokenizerFast.",
+    ),
+    "stored_settings": _Kind(
+        "warning",
+        "tokenizer.json stores settings of whoever saved it, which would change texts; they are switched off here",
+        "",
+        "Remove them from the file, so that no other program applies them.",
+    ),
     "cut": _Kind(
         "warning",
         "responses cut off because their dialogue is too long",
@@ -120,6 +138,12 @@ _KINDS = {
         "dialogues that are the same as an earlier one",
         "trees",
         "Each is trained on again. Remove them, unless that is intended.",
+    ),
+    "clock": _Kind(
+        "note",
+        "the chat template writes the time of rendering into prompts",
+        "",
+        "It is fixed once per run. Set data.template_time to choose it.",
     ),
     "same_prompt": _Kind(
         "note",

@@ -15,7 +15,9 @@ from jaxtyping import Bool
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
+from dialog_jax.rendering.tokenizers import largest_token
 from dialog_jax.trees import fitting, prefix_tree, weighting
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -40,6 +42,22 @@ def list_special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> dict
     """Returns the text of every special token by its id, with or without a role such as EOS."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {index: token.content for index, token in added.items() if token.special}
+
+
+def inspect_tokenizer(renderer: Renderer, embedding_rows: int | None) -> dict[str, str]:
+    """Returns what is remarkable about a tokenizer and its chat template themselves: a sentence by kind of finding.
+
+    Args:
+      embedding_rows: of the model; None if they are not known.
+    """
+    tokenizer = renderer.tokenizer
+    sentences = dict(tokenizer_files.list_departures(tokenizer))
+    if renderer.template_time:
+        sentences["clock"] = f"here it is {renderer.template_time}"
+    if embedding_rows is not None and (largest := largest_token(tokenizer)) >= embedding_rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        sentences["beyond_embedding"] = f"token {largest:,} ({token!r}), and {embedding_rows:,} rows"
+    return sentences
 
 
 def mask_special_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> Bool[np.ndarray, " vocabulary"]:

@@ -179,6 +179,19 @@ def _count_records(
         yield record
 
 
+def _read_embedding_rows(model: str) -> int | None:
+    """Returns the number of rows that config.json of a local model says its embedding has; None if it says nothing."""
+    file = pathlib.Path(model).expanduser() / "config.json"
+    if not model or not file.is_file():
+        return None
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}. Download or save the model again.") from None
+    rows = fields.get("vocab_size", (fields.get("text_config") or {}).get("vocab_size"))
+    return rows if isinstance(rows, int) else None
+
+
 def main() -> int:
     config = config_flag.read(_CONFIG)
     out = entry.require_file_path(_OUT) if _OUT.value else None
@@ -193,6 +206,7 @@ def main() -> int:
             objective=config.objective,
             max_length=config.data.max_length,
             on_error=config.data.on_error,
+            embedding_rows=None if config.resize_embedding else _read_embedding_rows(config.model),
         )
     if out:
         write(audit, config, source, out)

@@ -7,12 +7,21 @@ tokenizer.json than it has read. Here the file decides: it is read as it is and 
 import copy
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
 import transformers
 
-_CONTENT = "published_tokenizer_json"  # attribute of a tokenizer: the content of its file
+# Attributes of a tokenizer: the content of its file, and what was done otherwise than transformers does.
+_CONTENT, _DEPARTURES = "published_tokenizer_json", "departures_from_transformers"
+# Texts on which tokenizers of different kinds differ: digits, white space, contractions, composed characters, scripts.
+_PROBES = (
+    "In 2024: 123,456.789 and x1y22z333",
+    "  two  spaces \t\n\n\nand lines\r\n",
+    "I'M here, they'LL see 'tis THE the",
+    "caf\u00e9 cafe\u0301 \ufb01 \uff21 \u6771\u4eac \u043c\u0438\u0440 \U0001f642\U0001f44d\U0001f3fd",
+)
 # Under this name transformers reads tokenizer.json as it is; release 4 does not know the name that release 5 writes.
 _CLASS_NAME = "PreTrainedTokenizerFast"
 
@@ -27,13 +36,39 @@ def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, ba
       content: the text of the file.
       backend: the tokenizer that the text describes.
     """
-    backend.no_truncation()
-    backend.no_padding()
+    departures = {}
+    if backend.truncation or backend.padding:
+        limit = backend.truncation["max_length"] if backend.truncation else None
+        settings = [f"truncation after {limit:,} tokens"] if limit else []
+        settings += ["padding"] if backend.padding else []
+        departures["stored_settings"] = f"tokenizer.json stores {' and '.join(settings)}"
+    for one in (backend, tokenizer.backend_tokenizer):
+        one.no_truncation()
+        one.no_padding()
+    for text in _PROBES:
+        first, second = (
+            one.encode(text, add_special_tokens=False).tokens for one in (backend, tokenizer.backend_tokenizer)
+        )
+        if first != second and "replaced_tokenizer" not in departures:
+            departures["replaced_tokenizer"] = (
+                f"{text!r} has {len(first):,} tokens by tokenizer.json and {len(second):,} others by transformers' "
+                f"class {type(tokenizer).__name__}"
+            )
     for token in _find_tokens_beyond_file(tokenizer, backend):
         backend.add_tokens([token])
     backend.encode_special_tokens = tokenizer.split_special_tokens
     setattr(tokenizer, "_tokenizer", backend)  # noqa: B010  (transformers has no public way)
     setattr(tokenizer, _CONTENT, content)
+    setattr(tokenizer, _DEPARTURES, departures)
+
+
+def list_departures(tokenizer: transformers.PreTrainedTokenizerFast) -> Mapping[str, str]:
+    """Returns where `tokenizer` does something else than transformers would, by kind: a sentence for each.
+
+    The kinds are stored_settings (truncation and padding of the file are off) and replaced_tokenizer (transformers
+    tokenizes by a class, and not as the file says).
+    """
+    return getattr(tokenizer, _DEPARTURES, {})
 
 
 def reopen_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedTokenizerFast:

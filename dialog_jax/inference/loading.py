@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import transformers
 
 from dialog_jax.errors import UserError
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.model import model_files, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
@@ -70,6 +71,8 @@ def open_model(
     weights = model_files.describe_weights(path, config)
     for note in weights.notes:
         report(note)
+    for sentence in tokenizer_files.list_departures(fast_tokenizer).values():
+        report(f"{sentence}; the file is followed, without truncation and padding")
     added_rows = max(0, largest_token(fast_tokenizer) + 1 - config.vocab_size) if resize_embedding else 0
     if added_rows:
         report(

@@ -1,15 +1,19 @@
 """Records that are read one by one, however bad the one before, and refused dialogues between others."""
 
+import copy
 import json
 import pathlib
 import tempfile
 
+import transformers
 from absl.testing import absltest
 
 from dialog_jax.audit import inspection
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import iterate_dialogues, read_dialogues
 from dialog_jax.rendering import sequences
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 
@@ -78,6 +82,47 @@ class RenderTest(absltest.TestCase):
         self.assertLen(good[0].sequences, 1)
         self.assertRegex(str(refused), r"dialogue 1 \(data\.jsonl:2\): message 1 has parts with weights")
         self.assertLen(fine[0].sequences, 1)
+
+
+class TokenizerTest(absltest.TestCase):
+    def publish(self, change):
+        """The tokenizer of a directory of the qwen2 family, whose class splits digits; the file does not."""
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        value = json.loads(tokenizer.backend_tokenizer.to_str())
+        change(value)
+        (directory / "tokenizer.json").write_text(json.dumps(value))
+        (directory / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+        settings = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": tokenizer.chat_template}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings | tokenizer.special_tokens_map))
+        return load_tokenizer(directory)
+
+    def test_stored_settings_and_a_class_that_replaces_the_file_are_named(self):
+        def change(value):
+            value["truncation"] = {"direction": "Right", "max_length": 40, "strategy": "LongestFirst", "stride": 0}
+            value["normalizer"] = {"type": "Lowercase"}
+
+        sentences = inspection.inspect_tokenizer(Renderer(self.publish(change)), None)
+        self.assertEqual(sentences.keys(), {"stored_settings", "replaced_tokenizer"})
+        self.assertEqual(sentences["stored_settings"], "tokenizer.json stores truncation after 40 tokens")
+        self.assertRegex(sentences["replaced_tokenizer"], "tokens by tokenizer.json and .* class Qwen2Tokenizer")
+
+    def test_class_that_does_as_the_file_says_is_not_named(self):
+        def change(value):
+            qwen2 = json.loads(transformers.Qwen2Tokenizer().backend_tokenizer.to_str())
+            value.update({name: qwen2[name] for name in ("normalizer", "pre_tokenizer", "decoder")})
+
+        self.assertEmpty(inspection.inspect_tokenizer(Renderer(self.publish(change)), None))
+
+    def test_clock_and_tokens_beyond_the_embedding_are_named(self):
+        tokenizer = copy.copy(chat_templates.train_tokenizer("chatml"))
+        renderer = Renderer(tokenizer)
+        self.assertEmpty(inspection.inspect_tokenizer(renderer, len(tokenizer)))
+        (sentence,) = inspection.inspect_tokenizer(renderer, len(tokenizer) - 1).values()
+        self.assertRegex(sentence, rf"token {len(tokenizer) - 1} .*, and {len(tokenizer) - 1} rows")
+        tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+        sentences = inspection.inspect_tokenizer(Renderer(tokenizer, template_time="2026-07-01"), len(tokenizer))
+        self.assertEqual(sentences, {"clock": "here it is 2026-07-01"})
 
 
 if __name__ == "__main__":

@@ -54,6 +54,22 @@ class AuditTest(absltest.TestCase):
         self.assertEmpty(error)
         self.assertEqual((written["trees"], written["findings"], written["data"]["max_length"]), (3, [], 1024))
 
+    def test_tokens_beyond_the_embedding_of_the_model_are_an_error_unless_rows_are_added(self):
+        model = self.directory / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 500}}))
+        told, error, _ = self.audit(_GOOD, f"--config.model={model}")
+        self.assertIn(
+            "error    the tokenizer has token ids for which the model has no embedding. Training stops.", told
+        )
+        self.assertIn("token 511 ", told)
+        self.assertEqual(error, "[exit code 2]")
+        told, error, _ = self.audit(_GOOD, f"--config.model={model}", "--config.resize_embedding")
+        self.assertEndsWith(told, "\nNothing to fix.\n")
+        (model / "config.json").write_text("{")
+        _, error, _ = self.audit(_GOOD, f"--config.model={model}")
+        self.assertIn("config.json cannot be read as JSON", error)
+
     def test_figures_of_the_table_are_those_of_the_file(self):
         told, _, written = self.audit(_GOOD, "--config.data.max_length=2048")
         self.assertIn(f"{written['tokens']:,}, of them {written['targets']:,} targets", told)
