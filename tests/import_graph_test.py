@@ -34,8 +34,8 @@ _ROOMS = {
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
-        "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed", "signals",
-        "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "model_card", "export",
+        "config_fields", "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed",
+        "signals", "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "model_card", "export",
         "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "escaping", "k_passes", "differences", "agreement"),
@@ -104,10 +104,10 @@ class ImportGraphTest(absltest.TestCase):
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)], module)
 
     def test_config_and_the_data_it_names_import_no_jax(self):
-        for module in ("training.config", "training.data_sources"):
+        for module in ("training.config_fields", "training.config", "training.data_sources"):
             names = _graph()[module]
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)])
-            ours = names.intersection(_graph()) - {"training.config"}
+            ours = names.intersection(_graph()) - {"training.config", "training.config_fields"}
             self.assertEmpty([name for name in ours if not any(_is_within(name, room) for room in _WITHOUT_JAX)])
 
     def test_attention_and_model_import_no_room_of_the_data(self):

@@ -7,7 +7,6 @@ mesh are here and not beside what they configure.
 import dataclasses
 import datetime
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import ml_collections
 from dialog_jax.batching import mixture
 from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
+from dialog_jax.training import config_fields
 from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
@@ -283,7 +283,7 @@ def set_template_time(config: TrainConfig, time: str) -> TrainConfig:
 
 def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
     """Returns the form that `--config.field=value` overrides; no field can be added to it."""
-    return ml_collections.ConfigDict(_to_dict(config)).lock()
+    return ml_collections.ConfigDict(config_fields.to_dict(config)).lock()
 
 
 def from_config_dict(overridden: ml_collections.ConfigDict) -> TrainConfig:
@@ -292,44 +292,4 @@ def from_config_dict(overridden: ml_collections.ConfigDict) -> TrainConfig:
     Raises:
       UserError: a field is unknown, or its value is of the wrong type, out of range, or contradicts another.
     """
-    return _build(TrainConfig, overridden, "config")
-
-
-def _to_dict(config: Any) -> dict[str, Any]:
-    types = typing.get_type_hints(type(config))
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        # A flag parses what the default's type says, so that a float must not be the int 1 here.
-        name: _to_dict(value) if dataclasses.is_dataclass(value) else _convert(value, types[name], name)
-        for name, value in values.items()
-    }
-
-
-def _build(kind: type, values: ml_collections.ConfigDict, where: str) -> Any:
-    types = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(types))
-    if unknown:
-        raise UserError(f"{where} has no field {', '.join(unknown)}; it has {', '.join(types)}.")
-    fields = {}
-    for name, value in values.items():
-        field = f"{where}.{name}"
-        if dataclasses.is_dataclass(types[name]):
-            fields[name] = _build(typing.cast(type, types[name]), value, field)
-        else:
-            fields[name] = _convert(value, types[name], field)
-    return kind(**fields)
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Returns the value as its field's type: an int as a float where a float is due, a list as a tuple."""
-    outer = typing.get_origin(kind) or kind
-    if outer is tuple and isinstance(value, (tuple, list)):
-        return tuple(_convert(item, typing.get_args(kind)[0], where) for item in value)
-    if outer is Mapping and isinstance(value, (Mapping, ml_collections.ConfigDict)):
-        return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else dict(value)
-    if outer is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, outer) or (outer is int and isinstance(value, bool)):
-        name = getattr(kind, "__name__", None) if outer is kind else kind
-        raise UserError(f"{where} is {value!r}; it must be of type {name}.")
-    return value
+    return config_fields.build(TrainConfig, overridden, "config")
