@@ -29,22 +29,17 @@ _CLASS_NAME = "PreTrainedTokenizerFast"
 def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, backend: tokenizers.Tokenizer) -> None:
     """Makes `tokenizer` tokenize as its tokenizer.json says.
 
-    Special tokens that only tokenizer_config.json names are added to those of the file. Truncation and padding that
-    the file stores are settings of whoever saved it, and are switched off.
+    Special tokens that only tokenizer_config.json names are added to those of the file. Truncation, padding and
+    dropout that the file stores are settings of whoever saved it, and are switched off.
 
     Args:
       content: the text of the file.
       backend: the tokenizer that the text describes.
     """
     departures = {}
-    if backend.truncation or backend.padding:
-        limit = backend.truncation["max_length"] if backend.truncation else None
-        settings = [f"truncation after {limit:,} tokens"] if limit else []
-        settings += ["padding"] if backend.padding else []
+    if settings := _switch_off_settings(backend):
         departures["stored_settings"] = f"tokenizer.json stores {' and '.join(settings)}"
-    for one in (backend, tokenizer.backend_tokenizer):
-        one.no_truncation()
-        one.no_padding()
+    _switch_off_settings(tokenizer.backend_tokenizer)
     for text in _PROBES:
         first, second = (
             one.encode(text, add_special_tokens=False).tokens for one in (backend, tokenizer.backend_tokenizer)
@@ -62,11 +57,26 @@ def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, ba
     setattr(tokenizer, _DEPARTURES, departures)
 
 
+def _switch_off_settings(backend: tokenizers.Tokenizer) -> list[str]:
+    """Makes a tokenizer return all tokens of a text and only these, each time the same; returns what it did instead."""
+    settings = []
+    if backend.truncation:
+        settings.append(f"truncation after {backend.truncation['max_length']:,} tokens")
+        backend.no_truncation()
+    if backend.padding:
+        settings.append("padding")
+        backend.no_padding()
+    if dropout := getattr(backend.model, "dropout", None):
+        settings.append(f"dropout of {dropout:g} of the merges")
+        backend.model.dropout = None
+    return settings
+
+
 def list_departures(tokenizer: transformers.PreTrainedTokenizerFast) -> Mapping[str, str]:
     """Returns where `tokenizer` does something else than transformers would, by kind: a sentence for each.
 
-    The kinds are stored_settings (truncation and padding of the file are off) and replaced_tokenizer (transformers
-    tokenizes by a class, and not as the file says).
+    The kinds are `stored_settings` (truncation, padding and dropout of the file are off) and `replaced_tokenizer`
+    (transformers tokenizes by a class, and not as the file says).
     """
     return getattr(tokenizer, _DEPARTURES, {})
 
@@ -79,6 +89,8 @@ def reopen_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast) -> transfo
     """
     content = getattr(tokenizer, _CONTENT, None)
     backend = tokenizers.Tokenizer.from_str(content or tokenizer.backend_tokenizer.to_str())
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
     for token in _find_tokens_beyond_file(tokenizer, backend):
         backend.add_tokens([token])
     reopened = copy.copy(tokenizer)

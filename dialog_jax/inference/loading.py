@@ -72,7 +72,7 @@ def open_model(
     for note in weights.notes:
         report(note)
     for sentence in tokenizer_files.list_departures(fast_tokenizer).values():
-        report(f"{sentence}; the file is followed, without truncation and padding")
+        report(f"{sentence}; the file is followed, without truncation, padding and dropout")
     added_rows = max(0, largest_token(fast_tokenizer) + 1 - config.vocab_size) if resize_embedding else 0
     if added_rows:
         report(

@@ -376,6 +376,15 @@ class PublishedFileTest(_Files):
         many = tokenizer.backend_tokenizer.encode_batch(["he", text])
         self.assertEqual([encoding.tokens for encoding in many], [["he"], _slow_tokens(text, "llama-bpe")])
 
+    def test_stored_dropout_is_switched_off(self):
+        tokenizer = tokenizers.load_tokenizer(self.publish(change=lambda value: value["model"].update(dropout=0.9)))
+        for one in (tokenizer, tokenizer_files.reopen_tokenizer(tokenizer)):
+            for _ in range(20):
+                tokens = one.backend_tokenizer.encode("hello the", add_special_tokens=False).tokens
+                self.assertEqual(tokens, ["hello", "Ġthe"])
+        sentence = tokenizer_files.list_departures(tokenizer)["stored_settings"]
+        self.assertEqual(sentence, "tokenizer.json stores dropout of 0.9 of the merges")
+
     def test_special_tokens_that_only_the_settings_name_are_added_after_those_of_the_file(self):
         directory = self.publish(additional_special_tokens=["<|tool|>"])
         tokenizer = tokenizers.load_tokenizer(directory)
