@@ -17,7 +17,10 @@ _RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of
 _OUT = flags.DEFINE_string("out", None, "Directory to write; it must not exist, be empty, or hold this export already.")
 _STEP = flags.DEFINE_string("step", "best", "best (by held-out loss), latest, or the number of a checkpointed step.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "Type of the weights; by default that of the base model."
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Type of the weights; by default that of the base model, or float32 if it is quantized.",
 )
 
 

@@ -69,14 +69,15 @@ def open_model(
     config = pretrained.load_config(path)
     fast_tokenizer = load_tokenizer(tokenizer or str(path), chat_template=chat_template)
     weights = model_files.describe_weights(path, config)
+    name = pathlib.Path(name_or_path).name
     for note in weights.notes:
-        report(note)
+        report(f"{name}: {note}")
     for sentence in tokenizer_files.list_departures(fast_tokenizer).values():
         report(f"{sentence}; the file is followed, without truncation, padding and dropout")
     added_rows = max(0, largest_token(fast_tokenizer) + 1 - config.vocab_size) if resize_embedding else 0
     if added_rows:
         report(
-            f"embedding: {config.vocab_size:,} rows in {path.name}, and the tokenizer has token ids up to "
+            f"embedding: {config.vocab_size:,} rows in {name}, and the tokenizer has token ids up to "
             f"{largest_token(fast_tokenizer):,}; rows added, each the mean of the others: {added_rows:,}"
         )
         config = dataclasses.replace(config, vocab_size=config.vocab_size + added_rows)

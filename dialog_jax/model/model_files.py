@@ -65,15 +65,15 @@ def describe_weights(path: pathlib.Path, config: decoder.DecoderConfig) -> Weigh
         if tensors.others:
             parts = sorted({name.partition(".")[0] for name in tensors.others})
             notes.append(
-                f"{path.name} holds more than a language model: {len(tensors.others):,} tensors ({', '.join(parts)}) "
-                "are not read, and an export has the language model alone"
+                f"holds more than a language model: {len(tensors.others):,} tensors ({', '.join(parts)}) are not read, "
+                "and an export has the language model alone"
             )
         if not gguf_file.is_gguf(path) and not config.tie_embeddings:
             fields = tensor_files.read_json(path / "config.json")
             if hf_config.from_json(path / "config.json", fields).tie_embeddings:
                 notes.append(
-                    f"{path.name}: config.json ties the embeddings, but lm_head.weight differs from the embedding; "
-                    "they are two matrices here, as in transformers 5"
+                    "config.json ties the embeddings, but lm_head.weight differs from the embedding; they are two "
+                    "matrices here, as in transformers 5"
                 )
         return Weights(tensors.find_dtype(), tuple(notes))
 

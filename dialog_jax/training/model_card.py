@@ -70,7 +70,7 @@ def _list_fields(fields: Mapping[str, Any]) -> str:
 
 def _describe_losses(losses: Mapping[int, float], step: int) -> str:
     known = [(0, "before training"), (step, f"after step {step:,}")]
-    return ", ".join(f"{losses[at]:.4f} {when}" for at, when in known if at in losses) or "not evaluated"
+    return ", ".join(f"{losses[number]:.4f} {when}" for number, when in known if number in losses) or "not evaluated"
 
 
 def _escape(value: str) -> str:
