@@ -39,6 +39,8 @@ FORMATS = (
 _OTHER_FORMATS = (
     ({"instruction", "output"}, "Write instruction and input as prompt, and output as completion."),
     ({"chosen", "rejected"}, 'Write the chosen response as completion, or both as continuations: {"weight": ...}.'),
+    ({"query", "response"}, "Write history and query as a list of messages in prompt, and response as completion."),
+    ({"segments"}, "Write prompt and completion; a text with parts to train on is a list of parts with weights."),
     ({"question", "answer"}, "Write question as prompt, and answer as completion."),
     ({"prompt", "response"}, "Write response as completion."),
     ({"input_ids"}, "Tokens are not read: write the messages."),

@@ -284,6 +284,8 @@ class FieldsOfRecordsTest(_Files):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen response as completion"),
         ({"prompt": "a", "response": "b"}, "Write response as completion"),
         ({"question": "a", "answer": "b"}, "question as prompt"),
+        ({"query": "a", "response": "b", "history": []}, "history and query as a list of messages"),
+        ({"segments": [{"label": True, "text": "a"}]}, "list of parts with weights"),
         ({"text": "a"}, "Plain text"),
         ({"input_ids": [1]}, "Tokens are not read"),
     )
