@@ -202,6 +202,10 @@ def _add_messages(tally: _Tally, dialogue: Dialogue, sequences: Sequence[Supervi
         if match := next(filter(None, matches), None):
             kind = "special_parsed" if tally.tools.renderer.allow_special_tokens else "special"
             tally.findings.add(kind, f"{where} has {match[0]!r}")
+        objective = tally.tools.objective
+        is_trained = objective.name == "joint" or (objective.name == "roles" and message.role in objective.roles)
+        if message.role != "assistant" and message.has_own_weight and message.weight > 0 and not is_trained:
+            tally.findings.add("weight_unused", where)
         calls = message.fields.get("tool_calls", ())
         if any(isinstance(call["function"].get("arguments"), str) for call in calls):
             tally.findings.add("text_arguments", where)

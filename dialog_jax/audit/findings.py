@@ -176,6 +176,12 @@ _KINDS = {
         "messages",
         "Templates that write arguments as JSON write them as a string. Correct them, unless that is intended.",
     ),
+    "weight_unused": _Kind(
+        "note",
+        "messages with a weight that are no responses, so that the objective does not train on them",
+        "messages",
+        "To train on them as well, set objective.name=roles and objective.roles.",
+    ),
     "nulls": _Kind(
         "note",
         "dialogues with null fields in arguments or parameters, which are left out",

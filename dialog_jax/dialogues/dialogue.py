@@ -23,6 +23,8 @@ class Message:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     """Parts that join to `content`, if one of them has a weight other than 1; otherwise empty."""
+    has_own_weight: bool = dataclasses.field(default=False, compare=False)
+    """Whether the record gives the message a weight, or says whether it is trained on."""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns what a chat template sees: role, content and the further fields, never the weight."""

@@ -203,7 +203,14 @@ def _parse_message(item: Any, where: str, role_names: Mapping[str, str], record_
     json_values.check_text(fields, where)
     weight = weights.multiply(weights.parse_weight(item, where), record_weight, where)
     weighted = weight > 0 and any(part.weight != 1 for part in parts if part.text)
-    return Message(role=role, content=content, weight=weight, fields=fields, parts=parts if weighted else ())
+    return Message(
+        role=role,
+        content=content,
+        weight=weight,
+        fields=fields,
+        parts=parts if weighted else (),
+        has_own_weight=weights.has_weight(item),
+    )
 
 
 def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]) -> str:

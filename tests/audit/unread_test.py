@@ -119,6 +119,26 @@ class UnreadTest(parameterized.TestCase):
         self.assertEqual(findings["nulls"].first, ["dialogue 1 (records[1]): 1"])
         self.assertEqual(findings["text_arguments"].first, ["dialogue 1 (records[1]): message 1 (assistant)"])
 
+    def test_weights_of_messages_that_the_objective_does_not_train_on_are_noted(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        messages = [
+            {"role": "system", "content": "a", "train": False},
+            {"role": "user", "content": "b", "train": True},
+            {"role": "assistant", "content": "c", "weight": 2},
+            {"role": "user", "content": "d", "weight": 0.5},
+            {"role": "user", "content": "e"},
+        ]
+        for objective, places in (({}, [1, 3]), ({"name": "joint"}, []), ({"name": "roles", "roles": ("user",)}, [])):
+            audit = figures.make_audit(
+                parsing.parse_records([{"messages": messages}]),
+                tokenizer,
+                Renderer(tokenizer),
+                objective=ObjectiveConfig(**objective),
+                max_length=1000,
+            )
+            noted = [place for finding in audit.findings if finding.kind == "weight_unused" for place in finding.first]
+            self.assertEqual(noted, [f"dialogue 0 (records[0]): message {index} (user)" for index in places])
+
 
 if __name__ == "__main__":
     absltest.main()
