@@ -19,8 +19,7 @@ _ROOMS = {
     ),
     "rendering": (
         "call_arguments", "template_rendering", "template_process", "tokenizers", "special_tokens", "refused_fields",
-        "chat_template", "encoder",
-        "token_spans", "sequences",
+        "chat_template", "encoder", "responses", "token_spans", "sequences",
     ),
     "trees": (
         "prefix_tree", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals", "chunks", "dataset",
@@ -38,7 +37,7 @@ _ROOMS = {
         "signals", "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "model_card", "export",
         "compilation_cache", "console", "loop", "run",
     ),
-    "evaluation": ("scoring", "escaping", "k_passes", "differences", "agreement"),
+    "evaluation": ("scoring", "escaping", "response_text", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "compare",

@@ -30,6 +30,7 @@ from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.weighting import SupervisedSequence
 
+_PLACES = 10  # of responses that are rendered differently
 _BATCH = 256  # dialogues that are rendered together
 
 
@@ -50,6 +51,10 @@ class Audit:
     """Number of responses that are trained on."""
     untrained: int
     """Number of assistant messages that are not trained on."""
+    not_verbatim: int
+    """Number of trained responses that the template renders differently from what is recorded."""
+    first_not_verbatim: list[str]
+    """The first of them."""
     k_pass_tokens: int
     """Number of tokens of the sequences prompt ++ response, one per trained response."""
     changed: int
@@ -106,6 +111,8 @@ class _Tally:
     tree_tokens: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     response_tokens: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     responses_each: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    not_verbatim: list[str] = dataclasses.field(default_factory=list)
+    """Names of the responses that are rendered differently from what is recorded."""
     first_names: dict[bytes, str] = dataclasses.field(default_factory=dict)
     """The first dialogue with each tree, and with each first prompt, by their hash."""
 
@@ -155,7 +162,8 @@ def make_audit(
         rendered = inspection.render_dialogues(dialogues, renderer, objective)
         for dialogue, excerpts in zip(dialogues, rendered, strict=True):
             if isinstance(excerpts, UserError):
-                tally.findings.add(f"refused{suffix}", str(excerpts))
+                kind = "needs_verbatim" if inspection.needs_verbatim(dialogue, renderer, objective) else "refused"
+                tally.findings.add(f"{kind}{suffix}", str(excerpts))
             else:
                 contents += _add_dialogue(tally, dialogue, excerpts)
         encodings = tools.escaper.encode([tools.escaper.escape(text) for _, text in contents])
@@ -245,8 +253,13 @@ def _add_responses(tally: _Tally, dialogue: Dialogue, sequences: Sequence[Superv
             tally.findings.add(
                 "end_untrained", f"{dialogue.name}: message {index} ends with {tally.tools.decode(last)!r}"
             )
+        if not one.sequence.is_verbatim:
+            tally.not_verbatim.append(where)
         tally.response_tokens.append((len(one.sequence.tokens) - one.sequence.start, where))
         tally.counts["k_pass_tokens"] += len(one.sequence.tokens)
+    changed = [index for index, one in responses.items() if one.sequence.changes_history]
+    if changed:
+        tally.findings.add("prompt_changed", f"{dialogue.name}: message {changed[0]}")
     tally.counts["responses"] += len(responses)
     tally.responses_each.append((len(responses), dialogue.name))
 
@@ -303,6 +316,8 @@ def _summarize(tally: _Tally, max_length: int) -> Audit:
         targets=counts["targets"],
         responses=counts["responses"],
         untrained=counts["untrained"],
+        not_verbatim=len(tally.not_verbatim),
+        first_not_verbatim=tally.not_verbatim[:_PLACES],
         k_pass_tokens=counts["k_pass_tokens"],
         changed=counts["changed"],
         roles={

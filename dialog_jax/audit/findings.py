@@ -47,6 +47,19 @@ _KINDS = {
         "records",
         "They are left out, as data.on_error says, and listed in skipped.txt. Change or remove them.",
     ),
+    "needs_verbatim": _Kind(
+        "error",
+        "dialogues whose responses the chat template does not render as a continuation of their prompts",
+        "records",
+        "Training stops at the first. Set data.responses=verbatim, which trains these as they are recorded, pass "
+        "another chat template, or set data.on_error=skip.",
+    ),
+    "needs_verbatim_skipped": _Kind(
+        "warning",
+        "dialogues whose responses the chat template does not render as a continuation of their prompts",
+        "records",
+        "They are left out, as data.on_error says. Set data.responses=verbatim, which trains them as recorded.",
+    ),
     "nothing": _Kind(
         "error",
         "no dialogue has anything to train on",
@@ -163,6 +176,12 @@ _KINDS = {
         "trees",
         "They are trained exactly, with branches. Trainers that mask a single rendering train on text that inference "
         "never shows.",
+    ),
+    "prompt_changed": _Kind(
+        "note",
+        "dialogues in which the chat template renders a prompt differently once its response follows",
+        "trees",
+        "The response is trained after the prompt that inference shows, with branches.",
     ),
     "next": _Kind(
         "note",

@@ -4,6 +4,7 @@ In: dialogues. Out: for each, its sequences, its divergences and the messages th
 and no figures of several dialogues.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -101,6 +102,19 @@ def render_dialogues(
             yield complete
 
 
+def needs_verbatim(dialogue: Dialogue, renderer: Renderer, objective: ObjectiveConfig) -> bool:
+    """Returns whether a dialogue that cannot be rendered can be with `responses=verbatim`."""
+    if renderer.responses == "verbatim":
+        return False
+    (outcome,) = render_dialogues([dialogue], _make_verbatim_renderer(renderer), objective)
+    return not isinstance(outcome, UserError)
+
+
+@functools.lru_cache(maxsize=1)
+def _make_verbatim_renderer(renderer: Renderer) -> Renderer:
+    return renderer.with_responses("verbatim")
+
+
 def find_divergences(
     excerpts: Sequence[Excerpt], tokenizer: tokenizers.Tokenizer, special: Bool[np.ndarray, " vocabulary"]
 ) -> list[Divergence]:
@@ -174,7 +188,11 @@ def split_by_rendered(
 def describe_divergence(divergence: Divergence, renderer: Renderer) -> str:
     """Returns the text around a divergence, with the name of its dialogue."""
     excerpt, dialogue = divergence.excerpt, divergence.excerpt.dialogue
-    text = renderer.render_text(dialogue, divergence.response + 1)
+    if renderer.responses == "verbatim":
+        tokens = [one.tokens for one in excerpt.sequences if one.message_index == divergence.response]
+        text = _decode(renderer.tokenizer.backend_tokenizer, tokens[0])
+    else:
+        text = renderer.render_text(dialogue, divergence.response + 1)
     name = f"{dialogue.name}: message {excerpt.original_indices[divergence.response]}"
     if divergence.kind == "prompt":
         place = len(renderer.render_text(dialogue, divergence.response, add_generation_prompt=True))

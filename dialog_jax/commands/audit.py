@@ -39,7 +39,15 @@ _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
 _OUT = flags.DEFINE_string("out", "", "The .json file to write; an existing one is replaced.")
 
-_RECORDED = ("max_length", "chat_template", "chat_template_kwargs", "template_time", "allow_special_tokens", "on_error")
+_RECORDED = (
+    "max_length",
+    "chat_template",
+    "chat_template_kwargs",
+    "template_time",
+    "allow_special_tokens",
+    "responses",
+    "on_error",
+)
 _ERRORS = 2  # exit code
 _PLACES = 3  # printed per finding
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -75,6 +83,14 @@ def figures(audit: Audit) -> list[tuple[str, str]]:
         )
     changed = f"rendered differently from how it was generated in {audit.changed:,} of {audit.trees:,} dialogues"
     sentences.append(("history", changed if audit.changed else "rendered as it was generated, in every dialogue"))
+    if audit.not_verbatim:
+        sentences.append(
+            (
+                "as recorded",
+                f"{audit.not_verbatim:,} of {audit.responses:,} responses are rendered differently from what is "
+                f"recorded, the first {audit.first_not_verbatim[0]}; data.responses=verbatim trains what is recorded",
+            )
+        )
     sentences += [("end of turn", _end_of_turn(audit)), ("beginning", _beginning(audit))]
     for heading, spread in (
         ("tokens of a dialogue", audit.dialogue_tokens),

@@ -115,6 +115,7 @@ def main() -> int:
             chat_template_kwargs=options["chat_template_kwargs"],
             allow_special_tokens=options["allow_special_tokens"],
             template_time=options["template_time"],
+            responses=options["responses"],
             max_length=config.data.max_length,
             report_progress=status.update,
         )

@@ -76,4 +76,5 @@ def renderer_options(config: TrainConfig) -> dict[str, Any]:
         "chat_template_kwargs": config.data.chat_template_kwargs,
         "allow_special_tokens": config.data.allow_special_tokens,
         "template_time": config.data.template_time,
+        "responses": config.data.responses,
     }

@@ -154,6 +154,7 @@ def main() -> None:
         tokenizer = template_process.limit_template(
             tokenizer_files.reopen_tokenizer(model.tokenizer), model.renderer.template_time
         )
+        options["stop_tokens"] = model.renderer.stop_tokens
         dialogues = source.read(skipped)
         if refused is not None:
             make_passes = functools.partial(k_passes.make_passes, tokenizer=tokenizer, **options)

@@ -46,6 +46,7 @@ def compare(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
     template_time: str = "",
+    responses: str = "rendered",
     max_length: int,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> Agreement:
@@ -62,12 +63,15 @@ def compare(
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
         template_time=template_time,
+        responses=responses,
     )
     make_passes = functools.partial(
         k_passes.make_passes,
         tokenizer=template_process.limit_template(tokenizer_files.reopen_tokenizer(tokenizer), renderer.template_time),
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
+        responses=responses,
+        stop_tokens=renderer.stop_tokens,
     )
     pairs = []
     for dialogue in dialogues:

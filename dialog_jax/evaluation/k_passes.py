@@ -7,24 +7,22 @@ log-softmax. Knows no tree, row, target list or fused loss; shares only the deco
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 import transformers
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.evaluation import escaping
+from dialog_jax.evaluation import escaping, response_text
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 
-_REPLY = "Qx7 zebra"  # a text that no template contains
 _SHORTEST_LENGTH = 128
 
 
@@ -49,11 +47,14 @@ def make_passes(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     *,
     allow_special_tokens: bool = False,
+    responses: str = "rendered",
+    stop_tokens: Collection[int] = (),
 ) -> list[Pass]:
     """Returns a pass for each assistant message of weight above 0, in order.
 
     The prompt is the rendering of the messages before it, with the generation prompt. The response is what a model has
-    to generate next to get the rendering with the message, up to and including its end of turn.
+    to generate next to get the rendering with the message, up to and including its end of turn; with
+    `responses="verbatim"`, what is recorded, and the end of turn.
 
     Special tokens that the dialogue's texts spell are ordinary text unless allowed; see `evaluation.escaping`.
 
@@ -65,7 +66,7 @@ def make_passes(
         dialogue = escaping.escape_special_tokens(dialogue, tokenizer)
     encode = _encode if dialogue == original else escaping.encode_escaped
     kwargs = dict(chat_template_kwargs or {})
-    end_of_turn = _find_end_of_turn(tokenizer, kwargs)
+    frame = response_text.read_frame(tokenizer, {**kwargs, **dialogue.chat_template_kwargs}, stop_tokens)
     passes = []
     for index, message in enumerate(dialogue.messages):
         if message.role != "assistant" or not message.weight:
@@ -75,17 +76,14 @@ def make_passes(
         text = _render(dialogue, (*history, index), tokenizer, kwargs)
         if dialogue != original:
             _check_escaped(original, text, (*history, index), tokenizer, kwargs)
-        if not text.startswith(prompt):
-            raise UserError(
-                f"{dialogue.name}: with message {index} the chat template renders no continuation of its prompt, so no "
-                "response can lead there. Pass another chat template or chat_template_kwargs."
-            )
+        written = response_text.find_response(dialogue, index, prompt, text, frame, responses)
+        text = prompt + written
         (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, text)
         response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]
         if ids[: len(prompt_ids)] != prompt_ids:  # a token crosses the boundary; a model would be given the prompt's
             crossing_text = tokenizer.decode(ids)
             continuations = (
-                _encode_continuation(tokenizer, text[len(prompt) :], encode, front) for front in _list_fronts(tokenizer)
+                _encode_continuation(tokenizer, written, encode, front) for front in _list_fronts(tokenizer)
             )
             response, ends = next(
                 (one for one in continuations if tokenizer.decode(prompt_ids + one[0]) == crossing_text), ([], [])
@@ -96,10 +94,9 @@ def make_passes(
                     "chat template whose generation prompt ends where a token ends."
                 )
         turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
-        length = _find_length(tokenizer, response, end_of_turn)
-        tokens = np.array(prompt_ids + response[:length], np.int32)
+        tokens = np.array(prompt_ids + response, np.int32)
         start = max(1, len(prompt_ids))
-        weight = _weigh_tokens(dialogue, index, text[len(prompt) :], ends[:length])[start - len(prompt_ids) :]
+        weight = _weigh_tokens(dialogue, index, prompt, written, ends)[start - len(prompt_ids) :]
         passes.append(Pass(index, turn, tokens, start, weight))
     return passes
 
@@ -139,6 +136,8 @@ def score_dialogues(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
+    responses: str = "rendered",
+    stop_tokens: Collection[int] = (),
     compute_dtype: jax.typing.DTypeLike,
 ) -> Iterator[Score]:
     """Yields what `scoring.score_dialogues` yields, from one forward pass per response.
@@ -147,7 +146,14 @@ def score_dialogues(
       UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
     for dialogue in dialogues:
-        passes = make_passes(dialogue, tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens)
+        passes = make_passes(
+            dialogue,
+            tokenizer,
+            chat_template_kwargs,
+            allow_special_tokens=allow_special_tokens,
+            responses=responses,
+            stop_tokens=stop_tokens,
+        )
         fitting_passes = [one for one in passes if len(one.tokens) <= model.max_length]
         turns = []
         for one in fitting_passes:
@@ -194,24 +200,32 @@ def _render(dialogue: Dialogue, indices: Sequence[int], tokenizer, kwargs: Mappi
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, **{**kwargs, **dialogue.chat_template_kwargs}
         )
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except response_text.REFUSALS as error:
         raise UserError(
             f"{dialogue.name}: the chat template refuses messages {', '.join(map(str, indices))}: {error}"
         ) from error
 
 
-def _weigh_tokens(dialogue: Dialogue, index: int, text: str, ends: Sequence[int]) -> Float32[np.ndarray, " r"]:
+def _weigh_tokens(
+    dialogue: Dialogue, index: int, prompt: str, text: str, ends: Sequence[int]
+) -> Float32[np.ndarray, " r"]:
     """Returns the weight of each token of a response from the character of the response's text at which it ends."""
     message = dialogue.messages[index]
     weight = np.full(len(ends), message.weight, np.float32)
     if not message.parts:
         return weight
-    if text.count(message.content) != 1:
+    begin = text.find(message.content)
+    if begin < 0:  # the prompt may have its beginning
+        place = (prompt + text).rfind(message.content, max(0, len(prompt) - len(message.content)))
+        begin = place - len(prompt)
+        missing = place < 0
+    else:
+        missing = text.count(message.content) != 1
+    if missing:
         raise UserError(
             f"{dialogue.name}: message {index} has parts with weights, but the chat template renders its content "
             f"{text.count(message.content)} times in {text[:60]!r}. Write it as the template renders it."
         )
-    begin = text.index(message.content)
     for part in message.parts:
         end = begin + len(part.text)
         for token, stop in enumerate(ends):
@@ -242,31 +256,6 @@ def _encode_continuation(tokenizer, text: str, encode: Callable, front: str) -> 
     ids, ends = encode(tokenizer, front + text)
     skipped = sum(end <= len(front) for end in ends)
     return ids[skipped:], [end - len(front) for end in ends[skipped:]]
-
-
-def _find_end_of_turn(tokenizer, kwargs: Mapping[str, Any]) -> int | None:
-    """Returns the first special token after a reply's text, or else the first one added to the vocabulary."""
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    suffix, _ = _encode_continuation(tokenizer, text.rpartition(_REPLY)[2], _encode, _list_fronts(tokenizer)[0])
-    added = tokenizer.added_tokens_decoder
-    special = [token for token in suffix if token in added and added[token].special]
-    visible = [token for token in suffix if token in added and added[token].content.strip()]
-    return next(iter(special + visible), None)
-
-
-def _find_length(tokenizer, response: list[int], end: int | None) -> int:
-    """Returns the number of tokens up to and including the end of turn, or another special token that ends the response
-    (as after tool calls); otherwise of all tokens."""
-    added = tokenizer.added_tokens_decoder
-    if end is None:
-        return len(response)
-    ends = [place for place, token in enumerate(response) if token == end]
-    if not ends:
-        ends = [place for place, token in enumerate(response) if token in added and added[token].special]
-        if not ends or tokenizer.decode(response[ends[-1] + 1 :]).strip():
-            return len(response)
-    return ends[-1] + 1
 
 
 def _pad(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:

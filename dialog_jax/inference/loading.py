@@ -47,6 +47,7 @@ def open_model(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
     template_time: str = "",
+    responses: str = "rendered",
     resize_embedding: bool = False,
     report: Callable[[str], None] = print,
 ) -> Model:
@@ -59,6 +60,7 @@ def open_model(
       chat_template_kwargs: further variables of the template, such as enable_thinking.
       allow_special_tokens: parse special tokens that messages spell; otherwise they are ordinary text.
       template_time: the time that a template which reads the clock takes for the current one; empty for now.
+      responses: `rendered` to train responses as the template renders them, `verbatim` as they are recorded.
       resize_embedding: add rows to the embedding for tokens beyond it; otherwise they are an error.
       report: called with a line of text for everything that is done otherwise than the model's files say.
 
@@ -87,6 +89,7 @@ def open_model(
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
         template_time=template_time,
+        responses=responses,
     )
     stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *model_files.stop_tokens(path)} - {None}
     return Model(

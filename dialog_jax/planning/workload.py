@@ -55,6 +55,7 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
             chat_template_kwargs=config.data.chat_template_kwargs,
             template_time=config.data.template_time,
             allow_special_tokens=config.data.allow_special_tokens,
+            responses=config.data.responses,
         ),
         config.make_tree_config(),
     )

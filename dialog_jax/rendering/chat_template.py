@@ -4,10 +4,11 @@ Knows nothing of tokens. Texts are those of transformers' own `apply_chat_templa
 """
 
 import contextlib
+import dataclasses
 import datetime
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 
@@ -22,6 +23,32 @@ PROBE = "Qx7 zebra"
 """Replaces a message's content to find what the template writes around it; no template contains this text."""
 _TURNS_PER_REQUEST = 8
 _CHARACTERS_PER_REQUEST = 1 << 22  # approximate length of the rendered texts; a request has at least one turn
+
+
+_NEXT_PROBE = "Qx9 okapi"
+"""Replaces the content of the message after it."""
+_TOOL = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}
+
+
+class ResponseFrame(NamedTuple):
+    """What a template writes around the content of an assistant message.
+
+    prompt     <user> Hello <end> <assistant> <think>
+    last       <user> Hello <end> <assistant> Qx7 zebra <end> <eos>
+    followed   <user> Hello <end> <assistant> Qx7 zebra <end> <user> Qx9 okapi <end>
+    """
+
+    prefill: str
+    """What the generation prompt has in addition to what history has before a content: `<think>`."""
+    lead: str
+    """What history has before a content in addition to the generation prompt; the model writes it."""
+    after: str
+    """What follows the content of the last message: `<end> <eos>`."""
+    following: str
+    """What follows a content up to that of a user message: `<end> <user>`; empty if the template refuses the latter."""
+    header: str = ""
+    """What follows a user's content, if the template begins a response whether or not it is asked to: `<end>
+    <assistant>`. Then it may follow the content of the last message, too."""
 
 
 class ChatTemplate:
@@ -52,6 +79,10 @@ class ChatTemplate:
         name = pathlib.Path(tokenizer.name_or_path).name
         self._name = f"{name}: the chat template" if name else "the chat template"
 
+    def contains(self, text: str) -> bool:
+        """Returns whether the template itself contains a text."""
+        return text in str(self._tokenizer.chat_template)
+
     def text(self, dialogue: Dialogue, count: int, *, add_generation_prompt: bool = False) -> str:
         """Returns the template's rendering of the first `count` messages.
 
@@ -77,28 +108,47 @@ class ChatTemplate:
             for index in group:
                 yield index, next(texts), next(texts)
 
-    def after_response(self) -> str:
-        """Returns what the template writes after the content of an assistant message that ends a dialogue.
+    def frame_response(self, chat_template_kwargs: Mapping[str, Any] | None = None) -> ResponseFrame:
+        """Returns what the template writes around the content of an assistant message.
+
+        Args:
+          chat_template_kwargs: further variables, as a dialogue may have them.
 
         Raises:
           UserError: the template cannot render one user and one assistant message.
         """
-        messages = Message(role="user", content="Hello"), Message(role="assistant", content=PROBE)
+        contents = ("user", "Hello"), ("assistant", PROBE), ("user", _NEXT_PROBE)
+        messages = tuple(Message(role=role, content=content) for role, content in contents)
+        probe = Dialogue(id="probe", messages=messages, chat_template_kwargs=chat_template_kwargs or {})
+        jobs = [Job(1, True), Job(2), Job(3)]
         try:
-            rendering = self._render(Dialogue(id="probe", messages=messages), [Job(2)])
+            rendering = self._render(probe, jobs)
+            if not rendering.texts:  # some templates are for dialogues with tools only
+                with_tool = dataclasses.replace(probe, tools=(_TOOL,))
+                if (other := self._render(with_tool, jobs)).texts:
+                    probe, rendering = with_tool, other
+            question = self._render(probe, [Job(1)]).texts
         except TemplateStopped as error:
             raise TemplateStopped(f"{self._name} was stopped: {error}. Pass another chat template.") from None
-        if rendering.refusal:
+        if len(rendering.texts) < 2:
             raise UserError(
                 f"{self._name} cannot render a user and an assistant message: {rendering.refusal}. Correct it, or pass "
                 "another chat template."
             )
-        _, content, after = rendering.texts[0].rpartition(PROBE)
+        prompt, last = rendering.texts[:2]
+        before, content, after = last.rpartition(PROBE)
         if not content:
             raise UserError(
                 f"{self._name} does not render the content of an assistant message. Pass another chat template."
             )
-        return after
+        following = ""
+        if len(rendering.texts) == 3:
+            before, _, rest = rendering.texts[2].partition(PROBE)
+            following = rest.partition(_NEXT_PROBE)[0]
+        prefill = prompt.removeprefix(before) if prompt.startswith(before) else ""
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        header = prompt.rpartition(contents[0][1])[2] if question == [prompt] else ""
+        return ResponseFrame(prefill, lead, after, following, header)
 
     def _render_texts(self, dialogue: Dialogue, jobs: Sequence[Job]) -> Iterator[str]:
         """Yields the texts of the jobs."""

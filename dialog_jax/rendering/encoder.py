@@ -1,11 +1,11 @@
-"""Text to tokens and back, as inference has them: a tokenizer, and where a response ends.
+"""Text to tokens and back, as inference has them: a tokenizer, and the tokens with which a response ends.
 
 Adds no special token to those in the text. Texts may be escaped (`special_tokens`): escaped spellings never become
 special tokens. Knows nothing of dialogues.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ import tokenizers
 import transformers
 from jaxtyping import Int32
 
+from dialog_jax.rendering.chat_template import ResponseFrame
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper, TokenIds
 
 _SHORT = 64  # characters of a text whose tokens are worth keeping, such as the end of a prompt; or tokens
@@ -51,16 +52,27 @@ class Tokenized(NamedTuple):
 
 
 class Encoder:
-    """A tokenizer, and the token with which a template ends a turn.
+    """A tokenizer, and the tokens with which a template ends a response.
+
+    A response extends through the special tokens that the template writes before the next message. Where the rendering
+    of a last message has more of them, these are a part of it only if nothing before stops generation:
+
+        after the last message   <end> \\n <eos>
+        if another follows       <end> \\n <user> \\n      the response ends with <end>, and not with <eos>
 
     Args:
       tokenizer: a fast tokenizer.
-      after_response: what the template writes after the content of an assistant message.
+      frame: what the template writes around a response.
       escaper: the one that escaped the texts.
+      stop_tokens: ids at which generation stops, as far as the model's files say so.
     """
 
     def __init__(
-        self, tokenizer: transformers.PreTrainedTokenizerFast, after_response: str, escaper: SpecialTokenEscaper
+        self,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        frame: ResponseFrame,
+        escaper: SpecialTokenEscaper,
+        stop_tokens: Collection[int] = (),
     ):
         self.escaper = escaper
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
@@ -68,16 +80,23 @@ class Encoder:
         self.special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True), bool)
         """Whether each token id is a special token."""
         self.special[[index for index, token in added.items() if token.special]] = True
-        ends = [index for index in self.tokenize_continuation(after_response).ids.tolist() if index in added]
         self._dividers = {index: token.content for index, token in added.items() if _divides(token, added.values())}
         self._is_divider = np.isin(np.arange(len(self.special)), list(self._dividers))
         self._tokenize_short = functools.lru_cache(maxsize=4096)(lambda text: self.tokenize([text])[0])
-        special = [index for index in ends if added[index].special]
-        visible = [index for index in ends if added[index].content.strip()]  # some vocabularies add white space
-        self.end_of_turn: int | None = next(iter(special + visible), None)
-        """Id of the special token that the template writes after a response; None if it writes none."""
+        after = self.tokenize_continuation(frame.after)
+        self._eos = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        length = self._count_before_header(after, frame, stop_tokens)
+        last = self._find_end(after.ids[:length])
+        if last is None:  # only the rendering of a last message has an end
+            length = len(after.ids)
+            last = self._find_end(after.ids)
+        self._beyond = after.ids[length:]
+        self.end_of_turn: int | None = None if last is None else int(after.ids[last])
+        """Id of the last special token that the template writes after a response; None if it writes none."""
+        self.response_end = frame.after if last is None else frame.after[: after.ends[last]]
+        """The text after a response's content, up to the end of the response."""
         self.end_text = "" if self.end_of_turn is None else added[self.end_of_turn].content
-        """The text of that token, or empty."""
+        """The text of the end of turn, or empty."""
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """Returns the token ids of a text by itself."""
@@ -139,15 +158,51 @@ class Encoder:
         return None
 
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
-        """Returns the number of tokens up to the last end of turn, or to another special token that ends the text."""
+        """Returns how many of the tokens from a response on belong to it.
+
+        Up to the last end of turn, and the special tokens after it; without an end of turn, up to another special
+        token that ends the text, or all.
+        """
         if self.end_of_turn is None:
             return len(ids)
+        total = len(ids)
+        if len(self._beyond) and np.array_equal(ids[-len(self._beyond) :], self._beyond):
+            ids = ids[: -len(self._beyond)]
         ends = np.flatnonzero(ids == self.end_of_turn)
-        if not len(ends):
-            ends = np.flatnonzero(self.special[ids])
-            if not len(ends) or self.decode(ids[ends[-1] + 1 :]).strip():
-                return len(ids)
-        return int(ends[-1]) + 1
+        special = np.flatnonzero(self.special[ids])
+        if len(special) and not self.decode(ids[special[-1] + 1 :]).strip():
+            return max(int(special[-1]), int(ends[-1]) if len(ends) else 0) + 1
+        return int(ends[-1]) + 1 if len(ends) else total
+
+    def _count_before_header(self, after: Tokenized, frame: ResponseFrame, stop_tokens: Collection[int]) -> int:
+        """Returns how many of the tokens after a last response come before the header of the next message."""
+        ids = after.ids
+        following = self.tokenize_continuation(frame.following).ids
+        header = self.tokenize_continuation(frame.header).ids
+        length = count_shared(ids, following) if frame.following else len(ids)
+        at_end = ids[len(ids) - count_shared(ids[::-1], header[::-1]) :]
+        special = np.flatnonzero(self.special[ids])
+        if len(special) and (self._is_visible(at_end) or self._is_visible(ids[length:][~self.special[ids[length:]]])):
+            # A header, although no message follows: the response ends with a token that stops generation, or with the
+            # one that ends a user's message, too.
+            stops = special[np.isin(ids[special], [*stop_tokens, self._eos])]
+            if not len(stops):
+                user_end = special[(special >= len(ids) - len(at_end)) & (special < length)]
+                stops = user_end[:1] if len(user_end) else special[special < length]
+            return int(stops[-1] if len(stops) else special[0]) + 1
+        stops = np.flatnonzero(np.isin(ids, list(stop_tokens)))
+        return int(stops[0]) + 1 if len(stops) and stops[0] >= length else length
+
+    def _is_visible(self, ids: Int32[np.ndarray, " n"]) -> bool:
+        """Returns whether tokens have a text other than white space."""
+        return bool(self.decode(ids).strip())
+
+    def _find_end(self, ids: Int32[np.ndarray, " n"]) -> int | None:
+        """Returns the index of the last special token, or of the last other added token that is visible."""
+        added = self._backend.get_added_tokens_decoder()
+        special = [index for index, token in enumerate(ids.tolist()) if token in added and added[token].special]
+        visible = [i for i, token in enumerate(ids.tolist()) if token in added and added[token].content.strip()]
+        return next(iter([*special[::-1], *visible[::-1]]), None)  # some vocabularies add white space
 
 
 def _convert(text: str, tokens: TokenIds) -> Tokenized:

@@ -1,26 +1,31 @@
 """Dialogues to sequences: for each supervised response, the tokens that inference sees and those it has to generate.
 
 A response's *prompt* is what the chat template renders of the messages before it, with the generation prompt; the
-*response* is what the template adds when the message joins them, up to and including the end-of-turn token. This holds
-for any template, because only its renderings are used. Where the K prompts of a dialogue are prefixes of its full
-rendering, in text and in tokens, the text is tokenized once and cut K times; otherwise turn by turn.
+*response* is what the template adds when the message joins them, up to and including the end-of-turn token (or, with
+`responses=verbatim`, what is recorded). This holds for any template, because only its renderings are used. Where the
+K prompts of a dialogue are prefixes of its full rendering, the text is tokenized once and cut K times; elsewhere only
+what differs is tokenized again.
 
 Knows templates and tokenizers; knows no objective, tree or row.
 """
 
 import dataclasses
 import functools
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
 from jaxtyping import Int32
+from transformers.utils import hub
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
+from dialog_jax.rendering.responses import ResponseFinder
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
@@ -42,6 +47,10 @@ class RenderedSequence(NamedTuple):
     """The messages selected by `locate` in the prompt, without those in the tokens shared with the sequence before."""
     part_spans: tuple[tuple[int, int], ...] = ()
     """Start and stop of each of the response's `parts`, as in `MessageSpan`."""
+    changes_history: bool = False
+    """Whether the rendering with the response does not begin with its prompt."""
+    is_verbatim: bool = True
+    """Whether the response is what is recorded."""
 
 
 class Renderer:
@@ -52,6 +61,7 @@ class Renderer:
       chat_template_kwargs: further variables of the template, for example `{"enable_thinking": False}`.
       allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
       template_time: an ISO date or time that a template which reads the clock takes for the current one; empty for now.
+      responses: `rendered` as the template renders them, `verbatim` as they are recorded.
 
     Raises:
       UserError: the template cannot render one user and one assistant message.
@@ -64,13 +74,19 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
         template_time: str = "",
+        responses: str = "rendered",
     ):
+        self.responses = responses
+        self.stop_tokens = _read_stop_tokens(tokenizer)
+        """Ids at which generation stops by the generation_config.json next to the tokenizer; empty without one."""
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper, template_time)
-        self._encoder = Encoder(tokenizer, self._template.after_response(), self._escaper)
+        frame = self._template.frame_response()
+        self._encoder = Encoder(tokenizer, frame, self._escaper, self.stop_tokens)
+        self._finder = ResponseFinder(self._template, frame, self._encoder.response_end, self._escaper, responses)
         self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., "Renderer"], tuple[Any, ...]]:
@@ -80,8 +96,19 @@ class Renderer:
             chat_template_kwargs=self.chat_template_kwargs,
             allow_special_tokens=self.allow_special_tokens,
             template_time=self.template_time,
+            responses=self.responses,
         )
         return make, (self.tokenizer,)
+
+    def with_responses(self, responses: str) -> "Renderer":
+        """Returns a renderer that differs in `responses` only."""
+        return Renderer(
+            self.tokenizer,
+            chat_template_kwargs=self.chat_template_kwargs,
+            allow_special_tokens=self.allow_special_tokens,
+            template_time=self.template_time,
+            responses=responses,
+        )
 
     @property
     def template_time(self) -> str:
@@ -130,9 +157,9 @@ class Renderer:
           locate: whether a message's span is needed in `message_spans`.
 
         Raises:
-          UserError: the template refuses a dialogue. While the iterators are read: its rendering with the response does
-            not begin with the prompt, it does not render weighted parts as they are, or (with `locate`) a message
-            changes more than its own part of the text.
+          UserError: the template refuses a dialogue. While the iterators are read: no response continues its prompt,
+            the template does not render weighted parts as they are, or (with `locate`) a message changes more than
+            its own part of the text.
         """
         dialogues = [self._escaper.escape_dialogue(dialogue) for dialogue in dialogues]
         texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
@@ -175,7 +202,7 @@ class Renderer:
     def _sequences(
         self,
         dialogue: Dialogue,
-        text: str,
+        full_text: str,
         beginning: Tokenized,
         max_length: int,
         full: bool,
@@ -203,47 +230,41 @@ class Renderer:
             start = len(prompt_tokens.ids)
             if max_length and start >= max_length:
                 return
-            self._check_continues(dialogue, index, prompt, rendered)
-            complete = self._tokenize_response(dialogue, index, prompt_tokens, rendered, beginning)
-            tokenized = complete.cut(rendered, start + self._encoder.response_length(complete.ids[start:]))
+            response = self._finder.find(dialogue, index, prompt, rendered)
+            text = prompt + response.text
+            complete = self._tokenize_response(dialogue, index, prompt_tokens, text, beginning)
+            tokenized = complete.cut(text, start + self._encoder.response_length(complete.ids[start:]))
             if max_length and len(tokenized.ids) > max_length:
                 return
             if np.array_equal(tokenized.ids, beginning.ids[: len(tokenized.ids)]):  # share memory
                 tokenized = tokenized._replace(ids=beginning.ids[: len(tokenized.ids)])
             references = [beginning, complete]
             message_spans = find_new(tokenized.cut(prompt, start), index, is_prompt=True)
-            part_spans = finder.find_response_parts(tokenized, index, len(prompt))
+            part_spans = finder.find_response_parts(tokenized, index, start, len(prompt))
             stops[index], previous = len(tokenized.ids), tokenized.ids
             turn = roles[:index].count("assistant")
-            yield RenderedSequence(tokenized.ids, start, index, turn, message_spans, part_spans)
+            end = int(tokenized.ends[-1]) if len(tokenized.ends) else 0
+            is_verbatim = self._finder.is_verbatim(dialogue, index, prompt, rendered, text[len(prompt) : end])
+            yield RenderedSequence(
+                tokenized.ids, start, index, turn, message_spans, part_spans, response.changes_history, is_verbatim
+            )
         if full:
-            tokenized = beginning if len(beginning.text) == len(text) else self._encoder.tokenize([text])[0]
+            tokenized = self._encoder.tokenize_like(full_text, [beginning])
             if not max_length or len(tokenized.ids) <= max_length:
                 message_spans = find_new(tokenized, len(roles), is_prompt=False)
                 yield RenderedSequence(tokenized.ids, len(tokenized.ids), -1, -1, message_spans)
 
-    def _check_continues(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> None:
-        """Raises UserError if what is rendered with message `index` does not begin with its prompt."""
-        if not rendered.startswith(prompt):
-            difference = _describe_difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
-            raise UserError(
-                f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
-                f"inference shows: {difference}. Responses cannot be trained as they would be generated; "
-                "merge assistant messages that follow each other, set chat_template_kwargs (such as "
-                "enable_thinking) or pass another chat template."
-            )
-
     def _tokenize_response(
-        self, dialogue: Dialogue, index: int, prompt: Tokenized, rendered: str, beginning: Tokenized
+        self, dialogue: Dialogue, index: int, prompt: Tokenized, text: str, beginning: Tokenized
     ) -> Tokenized:
-        """Returns the prompt's tokens and those of the response of message `index`, which ends the rendered text."""
+        """Returns the prompt's tokens and those of the response of message `index`, which ends `text`."""
         start = len(prompt.ids)
-        tokenized = self._encoder.tokenize_like(rendered, [beginning, prompt])
+        tokenized = self._encoder.tokenize_like(text, [beginning, prompt])
         if np.array_equal(tokenized.ids[:start], prompt.ids):
             return tokenized
         # A token crosses from prompt to response: inference fixes the prompt's tokens first.
-        response = rendered[len(prompt.text) :]
-        continued = prompt.append(rendered, self._encoder.tokenize_continuation(response))
+        response = text[len(prompt.text) :]
+        continued = prompt.append(text, self._encoder.tokenize_continuation(response))
         if not self._encoder.decodes_equal(continued.ids, tokenized.ids):
             raise UserError(
                 f"{dialogue.name}: the response of message {index} has no tokens that continue its prompt: tokens "
@@ -254,10 +275,15 @@ class Renderer:
         return continued
 
 
-def _describe_difference(prompt: str, rendered: str) -> str:
-    """Returns a description of the first difference of two texts, with the text around it."""
-    pairs = enumerate(zip(prompt, rendered, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(rendered)))
-    before = prompt[max(0, place - 30) : place]
-    one, two = prompt[place : place + 30], rendered[place : place + 30]
-    return f"after {before!r} the prompt has {one!r}, the rendering {two!r}"
+def _read_stop_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> frozenset[int]:
+    """Returns the ids at which generation stops by the generation_config.json of the tokenizer's model, if any."""
+    name = tokenizer.name_or_path
+    if not name or name.endswith(".gguf"):
+        return frozenset()
+    try:
+        file = hub.cached_file(name, "generation_config.json", local_files_only=not pathlib.Path(name).is_dir())
+        value = json.loads(pathlib.Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or another part of the program reports what is wrong with it
+        return frozenset()
+    stops = value.get("eos_token_id") if isinstance(value, dict) else None
+    return frozenset(stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int))

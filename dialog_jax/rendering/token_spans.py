@@ -65,15 +65,22 @@ class SpanFinder:
             stop += 1
         return MessageSpan(index, start, stop, self._find_parts(tokenized, index, begin, end))
 
-    def find_response_parts(self, tokenized: Tokenized, index: int, begin: int) -> tuple[tuple[int, int], ...]:
-        """Returns the span of each part of response `index`, whose text begins at character `begin`.
+    def find_response_parts(
+        self, tokenized: Tokenized, index: int, start: int, begin: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Returns the span of each part of response `index`, which begins at token `start` and character `begin`.
 
         Raises:
           UserError: the template does not render the content as it is.
         """
+        content = self._dialogue.messages[index].content
         end_text = self._encoder.end_text
-        end = tokenized.text.rfind(end_text, begin) if end_text else len(tokenized.text)
-        return self._find_parts(tokenized, index, begin, max(end, begin))
+        end = max(begin, tokenized.text.rfind(end_text, begin) if end_text else len(tokenized.text))
+        if content not in tokenized.text[begin:end]:  # the prompt may have the beginning of what is recorded
+            crossing = tokenized.text.rfind(content, max(0, begin - len(content)), end)
+            begin = crossing if crossing >= 0 else begin
+        spans = self._find_parts(tokenized, index, begin, end)
+        return tuple((max(start, first), max(start, stop)) for first, stop in spans)
 
     def _find_characters(self, text: str, count: int, index: int, *, is_prompt: bool) -> tuple[int, int]:
         """Returns (begin, end) in `text` of a message: all of a response, the content of any other."""

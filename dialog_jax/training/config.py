@@ -21,6 +21,7 @@ from dialog_jax.trees.objectives import ObjectiveConfig
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 REMAT = ("none", "attention", "dots", "full")
+RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
@@ -59,6 +60,9 @@ class DataConfig:
     for the time at which the run or command starts. A run keeps it in its config.json."""
     allow_special_tokens: bool = False
     """Parse special tokens that the text of a message spells; otherwise they are ordinary text there."""
+    responses: str = "rendered"
+    """`rendered` trains responses as the chat template renders them; `verbatim` trains the recorded content and the
+    template's end of turn, so that nothing recorded is lost, whatever the template cuts out."""
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Further names of roles in the data: {"Bot": "assistant"}, or {"developer": "user"} instead of system."""
     on_error: str = "stop"
@@ -248,6 +252,8 @@ class TrainConfig:
                 f"data.template_time is {self.data.template_time!r}; it must be a date or time such as 2026-07-01 or "
                 "2026-07-01T12:00."
             ) from None
+        if self.data.responses not in RESPONSES:
+            raise UserError(f"data.responses is {self.data.responses!r}; it must be one of {', '.join(RESPONSES)}.")
         if self.data.workers < -1:
             raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):

@@ -86,6 +86,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         chat_template_kwargs=config.data.chat_template_kwargs,
         allow_special_tokens=config.data.allow_special_tokens,
         template_time=config.data.template_time or now,
+        responses=config.data.responses,
         resize_embedding=config.resize_embedding,
         report=console.print,
     )
@@ -141,6 +142,7 @@ def _prepare_trees(
         "tokenizer": fingerprint(renderer.tokenizer),
         "chat_template": renderer.tokenizer.chat_template,
         "template_time": renderer.template_time,
+        "stop_tokens": sorted(renderer.stop_tokens),
         "objective": dataclasses.asdict(config.objective),
         # All other fields, so that a new one is not forgotten.
         **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},

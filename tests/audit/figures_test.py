@@ -92,6 +92,59 @@ def tree_size(sequences):
     return len({tuple(ids[:i]) for ids in sequences for i in range(1, len(ids) + 1)})
 
 
+class ResponsesTest(parameterized.TestCase):
+    """Responses that are not rendered as recorded, and those that cannot be rendered at all."""
+
+    R1 = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
+    )
+
+    def dialogues(self):
+        think = "<think>\nEasy.</think>2"
+        return [said(("user", "?"), ("assistant", think), id=0), said(("assistant", "b"), ("user", "c"), id=1)]
+
+    @parameterized.parameters(("stop", "error", ""), ("skip", "warning", "_skipped"))
+    def test_dialogues_that_only_verbatim_trains_are_named_apart_from_others(self, on_error, level, suffix):
+        result = look(self.dialogues(), fresh("chatml", self.R1), on_error=on_error)
+        self.assertEqual(found(result)[f"needs_verbatim{suffix}"], (level, 1, 2))
+        self.assertEqual(found(result)[f"refused{suffix}"], (level, 1, 2))
+        self.assertStartsWith(first(result, f"needs_verbatim{suffix}")[0], "dialogue 0 (said.jsonl:1): with message 1 ")
+
+    def test_with_verbatim_they_are_trained(self):
+        tokenizer = fresh("chatml", self.R1)
+        renderer = sequences_lib.Renderer(tokenizer, responses="verbatim")
+        more = [said(("user", "?"), ("assistant", "a</think>b"), ("user", "!"), ("assistant", "c"), id=2)]
+        result = audit.make_audit(
+            [*self.dialogues(), *more], tokenizer, renderer, objective=ObjectiveConfig(), max_length=1000
+        )
+        self.assertEqual(result.trees, 2)
+        self.assertEqual(set(found(result)) & {"needs_verbatim", "refused"}, {"refused"})
+        self.assertEqual(result.not_verbatim, 0)
+        self.assertIn("was generated '<think>\\na</think>b<|im_end|>', but the prompt", first(result, "history")[0])
+
+    def test_responses_that_are_rendered_differently_from_what_is_recorded_are_counted(self):
+        dialogue = said(("user", "?"), ("assistant", "a "), ("user", "!"), ("assistant", "b"))
+        result = look([dialogue], "llama3")
+        self.assertEqual((result.not_verbatim, result.responses), (1, 2))
+        self.assertEqual(result.first_not_verbatim, ["dialogue 0 (said.jsonl:1): message 1"])
+        self.assertEqual(look([dialogue], "chatml").not_verbatim, 0)
+
+    def test_prompts_that_change_once_their_response_follows_are_counted(self):
+        template = (
+            "{% for m in messages if m.role != 'system' %}<|im_start|>{{ messages[0].content if loop.last and "
+            "m.role == 'user' and messages[0].role == 'system' }}{{ m.content }}<|im_end|>{% endfor %}"
+            "{{ '<|im_start|>' if add_generation_prompt }}"
+        )
+        dialogues = [
+            said(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
+            said(("user", "a"), ("assistant", "b"), id=1),
+        ]
+        result = look(dialogues, fresh("chatml", template))
+        self.assertEqual(found(result)["prompt_changed"], ("note", 1, 2))
+        self.assertEqual(first(result, "prompt_changed"), ["dialogue 0 (said.jsonl:1): message 2"])
+
+
 class FiguresTest(parameterized.TestCase):
     @parameterized.parameters("chatml", "llama3", "qwen3", "phi3")
     def test_figures_equal_those_of_k_separate_passes(self, family):

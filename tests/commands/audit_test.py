@@ -54,6 +54,19 @@ class AuditTest(absltest.TestCase):
         self.assertEmpty(error)
         self.assertEqual((written["trees"], written["findings"], written["data"]["max_length"]), (3, [], 1024))
 
+    def test_responses_rendered_differently_from_what_is_recorded_are_counted_unless_trained_as_recorded(self):
+        told, _, written = self.audit(_GOOD, family="qwen3")
+        self.assertRegex(
+            told,
+            r"as recorded +3 of 3 responses are rendered differently from what is recorded, the first dialogue d0 ",
+        )
+        self.assertEqual(written["not_verbatim"], 3)
+        told, _, written = self.audit(_GOOD, "--config.data.responses=verbatim", family="qwen3")
+        self.assertNotIn("as recorded", told)
+        self.assertEqual((written["not_verbatim"], written["data"]["responses"]), (0, "verbatim"))
+        _, error, _ = self.audit(_GOOD, "--config.data.responses=exact")
+        self.assertIn("data.responses is 'exact'; it must be one of rendered, verbatim.", error)
+
     def test_tokens_beyond_the_embedding_of_the_model_are_an_error_unless_rows_are_added(self):
         model = self.directory / "model"
         model.mkdir()

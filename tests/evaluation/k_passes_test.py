@@ -160,7 +160,7 @@ class PassesTest(parameterized.TestCase):
                 "dialog_jax.errors",
                 "dialog_jax.model",  # decoder
                 "dialog_jax.model.decoder",
-                "dialog_jax.evaluation",  # escaping
+                "dialog_jax.evaluation",  # escaping, response_text
                 "dialog_jax.evaluation.scoring",  # the record Score
             },
         )

@@ -11,6 +11,7 @@ from hypothesis import strategies
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering import encoder as encoder_lib
+from dialog_jax.rendering.chat_template import ResponseFrame
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 from tests.rendering import chat_templates
@@ -48,7 +49,8 @@ def make_awkward_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def make_encoder(tokenizer):
-    return encoder_lib.Encoder(tokenizer, "", SpecialTokenEscaper(tokenizer, allow_special_tokens=True))
+    frame = ResponseFrame(prefill="", lead="", after="", following="")
+    return encoder_lib.Encoder(tokenizer, frame, SpecialTokenEscaper(tokenizer, allow_special_tokens=True))
 
 
 def make_tokenizer(name):
