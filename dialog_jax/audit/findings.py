@@ -39,13 +39,13 @@ _KINDS = {
         "warning",
         "records that are not valid dialogues",
         "records",
-        "They are left out, as data.on_error says, and listed in skipped.txt. Correct or remove them.",
+        "Training leaves them out, as data.on_error says, and lists all in skipped.txt. Correct or remove them.",
     ),
     "refused_skipped": _Kind(
         "warning",
         "dialogues that the chat template refuses, or renders so that they cannot be trained",
         "records",
-        "They are left out, as data.on_error says, and listed in skipped.txt. Change or remove them.",
+        "Training leaves them out, as data.on_error says, and lists all in skipped.txt. Change or remove them.",
     ),
     "needs_verbatim": _Kind(
         "error",

@@ -22,9 +22,11 @@ from tests.laws import budget, strategies
 _KEYS = (
     "messages", "conversations", "prompt", "completion", "continuations", "role", "content", "from", "value", "weight",
     "train", "id", "parent", "type", "text", "system", "tools", "tool_calls", "function", "arguments", "x", "",
+    "functions", "function_call", "name", "parameters", "chat_template_kwargs", "loss", "loss_mask", "masked", "loss_weight", "system_prompt", "mask_history",
 )
 _VALUES = (
-    "user", "assistant", "system", "tool", "human", "gpt", "text", "m0", "[]", "{}", '[{"type": "function"}]', " [1",
+    "user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "developer",
+    "text", "m0", "[]", "{}", '[{"type": "function"}]', " [1",
     "\x00", "\ud800", "\udcff", "a" * 200, 0, 1, -1, 0.5, 1e-40, 1e39, 10**400, -(10**30), float("nan"), float("inf"),
     True, False, None, [], {},
 )
@@ -116,6 +118,10 @@ class RecordsTest(parameterized.TestCase):
             self.assertTrue(not message.parts or "".join(part.text for part in message.parts) == message.content)
             text.append(message.content)
             self.assertTrue(not dialogue.parents or -1 <= dialogue.parents[number] < number)
+            for call in message.fields.get("tool_calls", ()):
+                self.assertIsInstance(call["function"]["arguments"], dict | list | str | int | float)
+        json.dumps([message.as_dict() for message in dialogue.messages]).encode()
+        self.assertTrue(all(isinstance(tool, dict) for tool in dialogue.tools or ()))
         "".join(text).encode()
 
     @budget.cases(250)
