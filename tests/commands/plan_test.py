@@ -1,6 +1,5 @@
 """dialog_jax plan from flags to text, and the shapes that it knows."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -36,7 +35,8 @@ class PlanTest(absltest.TestCase):
         )
         (cls.directory / "model" / "model.safetensors").unlink()  # a plan needs no weights
         rng = np.random.default_rng(0)
-        records = [dataclasses.asdict(chat_templates.random_dialogue(rng, turns=2)) for _ in range(12)]
+        dialogues = [chat_templates.random_dialogue(rng, turns=2) for _ in range(12)]
+        records = [{"messages": [message.as_dict() for message in dialogue.messages]} for dialogue in dialogues]
         (cls.directory / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def flags(self, *more):

@@ -22,7 +22,8 @@ from tests.laws import budget, strategies
 _KEYS = (
     "messages", "conversations", "prompt", "completion", "continuations", "role", "content", "from", "value", "weight",
     "train", "id", "parent", "type", "text", "system", "tools", "tool_calls", "function", "arguments", "x", "",
-    "functions", "function_call", "name", "parameters", "chat_template_kwargs", "loss", "loss_mask", "masked", "loss_weight", "system_prompt", "mask_history",
+    "functions", "function_call", "name", "parameters", "chat_template_kwargs", "loss", "loss_mask", "masked",
+    "loss_weight", "system_prompt", "mask_history",
 )
 _VALUES = (
     "user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "developer",

@@ -1,6 +1,5 @@
 """Workloads against the trees themselves."""
 
-import dataclasses
 import json
 import pathlib
 import tempfile
@@ -25,7 +24,7 @@ class MeasuredTest(parameterized.TestCase):
         pretrained.save_pretrained(cls.directory / "model", config, tiny.parameters(config), tokenizer=cls.tokenizer)
         rng = np.random.default_rng(0)
         cls.dialogues = [chat_templates.random_dialogue(rng, turns=2) for _ in range(40)]
-        records = [dataclasses.asdict(dialogue) for dialogue in cls.dialogues]
+        records = [{"messages": [message.as_dict() for message in dialogue.messages]} for dialogue in cls.dialogues]
         (cls.directory / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def config(self, **fields):
