@@ -76,7 +76,8 @@ def make_passes(
         text = _render(dialogue, (*history, index), tokenizer, kwargs)
         if dialogue != original:
             _check_escaped(original, text, (*history, index), tokenizer, kwargs)
-        written = response_text.find_response(dialogue, index, prompt, text, frame, responses)
+        bare = "" if text.startswith(prompt) else _render(dialogue, history, tokenizer, kwargs)
+        written = response_text.find_response(dialogue, index, prompt, bare, text, frame, responses)
         text = prompt + written
         (prompt_ids, _), (ids, ends) = encode(tokenizer, prompt), encode(tokenizer, text)
         response, ends = ids[len(prompt_ids) :], [end - len(prompt) for end in ends[len(prompt_ids) :]]

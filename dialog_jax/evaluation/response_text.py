@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 
 REFUSALS = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError)
@@ -99,10 +99,11 @@ def read_frame(tokenizer, kwargs: Mapping[str, Any], stop_tokens: Collection[int
     )
 
 
-def find_response(dialogue: Dialogue, index: int, prompt: str, text: str, frame: Frame, kind: str) -> str:
+def find_response(dialogue: Dialogue, index: int, prompt: str, history: str, text: str, frame: Frame, kind: str) -> str:
     """Returns the response of message `index`, of a rendering that ends with it.
 
     Args:
+      history: the prompt without the generation prompt.
       text: the rendering.
       kind: `rendered` or `verbatim`.
 
@@ -111,25 +112,33 @@ def find_response(dialogue: Dialogue, index: int, prompt: str, text: str, frame:
     """
     message = dialogue.messages[index]
     if kind == "rendered":
-        return _cut_end(_find_rendered(dialogue, index, prompt, text, frame), frame)
+        return _cut_end(_find_rendered(dialogue, index, prompt, history, text, frame), frame)
     reasoning = next(
         (message.fields[key] for key in ("reasoning_content", "reasoning", "thinking") if message.fields.get(key)), ""
     )
+    prefill = frame.prefill if prompt.endswith(frame.prefill) else ""
     if message.fields.get("tool_calls") or (reasoning and not frame.has_think_tags):
-        response = _cut_end(_find_rendered(dialogue, index, prompt, text, frame), frame)
+        shorter = prompt[: len(prompt) - len(prefill)]
+        if prefill and text.startswith(shorter) and not text.startswith(prompt):
+            response = _cut_end(text[len(shorter) :], frame)
+        else:
+            response = _cut_end(_find_rendered(dialogue, index, prompt, history, text, frame), frame)
+        if reasoning.strip() not in response and frame.has_think_tags:
+            response = _write_block(reasoning) + response
         if message.content.strip() not in response or reasoning.strip() not in response:
             raise UserError(
                 f"{dialogue.name}: the chat template does not write all of message {index}, which cannot be written "
                 "verbatim. Write it into the content."
             )
-        return response
-    return frame.lead + _subtract(frame.prefill, prompt, _write_recorded(message, reasoning)) + frame.end
+        return _subtract(prefill, response)
+    return frame.lead + _subtract(prefill, _write_block(reasoning) + message.content) + frame.end
 
 
-def _find_rendered(dialogue: Dialogue, index: int, prompt: str, text: str, frame: Frame) -> str:
+def _find_rendered(dialogue: Dialogue, index: int, prompt: str, history: str, text: str, frame: Frame) -> str:
     """Returns what follows the prompt; or else the last place that ends as the prompt does from its last content on.
 
-    If that is empty, the place ends as much as possible as the prompt does, special tokens included.
+    If that is empty, the place ends as much as possible as the prompt does, special tokens included. The end of the
+    message before may differ, but not what the generation prompt adds.
     """
     if text.startswith(prompt):
         return text[len(prompt) :]
@@ -139,12 +148,18 @@ def _find_rendered(dialogue: Dialogue, index: int, prompt: str, text: str, frame
         ending = next(prompt[start:] for start in range(len(prompt) + 1) if prompt[start:] in text)
         ending = ending if frame.special.search(ending) else ""
     place = text.rfind(ending)
-    if place < 0 or not ending.removeprefix(content).strip():
-        raise UserError(
-            f"{dialogue.name}: with message {index} the chat template renders no continuation of its prompt, so no "
-            "response can lead there. Pass another chat template or chat_template_kwargs, or set data.responses."
-        )
-    return text[place + len(ending) :]
+    if place >= 0 and ending.removeprefix(content).strip():
+        return text[place + len(ending) :]
+    header = prompt[len(history) :] if prompt.startswith(history) else ""
+    if content and header.strip() and content in text:
+        end, _, response = text[text.rfind(content) + len(content) :].partition(header)
+        usual = ending.removeprefix(content).removesuffix(header)
+        if response and (usual.startswith(end) or end.startswith(usual)):
+            return response
+    raise UserError(
+        f"{dialogue.name}: with message {index} the chat template renders no continuation of its prompt, so no "
+        "response can lead there. Pass another chat template or chat_template_kwargs, or set data.responses."
+    )
 
 
 def _cut_end(response: str, frame: Frame) -> str:
@@ -159,16 +174,13 @@ def _cut_end(response: str, frame: Frame) -> str:
     return inner[:end] if end else response
 
 
-def _write_recorded(message: Message, reasoning: str) -> str:
-    think = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" if reasoning else ""
-    return think + message.content
+def _write_block(reasoning: str) -> str:
+    return "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" if reasoning else ""
 
 
-def _subtract(prefill: str, prompt: str, recorded: str) -> str:
+def _subtract(prefill: str, recorded: str) -> str:
     """Returns what is recorded without what the prompt has of it."""
-    if not prefill or not prompt.endswith(prefill):
-        return recorded
-    if recorded.startswith(prefill):
+    if prefill and recorded.startswith(prefill):
         return recorded[len(prefill) :]
     trimmed = prefill.rstrip()
     return recorded[len(trimmed) :] if trimmed and recorded.startswith(trimmed) else recorded

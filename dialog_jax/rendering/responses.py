@@ -83,15 +83,15 @@ class ResponseFinder:
         """
         if rendered.startswith(prompt):
             return Response(rendered[len(prompt) :])
-        prompt_end, rest = self._probe_history(dialogue, index)
+        prompt_end, header, rest = self._probe_history(dialogue, index)
         # The place has to be there without the probe, too.
-        if (
-            prompt_end.strip()
-            and rest.startswith(prompt_end)
-            and prompt.endswith(prompt_end)
-            and rendered.endswith(rest)
-        ):
-            return Response(rest.removeprefix(prompt_end), changes_history=True)
+        if prompt_end.strip() and prompt.endswith(prompt_end) and rendered.endswith(rest):
+            if rest.startswith(prompt_end):
+                return Response(rest.removeprefix(prompt_end), changes_history=True)
+            end, found, response = rest.partition(header) if header.strip() else ("", "", "")
+            full_end = prompt_end.removesuffix(header)
+            if found and (full_end.startswith(end) or end.startswith(full_end)):  # only the message's end differs
+                return Response(response, changes_history=True)
         difference = _describe_difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
         raise UserError(
             f"{dialogue.name}: with message {index} the chat template does not begin with the prompt that "
@@ -101,24 +101,27 @@ class ResponseFinder:
             "pass another chat template."
         )
 
-    def _probe_history(self, dialogue: Dialogue, index: int) -> tuple[str, str]:
-        """Returns what follows the content of the message before message `index` in its prompt and in its rendering.
+    def _probe_history(self, dialogue: Dialogue, index: int) -> tuple[str, str, str]:
+        """Returns what follows the content of the message before message `index`.
 
-        Both are empty if the content is not rendered, or the template refuses another one.
+        Of three texts: its prompt, what only the generation prompt has of that, and the rendering with the message. All
+        are empty if the content is not rendered, or the template refuses another one.
         """
         messages = list(dialogue.messages[: index + 1])
         messages[index - 1] = dataclasses.replace(messages[index - 1], content=PROBE, parts=())
         probed = dataclasses.replace(dialogue, messages=tuple(messages), parents=())
         try:
+            history = self._template.text(probed, index)
             prompt = self._template.text(probed, index, add_generation_prompt=True)
             rendered = self._template.text(probed, index + 1)
         except TemplateStopped:
             raise
         except UserError:
-            return "", ""
+            return "", "", ""
+        header = prompt.removeprefix(history) if prompt.startswith(history) else ""
         _, in_prompt, prompt_end = prompt.rpartition(PROBE)
         _, in_rendered, rest = rendered.rpartition(PROBE)
-        return (prompt_end, rest) if in_prompt and in_rendered else ("", "")
+        return (prompt_end, header, rest) if in_prompt and in_rendered else ("", "", "")
 
     def _write_verbatim(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> str:
         """Returns the recorded content of a message, less what the prompt has of it, and the end of the response.
@@ -126,11 +129,21 @@ class ResponseFinder:
         What only a template can write, tool calls and reasoning of a format of its own, is taken from its rendering, if
         that has the content and the reasoning, too.
         """
-        message = dialogue.messages[index]
+        message, frame = dialogue.messages[index], self._get_frame(dialogue)
         reasoning = _get_reasoning(message)
-        if message.fields.get("tool_calls") or (reasoning and not self._template.contains(_CLOSING)):
-            response = self._find_rendered(dialogue, index, prompt, rendered).text
-            lost = [text for text in (message.content, reasoning) if text.strip() not in response]
+        has_tags = self._template.contains(_CLOSING)
+        prefill = frame.prefill if prompt.endswith(frame.prefill) else ""
+        if message.fields.get("tool_calls") or (reasoning and not has_tags):
+            beginning = prompt.removesuffix(prefill)
+            if prefill and not rendered.startswith(prompt) and rendered.startswith(beginning):
+                text = rendered[len(beginning) :]
+            else:
+                text = self._find_rendered(dialogue, index, prompt, rendered).text
+            end = text.rfind(self._response_end)
+            text = text if end < 0 else text[: end + len(self._response_end)]
+            lost = [part for part in (message.content, reasoning) if part.strip() not in text]
+            if lost == [reasoning] and has_tags:
+                text, lost = _write_reasoning(reasoning) + text, []
             if lost:
                 what = "tool_calls" if message.fields.get("tool_calls") else "reasoning"
                 raise UserError(
@@ -138,18 +151,9 @@ class ResponseFinder:
                     f"the chat template, which leaves out {self._escaper.unescape(lost[0])[:60]!r}. Write all of it "
                     "into the content as the model has to generate it, or pass another chat template."
                 )
-            end = response.rfind(self._response_end)
-            return response if end < 0 else response[: end + len(self._response_end)]
-        text = message.content
-        if reasoning:
-            text = f"{_OPENING}\n{reasoning.strip(chr(10))}\n{_CLOSING}\n\n{text}"
-        frame = self._get_frame(dialogue)
-        prefill = frame.prefill if prompt.endswith(frame.prefill) else ""
-        for beginning in (prefill, prefill.rstrip()):
-            if beginning and text.startswith(beginning):
-                text = text[len(beginning) :]
-                break
-        return frame.lead + text + self._response_end
+            return _subtract(prefill, text)
+        text = (_write_reasoning(reasoning) if reasoning else "") + message.content
+        return frame.lead + _subtract(prefill, text) + self._response_end
 
     def _get_frame(self, dialogue: Dialogue) -> ResponseFrame:
         """Returns what the template writes around a response of a dialogue, with its variables."""
@@ -163,6 +167,20 @@ def _get_reasoning(message: Message) -> str:
     """Returns the reasoning that a message has in a field of its own, or an empty text."""
     values = (message.fields.get(field) for field in _REASONING_FIELDS)
     return next((value for value in values if isinstance(value, str) and value), "")
+
+
+def _write_reasoning(reasoning: str) -> str:
+    """Returns reasoning as a block in front of an answer."""
+    stripped = reasoning.strip("\n")
+    return f"{_OPENING}\n{stripped}\n{_CLOSING}\n\n"
+
+
+def _subtract(prefill: str, text: str) -> str:
+    """Returns a text without what the prompt already has of it, white space at the end of that aside."""
+    for beginning in (prefill, prefill.rstrip()):
+        if beginning and text.startswith(beginning):
+            return text[len(beginning) :]
+    return text
 
 
 def _describe_difference(prompt: str, rendered: str) -> str:

@@ -342,6 +342,19 @@ class ChangedHistoryTest(parameterized.TestCase):
             "<|start|>assistant<|channel|>final<|message|>At noon.<|return|>",
         )
 
+    def test_a_message_may_end_differently_once_a_response_follows(self):
+        template = (
+            "{% for m in messages %}" + _ROLE + "{{ m.content }}{{ '<|im_end|>\n' if m.role != 'tool' or loop.last }}"
+            "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+        )
+        dialogue = make_dialogue(("user", "Hi"), ("assistant", "I look"), ("tool", "noon"), ("assistant", "At noon."))
+        tokenizer = make_tokenizer(template)
+        *_, sequence = render(tokenizer, dialogue)
+        ((prompt, response),) = prompts_and_responses(tokenizer, [sequence])
+        self.assertEndsWith(prompt, "noon<|im_end|>\n<|im_start|>assistant\n")
+        self.assertEqual(response, "At noon.<|im_end|>")
+        self.assertTrue(sequence.changes_history)
+
     @parameterized.parameters("deepseek_r1", "qwq")
     def test_a_prompt_that_ends_inside_the_response_is_refused_with_the_remedy(self, family):
         dialogue = make_dialogue(("user", "1 + 1?"), ("assistant", "<think>\nEasy.</think>2"))
@@ -447,6 +460,22 @@ class VerbatimTest(parameterized.TestCase):
         message = Message(role="assistant", content="", fields={"tool_calls": [call]})
         ((_, response),) = self.responses("harmony", ("user", "?"), message)
         self.assertEqual(response, " to=tide<|message|>{}<|call|>")
+
+    @parameterized.parameters(
+        ({}, "<call>tide</call><|im_end|>"),
+        ({"reasoning_content": "I look."}, "I look.\n</think>\n\n<call>tide</call><|im_end|>"),
+    )
+    def test_tool_calls_behind_a_prompt_that_begins_reasoning_are_the_templates(self, fields, expected):
+        template = (
+            "{% for m in messages %}" + _ROLE + "{{ m.content.split('</think>')[-1] }}"
+            "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}<|im_end|>\n"
+            "{% endfor %}{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
+        )
+        call = {"type": "function", "function": {"name": "tide", "arguments": {}}}
+        message = Message(role="assistant", content="", fields={"tool_calls": [call], **fields})
+        ((prompt, response),) = self.responses(template, ("user", "?"), message)
+        self.assertEndsWith(prompt, "<|im_start|>assistant\n<think>\n")
+        self.assertEqual(response, expected)
 
     @parameterized.parameters(
         ("harmony", "I call.", {"tool_calls": [{"function": {"name": "tide", "arguments": {}}}]}, "I call."),
