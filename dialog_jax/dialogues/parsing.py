@@ -219,10 +219,11 @@ def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]
         return role_names[speaker]
     has = f"has no {key!r}" if speaker is None else f"has {key} {speaker!r}"
     example = speaker if isinstance(speaker, str) else "NAME"
+    role = role_names.get(example.lower(), "assistant")
     raise UserError(
         f"{where} {has}; needed one of {', '.join(schemas.ROLES)}, or another name of these: "
         f"{', '.join(name for name in role_names if name not in schemas.ROLES)}. Rename it in the data, or map it: "
-        f"--config.data.roles=\"{{'{example}': 'assistant'}}\"."
+        f"--config.data.roles=\"{{'{example}': '{role}'}}\"."
     )
 
 

@@ -116,6 +116,8 @@ class FormatsTest(_Files):
             "message 0 has role 'Bot'",
             """--config.data.roles="{'Bot': 'assistant'}\"""",
         )
+        record = {"messages": [{"role": "User", "content": "a"}]}
+        self.assert_error(lambda: list(parsing.parse_records([record])), """--config.data.roles="{'User': 'user'}\"""")
         self.assert_error(
             lambda: parsing.check_roles({"Bot": "robot"}), "data.roles", "'Bot'", "'robot'", "system, user"
         )
