@@ -47,8 +47,8 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import loss, train_step
 from dialog_jax.trees import dataset, prefix_tree
-from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.prefix_tree import Tree
 
 _RESPONSES = 6  # the experiment uses the first held-out dialogue with this many

@@ -42,8 +42,8 @@ from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import optimizer, sharding, train_step
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset, prefix_tree
-from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.prefix_tree import Span
 
 _BENCHMARK = pathlib.Path(__file__).parents[1] / "scripts" / "benchmarks" / "data.py"
@@ -260,7 +260,7 @@ def main(options: Options, sizes: Sizes | None = None) -> None:
     renderer = Renderer(load_tokenizer(options.model))
     needed = 2 * sizes.lengths[-1] // 100  # dialogues have a hundred tokens and more
     dialogues = list(itertools.islice(read_dialogues(options.train), needed))
-    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=sizes.lengths[0]))
+    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=sizes.lengths[0], truncate="turns"))
     ways = {
         "vocabularies": measure_vocabularies(sizes),
         "lengths": measure_lengths(sizes, trees),

@@ -39,8 +39,8 @@ from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset, teacher_file
-from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.teacher_file import TeacherFile
 
 CHOICES = {
@@ -185,7 +185,7 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     model = loading.load_model(options.model)
     dialogues = select_fitting_dialogues(model, options.train)
-    tree_config = TreeConfig(max_length=harness.MAX_LENGTH)
+    tree_config = TreeConfig(max_length=harness.MAX_LENGTH, truncate="turns")
     held_out = dataset.prepare(read_dialogues(options.validation), model.renderer, tree_config)
     with tempfile.TemporaryDirectory() as directory:
         file = write_teacher(model, dialogues, pathlib.Path(directory) / "teacher.safetensors")

@@ -30,8 +30,6 @@ def get_config() -> ml_collections.ConfigDict:
                 validation_share=0.05,
                 # Tokens per row. `dialog_jax audit` shows how many dialogues fit rows of several lengths.
                 max_length=1024,
-                # `turns` cuts the last turns of longer dialogues; `split` trains all of them, in several rows.
-                truncate="turns",
                 # Variables of the chat template, such as {"enable_thinking": False} for Qwen3.
                 chat_template_kwargs={},
             ),

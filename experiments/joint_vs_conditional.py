@@ -44,8 +44,8 @@ from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 _EVALUATIONS = 4  # per training, without the one before it
@@ -235,7 +235,7 @@ def main(options: Options) -> None:
         return dataset.prepare(
             dialogues,
             model.renderer,
-            TreeConfig(objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH),
+            TreeConfig(objective=ObjectiveConfig(**objective), max_length=harness.MAX_LENGTH, truncate="turns"),
         )
 
     joint, conditional = trees(train, name="joint"), trees(train)

@@ -33,7 +33,7 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.inference import loading
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import UNITS, ObjectiveConfig
 
 _COLORS = {"token": report.BLUE, "turn": report.ORANGE, "dialogue": report.GREEN}
@@ -154,11 +154,11 @@ def main(options: Options) -> None:
         unit: dataset.prepare(
             train,
             model.renderer,
-            TreeConfig(objective=ObjectiveConfig(normalize=unit), max_length=harness.MAX_LENGTH),
+            TreeConfig(objective=ObjectiveConfig(normalize=unit), max_length=harness.MAX_LENGTH, truncate="turns"),
         )
         for unit in UNITS
     }
-    held_out = dataset.prepare(validation, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH))
+    held_out = dataset.prepare(validation, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH, truncate="turns"))
     trainings = harness.compare(model, trees, held_out, steps=options.steps, seed=options.seed)
     before = trainings["token"].losses[0]
     after = {name: training.losses[options.steps] for name, training in trainings.items()}

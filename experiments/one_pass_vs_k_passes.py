@@ -46,7 +46,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import loss, metrics
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 
 TURNS = (1, 2, 4, 8, 16, 32)
 _REASONING = pathlib.Path(__file__).parent / "templates" / "reasoning.jinja"

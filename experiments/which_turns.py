@@ -28,7 +28,7 @@ from report import Options
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.inference import loading
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 CHOICES = {
@@ -147,11 +147,13 @@ def main(options: Options) -> None:
     model = loading.load_model(options.model)
     dialogues = list(read_dialogues(options.train))
     trees = {
-        name: dataset.prepare(dialogues, model.renderer, TreeConfig(objective=objective, max_length=harness.MAX_LENGTH))
+        name: dataset.prepare(
+            dialogues, model.renderer, TreeConfig(objective=objective, max_length=harness.MAX_LENGTH, truncate="turns")
+        )
         for name, objective in CHOICES.items()
     }
     held_out = dataset.prepare(
-        read_dialogues(options.validation), model.renderer, TreeConfig(max_length=harness.MAX_LENGTH)
+        read_dialogues(options.validation), model.renderer, TreeConfig(max_length=harness.MAX_LENGTH, truncate="turns")
     )
     trainings = harness.compare(model, trees, held_out, steps=options.steps, seed=options.seed)
     before = trainings[_BASE].losses[0]

@@ -22,8 +22,8 @@ _ROOMS = {
         "chat_template", "encoder", "responses", "token_spans", "sequences",
     ),
     "trees": (
-        "prefix_tree", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals", "chunks", "dataset",
-        "worker_pool", "disk_cache",
+        "prefix_tree", "division", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals",
+        "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
     "audit": ("inspection", "row_lengths", "unread", "findings", "figures"),

@@ -18,15 +18,15 @@ from jaxtyping import Bool
 
 from dialog_jax.audit import inspection, row_lengths, unread
 from dialog_jax.audit.findings import Finding, FindingTally
-from dialog_jax.audit.row_lengths import Fill, Fit, Spread
+from dialog_jax.audit.row_lengths import Fill, Measure, Spread
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.schemas import ROLES
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import special_tokens
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import weighting
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.fitting import Excerpt
-from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.weighting import SupervisedSequence
 
@@ -36,7 +36,7 @@ _BATCH = 256  # dialogues that are rendered together
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Figures of complete dialogues; only `fills` and the finding `cut` depend on `max_length`."""
+    """Figures of complete dialogues; only `fills` and findings about lengths depend on `max_length` and `truncate`."""
 
     records: int
     """Number of records read, valid or not."""
@@ -72,6 +72,8 @@ class Audit:
     dialogue_tokens: Spread | None
     response_tokens: Spread | None
     responses_each: Spread | None
+    truncate: str
+    """What training does with a response that is longer than a row with its history."""
     fills: list[Fill]
     unread: dict[str, int]
     """Number of times that each key occurs which neither the program nor the chat template reads."""
@@ -83,7 +85,7 @@ class _Tools(NamedTuple):
 
     tokenizer: transformers.PreTrainedTokenizerFast
     renderer: Renderer
-    objective: ObjectiveConfig
+    config: TreeConfig
     lengths: list[int]
     special: Bool[np.ndarray, " vocabulary"]
     """Whether a token is special."""
@@ -105,8 +107,8 @@ class _Tally:
     roles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     last_targets: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     findings: FindingTally = dataclasses.field(default_factory=FindingTally)
-    fits: list[list[Fit]] = dataclasses.field(default_factory=list)
-    """The fit of each tree at each length."""
+    measures: list[list[Measure]] = dataclasses.field(default_factory=list)
+    """Of each dialogue at each length."""
     # (number of tokens or responses, name of the dialogue or response)
     tree_tokens: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     response_tokens: list[tuple[int, str]] = dataclasses.field(default_factory=list)
@@ -121,18 +123,15 @@ def make_audit(
     records: Iterable[Dialogue | UserError],
     tokenizer: transformers.PreTrainedTokenizerFast,
     renderer: Renderer,
+    config: TreeConfig,
     *,
-    objective: ObjectiveConfig,
-    max_length: int,
-    on_error: str = "stop",
     embedding_rows: int | None = None,
 ) -> Audit:
     """Returns the audit of `records`.
 
     Args:
       records: dialogues, and errors in the place of invalid ones.
-      max_length: tokens of a row, for the finding `cut`; `fills` has further lengths.
-      on_error: what training does with an error, as `data.on_error`.
+      config: that of training; `fills` has further lengths than its `max_length`.
       embedding_rows: of the model, if it is known.
 
     Raises:
@@ -141,8 +140,8 @@ def make_audit(
     tools = _Tools(
         tokenizer=tokenizer,
         renderer=renderer,
-        objective=objective,
-        lengths=sorted({*row_lengths.LENGTHS, max_length}),
+        config=config,
+        lengths=sorted({*row_lengths.LENGTHS, config.max_length}),
         special=inspection.mask_special_tokens(tokenizer),
         escaper=special_tokens.SpecialTokenEscaper(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
         special_texts=inspection.compile_special_texts(tokenizer),
@@ -150,7 +149,7 @@ def make_audit(
     tally = _Tally(tools, unread.KeyTally(renderer))
     for kind, sentence in inspection.inspect_tokenizer(renderer, embedding_rows).items():
         tally.findings.add(kind, sentence)
-    suffix = "_skipped" if on_error == "skip" else ""
+    suffix = "_skipped" if config.on_error == "skip" else ""
     iterator = iter(records)
     while batch := list(itertools.islice(iterator, _BATCH)):
         tally.counts["records"] += len(batch)
@@ -159,10 +158,12 @@ def make_audit(
                 tally.findings.add(f"unreadable{suffix}", str(record))
         dialogues = [record for record in batch if isinstance(record, Dialogue)]
         contents: list[tuple[str, str]] = []
-        rendered = inspection.render_dialogues(dialogues, renderer, objective)
+        rendered = inspection.render_dialogues(dialogues, renderer, config.objective)
         for dialogue, excerpts in zip(dialogues, rendered, strict=True):
             if isinstance(excerpts, UserError):
-                kind = "needs_verbatim" if inspection.needs_verbatim(dialogue, renderer, objective) else "refused"
+                kind = (
+                    "needs_verbatim" if inspection.needs_verbatim(dialogue, renderer, config.objective) else "refused"
+                )
                 tally.findings.add(f"{kind}{suffix}", str(excerpts))
             else:
                 contents += _add_dialogue(tally, dialogue, excerpts)
@@ -171,13 +172,13 @@ def make_audit(
             tally.roles[role] += len(encoding.ids)
     if not tally.counts["records"]:
         raise UserError("there is no record; needed at least one dialogue. Check that the file is complete.")
-    return _summarize(tally, max_length)
+    return _summarize(tally)
 
 
 def _add_dialogue(tally: _Tally, dialogue: Dialogue, excerpts: Sequence[Excerpt]) -> list[tuple[str, str]]:
     """Adds a dialogue to the tally; returns (role, content) of its rendered messages that are not trained responses."""
-    sequences = weighting.select_supervised(dialogue, [excerpts], tally.tools.objective)[0]
-    tree = weighting.build_trees([sequences], tally.tools.objective)[0]
+    sequences = weighting.select_supervised(dialogue, [excerpts], tally.tools.config.objective)[0]
+    tree = weighting.build_trees([sequences], tally.tools.config.objective)[0]
     _add_messages(tally, dialogue, sequences)
     tally.keys.add(dialogue, [excerpt.dialogue for excerpt in excerpts])
     if tree is None:
@@ -186,7 +187,11 @@ def _add_dialogue(tally: _Tally, dialogue: Dialogue, excerpts: Sequence[Excerpt]
     _add_divergences(tally, excerpts, sequences)
     _add_responses(tally, dialogue, sequences)
     _add_beginning(tally, dialogue, sequences, tree)
-    tally.fits.append(row_lengths.measure_fits(dialogue, excerpts, tree, tally.tools.objective, tally.tools.lengths))
+    tools = tally.tools
+    measures = row_lengths.measure_lengths(dialogue, excerpts, tools.renderer, tools.config, tools.lengths)
+    tally.measures.append(measures)
+    if refusal := measures[tools.lengths.index(tools.config.max_length)].refusal:
+        tally.findings.add("refused_skipped" if tools.config.on_error == "skip" else "refused", refusal)
     tally.tree_tokens.append((len(tree.tokens), dialogue.name))
     tally.counts["targets"] += int((tree.weight > 0).sum())
     tally.roles["responses"] += int((tree.turn >= 0).sum())
@@ -210,7 +215,7 @@ def _add_messages(tally: _Tally, dialogue: Dialogue, sequences: Sequence[Supervi
         if match := next(filter(None, matches), None):
             kind = "special_parsed" if tally.tools.renderer.allow_special_tokens else "special"
             tally.findings.add(kind, f"{where} has {match[0]!r}")
-        objective = tally.tools.objective
+        objective = tally.tools.config.objective
         is_trained = objective.name == "joint" or (objective.name == "roles" and message.role in objective.roles)
         if message.role != "assistant" and message.has_own_weight and message.weight > 0 and not is_trained:
             tally.findings.add("weight_unused", where)
@@ -286,24 +291,23 @@ def _hash_arrays(*arrays: np.ndarray) -> bytes:
     return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
-def _summarize(tally: _Tally, max_length: int) -> Audit:
+def _summarize(tally: _Tally) -> Audit:
     counts, end_of_turn, bos = tally.counts, tally.tools.renderer.end_of_turn, tally.tools.tokenizer.bos_token_id
     encoding = tally.tools.tokenizer.backend_tokenizer.encode("Hello", add_special_tokens=True)
     bos_added = bos is not None and encoding.ids[:1] == [bos]
-    fills = row_lengths.measure_fills(tally.fits, tally.tools.lengths, max_length)
-    counts["trees"] = len(tally.fits)
-    counts["turns"] = sum(tree_fits[-1].responses for tree_fits in tally.fits)
+    max_length = tally.tools.config.max_length
+    fills = row_lengths.measure_fills(tally.measures, counts["targets"], tally.tools.lengths, max_length)
+    counts["trees"] = len(tally.measures)
     for kind, holds in (
-        ("nothing", not tally.fits),
-        ("no_end_of_turn", bool(tally.fits) and end_of_turn is None),
-        ("missing_bos", bool(tally.fits) and bos_added and not counts["bos"]),
+        ("nothing", not tally.measures),
+        ("no_end_of_turn", bool(tally.measures) and end_of_turn is None),
+        ("missing_bos", bool(tally.measures) and bos_added and not counts["bos"]),
     ):
         if holds:
             tally.findings.add(kind)
     for fill in fills:
-        if fill.max_length == max_length and fill.responses_cut:
-            where = f"at max_length = {max_length:,}, and {fill.targets_lost:.2%} of all targets with them"
-            tally.findings.add("cut", where, count=fill.responses_cut)
+        if fill.max_length == max_length:
+            _add_lengths(tally.findings, fill)
     unread_keys = tally.keys.count_unread()
     if unread_keys:
         tally.findings.add("unread", ", ".join(f"{key} ({count:,})" for key, count in unread_keys.items()))
@@ -333,7 +337,19 @@ def _summarize(tally: _Tally, max_length: int) -> Audit:
         dialogue_tokens=row_lengths.measure_spread(tally.tree_tokens),
         response_tokens=row_lengths.measure_spread(tally.response_tokens),
         responses_each=row_lengths.measure_spread(tally.responses_each),
+        truncate=tally.tools.config.truncate,
         fills=fills,
         unread=unread_keys,
         findings=tally.findings.make_findings(counts),
     )
+
+
+def _add_lengths(findings: FindingTally, fill: Fill) -> None:
+    """Adds what becomes of dialogues that are longer than a row."""
+    place = f"at max_length = {fill.max_length:,}"
+    if fill.cut:
+        findings.add("cut", f"{place}, and {fill.targets_lost:.2%} of all targets with them", count=fill.cut)
+    if fill.shortened:
+        findings.add("shortened", place, count=fill.shortened)
+    if fill.divided:
+        findings.add("divided", f"{place}; {fill.repeated:,} tokens are repeated", count=fill.divided)

@@ -124,9 +124,21 @@ _KINDS = {
     ),
     "cut": _Kind(
         "warning",
-        "responses cut off because their dialogue is too long",
-        "turns",
+        "responses left out because they are longer than a row with their history",
+        "responses",
         "Raise max_length, or set truncate to split.",
+    ),
+    "shortened": _Kind(
+        "note",
+        "responses trained behind the system prompt and recent turns, because all of their history is too long",
+        "responses",
+        "Raise max_length to train them with all of it.",
+    ),
+    "divided": _Kind(
+        "note",
+        "dialogues whose tree is larger than a row",
+        "trees",
+        "Each is divided into trees that repeat some of the history, so that every response has all of its own.",
     ),
     "empty": _Kind(
         "warning",

@@ -1,6 +1,6 @@
 """Lengths of dialogues, what truncation loses at several row lengths, and how full the rows are.
 
-Does what `dataset.prepare` and `batches.Plan` do, for many lengths from one rendering. Knows no texts.
+Does what `dataset.prepare` and `batches.Plan` do, for many lengths. Knows no texts.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ import numpy as np
 
 from dialog_jax.batching import packing
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.trees import fitting, weighting
+from dialog_jax.errors import UserError
+from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.trees import dialogue_trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.fitting import Excerpt
-from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.prefix_tree import Tree
 
 LENGTHS = tuple(2**power for power in range(9, 18))  # tokens of a row
 
@@ -33,28 +34,39 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fill:
-    """Rows of `max_length` tokens, if dialogues that are too long lose their last turns."""
+    """Rows of `max_length` tokens."""
 
     max_length: int
     rows: int
     used: float
     """Share of the rows' tokens that is not padding."""
-    too_long: int
-    """Number of dialogues that do not fit completely."""
-    dropped: int
-    """Number of dialogues of which nothing fits."""
-    responses_cut: int
+    divided: int
+    """Number of trees that are larger than a row."""
+    repeated: int
+    """Number of tokens that the parts of divided trees repeat."""
+    shortened: int
+    """Number of responses that are trained behind a part of their history."""
+    cut: int
+    """Number of responses that are left out."""
     targets_lost: float
     """Share of all targets."""
 
 
-class Fit(NamedTuple):
-    """What is left of a dialogue's tree at some max_length."""
+class Measure(NamedTuple):
+    """A dialogue in rows of some length."""
 
-    tokens: int
-    targets: int
-    responses: int
+    tokens: list[int]
+    """Of each tree."""
+    targets: list[int]
+    """Of each tree."""
+    divided: int
+    repeated: int
+    shortened: int
+    cut: int
     complete: bool
+    """Whether the dialogue is one tree, with all of its responses."""
+    refusal: str = ""
+    """Why the chat template refuses a shortened history; the dialogue then has no trees."""
 
 
 def measure_spread(values: Sequence[tuple[int, str]]) -> Spread | None:
@@ -70,56 +82,82 @@ def measure_spread(values: Sequence[tuple[int, str]]) -> Spread | None:
     return Spread(median=median, most=most, longest=longest, where=where)
 
 
-def measure_fits(
-    dialogue: Dialogue, excerpts: Sequence[Excerpt], tree: Tree, objective: ObjectiveConfig, lengths: Sequence[int]
-) -> list[Fit]:
-    """Returns what `truncate=turns` leaves of a dialogue at each of `lengths`, which ascend; last, at no limit."""
-    responses = sum(len(excerpt.response_turns) for excerpt in excerpts)
-    complete = Fit(len(tree.tokens), int((tree.weight > 0).sum()), responses, True)
-    fits: list[Fit] = []
-    for max_length in lengths:
-        if fits and fits[-1].complete:
-            fits.append(complete)
-            continue
-        selected = fitting.select_fitting([excerpt.sequences for excerpt in excerpts], objective, max_length)
-        shorter = [excerpt._replace(sequences=sequences) for excerpt, sequences in zip(excerpts, selected, strict=True)]
-        responses = sum(len(excerpt.response_turns) for excerpt in shorter)
-        if all(fitting.is_complete(excerpt, objective) for excerpt in shorter):
-            fits.append(complete)
-            continue
-        sequences = weighting.select_supervised(dialogue, [shorter], objective)
-        (shorter_tree,) = weighting.build_trees(sequences, objective) if responses else (None,)
-        tokens, targets = 0, 0
-        if shorter_tree is not None:
-            tokens, targets = len(shorter_tree.tokens), int((shorter_tree.weight > 0).sum())
-        fits.append(Fit(tokens, targets, responses, False))
-    return [*fits, complete]
-
-
-def measure_fills(all_fits: Sequence[Sequence[Fit]], lengths: Sequence[int], max_length: int) -> list[Fill]:
-    """Returns the rows at `max_length`, and at the other `lengths` up to the first that cuts nothing.
+def measure_lengths(
+    dialogue: Dialogue, excerpts: Sequence[Excerpt], renderer: Renderer, config: TreeConfig, lengths: Sequence[int]
+) -> list[Measure]:
+    """Returns the measure of a dialogue at each of `lengths`, which ascend.
 
     Args:
-      all_fits: for each tree, its `measure_fits` at `lengths`.
+      excerpts: its paths, with all of their sequences.
+      config: with any `max_length`. Where `truncate` is `error`, the dialogue is measured as with `drop`.
+    """
+    truncate = "drop" if config.truncate == "error" else config.truncate
+    measures: list[Measure] = []
+    for max_length in lengths:
+        if measures and measures[-1].complete:
+            measures.append(measures[-1])
+            continue
+        config = dataclasses.replace(config, max_length=max_length, truncate=truncate)
+        shorter = [_select_fitting(excerpt, renderer, config) for excerpt in excerpts]
+        try:
+            fit = dialogue_trees.fit(dialogue, shorter, renderer, config)
+        except UserError as error:
+            measures.append(Measure([], [], 0, 0, 0, 0, complete=False, refusal=str(error)))
+            continue
+        result = dialogue_trees.build(dialogue, fit, config)
+        measures.append(
+            Measure(
+                tokens=[len(tree.tokens) for tree in result.trees],
+                targets=[int(np.count_nonzero(tree.weight > 0)) for tree in result.trees],
+                divided=result.counts["divided"],
+                repeated=result.counts["repeated"],
+                shortened=result.counts["turns shortened"],
+                cut=result.counts["turns cut"],
+                complete=not result.reasons and not result.counts["divided"],
+            )
+        )
+    return measures
+
+
+def measure_fills(
+    measures: Sequence[Sequence[Measure]], complete_targets: int, lengths: Sequence[int], max_length: int
+) -> list[Fill]:
+    """Returns the rows at `max_length`, and at the other `lengths` up to the first at which every dialogue is complete.
+
+    Args:
+      measures: of each dialogue, at each of `lengths`.
+      complete_targets: number of targets of all complete dialogues.
     """
     fills: list[Fill] = []
-    for length, fits in zip(lengths, zip(*all_fits, strict=True), strict=False):
-        if not fills or fills[-1].too_long or length == max_length:
-            fills.append(_measure_fill(fits, [tree_fits[-1] for tree_fits in all_fits], length))
+    is_complete = False
+    for length, of_length in zip(lengths, zip(*measures, strict=True), strict=False):
+        if not is_complete or length == max_length:
+            fills.append(_measure_fill(of_length, complete_targets, length))
+        is_complete = is_complete or all(measure.complete for measure in of_length)
     return fills
 
 
-def _measure_fill(fits: Sequence[Fit], complete_fits: Sequence[Fit], max_length: int) -> Fill:
-    tokens, targets, responses, complete = (np.array(column) for column in zip(*fits, strict=True))
-    fitting_trees = tokens > 0
-    rng = np.random.default_rng(0)
-    rows = packing.pack_trees(tokens[fitting_trees], targets[fitting_trees], max_length=max_length, rng=rng)
+def _select_fitting(excerpt: Excerpt, renderer: Renderer, config: TreeConfig) -> Excerpt:
+    """Returns the excerpt with the sequences that have at most `max_length` tokens."""
+    objective, max_length = config.objective, config.max_length
+    if not objective.needs_full_rendering:
+        return excerpt._replace(sequences=[one for one in excerpt.sequences if len(one.tokens) <= max_length])
+    # A sequence has the spans of the messages that the one before it lacks, which may be too long.
+    (sequences,) = renderer.render([excerpt.dialogue], max_length=max_length, full=True, locate=objective.needs_span)
+    return excerpt._replace(sequences=list(sequences))
+
+
+def _measure_fill(measures: Sequence[Measure], complete_targets: int, max_length: int) -> Fill:
+    tokens = np.array([size for measure in measures for size in measure.tokens], np.int64)
+    targets = np.array([size for measure in measures for size in measure.targets], np.int64)
+    rows = packing.pack_trees(tokens, targets, max_length=max_length, rng=np.random.default_rng(0))
     return Fill(
         max_length=max_length,
         rows=len(rows),
         used=float(tokens.sum() / max(1, len(rows) * max_length)),
-        too_long=int((~complete).sum()),
-        dropped=int((~fitting_trees).sum()),
-        responses_cut=int(sum(fit.responses for fit in complete_fits) - responses.sum()),
-        targets_lost=float(1 - targets.sum() / sum(fit.targets for fit in complete_fits)),
+        divided=sum(measure.divided for measure in measures),
+        repeated=sum(measure.repeated for measure in measures),
+        shortened=sum(measure.shortened for measure in measures),
+        cut=sum(measure.cut for measure in measures),
+        targets_lost=float(1 - targets.sum() / complete_targets),
     )

@@ -133,17 +133,18 @@ def tables(audit: Audit) -> list[rich.table.Table]:
     }
     for role, tokens in audit.roles.items():
         roles.add_row(names.get(role, f"{role} messages"), f"{tokens:,}", f"{tokens / audit.tokens:.1%}")
-    lengths = rich.table.Table(title="Rows, if dialogues that are too long lose their last turns", box=None)
-    for heading in ("max_length", "rows", "full", "too long", "dropped", "responses cut", "targets lost"):
+    lengths = rich.table.Table(title=f"Rows, with truncate = {audit.truncate}", box=None)
+    for heading in ("max_length", "rows", "full", "divided", "repeated", "shortened", "left out", "targets lost"):
         lengths.add_column(heading, justify="right")
     for fill in audit.fills:
         lengths.add_row(
             f"{fill.max_length:,}",
             f"{fill.rows:,}",
             f"{fill.used:.1%}",
-            f"{fill.too_long:,}",
-            f"{fill.dropped:,}",
-            f"{fill.responses_cut:,}",
+            f"{fill.divided:,}",
+            f"{fill.repeated:,}",
+            f"{fill.shortened:,}",
+            f"{fill.cut:,}",
             f"{fill.targets_lost:.2%}",
         )
     for column in roles.columns[1:]:
@@ -215,15 +216,8 @@ def main() -> int:
     source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
         records = _count_records(config_inputs.iterate_records(source), status)
-        audit = make_audit(
-            records,
-            tokenizer,
-            renderer,
-            objective=config.objective,
-            max_length=config.data.max_length,
-            on_error=config.data.on_error,
-            embedding_rows=None if config.resize_embedding else _read_embedding_rows(config.model),
-        )
+        embedding_rows = None if config.resize_embedding else _read_embedding_rows(config.model)
+        audit = make_audit(records, tokenizer, renderer, config.make_tree_config(), embedding_rows=embedding_rows)
     if out:
         write(audit, config, source, out)
     show(audit, rich.console.Console(highlight=False))

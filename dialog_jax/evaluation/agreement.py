@@ -4,6 +4,7 @@ One pass is what training runs: prepared trees, packed rows and the jitted train
 read back from the row's mask. The K passes are those of `evaluation.k_passes`. Everything is float32.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -20,7 +21,7 @@ from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import differences, k_passes
-from dialog_jax.evaluation.differences import Agreement
+from dialog_jax.evaluation.differences import Agreement, Target
 from dialog_jax.evaluation.k_passes import Pass
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.model.decoder import DecoderConfig
@@ -29,7 +30,8 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
 from dialog_jax.trees import dataset, fitting
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 _OBJECTIVE = ObjectiveConfig()
@@ -85,14 +87,15 @@ def compare(
     agreement.response_tokens = sum(len(one.weight) for one in all_passes)
     agreement.k_pass_tokens = sum(len(one.tokens) for one in all_passes)
     numbered = [dataclasses.replace(dialogue, id=number) for number, (dialogue, _) in enumerate(pairs)]
-    trees = dataset.prepare(numbered, renderer, TreeConfig(objective=_OBJECTIVE, max_length=max_length))
-    assert trees.ids == tuple(range(len(pairs))), trees.ids
+    trees = dataset.prepare(
+        numbered, renderer, TreeConfig(objective=_OBJECTIVE, max_length=max_length, truncate="turns")
+    )
+    assert set(trees.ids) == set(range(len(pairs))), trees.ids
     agreement.one_pass_tokens, agreement.branching = trees.report.tokens, trees.report.branching
     length = min(max_length, -(-trees.report.tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-    plan = batches.Plan(trees, max_length=length, rows=1, micro_batches=1, seed=0)
     agreement.row_length = length
     with jax.default_matmul_precision("highest"):
-        _compare_rows(pairs, plan, tokenizer, model, parameters, agreement, report_progress)
+        _compare_rows(pairs, trees, tokenizer, model, parameters, agreement, report_progress)
     return agreement
 
 
@@ -134,64 +137,87 @@ def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
 
 
 def _find_fitting_messages(dialogue: Dialogue, renderer: Renderer, max_length: int) -> set[int]:
-    """Returns the indices of the messages trained on in a tree of at most `max_length` tokens; renders all messages."""
+    """Returns the indices of the responses that have at most `max_length` tokens with all of their history."""
     paths = fitting.unfold(dialogue, _OBJECTIVE)
-    sequences = [list(path_sequences) for path_sequences in renderer.render([path.dialogue for path in paths])]
-    selected = fitting.select_fitting(sequences, _OBJECTIVE, max_length)
+    sequences = renderer.render([path.dialogue for path in paths])
     return {
         path.original_indices[sequence.message_index]
-        for path, path_sequences in zip(paths, selected, strict=True)
+        for path, path_sequences in zip(paths, sequences, strict=True)
         for sequence in path_sequences
+        if len(sequence.tokens) <= max_length
     }
 
 
 def _compare_rows(
     pairs: Sequence[tuple[Dialogue, list[Pass]]],
-    plan: batches.Plan,
+    trees: Trees,
     tokenizer: transformers.PreTrainedTokenizerFast,
     model: DecoderConfig,
     parameters: dict,
     agreement: Agreement,
     report_progress: Callable[[str], None],
 ) -> None:
-    """Compares, row by row, the train step with the passes of the row's dialogues."""
+    """Compares the train step with the passes of its rows' dialogues; rows with parts of one dialogue together."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = _keep_gradient()
     state = train_step.initialize_state(mesh, parameters, optimizer)
     step = train_step.make_train_step(model, optimizer, mesh, compute_dtype=jnp.float32, remat=_REMAT)
     score = train_step.make_score_step(model, compute_dtype=jnp.float32)
-    for number in range(plan.rows_per_epoch):
-        place, progress = f"row {number}", f"row {number + 1} of {plan.rows_per_epoch}"
-        members = [pairs[tree] for tree in plan.rows(number)[0]]
-        all_passes = [one for _, passes in members for one in passes]
-        agreement.rows.append([dialogue.name for dialogue, _ in members])
+    plan = batches.Plan(trees, max_length=agreement.row_length, rows=1, micro_batches=1, seed=0)
+    members = [[int(trees.ids[tree]) for tree in plan.rows(number)[0]] for number in range(plan.rows_per_epoch)]
+    agreement.rows += [[pairs[index][0].name for index in dict.fromkeys(indices)] for indices in members]
+    for numbers in _group_rows(members):
+        place = f"row {', '.join(map(str, numbers))}"
+        targets: dict[int, list[Target]] = collections.defaultdict(list)  # of each dialogue
+        # The step's loss and gradient are means over a row; they are compared as sums.
+        one_pass_gradient = jax.tree.map(jnp.zeros_like, state.parameters)
+        one_pass_loss, total_weight = 0.0, 0.0
+        for number in numbers:
+            report_progress(f"row {number + 1} of {plan.rows_per_epoch}: one pass")
+            batch = plan.batch(number)
+            row = batch.map(lambda array: array[0])
+            one_pass_nll = np.asarray(score(state.parameters, row).nll[0])
+            state, metrics = step(state, batch)
+            for segment, index in enumerate(members[number], 1):
+                targets[index] += differences.read_targets(row, one_pass_nll, segment)
+            row_weight = float(row.weight.sum(dtype=np.float64))
+            one_pass_loss += float(metrics.loss) * row_weight
+            total_weight += row_weight
+            one_pass_gradient = jax.tree.map(
+                lambda total, leaf, scale=row_weight: total + leaf * np.float32(scale),
+                one_pass_gradient,
+                state.optimizer_state,
+            )
 
-        report_progress(f"{progress}: one pass")
-        batch = plan.batch(number)
-        row = batch.map(lambda array: array[0])
-        one_pass_nll = np.asarray(score(state.parameters, row).nll[0])
-        state, metrics = step(state, batch)
-
-        report_progress(f"{progress}: a pass for each of {len(all_passes):,} responses")
+        all_passes = [one for index in targets for one in pairs[index][1]]
+        report_progress(f"{place}: a pass for each of {len(all_passes):,} responses")
         k_pass_nll, gradient = k_passes.compute_nll_and_gradient(model, state.parameters, all_passes)
-
         remaining = iter(k_pass_nll)
-        for segment, (dialogue, passes) in enumerate(members, 1):
-            targets = differences.read_targets(row, one_pass_nll, segment)
-            dialogue_nll = [next(remaining) for _ in passes]
-            differences.compare_responses(dialogue.name, passes, dialogue_nll, targets, tokenizer, agreement.findings)
-        # The step's loss and gradient are means over the row; both are compared as sums.
-        total_weight = row.weight.sum(dtype=np.float64)
+        for index, dialogue_targets in targets.items():
+            dialogue, passes = pairs[index]
+            nll = [next(remaining) for _ in passes]
+            differences.compare_responses(dialogue.name, passes, nll, dialogue_targets, tokenizer, agreement.findings)
         k_pass_loss = math.fsum(
             float(np.vdot(one.weight, nll)) for one, nll in zip(all_passes, k_pass_nll, strict=True)
         )
-        one_pass_loss = float(metrics.loss) * total_weight
         size = abs(one_pass_loss - k_pass_loss) / max(abs(k_pass_loss), total_weight)
         agreement.findings["loss of a row"].add(size, place, f"{one_pass_loss:.6f}", f"{k_pass_loss:.6f}")
-        one_pass_gradient = jax.tree.map(
-            lambda leaf, scale=total_weight: leaf * np.float32(scale), state.optimizer_state
-        )
         differences.compare_gradients(one_pass_gradient, gradient, place, agreement.findings)
+
+
+def _group_rows(members: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns the rows in groups such that each dialogue is in one group: [[0], [1, 2], [2]] gives [[0], [1, 2]].
+
+    Args:
+      members: the dialogues of each row.
+    """
+    groups: list[tuple[list[int], set[int]]] = []
+    for row, dialogues in enumerate(members):
+        joined = [group for group in groups if group[1].intersection(dialogues)]
+        groups = [group for group in groups if group not in joined]
+        rows = [number for numbers, _ in joined for number in numbers]
+        groups.append(([*rows, row], {*dialogues}.union(*(names for _, names in joined))))
+    return sorted(sorted(rows) for rows, _ in groups)
 
 
 def _keep_gradient() -> optax.GradientTransformation:

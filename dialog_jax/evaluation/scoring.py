@@ -23,7 +23,7 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
 from dialog_jax.training import train_step
 from dialog_jax.training.loss import TargetScores
-from dialog_jax.trees import dataset, fitting, prefix_tree, refusals, teacher_file
+from dialog_jax.trees import dataset, division, fitting, prefix_tree, refusals, teacher_file
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
@@ -148,54 +148,34 @@ def _build_trees(
             ]
     trees = []
     for index, dialogue_sequences in enumerate(sequences):
-        if index in errors:
-            continue
-        for group in _group_by_tree(dialogue_sequences, context):
-            tree, nodes = prefix_tree.build_trie([sequence.tokens for sequence in group])
-            weight = np.zeros(len(tree.tokens), np.float32)
-            for sequence, sequence_nodes in zip(group, nodes, strict=True):
-                weight[sequence_nodes[max(sequence.start, 1) :]] = 1  # nothing predicts a first token
-            trees.append(_ScoredTree(index, tree._replace(weight=weight), group, nodes))
+        if index not in errors and dialogue_sequences:
+            trees += _divide(index, dialogue_sequences, context)
     return trees, turns_cut, errors
 
 
 def _render_fitting(paths: Sequence[Excerpt], *, renderer: Renderer, context: int) -> list[list[RenderedSequence]]:
     """Returns for each path its sequences of at most `context` tokens."""
     rendered = renderer.render([path.dialogue for path in paths], max_length=context)
-    return [_select_fitting(path, list(part), renderer, context) for path, part in zip(paths, rendered, strict=True)]
+    return [list(sequences) for sequences in rendered]
 
 
-def _select_fitting(
-    path: Excerpt, first: list[RenderedSequence], renderer: Renderer, context: int
-) -> list[RenderedSequence]:
-    """Returns all sequences of a path that have at most `context` tokens; `first` are those before a longer one.
-
-    If the template renders history as it was generated, each sequence is longer than the one before. If it strips
-    reasoning, a sequence that fits may follow one that does not.
-    """
-    if len(first) == len(path.supervised_messages):
-        return first
-    too_long = path.supervised_messages[len(first)]
-    text = renderer.render_text(path.dialogue, len(path.dialogue.messages))
-    if text.startswith(renderer.render_text(path.dialogue, too_long + 1)):
-        return first
-    (sequences,) = renderer.render([path.dialogue])
-    return [sequence for sequence in sequences if len(sequence.tokens) <= context]
-
-
-def _group_by_tree(sequences: Iterable[RenderedSequence], context: int) -> Iterator[list[RenderedSequence]]:
-    """Yields the sequences in order, divided so that the tree of each group has at most `context` tokens."""
-    group: list[RenderedSequence] = []
-    size = 0
-    for sequence in sequences:
-        new = fitting.count_new_tokens(sequence, group)
-        if group and size + new > context:
-            yield group
-            group, size, new = [], 0, len(sequence.tokens)
-        group.append(sequence)
-        size += new
-    if group:
-        yield group
+def _divide(dialogue: int, sequences: Sequence[RenderedSequence], context: int) -> list[_ScoredTree]:
+    """Returns trees of at most `context` tokens in which each of a dialogue's sequences is scored once."""
+    tree, all_nodes = prefix_tree.build_trie([sequence.tokens for sequence in sequences])
+    parts = division.divide_tree(tree, context)
+    groups: list[list[int]] = [[] for _ in parts]
+    for number, sequence_nodes in enumerate(all_nodes):
+        next(group for group, part in zip(groups, parts, strict=True) if sequence_nodes[-1] in part).append(number)
+    trees = []
+    for group, part, part_tree in zip(groups, parts, division.select_nodes(tree, parts), strict=True):
+        nodes = [np.searchsorted(part, all_nodes[number]) for number in group]
+        weight = np.zeros(len(part), np.float32)
+        for number, sequence_nodes in zip(group, nodes, strict=True):
+            weight[sequence_nodes[max(sequences[number].start, 1) :]] = 1  # nothing predicts a first token
+        trees.append(
+            _ScoredTree(dialogue, part_tree._replace(weight=weight), [sequences[number] for number in group], nodes)
+        )
+    return trees
 
 
 def _score_rows(

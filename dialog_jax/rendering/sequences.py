@@ -152,7 +152,7 @@ class Renderer:
 
         Args:
           dialogues: a batch, tokenized together.
-          max_length: a dialogue's sequences end before the first that has more tokens than this; 0 for no limit.
+          max_length: sequences of more tokens than this are left out; 0 for no limit.
           full: append the rendering of all messages, for objectives that train on every token.
           locate: whether a message's span is needed in `message_spans`.
 
@@ -224,18 +224,19 @@ class Renderer:
             return spans
 
         roles = [message.role for message in dialogue.messages]
+        too_long = self._find_too_long(beginning, max_length)
         references = [beginning]
         for index, prompt, rendered in self._template.turns(dialogue):
+            if too_long and prompt.startswith(too_long):
+                return  # the rendering of all messages begins so, too, and hence all prompts between
             prompt_tokens = self._encoder.tokenize_like(prompt, references)
             start = len(prompt_tokens.ids)
-            if max_length and start >= max_length:
-                return
             response = self._finder.find(dialogue, index, prompt, rendered)
             text = prompt + response.text
             complete = self._tokenize_response(dialogue, index, prompt_tokens, text, beginning)
             tokenized = complete.cut(text, start + self._encoder.response_length(complete.ids[start:]))
             if max_length and len(tokenized.ids) > max_length:
-                return
+                continue
             if np.array_equal(tokenized.ids, beginning.ids[: len(tokenized.ids)]):  # share memory
                 tokenized = tokenized._replace(ids=beginning.ids[: len(tokenized.ids)])
             references = [beginning, complete]
@@ -253,6 +254,17 @@ class Renderer:
             if not max_length or len(tokenized.ids) <= max_length:
                 message_spans = find_new(tokenized, len(roles), is_prompt=False)
                 yield RenderedSequence(tokenized.ids, len(tokenized.ids), -1, -1, message_spans)
+
+    def _find_too_long(self, beginning: Tokenized, max_length: int) -> str:
+        """Returns a beginning of the text such that every text that begins with it has over `max_length` tokens.
+
+        It ends with a special token, which divides a text, so that the tokens before it do not depend on what follows.
+        Empty if there is none.
+        """
+        if not max_length or not self._encoder.special[beginning.ids[max_length:]].any():
+            return ""
+        special = max_length + int(self._encoder.special[beginning.ids[max_length:]].argmax())
+        return beginning.text[: beginning.ends[special]]
 
     def _tokenize_response(
         self, dialogue: Dialogue, index: int, prompt: Tokenized, text: str, beginning: Tokenized

@@ -16,7 +16,7 @@ from dialog_jax.batching import mixture
 from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
 from dialog_jax.training import config_fields
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -45,10 +45,10 @@ class DataConfig:
     validation_split: str = "validation"
     """The split of a hub data set that `validation` names."""
     max_length: int = 1024
-    """Tokens per row. Dialogues that are longer are treated as `truncate` says."""
-    truncate: str = "turns"
-    """What happens to dialogues that exceed max_length: `turns` cuts their last turns, `drop` leaves them out, `split`
-    divides them into rows that repeat the shared history, `error` stops."""
+    """Tokens per row. A response is trained with all of its history if both have at most this many tokens."""
+    truncate: str = "split"
+    """What happens to longer ones: `split` trains the response behind the system prompt and the most recent turns,
+    `turns` leaves it out, `drop` leaves its dialogue out, `error` stops."""
     share_prefixes: bool = False
     """Compute a system prompt once for all dialogues of a row that begin with it: the same loss from fewer tokens."""
     chat_template: str = ""

@@ -1,4 +1,4 @@
-"""Dialogues to chunks of trees: renders, weighs, truncates and builds the trees of some dialogues, and counts them.
+"""Dialogues to chunks of trees: renders some dialogues, builds their trees, and counts what became of them.
 
 A chunk is what one worker makes at a time. The trees do not depend on how the dialogues are divided into chunks. Knows
 no files and no processes.
@@ -6,7 +6,6 @@ no files and no processes.
 
 import collections
 import concurrent.futures
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,18 +18,13 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.template_process import TemplateStopped
-from dialog_jax.trees import fitting, prefix_tree, refusals, weighting
-from dialog_jax.trees import teacher as teacher_lib
+from dialog_jax.trees import dialogue_trees, fitting, prefix_tree, refusals
+from dialog_jax.trees.dialogue_trees import Fit, TreeConfig
 from dialog_jax.trees.fitting import Excerpt
-from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.teacher_file import TeacherFile
-from dialog_jax.trees.weighting import SupervisedSequence
 
-TOO_LONG, NO_TARGET = "dropped, too long", "dropped, no target"
 SKIPPED = "skipped because of errors"
-TRUNCATIONS = ("turns", "drop", "split", "error")
-ON_ERROR = ("stop", "skip")
 # What is stored of each token, and of each tree.
 TOKEN_COLUMNS: dict[str, type[np.generic]] = {
     "tokens": np.int32,
@@ -50,32 +44,6 @@ _MAX_DIALOGUES = 256  # of a chunk
 _MAX_CHARACTERS = 1 << 18  # after which a chunk ends; its memory grows with them
 _MAX_NAMES = 1000  # dialogues named per reason
 _Rendered = tuple[Dialogue, list[Excerpt]] | UserError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TreeConfig:
-    """How rendered dialogues become trees."""
-
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    max_length: int
-    """Largest number of tokens of a tree."""
-    truncate: str = "turns"
-    """What becomes of a dialogue whose tree is larger. `turns` keeps its longest prefix that ends with a supervised
-    response; `drop` leaves it out; `split` divides it into several trees, each with the system prompt and as many of
-    the turns before as fit half of `max_length`; `error` refuses it."""
-    share_prefixes: bool = False
-    """Let trees of a row that begin with the same system prompt share it."""
-    on_error: str = "stop"
-    """What becomes of a record that is no valid dialogue or that the chat template refuses: `stop` raises its error,
-    `skip` leaves the record out and lists it."""
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise UserError(f"data.max_length is {self.max_length}; it must be at least 2.")
-        if self.truncate not in TRUNCATIONS:
-            raise UserError(f"data.truncate is {self.truncate!r}; it must be one of {', '.join(TRUNCATIONS)}.")
-        if self.on_error not in ON_ERROR:
-            raise UserError(f"data.on_error is {self.on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
 
 
 class Chunk(NamedTuple):
@@ -141,9 +109,8 @@ def build_chunk(
       batch: dialogues, and the errors of records that are none: the chunk lists them among the skipped ones.
 
     Raises:
-      UserError: a dialogue is too long and `truncate` is `error`; the teacher's file lacks a response or has other
-        tokens; what `Renderer.render` raises, unless `on_error` is `skip`. Names the dialogue, its place and the
-        remedy.
+      UserError: what `dialogue_trees.fit` and `build` raise, and unless `on_error` is `skip`, what `Renderer.render`
+        raises.
       TemplateStopped: the template exceeded its time or memory, whatever `on_error` is.
     """
     return _assemble(_render(batch, renderer, config), renderer, config, teacher)
@@ -229,26 +196,22 @@ def _assemble(
     teacher_rows: list[np.ndarray] = []
     for one in rendered:
         counts["records"] += 1
-        fitted = one if isinstance(one, UserError) else _fit_or_skip(*one, renderer, config, counts)
-        if isinstance(one, UserError) or isinstance(fitted, UserError):
-            skipped.append(str(fitted))
-            _add_name(counts, named, SKIPPED, str(fitted))
+        fit = one if isinstance(one, UserError) else _fit_or_skip(*one, renderer, config)
+        if isinstance(one, UserError) or isinstance(fit, UserError):
+            skipped.append(str(fit))
+            _add_name(counts, named, SKIPPED, str(fit))
             continue
-        (dialogue, _), (groups, reason, detail) = one, fitted
+        dialogue, _ = one
+        result = dialogue_trees.build(dialogue, fit, config, teacher)
         counts["dialogues"] += 1
-        if groups:
-            built = _build_trees(dialogue, groups, config.objective)
-            for sequences, tree in built:
-                counts["turns"] += len(weighting.select_responses(sequences))
-                trees.append(tree)
-                ids.append(dialogue.id)
-                prefix = renderer.encode_shared_prefix(dialogue) if config.share_prefixes else tree.tokens[:0]
-                shared_prefix_lengths.append(_measure_shared_prefix(tree, prefix))
-                if teacher is not None:
-                    teacher_rows.append(teacher_lib.find_rows(teacher, dialogue, tree, sequences))
-            if not built:
-                _add_name(counts, named, NO_TARGET, dialogue.name)
-        if reason:
+        counts.update(result.counts)
+        trees += result.trees
+        teacher_rows += result.teacher_rows
+        ids += [dialogue.id] * len(result.trees)
+        for tree in result.trees:
+            prefix = renderer.encode_shared_prefix(dialogue) if config.share_prefixes else tree.tokens[:0]
+            shared_prefix_lengths.append(_measure_shared_prefix(tree, prefix))
+        for reason, detail in result.reasons:
             _add_name(counts, named, reason, dialogue.name + detail)
     columns = trees_to_columns(trees, shared_prefix_lengths)
     if teacher is not None:
@@ -260,61 +223,18 @@ def _assemble(
     return Chunk(columns, ids, counts, named, skipped)
 
 
-def _build_trees(
-    dialogue: Dialogue, groups: Sequence[Sequence[Excerpt]], objective: ObjectiveConfig
-) -> list[tuple[list[SupervisedSequence], Tree]]:
-    """Returns the supervised sequences and the tree of each group in which something is trained on."""
-    supervised = weighting.select_supervised(dialogue, groups, objective)
-    trees = weighting.build_trees(supervised, objective)
-    return [(sequences, tree) for sequences, tree in zip(supervised, trees, strict=True) if tree is not None]
-
-
 def _fit_or_skip(
-    dialogue: Dialogue,
-    excerpts: Sequence[Excerpt],
-    renderer: Renderer,
-    config: TreeConfig,
-    counts: collections.Counter[str],
-) -> tuple[list[list[Excerpt]], str, str] | UserError:
-    """Returns what `_fit` does, or if `on_error` is `skip` the error of a template that refuses a shortened history."""
+    dialogue: Dialogue, excerpts: Sequence[Excerpt], renderer: Renderer, config: TreeConfig
+) -> Fit | UserError:
+    """Returns what `fit` does, or if `on_error` is `skip` the error of a template that refuses a shortened history."""
     try:
-        return _fit(dialogue, excerpts, renderer, config, counts)
+        return dialogue_trees.fit(dialogue, excerpts, renderer, config)
     except TemplateStopped:
         raise
     except UserError as error:
         if config.on_error == "stop" or config.truncate == "error":
             raise
         return error
-
-
-def _fit(
-    dialogue: Dialogue,
-    excerpts: Sequence[Excerpt],
-    renderer: Renderer,
-    config: TreeConfig,
-    counts: collections.Counter[str],
-) -> tuple[list[list[Excerpt]], str, str]:
-    """Returns (groups of excerpts, each of which fits a tree; why the dialogue is not complete, or ""; a detail)."""
-    objective, max_length = config.objective, config.max_length
-    turns = sum(len(excerpt.supervised_messages) for excerpt in excerpts)
-    selected = fitting.select_fitting([excerpt.sequences for excerpt in excerpts], objective, max_length)
-    groups = [[excerpt._replace(sequences=sequences) for excerpt, sequences in zip(excerpts, selected, strict=True)]]
-    if all(fitting.is_complete(excerpt, objective) for excerpt in groups[0]):
-        return groups, "", ""
-    if config.truncate == "error":
-        raise UserError(
-            f"{dialogue.name}: has more than max_length = {max_length:,} tokens. Raise max_length, or set truncate to "
-            "turns, split or drop."
-        )
-    if config.truncate == "split":
-        groups = fitting.split_excerpts(excerpts, renderer, objective, max_length)
-    remaining = sum(len(excerpt.response_turns) for group in groups for excerpt in group)
-    if config.truncate == "drop" or not remaining:
-        counts["turns cut"] += turns
-        detail = "" if remaining else f", no turn of which fits {max_length:,} tokens together with its context"
-        return [], TOO_LONG, detail
-    counts["turns cut"] += turns - remaining
-    return groups, "split" if len(groups) > 1 else "shortened", ""
 
 
 def _add_name(counts: collections.Counter[str], named: dict[str, list[str]], reason: str, name: str) -> None:

@@ -14,8 +14,8 @@ from jaxtyping import Float32, Int32, Int64
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import chunks
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees import chunks, dialogue_trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.teacher_file import TeacherFile
 
@@ -34,12 +34,24 @@ class Report:
     targets: int
     turns: int
     """Responses that are trained on."""
+    turns_shortened: int
+    """Responses that are trained behind a part of their history, because all of it is too long."""
     turns_cut: int
-    """Responses that are left out because their dialogue is too long."""
+    """Responses that are left out because they are too long with their history."""
     shortened: int
-    split: int
+    """Dialogues with responses that are trained behind a part of their history."""
+    cut: int
+    """Dialogues with responses that are left out."""
     dropped_too_long: int
     dropped_no_target: int
+    divided: int
+    """Trees that were larger than a row, and were divided into trees with all of the history of each response."""
+    parts: int
+    """Trees into which they were divided."""
+    parts_needed: int
+    """Lower bound on `parts`."""
+    repeated: int
+    """Tokens of the parts, less those of the divided trees."""
     branching: int
     """Trees with branches: messages with several answers, or history that is rendered differently from how it was
     generated."""
@@ -64,12 +76,17 @@ class Report:
                 f"{self.branching:,} trees branch: a message has several answers, or the template renders history "
                 "differently from how it was generated"
             )
+        if self.divided:
+            lines.append(
+                f"{self.divided:,} trees larger than a row, divided into {self.parts:,} (at least "
+                f"{self.parts_needed:,} are needed), which repeat {self.repeated:,} tokens of history"
+            )
         for reason, count, remedy in (
-            ("shortened", self.shortened, "raise max_length, or set truncate to split"),
-            ("split", self.split, "raise max_length to keep each in one tree"),
             (chunks.SKIPPED, self.skipped, "data.on_error is skip"),
-            (chunks.TOO_LONG, self.dropped_too_long, "raise max_length"),
-            (chunks.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
+            (dialogue_trees.SHORTENED, self.shortened, "raise max_length to keep all of it"),
+            (dialogue_trees.CUT, self.cut, "raise max_length, or set truncate to split"),
+            (dialogue_trees.TOO_LONG, self.dropped_too_long, "raise max_length"),
+            (dialogue_trees.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
         ):
             file = skipped_file if reason == chunks.SKIPPED else names_file
             if count and file:
@@ -78,8 +95,10 @@ class Report:
                 names = self.named[reason][:_NAMES_SHOWN]
                 more = f" and {count - len(names):,} more" if count > len(names) else ""
                 lines.append(f"{count:,} {reason}: {'; '.join(names)}{more} ({remedy})")
+        if self.turns_shortened:
+            lines.append(f"{self.turns_shortened:,} turns trained with a shortened history")
         if self.turns_cut:
-            lines.append(f"{self.turns_cut:,} turns cut with them")
+            lines.append(f"{self.turns_cut:,} turns left out")
         return "\n".join(lines)
 
 
@@ -200,11 +219,13 @@ def make_report(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -
     fields = [field.name for field in dataclasses.fields(Report) if field.name != "named"]
     reasons = {
         "skipped": chunks.SKIPPED,
-        "turns_cut": "turns cut",
-        "dropped_too_long": chunks.TOO_LONG,
-        "dropped_no_target": chunks.NO_TARGET,
+        "shortened": dialogue_trees.SHORTENED,
+        "cut": dialogue_trees.CUT,
+        "dropped_too_long": dialogue_trees.TOO_LONG,
+        "dropped_no_target": dialogue_trees.NO_TARGET,
     }
-    return Report(named=dict(named), **{field: counts.get(reasons.get(field, field), 0) for field in fields})
+    keys = {field: reasons.get(field, field.replace("_", " ")) for field in fields}
+    return Report(named=dict(named), **{field: counts.get(key, 0) for field, key in keys.items()})
 
 
 def _make_trees(

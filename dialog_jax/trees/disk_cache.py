@@ -35,8 +35,9 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks, dataset, worker_pool
-from dialog_jax.trees.chunks import Chunk, TreeConfig
+from dialog_jax.trees.chunks import Chunk
 from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.teacher_file import TeacherFile
 
 FORMAT = 7  # raise when the same input gives different trees, or different files

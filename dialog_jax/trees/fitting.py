@@ -1,6 +1,6 @@
-"""Truncation and division: which of a dialogue's sequences fit a tree, and what becomes of those that do not.
+"""Dialogues to excerpts: the messages that are rendered together, whole paths and, for what is too long, parts of them.
 
-In: dialogues and their rendered sequences. Out: excerpts, each with the sequences that its tree holds. Of weights, only
+In: dialogues and their rendered sequences. Out: excerpts, each with the sequences that fit a row. Of weights, only
 whether one is 0 matters here. Knows no rows.
 
 A message has two indices: its `message_index` in the dialogue that was rendered, which may be an excerpt, and its
@@ -9,13 +9,19 @@ A message has two indices: its `message_index` in the dialogue that was rendered
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering.sequences import RenderedSequence, Renderer
-from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.objectives import ObjectiveConfig
+
+# Share of max_length for the prompt of the first response behind a shortened history. Rows are nearly full, so more
+# history takes more rows: 500 dialogues of ChitChat at max_length 1,024 need 535, 682 and 1,027 rows with 0.25, 0.5 and
+# 0.75; the prompts of the responses behind shortened histories then have 563, 709 and 848 tokens on average.
+_HISTORY = 0.5
+_ROOM = 1.5  # how much more text than is expected to fit is rendered
 
 
 class Excerpt(NamedTuple):
@@ -28,10 +34,10 @@ class Excerpt(NamedTuple):
     sequences: list[RenderedSequence]
     path: int = 0
     """Which of the dialogue's paths the messages are from."""
-    first_turn: int = 0
-    """Turn of the first response of the excerpt, which is the number of responses of the path before it."""
-    context_messages: int = 0
-    """Number of leading messages that are context only."""
+    omitted_turns: int = 0
+    """Number of responses of the path that are left out; all of them come before those to train on."""
+    context: frozenset[int] = frozenset()
+    """The message indices of those that are context only."""
 
     @property
     def supervised_messages(self) -> list[int]:
@@ -43,7 +49,7 @@ class Excerpt(NamedTuple):
     def response_turns(self) -> dict[int, int]:
         """The turn of each response in `sequences`, by its original index."""
         return {
-            self.original_indices[sequence.message_index]: self.first_turn + sequence.turn
+            self.original_indices[sequence.message_index]: self.omitted_turns + sequence.turn
             for sequence in self.sequences
             if sequence.turn >= 0
         }
@@ -54,63 +60,29 @@ def unfold(dialogue: Dialogue, objective: ObjectiveConfig) -> list[Excerpt]:
 
     With `merge_weights=max`, messages that an earlier path trains are context in the later ones. Two answers to u0:
 
-        message   0   1   2   3   4          excerpt of path 0   u0 a0 u1      context_messages 0
-                  u0  a0  u1  b0  u2         excerpt of path 1   u0 b0 u2      context_messages 1: u0 has weight 0
+        message   0   1   2   3   4          excerpt of path 0   u0 a0 u1      context {}
+                  u0  a0  u1  b0  u2         excerpt of path 1   u0 b0 u2      context {0}: u0 has weight 0
 
     Under `last`, only the last response of each path keeps its weight.
     """
     paths = dialogue.paths()
-    if len(paths) == 1:
+    if len(paths) == 1 and objective.name != "last":
         return [Excerpt(dialogue, paths[0], [])]
     once = objective.merge_weights == "max"
     excerpts = []
     earlier: set[int] = set()  # messages that an earlier path trains
     for number, path in enumerate(paths):
-        context_messages = 0
+        context: frozenset[int] = frozenset()
         if objective.name == "last":
             supervised = {_find_last_response(dialogue, path)} - (earlier if once else set())
         else:
-            context_messages = len(earlier.intersection(path)) if once else 0
-            supervised = set(path[context_messages:])
+            context = frozenset(i for i, index in enumerate(path) if once and index in earlier)
+            supervised = {index for i, index in enumerate(path) if i not in context}
         earlier |= supervised
         messages = tuple(dialogue.messages[i] if i in supervised else _as_context(dialogue.messages[i]) for i in path)
         part = dataclasses.replace(dialogue, messages=messages, parents=())
-        excerpts.append(Excerpt(part, path, [], path=number, context_messages=context_messages))
+        excerpts.append(Excerpt(part, path, [], path=number, context=context))
     return excerpts
-
-
-def select_fitting(
-    paths: Sequence[Iterable[RenderedSequence]], objective: ObjectiveConfig, max_length: int
-) -> list[list[RenderedSequence]]:
-    """Returns for each path the longest prefix of its sequences such that one tree of all has `max_length` tokens.
-
-    One path of three sequences with 4, 8 and 12 tokens, each the beginning of the next, and max_length 10: the first
-    two. If the second sequence shares only 2 tokens with the first, the tree of both has 4 + 6 tokens, which fits too.
-    """
-    selected: list[list[RenderedSequence]] = []
-    in_tree: list[RenderedSequence] = []
-    size = 0
-    for sequences in paths:
-        selected.append([])
-        for sequence in sequences:
-            if objective.name == "last" and len(paths) == 1:  # the tree will hold the last sequence only
-                in_tree, size = [], 0
-            new = count_new_tokens(sequence, in_tree)
-            if size + new > max_length:
-                break
-            size += new
-            in_tree.append(sequence)
-            selected[-1].append(sequence)
-    return selected
-
-
-def count_new_tokens(sequence: RenderedSequence, others: Sequence[RenderedSequence]) -> int:
-    """Returns how many tokens a sequence adds to the prefix tree of others: `a b d` adds 1 to that of `a b c`."""
-    shared = 0
-    for other in reversed(others):  # in a path, one comparison with the last sequence is enough
-        if len(other.tokens) > shared:
-            shared = max(shared, prefix_tree.common_prefix_length(other.tokens, sequence.tokens))
-    return len(sequence.tokens) - shared
 
 
 def is_complete(excerpt: Excerpt, objective: ObjectiveConfig) -> bool:
@@ -120,96 +92,58 @@ def is_complete(excerpt: Excerpt, objective: ObjectiveConfig) -> bool:
     return has_all_responses and (has_full_rendering or not objective.needs_full_rendering)
 
 
-def split_excerpts(
-    excerpts: Sequence[Excerpt], renderer: Renderer, objective: ObjectiveConfig, max_length: int
-) -> list[list[Excerpt]]:
-    """Returns the excerpts of a dialogue that is too large for a tree in groups, each of which fits one.
+def shorten_histories(
+    excerpt: Excerpt, renderer: Renderer, objective: ObjectiveConfig, max_length: int
+) -> list[Excerpt]:
+    """Returns excerpts with shorter histories for the responses of an excerpt whose sequences are too long.
 
-    Consecutive paths share a group as long as their tree fits; a path that does not fit by itself is split (see
-    `split_excerpt`). Paths of 6, 3 and 14 tokens without a common prefix, and max_length 10:
-
-        [[path 0, path 1], [first part of path 2], [second part of path 2]]
-    """
-
-    def fits(group: list[Excerpt]) -> bool:
-        selected = select_fitting([excerpt.sequences for excerpt in group], objective, max_length)
-        return all(len(some) == len(excerpt.sequences) for some, excerpt in zip(selected, group, strict=True))
-
-    groups: list[list[Excerpt]] = []
-    for excerpt in excerpts:
-        if groups and is_complete(excerpt, objective) and fits([*groups[-1], excerpt]):
-            groups[-1].append(excerpt)
-        elif is_complete(excerpt, objective) and fits([excerpt]):
-            groups.append([excerpt])
-        else:
-            (selected,) = select_fitting([excerpt.sequences], objective, max_length)
-            parts = split_excerpt(excerpt._replace(sequences=selected), renderer, objective, max_length)
-            groups += [[part] for part in parts]
-    return groups
-
-
-def split_excerpt(excerpt: Excerpt, renderer: Renderer, objective: ObjectiveConfig, max_length: int) -> list[Excerpt]:
-    """Returns parts of an excerpt that is too long for a tree, such that every response that fits one is trained.
-
-    The first part is the excerpt with the sequences it has. Each further part has the system prompt, then context from
-    a user message on, then as many new turns as fit. Its context is the longest for which the prompt of its first new
-    response fills at most half of max_length, or the shortest there is. A response that does not fit even so is left
+    Each has the system prompt, then history from a user message on, then as many of the responses as fit. Its history
+    is the longest for which the prompt of its first response fills at most half of max_length, or the shortest there
+    is. If even the history from the last user message on is too long, the excerpt has that message and the last of the
+    messages after it; a tool result stays with the call that it answers. A response that does not fit even so is left
     out. With max_length 100, a system prompt s of 10 tokens and turns of 10 + 10 tokens (u and a):
 
         excerpt        s u0 a0 u1 a1 u2 a2 u3 a3 u4 a4 u5 a5
         its sequences  those of a0 to a3 (s and 4 turns have 90 tokens)
-        part 0         s u0 a0 u1 a1 u2 a2 u3 a3                     trains a0 a1 a2 a3
-        part 1         s u3 a3 u4 a4 u5 a5                           trains a4 a5; s, u3 and a3 are context
+        returned       s u3 a3 u4 a4 u5 a5                           trains a4 a5; s, u3 and a3 are context
 
     Args:
-      excerpt: with the sequences that fit its first part, perhaps none.
+      excerpt: with the sequences that fit, perhaps none.
     """
-    parts = [excerpt] if excerpt.sequences else []
     messages = excerpt.dialogue.messages
-    context = tuple(_as_context(message) for message in messages)
-    system = int(messages[0].role == "system")
-    # Responses before this message are trained on in a part, or fit none.
-    done = excerpt.sequences[-1].message_index + 1 if excerpt.sequences else system
-
-    def select_messages(start: int, stop: int) -> Dialogue:
-        """The system prompt and messages `start` to `stop`; those that an earlier part trains are context."""
-        new = max(start, done)
-        head = context[:system] if parts else messages[:system]
-        return dataclasses.replace(excerpt.dialogue, messages=head + context[start:new] + messages[new:stop])
-
-    while remaining := [i for i in excerpt.supervised_messages if i >= done]:
-        response = remaining[0]
-        starts = [i for i in range(system, response) if messages[i].role == "user"]
-        shortest = select_messages(starts[-1], response + 1) if starts else None
-        sequences = [] if shortest is None else list(renderer.render([shortest], max_length=max_length)[0])
-        if not sequences:
-            done = response + 1
+    indices = {original: i for i, original in enumerate(excerpt.original_indices)}
+    trained = _find_trained(excerpt, excerpt.context)
+    remaining = [i for i in excerpt.supervised_messages if i not in trained]
+    shorter: list[Excerpt] = []
+    while remaining:
+        response = remaining.pop(0)
+        history, room = _choose_history(excerpt.dialogue, response, renderer, max_length)
+        if not history:
             continue
-        room = min(max_length // 2, max_length - (len(sequences[0].tokens) - sequences[0].start))
-        start = starts[-1]
-        for earlier in reversed(starts[:-1]):
-            if len(renderer.encode_prompt(select_messages(earlier, response))) > room:
-                break
-            start = earlier
-        dialogue = select_messages(start, len(messages))
-        (rendered,) = renderer.render(
-            [dialogue], max_length=max_length, full=objective.needs_full_rendering, locate=objective.needs_span
+        characters = itertools.accumulate(len(message.content) for message in messages[response:])
+        stop = response + max(1, sum(count <= room * _ROOM for count in characters))
+        selected = [*history, *range(response, stop)]
+        part = Excerpt(
+            dialogue=dataclasses.replace(
+                excerpt.dialogue,
+                messages=tuple(_as_context(messages[i]) if i in trained else messages[i] for i in selected),
+            ),
+            original_indices=tuple(excerpt.original_indices[i] for i in selected),
+            sequences=[],
+            path=excerpt.path,
+            omitted_turns=sum(messages[i].role == "assistant" for i in set(range(response)).difference(history)),
+            context=frozenset(place for place, i in enumerate(selected) if i in trained),
         )
-        (selected,) = select_fitting([rendered], objective, max_length)
-        new = max(done if parts else 0, excerpt.context_messages)
-        parts.append(
-            Excerpt(
-                dialogue=dialogue,
-                original_indices=excerpt.original_indices[:system] + excerpt.original_indices[start:],
-                sequences=selected,
-                path=excerpt.path,
-                first_turn=sum(message.role == "assistant" for message in messages[system:start]),
-                context_messages=min(new, system) + max(0, new - start),
-            )
+        (sequences,) = renderer.render(
+            [part.dialogue], max_length=max_length, full=objective.needs_full_rendering, locate=objective.needs_span
         )
-        omitted = len(messages) - len(dialogue.messages)
-        done = max(sequence.message_index for sequence in selected) + omitted + 1
-    return parts
+        part = part._replace(sequences=list(sequences))
+        if not part.sequences:
+            continue
+        trained |= {indices[part.original_indices[i]] for i in _find_trained(part, part.context)}
+        remaining = [i for i in remaining if i not in trained]
+        shorter.append(part)
+    return shorter
 
 
 def compute_factors(
@@ -242,6 +176,91 @@ def compute_factors(
         }
         for excerpt in excerpts
     ]
+
+
+def _find_trained(excerpt: Excerpt, context: Iterable[int]) -> set[int]:
+    """Returns the message indices of the responses that an excerpt's sequences train, and of all that precede one.
+
+    A response is trained where it is a sequence's response, another message in any sequence that contains it. Messages
+    that are `context` count as trained elsewhere.
+    """
+    messages = excerpt.dialogue.messages
+    responses = {sequence.message_index for sequence in excerpt.sequences}
+    stop = len(messages) if -1 in responses else max(responses, default=0)
+    others = {i for i in range(stop) if i not in excerpt.supervised_messages}
+    return (responses - {-1}) | others | set(context)
+
+
+def _choose_history(dialogue: Dialogue, response: int, renderer: Renderer, max_length: int) -> tuple[list[int], float]:
+    """Returns (the messages of the history behind which a response is trained, room for further characters of text).
+
+    The history is empty if the response is too long behind any. See `shorten_histories`.
+    """
+    messages = dialogue.messages
+    system = next((i for i, message in enumerate(messages) if message.role != "system"), 0)
+    users = [i for i in range(system, response) if messages[i].role == "user"]
+    if not users:
+        return [], 0.0
+    head = [*range(system), users[-1]]
+    calls = [i for i in range(users[-1] + 1, response + 1) if messages[i].role == "assistant"]
+    # From the shortest to the longest: within the turn of the last user message; then from a user message on.
+    within_turn = [[*head, *range(i, response)] for i in reversed(calls)]
+    from_users = [[*head[:-1], *range(i, response)] for i in reversed(users)]
+    (sequences,) = renderer.render([_select_messages(dialogue, [*within_turn[0], response])], max_length=max_length)
+    shortest = next(sequences, None)
+    if shortest is None:
+        return [], 0.0
+    length = len(shortest.tokens) - shortest.start
+    prompts = _PromptLengths(dialogue, renderer)
+    if prompts.measure(from_users[0]) <= max_length - length:
+        count = prompts.count_fitting(from_users, min(int(_HISTORY * max_length), max_length - length))
+        history = from_users[max(count - 1, 0)]
+    else:
+        history = within_turn[prompts.count_fitting(within_turn, max_length - length) - 1]
+    return history, (max_length - prompts.measure(history)) * prompts.characters_per_token
+
+
+class _PromptLengths:
+    """The number of tokens of the prompts of several histories, found with few renderings."""
+
+    def __init__(self, dialogue: Dialogue, renderer: Renderer):
+        self._dialogue, self._renderer = dialogue, renderer
+        self._lengths: dict[tuple[int, ...], int] = {}
+        self.characters_per_token = 4.0
+        """Of the content of the history that was measured last."""
+
+    def measure(self, history: Sequence[int]) -> int:
+        """Returns the number of tokens of the prompt after a history."""
+        key = tuple(history)
+        if key not in self._lengths:
+            self._lengths[key] = len(self._renderer.encode_prompt(_select_messages(self._dialogue, history)))
+            self.characters_per_token = max(1.0, self._count_characters(history) / self._lengths[key])
+        return self._lengths[key]
+
+    def count_fitting(self, histories: Sequence[list[int]], limit: int) -> int:
+        """Returns the number of histories, from the first, whose prompts have at most `limit` tokens.
+
+        Each history is longer than the one before. Interpolates by the characters of their messages.
+        """
+        characters = [self._count_characters(history) for history in histories]
+        low, high = 0, len(histories)  # those before `low` fit, those from `high` on do not
+        while low < high:
+            estimate = sum(count <= limit * self.characters_per_token for count in characters)
+            index = min(max(estimate - 1, low), high - 1)
+            if self.measure(histories[index]) <= limit:
+                low = index + 1
+            else:
+                high = index
+        return low
+
+    def _count_characters(self, history: Sequence[int]) -> int:
+        return sum(len(self._dialogue.messages[i].content) for i in history)
+
+
+def _select_messages(dialogue: Dialogue, indices: Sequence[int]) -> Dialogue:
+    """Returns the dialogue of some messages, of which only the last keeps its weight."""
+    *context, last = (dialogue.messages[i] for i in indices)
+    return dataclasses.replace(dialogue, messages=(*map(_as_context, context), last))
 
 
 def _find_last_response(dialogue: Dialogue, path: Sequence[int]) -> int:

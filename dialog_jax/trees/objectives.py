@@ -6,7 +6,7 @@ trees or rows.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
@@ -101,7 +101,7 @@ def supervise(
     objective: ObjectiveConfig,
     factors: Mapping[int, float],
     *,
-    context_messages: int = 0,
+    context: Collection[int] = (),
 ) -> list[list[Span]]:
     """Returns the supervised spans of each sequence.
 
@@ -111,11 +111,11 @@ def supervise(
         joint         [[Span(1, 4, 1.0, -1), Span(4, 7, 1.0, 0)], [Span(7, 11, 1.0, -1), Span(11, 14, 0.5, 1)]]
 
     Args:
-      sequences: as rendered, in order; those that do not fit may be missing at the end.
+      sequences: as rendered, in order; those that do not fit may be missing.
       dialogue: a list of messages, which the sequences' message indices refer to.
       factors: by message index, what multiplies the weight of each response: its `schedule`.
-      context_messages: number of leading messages that are context only; they have weight 0, and so has the text that
-        the template writes around them.
+      context: indices of messages that are context only; they have weight 0, and so has the text that the template
+        writes around them.
     """
     supervised: list[list[Span]] = []
     previous = None
@@ -126,7 +126,7 @@ def supervise(
             # What the sequence shares with the one before it has its weight from there.
             start = common_prefix_length(previous.tokens, sequence.tokens) if previous else 1
             for place in sequence.message_spans:
-                if place.message_index >= context_messages:
+                if place.message_index not in context:
                     spans.append(Span(start, place.start, 1.0, -1))
                 spans += [span._replace(start=max(start, span.start)) for span in _weigh_message(dialogue, place)]
                 start = max(start, place.stop)

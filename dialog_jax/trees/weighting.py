@@ -56,11 +56,11 @@ def select_supervised(
                 excerpt.dialogue,
                 objective,
                 next(factors),
-                context_messages=excerpt.context_messages,
+                context=excerpt.context,
             )
             for sequence, spans in zip(excerpt.sequences, span_lists, strict=True):
                 if max((span.stop for span in spans), default=0) > 1:  # the first token is never a target
-                    turn_spans = [s if s.turn < 0 else s._replace(turn=s.turn + excerpt.first_turn) for s in spans]
+                    turn_spans = [s if s.turn < 0 else s._replace(turn=s.turn + excerpt.omitted_turns) for s in spans]
                     supervised[-1].append(SupervisedSequence(excerpt, sequence, turn_spans))
     return supervised
 

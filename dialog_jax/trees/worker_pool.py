@@ -25,7 +25,8 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks, teacher_file
-from dialog_jax.trees.chunks import Chunk, TreeConfig
+from dialog_jax.trees.chunks import Chunk
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.teacher_file import TeacherFile
 
 MEMORY = 8 << 30  # bytes of a worker, besides the files it maps

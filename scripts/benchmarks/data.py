@@ -26,8 +26,8 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import disk_cache
-from dialog_jax.trees.chunks import TreeConfig
 from dialog_jax.trees.dataset import Trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "assets/smollm2-135m-instruct", "Model directory, GGUF file or Hub name.")
 _TEMPLATE = flags.DEFINE_string("chat_template", "", "Jinja file or its text; empty for the tokenizer's own.")
@@ -44,7 +44,7 @@ def prepare(directory: str) -> tuple[Trees, dict[str, float | int]]:
     """Returns (trees stored under `directory`, figures of their preparation)."""
     start, start_times = time.perf_counter(), os.times()
     renderer = Renderer(load_tokenizer(_TOKENIZER.value, chat_template=_TEMPLATE.value))
-    config = TreeConfig(max_length=_MAX_LENGTH.value)
+    config = TreeConfig(max_length=_MAX_LENGTH.value, truncate="turns")
     dialogues = itertools.islice(read_dialogues(_DATA.value), _DIALOGUES.value or None)
     trees = disk_cache.load_or_build(directory, {}, dialogues, renderer, config, workers=_WORKERS.value)
     seconds, end_times = time.perf_counter() - start, os.times()

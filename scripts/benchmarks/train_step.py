@@ -34,7 +34,7 @@ from dialog_jax.training import metrics, optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 
 _MODEL = flags.DEFINE_string("model", "assets/smollm2-135m-instruct", "Model directory.")
 _DATA = flags.DEFINE_string("data", "assets/chitchat/train.jsonl", "File of dialogues.")
@@ -116,7 +116,7 @@ def _prepare(renderer: Renderer) -> tuple[dataset.Trees, batches.Plan, dict[str,
     """Returns (trees, rows of all steps, figures so far)."""
     dialogues = [dialogue for _, dialogue in zip(range(_DIALOGUES.value), read_dialogues(_DATA.value), strict=False)]
     start = time.perf_counter()
-    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=_MAX_LENGTH.value))
+    trees = dataset.prepare(dialogues, renderer, TreeConfig(max_length=_MAX_LENGTH.value, truncate="turns"))
     prepare_seconds = time.perf_counter() - start
     plan = batches.Plan(
         trees,

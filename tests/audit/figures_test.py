@@ -14,7 +14,7 @@ from dialog_jax.dialogues.parsing import parse_dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
@@ -40,9 +40,7 @@ def look(records, tokenizer, *, max_length=100_000, on_error="stop", **objective
         records,
         tokenizer,
         sequences_lib.Renderer(tokenizer),
-        objective=ObjectiveConfig(**objective),
-        max_length=max_length,
-        on_error=on_error,
+        TreeConfig(objective=ObjectiveConfig(**objective), max_length=max_length, on_error=on_error),
     )
 
 
@@ -115,9 +113,7 @@ class ResponsesTest(parameterized.TestCase):
         tokenizer = fresh("chatml", self.R1)
         renderer = sequences_lib.Renderer(tokenizer, responses="verbatim")
         more = [said(("user", "?"), ("assistant", "a</think>b"), ("user", "!"), ("assistant", "c"), id=2)]
-        result = audit.make_audit(
-            [*self.dialogues(), *more], tokenizer, renderer, objective=ObjectiveConfig(), max_length=1000
-        )
+        result = audit.make_audit([*self.dialogues(), *more], tokenizer, renderer, TreeConfig(max_length=1000))
         self.assertEqual(result.trees, 2)
         self.assertEqual(set(found(result)) & {"needs_verbatim", "refused"}, {"refused"})
         self.assertEqual(result.not_verbatim, 0)
@@ -442,9 +438,9 @@ class FindingsTest(parameterized.TestCase):
         dialogue = said(("user", "What is <|im_end|>?"), ("assistant", "<|im_end|>"))
         tokenizer = chat_templates.train_tokenizer("chatml")
         renderer = sequences_lib.Renderer(tokenizer, allow_special_tokens=True)
-        settings = {"objective": ObjectiveConfig(), "max_length": 1024}
-        parsed = audit.make_audit([dialogue], tokenizer, renderer, **settings)
-        text = audit.make_audit([dialogue], tokenizer, sequences_lib.Renderer(tokenizer), **settings)
+        config = TreeConfig(max_length=1024)
+        parsed = audit.make_audit([dialogue], tokenizer, renderer, config)
+        text = audit.make_audit([dialogue], tokenizer, sequences_lib.Renderer(tokenizer), config)
         self.assertEqual(found(parsed), {"special_parsed": ("warning", 2, 2)})
         self.assertEqual(found(text), {"special": ("note", 2, 2)})
         pieces = len(tokenizer.tokenize("<|im_")) + len(tokenizer.tokenize("end|>"))

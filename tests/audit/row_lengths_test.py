@@ -8,65 +8,79 @@ from dialog_jax.audit import inspection, row_lengths
 from dialog_jax.dialogues.parsing import parse_dialogue
 from dialog_jax.rendering import sequences
 from dialog_jax.trees import dataset, weighting
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 
 
-def looked_at(dialogues, renderer, objective, lengths):
-    """The `fits` of each dialogue with a tree."""
-    made = []
-    for dialogue, pieces in zip(dialogues, inspection.render_dialogues(dialogues, renderer, objective), strict=True):
-        tree = weighting.build_trees(weighting.select_supervised(dialogue, [pieces], objective), objective)[0]
+def measure(dialogues, renderer, lengths, max_length, **config):
+    """The fills of dialogues at lengths."""
+    config = TreeConfig(max_length=max_length, **config)
+    measures, targets = [], 0
+    for dialogue, excerpts in zip(
+        dialogues, inspection.render_dialogues(dialogues, renderer, config.objective), strict=True
+    ):
+        tree = weighting.build_trees(
+            weighting.select_supervised(dialogue, [excerpts], config.objective), config.objective
+        )[0]
         if tree is not None:
-            made.append(row_lengths.measure_fits(dialogue, pieces, tree, objective, lengths))
-    return made
+            measures.append(row_lengths.measure_lengths(dialogue, excerpts, renderer, config, lengths))
+            targets += int(np.count_nonzero(tree.weight > 0))
+    return row_lengths.measure_fills(measures, targets, lengths, max_length)
 
 
 class FillsTest(parameterized.TestCase):
     @parameterized.parameters(
-        ("chatml", {}),
-        ("qwen3", {}),
-        ("qwen3", {"name": "joint"}),
-        ("chatml", {"name": "last"}),
-        ("qwen3", {"name": "roles", "roles": ("user", "assistant")}),
+        ("chatml", "split", {}),
+        ("qwen3", "split", {}),
+        ("qwen3", "turns", {}),
+        ("qwen3", "drop", {"name": "joint"}),
+        ("chatml", "turns", {"name": "last"}),
+        ("qwen3", "split", {"name": "roles", "roles": ("user", "assistant")}),
     )
     @pytest.mark.full
-    def test_every_length_loses_what_training_at_that_length_loses(self, family, options):
+    def test_every_length_has_what_training_at_that_length_has(self, family, truncate, options):
         objective, rng = ObjectiveConfig(**options), np.random.default_rng(2)
         dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 7, reasoning=True, id=i) for i in range(25)]
         dialogues.append(parse_dialogue({"prompt": "Hi", "continuations": ["a" * 90, "b", "c"]}, index=25, where=""))
         renderer = sequences.Renderer(chat_templates.train_tokenizer(family))
         lengths = [64, 100, 200, 400, 100_000]
-        made = row_lengths.measure_fills(looked_at(dialogues, renderer, objective, lengths), lengths, 100)
-        whole = dataset.prepare(dialogues, renderer, TreeConfig(objective=objective, max_length=100_000)).report
-        self.assertGreater(len(made), 3)
-        for fill in made:
-            trees = dataset.prepare(dialogues, renderer, TreeConfig(objective=objective, max_length=fill.max_length))
-            report = trees.report
-            self.assertEqual(fill.too_long, report.shortened + report.dropped_too_long)
-            self.assertEqual(fill.dropped, report.dropped_too_long)
-            self.assertEqual(fill.responses_cut, report.turns_cut)
-            self.assertAlmostEqual(fill.targets_lost, 1 - report.targets / whole.targets)
+        fills = measure(dialogues, renderer, lengths, 100, objective=objective, truncate=truncate)
+        complete = dataset.prepare(dialogues, renderer, TreeConfig(objective=objective, max_length=100_000)).report
+        self.assertGreater(len(fills), 3)
+        for fill in fills:
+            config = TreeConfig(objective=objective, max_length=fill.max_length, truncate=truncate)
+            report = dataset.prepare(dialogues, renderer, config).report
+            self.assertEqual(
+                (fill.divided, fill.repeated, fill.shortened, fill.cut),
+                (report.divided, report.repeated, report.turns_shortened, report.turns_cut),
+            )
+            self.assertAlmostEqual(fill.targets_lost, 1 - report.targets / complete.targets)
             self.assertAlmostEqual(fill.used, report.tokens / (fill.rows * fill.max_length))
-            self.assertGreaterEqual(fill.rows * fill.max_length, report.tokens)
 
-    def test_lengths_end_with_the_first_that_cuts_nothing_and_have_the_one_asked_for(self):
+    def test_lengths_end_with_the_first_that_fits_all_and_have_the_one_asked_for(self):
         dialogue = parse_dialogue({"prompt": "Hi", "completion": "yes " * 150}, index=0, where="")
         renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
         lengths = [64, 128, 512, 1024, 2048, 4096]
-        all_fits = looked_at([dialogue], renderer, ObjectiveConfig(), lengths)
-        self.assertEqual([fill.max_length for fill in row_lengths.measure_fills(all_fits, lengths, 64)], [64, 128, 512])
-        self.assertEqual(
-            [fill.max_length for fill in row_lengths.measure_fills(all_fits, lengths, 2048)], [64, 128, 512, 2048]
-        )
-        self.assertEqual([fill.rows for fill in row_lengths.measure_fills(all_fits, lengths, 64)], [0, 0, 1])
+        self.assertEqual([fill.max_length for fill in measure([dialogue], renderer, lengths, 64)], [64, 128, 512])
+        fills = measure([dialogue], renderer, lengths, 2048)
+        self.assertEqual([fill.max_length for fill in fills], [64, 128, 512, 2048])
+        self.assertEqual([fill.rows for fill in fills], [0, 0, 1, 1])
 
     def test_dialogue_longer_than_every_length_counts_as_cut(self):
         dialogue = parse_dialogue({"prompt": "Hi", "completion": "yes " * 150}, index=0, where="")
         renderer = sequences.Renderer(chat_templates.train_tokenizer("chatml"))
-        (fill,) = row_lengths.measure_fills(looked_at([dialogue], renderer, ObjectiveConfig(), [64]), [64], 64)
-        self.assertEqual((fill.dropped, fill.responses_cut, fill.targets_lost, fill.used), (1, 1, 1.0, 0.0))
+        (fill,) = measure([dialogue], renderer, [64], 64)
+        self.assertEqual((fill.cut, fill.targets_lost, fill.used), (1, 1.0, 0.0))
+
+    def test_template_that_refuses_a_shortened_history_is_measured_without_the_dialogue(self):
+        messages = [{"role": role, "content": f"{n} " * 30} for n in range(4) for role in ("user", "assistant")]
+        dialogue = parse_dialogue({"messages": messages}, index=0, where="")
+        tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
+        refuses = "{% if messages[0].content[0] in '123' %}{{ raise_exception('no') }}{% endif %}"
+        tokenizer.chat_template = refuses + tokenizer.chat_template
+        first, second = measure([dialogue], sequences.Renderer(tokenizer), [200, 2000], 200)
+        self.assertEqual((first.rows, second.rows), (0, 1))
 
 
 class SpreadTest(absltest.TestCase):

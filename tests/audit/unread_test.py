@@ -5,6 +5,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.audit import figures, unread
 from dialog_jax.dialogues import parsing
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 
@@ -109,7 +110,7 @@ class UnreadTest(parameterized.TestCase):
         text = {"name": "f", "arguments": "print(1)"}
         records[1]["messages"][1]["tool_calls"] = [text, {"name": "f", "arguments": {"a": None}}]
         audit = figures.make_audit(
-            parsing.parse_records(records), tokenizer, Renderer(tokenizer), objective=ObjectiveConfig(), max_length=1000
+            parsing.parse_records(records), tokenizer, Renderer(tokenizer), TreeConfig(max_length=1000)
         )
         findings = {finding.kind: finding for finding in audit.findings}
         self.assertEqual(audit.unread["source"], 2)
@@ -133,8 +134,7 @@ class UnreadTest(parameterized.TestCase):
                 parsing.parse_records([{"messages": messages}]),
                 tokenizer,
                 Renderer(tokenizer),
-                objective=ObjectiveConfig(**objective),
-                max_length=1000,
+                TreeConfig(objective=ObjectiveConfig(**objective), max_length=1000),
             )
             noted = [place for finding in audit.findings if finding.kind == "weight_unused" for place in finding.first]
             self.assertEqual(noted, [f"dialogue 0 (records[0]): message {index} (user)" for index in places])

@@ -12,7 +12,7 @@ from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from tests.rendering import chat_templates
 from tests.scripts import running
 

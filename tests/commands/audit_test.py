@@ -89,7 +89,8 @@ class AuditTest(absltest.TestCase):
         lines = [line.split() for line in told.splitlines()]
         for fill in written["fills"]:
             self.assertIn(
-                [f"{fill['max_length']:,}", f"{fill['rows']}", f"{fill['used']:.1%}", "0", "0", "0", "0.00%"], lines
+                [f"{fill['max_length']:,}", f"{fill['rows']}", f"{fill['used']:.1%}", "0", "0", "0", "0", "0.00%"],
+                lines,
             )
         self.assertEqual([fill["max_length"] for fill in written["fills"]], [512, 2048])
         (role,) = [line for line in told.splitlines() if line.strip().startswith("user messages")]
@@ -147,7 +148,7 @@ class AuditTest(absltest.TestCase):
         sizes = [len(tokenizer.encode("<|im_end|>".join(pair), add_special_tokens=False)) + 1 for pair in texts]
         self.assertEqual(written["tokens"], sum(sizes))
         self.assertGreater(written["targets"], written["roles"]["responses"])
-        self.assertIn("responses cut off because their dialogue is too long: 1 of 2", told)
+        self.assertIn("responses left out because they are longer than a row with their history: 1 of 2", told)
         self.assertIn("\n         at max_length = 20, and ", told)
         _, _, written = self.audit([_GOOD[0], long], *flags)
         self.assertEqual(written["targets"], written["roles"]["responses"])

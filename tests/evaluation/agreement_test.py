@@ -162,10 +162,19 @@ class AgreementTest(parameterized.TestCase):
         self.assertGreaterEqual(outcome.branching, 2)
 
     @pytest.mark.full
-    def test_message_tree_that_exceeds_the_row_is_compared_as_far_as_it_fits(self):
+    def test_message_tree_larger_than_a_row_is_compared_in_several(self):
+        tree = message_trees_test.random_tree(0)
+        outcome = compare("chatml", [tree], max_length=90)
+        self.assertTrue(outcome.passed, outcome)
+        self.assertEqual(outcome.responses, sum(message.role == "assistant" for message in tree.messages))
+        self.assertEmpty(outcome.left_out)
+        self.assertGreater(len(outcome.rows), 1)
+
+    @pytest.mark.full
+    def test_responses_longer_than_a_row_are_left_out_and_counted(self):
         tree = message_trees_test.random_tree(0)
         responses = sum(message.role == "assistant" for message in tree.messages)
-        outcome = compare("chatml", [tree], max_length=90)
+        outcome = compare("chatml", [tree], max_length=60)
         self.assertTrue(outcome.passed, outcome)
         self.assertBetween(outcome.responses, 1, responses - 1)
         self.assertRegex(outcome.left_out[0], rf"{responses - outcome.responses} of {responses} responses, which")
@@ -240,6 +249,7 @@ class AgreementTest(parameterized.TestCase):
             renderer.tokenizer.backend_tokenizer.enable_truncation(40)
             return render(renderer, *args, **kwargs)
 
+        self.addCleanup(chat_templates.train_tokenizer("chatml").backend_tokenizer.no_truncation)
         render = agreement.Renderer.render
         with mock.patch.object(agreement.Renderer, "render", truncating):
             outcome = compare()

@@ -12,7 +12,7 @@ from harness import Losses
 
 from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.experiments import tiny_run
 

@@ -162,9 +162,10 @@ def targets(dialogue, objective, family):
     return found
 
 
-def nodes(dialogue, family):
-    """All prefixes of the sequences of the responses of weight above 0."""
-    sequences = [one.prompt + one.tokens for one in responses(dialogue, family)]
+def nodes(dialogue, family, *, kept=None):
+    """All prefixes of the sequences of the responses of weight above 0, or of the kept ones among them."""
+    ones = [one for one in responses(dialogue, family) if kept is None or one.message in kept]
+    sequences = [one.prompt + one.tokens for one in ones]
     return {tuple(ids[:stop]) for ids in sequences for stop in range(1, len(ids) + 1)}
 
 

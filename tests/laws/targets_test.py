@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dialog_jax.batching import batches
 from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset, fitting, objectives, prefix_tree
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import budget, oracles, strategies
 from tests.rendering import chat_templates
@@ -93,11 +93,9 @@ class LeavesTest(parameterized.TestCase):
         factors = fitting.compute_factors(dialogue, pieces, config)
         found = []
         for piece, own in zip(pieces, factors, strict=True):
-            spans = objectives.supervise(
-                piece.sequences, piece.dialogue, config, own, context_messages=piece.context_messages
-            )
+            spans = objectives.supervise(piece.sequences, piece.dialogue, config, own, context=piece.context)
             number = piece.path if config.merge_weights == "sum" else 0
-            turned = [[s._replace(turn=s.turn + piece.first_turn * (s.turn >= 0)) for s in some] for some in spans]
+            turned = [[s._replace(turn=s.turn + piece.omitted_turns * (s.turn >= 0)) for s in some] for some in spans]
             found += [(sequence.tokens, some, number) for sequence, some in zip(piece.sequences, turned, strict=True)]
         if not found:
             return {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import sequences
 from dialog_jax.trees import dataset, teacher, teacher_file
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from tests.laws import budget, oracles, strategies
 from tests.laws.readers_test import damaged, values
 from tests.rendering import chat_templates

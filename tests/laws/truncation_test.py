@@ -18,23 +18,10 @@ def wanted(dialogue):
     return [i for i, message in enumerate(dialogue.messages) if message.role == "assistant" and message.weight > 0]
 
 
-def beginnings(one):
-    ids = one.prompt + one.tokens
-    return {tuple(ids[:stop]) for stop in range(1, len(ids) + 1)}
-
-
 def fitting(dialogue, family, max_length):
-    """The responses of each path's longest beginning such that all their beginnings are at most `max_length`."""
-    kept, known, seen = set(), set(), set()
-    for path in oracles.paths_of(dialogue):
-        for message in (m for m in path if m in wanted(dialogue) and m not in seen):
-            more = known | beginnings(oracles.response(dialogue, message, family))
-            if len(more) > max_length:
-                break
-            known = more
-            kept.add(message)
-        seen |= set(path)
-    return kept
+    """The responses whose own sequences, prompt and response, have at most `max_length` tokens."""
+    ones = (oracles.response(dialogue, message, family) for message in wanted(dialogue))
+    return {one.message for one in ones if len(one.prompt + one.tokens) <= max_length}
 
 
 @st.composite
@@ -58,7 +45,7 @@ class TurnsTest(parameterized.TestCase):
     @parameterized.parameters(*_FAMILIES)
     @budget.cases(25)
     @hypothesis.given(data=st.data())
-    def test_turns_keeps_the_longest_beginning_and_counts_the_rest(self, family, data):
+    def test_turns_trains_every_response_that_fits_once_behind_all_of_its_history(self, family, data):
         (dialogue,) = strategies.parsed([data.draw(strategies.records(family))])
         objective = data.draw(st.sampled_from([{}, {"turn_discount": 0.5}, {"normalize": "dialogue"}]))
         max_length = lengths(data, dialogue, family)
@@ -71,11 +58,15 @@ class TurnsTest(parameterized.TestCase):
         self.assertEqual(trees is None, not kept)
         if trees is None:
             return
-        report, tree = trees.report, trees.tree(0)
-        self.assertLessEqual(len(tree.tokens), max_length)
+        report, size = trees.report, len(oracles.nodes(dialogue, family, kept=kept))
+        self.assertLessEqual(trees.sizes()[0].max(), max_length)
         self.assertEqual((report.turns, report.turns_cut), (len(kept), len(wanted(dialogue)) - len(kept)))
-        self.assertEqual(report.shortened, int(report.turns_cut > 0))
-        got = oracles.added_up(oracles.tree_targets(tree))
+        self.assertEqual(report.cut, int(report.turns_cut > 0))
+        self.assertEqual((report.divided, len(trees) > 1), (int(size > max_length), size > max_length))
+        self.assertEqual(report.repeated, report.tokens - size)
+        found = [target for number in range(len(trees)) for target in oracles.tree_targets(trees.tree(number))]
+        self.assertLen({target[:2] for target in found}, len(found))  # no target is in two trees
+        got = oracles.added_up(found)
         self.assertEqual(got.keys(), expected.keys())
         np.testing.assert_allclose([got[key] for key in got], [expected[key] for key in got], rtol=1e-5)
 
@@ -93,7 +84,8 @@ class TurnsTest(parameterized.TestCase):
         if whole:
             kept = prepare([dialogue], family, max_length=max_length, truncate="error")
             self.assertCountEqual(
-                oracles.tree_targets(kept.tree(0)), oracles.tree_targets(prepare([dialogue], family).tree(0))
+                [target for number in range(len(kept)) for target in oracles.tree_targets(kept.tree(number))],
+                oracles.tree_targets(prepare([dialogue], family).tree(0)),
             )
         else:
             with self.assertRaisesRegex(ValueError, r"dialogue 0 \(records\[0\]\): has more than max_length"):
@@ -107,9 +99,13 @@ class SplitTest(parameterized.TestCase):
         """The response behind each history that a piece may give it, from the shortest on."""
         path = oracles.path_to(dialogue, message)
         system = int(dialogue.messages[path[0]].role == "system")
-        starts = [place for place in range(system, len(path) - 1) if dialogue.messages[path[place]].role == "user"]
-        for start in [*reversed(starts), None]:
-            kept = path if start is None else path[:system] + path[start:]
+        roles = [dialogue.messages[index].role for index in path]
+        users = [place for place in range(system, len(path) - 1) if roles[place] == "user"]
+        # The last user message and the last answers to it with tool results; then all from a user message on.
+        starts = [p for p in range(users[-1] + 1, len(path)) if roles[p] == "assistant"] if users else []
+        kept_messages = [[*path[:system], path[users[-1]], *path[start:]] for start in reversed(starts)]
+        kept_messages += [path[:system] + path[start:] for start in reversed(users)]
+        for kept in [*kept_messages, path]:
             part = Dialogue(id=0, messages=tuple(dialogue.messages[i] for i in kept))
             yield oracles.response(part, len(kept) - 1, family)
 
@@ -140,6 +136,8 @@ class SplitTest(parameterized.TestCase):
             self.assertLessEqual(len(used), 1)
             fits = len(histories[0].prompt + histories[0].tokens) <= max_length
             self.assertEqual(bool(used), fits)
+            if len(histories[-1].prompt + histories[-1].tokens) <= max_length:  # its history is complete
+                self.assertEqual(used, [behind[tuple(histories[-1].prompt)]])
             for one in used:
                 trained.add(message)
                 for n, token in enumerate(one.tokens):

@@ -15,7 +15,7 @@ from dialog_jax.model import decoder
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import oracles
 from tests.rendering import chat_templates

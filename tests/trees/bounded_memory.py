@@ -12,7 +12,7 @@ from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import disk_cache
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 
 _TEMPLATE = """\
 {%- for message in messages %}{{ message.content }}{{ '<end>' if message.role == 'assistant' }}{% endfor -%}"""

@@ -8,8 +8,8 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering import sequences as sequences_lib
-from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees import dataset, dialogue_trees
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import oracles
 from tests.rendering import chat_templates
@@ -132,7 +132,7 @@ class PrepareTest(parameterized.TestCase):
             prepare([said(("user", "a"), ("assistant", "b", 0)), said(("user", "a"), id=1)])
 
     def test_an_unknown_truncation_lists_those_there_are(self):
-        with self.assertRaisesRegex(ValueError, "truncate is 'cut'; it must be one of turns, drop, split, error"):
+        with self.assertRaisesRegex(ValueError, "truncate is 'cut'; it must be one of split, turns, drop, error"):
             prepare([turns(1)], truncate="cut")
 
     def test_a_template_s_refusal_is_passed_on(self):
@@ -142,24 +142,59 @@ class PrepareTest(parameterized.TestCase):
 
 class TruncateTest(parameterized.TestCase):
     @parameterized.product(family=("chatml", "qwen3"), seed=(0, 1, 2, 3))
-    def test_turns_keeps_the_longest_prefix_that_fits(self, family, seed):
+    def test_turns_keeps_the_responses_that_fit(self, family, seed):
         rng = np.random.default_rng(seed)
         dialogue = chat_templates.random_dialogue(rng, turns=6, system=True, reasoning=family == "qwen3")
         pairs = list(sequences_of(dialogue, family))
-        sizes = [tree_size(pairs[: n + 1]) for n in range(6)]
+        sizes = [len(prompt) + len(response) for prompt, response in pairs]
         for max_length in {*sizes, *(size - 1 for size in sizes)}:
-            fitting = sum(size <= max_length for size in sizes)
+            fitting = {turn for turn, size in enumerate(sizes) if size <= max_length}
             if not fitting:
                 with self.assertRaisesRegex(ValueError, f"within {max_length:,} tokens"):
-                    prepare([dialogue], family=family, max_length=max_length)
+                    prepare([dialogue], family=family, max_length=max_length, truncate="turns")
                 continue
-            trees = prepare([dialogue], family=family, max_length=max_length)
-            self.assertLen(trees.tokens, sizes[fitting - 1])
-            self.assertEqual(set(trees.turn[trees.weight > 0]), set(range(fitting)))
+            trees = prepare([dialogue], family=family, max_length=max_length, truncate="turns")
+            size = tree_size([pairs[turn] for turn in fitting])
+            self.assertEqual(len(trees.tokens) - trees.report.repeated, size)
+            self.assertLessEqual(trees.sizes()[0].max(), max_length)
+            self.assertEqual(set(trees.turn[trees.weight > 0]), fitting)
             report = trees.report
-            self.assertEqual((report.turns, report.turns_cut, report.shortened), (fitting, 6 - fitting, fitting < 6))
+            self.assertEqual(
+                (report.turns, report.turns_cut, report.cut), (len(fitting), 6 - len(fitting), len(fitting) < 6)
+            )
 
-    def test_last_trains_the_last_response_that_fits_and_counts_its_own_sequence_only(self):
+    @parameterized.parameters("turns", "split", "drop", "error")
+    def test_tree_larger_than_a_row_is_divided_and_loses_nothing(self, truncate):
+        """Six turns of 60 words of reasoning, which history drops: no sequence is long, and the tree is."""
+        messages = [
+            (role, text)
+            for turn in range(6)
+            for role, text in (
+                ("user", f"ask {turn}"),
+                ("assistant", f"<think>\n{' '.join(['so'] * 60)} {turn}\n</think>\n\nreply {turn}."),
+            )
+        ]
+        dialogue = said(*messages)
+        pairs = list(sequences_of(dialogue, "qwen3"))
+        max_length = max(len(prompt) + len(response) for prompt, response in pairs)
+        trees = prepare([dialogue], family="qwen3", max_length=max_length, truncate=truncate)
+        self.assertGreater(tree_size(pairs), 3 * max_length)
+        self.assertLessEqual(trees.sizes()[0].max(), max_length)
+        found = collections.Counter()
+        for number in range(len(trees)):
+            tree = trees.tree(number)
+            for node in np.flatnonzero(tree.weight > 0).tolist():
+                found[tuple(tree.tokens[oracles.context(tree, node)].tolist())] += 1
+        expected = {tuple((p + r)[:stop]) for p, r in pairs for stop in range(len(p) + 1, len(p + r) + 1)}
+        self.assertEqual(found, dict.fromkeys(expected, 1))
+        report = trees.report
+        self.assertEqual((report.turns, report.turns_cut, report.turns_shortened), (6, 0, 0))
+        self.assertEqual((report.divided, report.parts), (1, len(trees)))
+        self.assertBetween(report.parts_needed, 3, len(trees))
+        self.assertEqual(report.repeated, len(trees.tokens) - tree_size(pairs))
+        self.assertIn(f"1 trees larger than a row, divided into {len(trees)} (at least", str(report))
+
+    def test_last_counts_its_own_sequence_only(self):
         dialogue = chat_templates.random_dialogue(np.random.default_rng(0), turns=5, reasoning=True)
         prompt, response = list(sequences_of(dialogue, "qwen3"))[-1]
         lengths = [len(p) + len(r) for p, r in sequences_of(dialogue, "qwen3")]
@@ -215,7 +250,7 @@ class SplitTest(parameterized.TestCase):
         self.assertLessEqual(trees.sizes()[0].max(), max_length)
         self.assertEqual(set(trees.ids), {0})
         report = trees.report
-        self.assertEqual((report.turns, report.turns_cut, report.split), (25, 0, 1))
+        self.assertEqual((report.turns, report.turns_cut, report.shortened), (25, 0, 1))
         system, asked = "<|im_start|>system\nBe kind.<|im_end|>\n", 0
         for text in texts:
             self.assertStartsWith(text, system + "<|im_start|>user\nask ")
@@ -242,7 +277,7 @@ class SplitTest(parameterized.TestCase):
         found, texts = self.responses(trees)
         self.assertEqual(found, [(n + (n > 2), f"reply {n}.<|im_end|>") for n in range(6)])
         self.assertNotIn("too late", "".join(texts))
-        self.assertEqual((trees.report.turns, trees.report.turns_cut, trees.report.split), (6, 1, 1))
+        self.assertEqual((trees.report.turns, trees.report.turns_cut, trees.report.shortened), (6, 1, 1))
 
     def test_untrained_turns_before_a_response_do_not_make_it_too_long(self):
         silent = [m for n in range(20) for m in (("user", f"ask {n} you you"), ("assistant", f"no {n}.", 0))]
@@ -257,7 +292,7 @@ class SplitTest(parameterized.TestCase):
         trees = prepare([dialogue], family="qwen3", truncate="split", max_length=300)
         tokenizer = chat_templates.train_tokenizer("qwen3")
         expected = [(n, tokenizer.decode(r)) for n, (_, r) in enumerate(sequences_of(dialogue, "qwen3"))]
-        self.assertEqual(self.responses(trees, "qwen3")[0], expected)
+        self.assertEqual(sorted(self.responses(trees, "qwen3")[0]), expected)
         self.assertGreater(len(trees), 1)
         self.assertLessEqual(trees.sizes()[0].max(), 300)
 
@@ -300,11 +335,11 @@ class SplitTest(parameterized.TestCase):
 
 class ReportTest(absltest.TestCase):
     def test_report_with_a_file_of_names_counts_and_points_to_it(self):
-        counts = {"dialogues": 9, "trees": 9, "tokens": 90, "targets": 9, "turns": 9, "shortened": 2}
-        report = dataset.make_report(counts, {"shortened": ["dialogue a", "dialogue b"]})
-        self.assertIn("2 shortened: dialogue a; dialogue b (raise max_length", str(report))
+        counts = {"dialogues": 9, "trees": 9, "tokens": 90, "targets": 9, "turns": 9, dialogue_trees.CUT: 2}
+        report = dataset.make_report(counts, {dialogue_trees.CUT: ["dialogue a", "dialogue b"]})
+        self.assertIn("2 with responses left out: dialogue a; dialogue b (raise max_length", str(report))
         text = report.format("trees/*/report.json")
-        self.assertIn("2 shortened, listed in trees/*/report.json (raise max_length", text)
+        self.assertIn("2 with responses left out, listed in trees/*/report.json (raise max_length", text)
         self.assertNotIn("dialogue a", text)
 
 

@@ -23,7 +23,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.trees import chunks as chunks_lib
 from dialog_jax.trees import dataset, disk_cache, teacher_file, worker_pool
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from tests.rendering import chat_templates
 from tests.trees import teacher_test
 from tests.trees.dataset_test import said, turns

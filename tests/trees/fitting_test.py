@@ -43,56 +43,62 @@ def fitted(turns, max_length, *, system=True):
     """The excerpt of a dialogue with the sequences that fit a tree."""
     (excerpt,) = fitting.unfold(dialogue(turns, system=system), _OBJECTIVE)
     (sequences,) = renderer().render([excerpt.dialogue], max_length=max_length)
-    (selected,) = fitting.select_fitting([sequences], _OBJECTIVE, max_length)
-    return excerpt._replace(sequences=selected)
+    return excerpt._replace(sequences=list(sequences))
 
 
 def words(excerpt):
     return [message.content.split()[0] for message in excerpt.dialogue.messages]
 
 
-class SplitExcerptTest(parameterized.TestCase):
+class ShortenHistoriesTest(parameterized.TestCase):
     def test_picture(self):
         excerpt = fitted(6, 100)
-        first, second = fitting.split_excerpt(excerpt, renderer(), _OBJECTIVE, 100)
-        self.assertEqual(first, excerpt)
-        self.assertEqual(list(first.response_turns.values()), [0, 1, 2, 3])
-        self.assertEqual(words(second), ["s0", "u3", "a3", "u4", "a4", "u5", "a5"])
-        self.assertEqual([message.weight for message in second.dialogue.messages], [0, 0, 0, 1, 1, 1, 1])
-        self.assertEqual(second.original_indices, (0, 7, 8, 9, 10, 11, 12))
-        self.assertEqual(second.context_messages, 3)
-        self.assertEqual(second.response_turns, {10: 4, 12: 5})
-        self.assertEqual(len(second.sequences[-1].tokens), 70)
+        self.assertEqual(list(excerpt.response_turns.values()), [0, 1, 2, 3])
+        (shorter,) = fitting.shorten_histories(excerpt, renderer(), _OBJECTIVE, 100)
+        self.assertEqual(words(shorter), ["s0", "u3", "a3", "u4", "a4", "u5", "a5"])
+        self.assertEqual([message.weight for message in shorter.dialogue.messages], [0, 0, 0, 1, 1, 1, 1])
+        self.assertEqual(shorter.original_indices, (0, 7, 8, 9, 10, 11, 12))
+        self.assertEqual(shorter.response_turns, {10: 4, 12: 5})
+        self.assertEqual(len(shorter.sequences[-1].tokens), 70)
+
+    def test_under_joint_messages_of_an_earlier_sequence_are_context(self):
+        objective = ObjectiveConfig(name="joint")
+        (shorter,) = fitting.shorten_histories(fitted(6, 100), renderer(), objective, 100)
+        self.assertEqual(shorter.context, {0, 1, 2})  # s0 u3 a3; u4 is in no sequence that fits
 
     @parameterized.product(turns=(3, 7, 12), max_length=(45, 70, 100), system=(False, True))
     def test_every_response_is_trained_once_within_the_length(self, turns, max_length, system):
-        parts = fitting.split_excerpt(fitted(turns, max_length, system=system), renderer(), _OBJECTIVE, max_length)
-        trained = [turn for part in parts for turn in part.response_turns.values()]
+        excerpt = fitted(turns, max_length, system=system)
+        shorter = fitting.shorten_histories(excerpt, renderer(), _OBJECTIVE, max_length)
+        trained = [turn for part in (excerpt, *shorter) for turn in part.response_turns.values()]
         self.assertEqual(trained, list(range(turns)))
-        for part in parts:
+        for part in shorter:
             self.assertLessEqual(len(part.sequences[-1].tokens), max_length)
-        for part in parts[1:]:  # the prompt of the first new response
+            # The prompt of the first response.
             self.assertLessEqual(part.sequences[0].start, max(max_length // 2, 10 * system + 10 + 1))
 
-    def test_a_response_that_fits_nowhere_is_left_out(self):
-        self.assertEmpty(fitting.split_excerpt(fitted(2, 15), renderer(), _OBJECTIVE, 15))
+    def test_response_that_fits_nowhere_is_left_out(self):
+        self.assertEmpty(fitting.shorten_histories(fitted(2, 15), renderer(), _OBJECTIVE, 15))
 
-
-class SelectFittingTest(absltest.TestCase):
-    def test_sequences_are_a_prefix_of_those_of_their_path(self):
-        self.assertLen(fitted(6, 100).sequences, 4)
-        self.assertLen(fitted(6, 89).sequences, 3)
-        self.assertLen(fitted(6, 130).sequences, 6)
-
-    def test_paths_share_what_they_have_in_common(self):
-        (sequences,) = renderer().render([dialogue(2)])
-        first, second = list(sequences)
-        self.assertEqual((len(first.tokens), len(second.tokens)), (30, 50))
-        self.assertEqual(fitting.count_new_tokens(second, [first]), 20)
-        selected = fitting.select_fitting([[first], [first, second]], _OBJECTIVE, 50)
-        self.assertEqual([len(some) for some in selected], [1, 2])
-        selected = fitting.select_fitting([[first], [first, second]], _OBJECTIVE, 49)
-        self.assertEqual([len(some) for some in selected], [1, 1])
+    def test_history_within_a_turn_keeps_the_user_message_and_whole_calls(self):
+        """u0, then four times a call and its two results, and the answer: 160 tokens, and 110 fit."""
+        messages = [ten_tokens("system", "s0"), ten_tokens("user", "u0")]
+        for call in range(4):
+            messages += [ten_tokens("assistant", f"a{call}"), *[ten_tokens("tool", f"u{call + 1}")] * 2]
+        messages.append(ten_tokens("assistant", "a8"))
+        (excerpt,) = fitting.unfold(Dialogue(id=0, messages=tuple(messages)), _OBJECTIVE)
+        (sequences,) = renderer().render([excerpt.dialogue], max_length=110)
+        excerpt = excerpt._replace(sequences=list(sequences))
+        self.assertEqual(list(excerpt.response_turns), [2, 5, 8])
+        shorter = fitting.shorten_histories(excerpt, renderer(), _OBJECTIVE, 110)
+        self.assertEqual(
+            [words(part)[: part.sequences[-1].message_index + 1] for part in shorter],
+            [
+                ["s0", "u0", "a1", "u2", "u2", "a2", "u3", "u3", "a3"],
+                ["s0", "u0", "a2", "u3", "u3", "a3", "u4", "u4", "a8"],
+            ],
+        )
+        self.assertEqual([part.response_turns for part in shorter], [{11: 3}, {14: 4}])
 
 
 class UnfoldTest(absltest.TestCase):
@@ -103,7 +109,7 @@ class UnfoldTest(absltest.TestCase):
         first, second = fitting.unfold(tree, _OBJECTIVE)
         self.assertEqual((words(first), words(second)), (["u0", "a0", "u1"], ["u0", "a2", "u2"]))
         self.assertEqual((first.original_indices, second.original_indices), ((0, 1, 2), (0, 3, 4)))
-        self.assertEqual((first.context_messages, second.context_messages), (0, 1))
+        self.assertEqual((first.context, second.context), (frozenset(), {0}))
         self.assertEqual([message.weight for message in second.dialogue.messages], [0, 1, 1])
 
 

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering import sequences
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from tests.rendering import chat_templates
 from tests.trees.dataset_test import contexts, prepare, sequences_of
 
@@ -216,11 +216,11 @@ class TruncationTest(parameterized.TestCase):
 
     def test_split_trains_what_turns_cuts(self):
         dialogue = random_tree(5, messages=24)
-        size = len(prepare([dialogue]).tree(0).tokens)
-        cut, split = (prepare([dialogue], max_length=size // 2, truncate=how).report for how in ("turns", "split"))
+        longest = int(prepare([dialogue]).tree(0).position.max()) + 1
+        cut, split = (prepare([dialogue], max_length=longest - 1, truncate=how).report for how in ("turns", "split"))
         self.assertGreater(split.turns, cut.turns)
         self.assertEqual(split.turns, sum(m.role == "assistant" for m in dialogue.messages))
-        self.assertEqual((split.split, split.turns_cut), (1, 0))
+        self.assertEqual((split.shortened, split.turns_cut), (1, 0))
 
     def test_error_and_drop(self):
         dialogue = random_tree(0)

@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.rendering import sequences
 from dialog_jax.trees import dataset
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.rendering import chat_templates
 

@@ -18,7 +18,7 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import dataset, disk_cache, prefix_tree, teacher_file
-from dialog_jax.trees.chunks import TreeConfig
+from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import oracles
 from tests.rendering import chat_templates
