@@ -3,6 +3,7 @@
 What such a key plainly says is done; a key that speaks of loss or weights in another way is refused by name.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -53,6 +54,8 @@ def parse_weight(item: Mapping[str, Any], where: str) -> float:
     Raises:
       UserError: a value is not what its key needs, or two keys contradict each other.
     """
+    if not has_weight(item):
+        return 1.0
     switches = {key: _read_switch(item, key, where) for key in (*SWITCHES, *OPPOSITES) if item.get(key) is not None}
     numbers = {key: _read_number(item, key, where) for key in WEIGHTS if item.get(key) is not None}
     for values in (switches, numbers):
@@ -65,7 +68,7 @@ def parse_weight(item: Mapping[str, Any], where: str) -> float:
 
 def has_weight(item: Mapping[str, Any]) -> bool:
     """Returns whether a key of the item gives its weight."""
-    return any(item.get(key) is not None for key in KEYS)
+    return any(item[key] is not None for key in KEYS & item.keys())
 
 
 def multiply(weight: float, factor: float, where: str) -> float:
@@ -82,13 +85,19 @@ def check_keys(item: Mapping[str, Any], where: str, *, is_record: bool = False) 
     for key, value in item.items():
         if not isinstance(key, str) or key in KEYS or value is None:
             continue
-        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)}
+        words = _split_words(key)
         if words & _LOSS_WORDS and (not is_record or words <= _LOSS_WORDS | _OTHER_WORDS):
             raise UserError(
                 f"{where} has {key!r} {quote(value)}, which speaks of the loss and is not supported. Write "
                 f"{', '.join(WEIGHTS[:1])} (a number), or train (true or false), for a record, a message, or a part of "
                 "a message's content; or rename it if it means something else."
             )
+
+
+@functools.lru_cache(maxsize=4096)
+def _split_words(key: str) -> frozenset[str]:
+    """Returns the words of a key, in small letters: those of `lossMask` and `loss_mask` are loss and mask."""
+    return frozenset(word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key))
 
 
 def _read_switch(item: Mapping[str, Any], key: str, where: str) -> bool:
