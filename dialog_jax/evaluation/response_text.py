@@ -138,7 +138,7 @@ def _find_rendered(dialogue: Dialogue, index: int, prompt: str, history: str, te
     """Returns what follows the prompt; or else the last place that ends as the prompt does from its last content on.
 
     If that is empty, the place ends as much as possible as the prompt does, special tokens included. The end of the
-    message before may differ, but not what the generation prompt adds.
+    message before may be shorter, but not what the generation prompt adds.
     """
     if text.startswith(prompt):
         return text[len(prompt) :]
@@ -153,8 +153,7 @@ def _find_rendered(dialogue: Dialogue, index: int, prompt: str, history: str, te
     header = prompt[len(history) :] if prompt.startswith(history) else ""
     if content and header.strip() and content in text:
         end, _, response = text[text.rfind(content) + len(content) :].partition(header)
-        usual = ending.removeprefix(content).removesuffix(header)
-        if response and (usual.startswith(end) or end.startswith(usual)):
+        if response and ending.removeprefix(content).removesuffix(header).startswith(end):
             return response
     raise UserError(
         f"{dialogue.name}: with message {index} the chat template renders no continuation of its prompt, so no "

@@ -89,8 +89,7 @@ class ResponseFinder:
             if rest.startswith(prompt_end):
                 return Response(rest.removeprefix(prompt_end), changes_history=True)
             end, found, response = rest.partition(header) if header.strip() else ("", "", "")
-            full_end = prompt_end.removesuffix(header)
-            if found and (full_end.startswith(end) or end.startswith(full_end)):  # only the message's end differs
+            if found and prompt_end.removesuffix(header).startswith(end):  # the rendering leaves out the message's end
                 return Response(response, changes_history=True)
         difference = _describe_difference(self._escaper.unescape(prompt), self._escaper.unescape(rendered))
         raise UserError(

@@ -369,15 +369,18 @@ class ChangedHistoryTest(parameterized.TestCase):
             render(make_tokenizer(family), dialogue)
 
     def test_messages_that_are_merged_are_refused(self):
-        template = (
+        special = (
             "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}"
             "{{ '<|' + m.role + '|>' }}{% endif %}{{ m.content }}{% if loop.last or "
             "m.role != messages[loop.index0 + 1].role %}<|end|>{% endif %}{% endfor %}"
             "{{ '<|assistant|>' if add_generation_prompt }}"
         )
-        dialogue = make_dialogue(("user", "a"), ("assistant", "b"), ("assistant", "c"))
-        with self.assertRaisesRegex(UserError, "with message 2 .*merge assistant messages"):
-            render(make_tokenizer(template), dialogue)
+        plain = special.replace("<|end|>", "").replace("<|' + m.role + '|>", "' + m.role + ': ")
+        plain = plain.replace("<|assistant|>", "assistant: ")
+        for template, last in ((special, "c"), (plain, "c"), (plain, "c assistant: d")):
+            dialogue = make_dialogue(("user", "a"), ("assistant", "b"), ("assistant", last))
+            with self.assertRaisesRegex(UserError, "with message 2 .*merge assistant messages"):
+                render(make_tokenizer(template), dialogue)
 
 
 class VerbatimTest(parameterized.TestCase):
