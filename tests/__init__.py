@@ -1,27 +1,36 @@
 """Settings of every test: eight CPU devices, checked shapes, no implicit rank promotion, quick compilation.
 
 Set here, before any test imports JAX, so that `pytest` and `python -m tests.trees.prefix_tree_test` see the same. XLA
-optimizes nothing, because compiling takes longer than running. Each program is compiled once for all processes of a
-test run. Programs are kept in a directory that is removed at its end: another CPU must not load them.
+optimizes nothing, because compiling takes longer than running, unless XLA_FLAGS sets a level of optimization. Each
+program is compiled once for all processes of a test run. Programs are kept in a directory that is removed at its end:
+another CPU must not load them.
 """
 
 # ruff: noqa: E402
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-_FLAGS = {
-    "--xla_force_host_platform_device_count": "8",
-    "--xla_backend_optimization_level": "0",
-    "--xla_llvm_disable_expensive_passes": "true",
-}
+_QUICK_COMPILATION = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # The emitters that generate code for each fusion take three quarters of the time. Later releases have no others.
+    _QUICK_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")
 
-_given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join(
-    [_given, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
-)
+_COUNT = "--xla_force_host_platform_device_count"
+_shared_flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_COUNT)]
+if not any(flag.startswith("--xla_backend_optimization_level") for flag in _shared_flags):
+    _shared_flags += _QUICK_COMPILATION
+
+
+def xla_flags(*, devices: int) -> str:
+    """Returns XLA_FLAGS for a process of a test with this number of CPU devices."""
+    return " ".join([*_shared_flags, f"{_COUNT}={devices}"])
+
+
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # inherited by pytest's workers and by processes of tests

@@ -19,6 +19,7 @@ import nbclient
 import nbformat
 from absl.testing import absltest, parameterized
 
+import tests
 from dialog_jax.training import metrics
 from tests.experiments import tiny_run
 
@@ -72,7 +73,7 @@ class ExecutedTest(absltest.TestCase):
         cls.before = files_of(_ROOT)
         # One device, as a person has it, not the eight of the tests.
         environment = os.environ | {
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": tests.xla_flags(devices=1),
             "PYTHONPATH": str(_ROOT),
             "IPYTHONDIR": str(cls.directory / "ipython"),
         }

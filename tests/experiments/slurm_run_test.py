@@ -8,6 +8,7 @@ import threading
 
 from absl.testing import absltest
 
+import tests
 from dialog_jax.training import metrics
 from tests.experiments import tiny_run
 from tests.experiments.stand_ins import SRUN, StandInsTest
@@ -28,7 +29,7 @@ class SlurmRunTest(StandInsTest):
             "SLURM_JOB_ID": str(os.getpid()),  # JAX makes its port of it
             "PYTHON": sys.executable,
             "PYTHONPATH": str(_ROOT),
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": tests.xla_flags(devices=1),
         }
 
     def submit(self):

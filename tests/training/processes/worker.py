@@ -34,10 +34,13 @@ _SIGNALS = {
 
 
 def troubled(step, kind):
-    """A patch of `metrics` that slows a process down and makes trouble for it at `step`."""
+    """A patch of `metrics` that slows a process down and makes trouble for it at `step`.
+
+    JAX's runtime looks for a signal once a second, which the run must not end before.
+    """
 
     def train(writer, number, figures):
-        time.sleep(0.1)
+        time.sleep(0.3)
         if number == step:
             if kind not in _SIGNALS:
                 raise RuntimeError("trouble")
