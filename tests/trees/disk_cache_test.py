@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -73,15 +74,23 @@ def together(count):
     return mock.patch.object(chunks_lib, "_MAX_DIALOGUES", count)
 
 
-def build_in_small_chunks(directory, dialogues):
-    """In a process of its own; leaves a file for each process that builds."""
+def build_in_small_chunks(directory, dialogues, *, barrier=None, stop=None):
+    """In a process of its own; leaves a file for each process that builds.
+
+    Begins when all processes have come to `barrier`, and waits to be killed when it has read `stop` dialogues.
+    """
+    given = arguments()
+    if barrier:
+        barrier.wait(timeout=60)
 
     def read():
         (pathlib.Path(directory) / f"made by {os.getpid()}").touch()
-        yield from dialogues
+        yield from dialogues[:stop]
+        if stop:
+            signal.pause()
 
     with together(16):
-        disk_cache.load_or_build(directory, {"a": 1}, read(), *arguments()[:2], workers=0, seconds=0.0)
+        disk_cache.load_or_build(directory, {"a": 1}, read(), given.renderer, given.config, workers=0, seconds=0.0)
 
 
 class StorageTest(parameterized.TestCase):
@@ -239,9 +248,9 @@ class StorageTest(parameterized.TestCase):
 
     @pytest.mark.full
     def test_a_killed_build_leaves_its_lock_and_the_next_one_goes_on(self):
-        dialogues = [turns(2 + n % 3, id=n) for n in range(1000)]
+        dialogues = [turns(2 + n % 3, id=n) for n in range(60)]
         process = multiprocessing.get_context("spawn").Process(
-            target=build_in_small_chunks, args=(str(self.directory / "trees"), dialogues)
+            target=build_in_small_chunks, args=(str(self.directory / "trees"), dialogues), kwargs={"stop": 40}
         )
         process.start()
         deadline = time.monotonic() + 60
@@ -256,10 +265,15 @@ class StorageTest(parameterized.TestCase):
 
     @pytest.mark.full
     def test_of_two_processes_one_builds_and_the_other_waits(self):
-        dialogues = [turns(2 + n % 3, id=n) for n in range(200)]
+        dialogues = [turns(2 + n % 3, id=n) for n in range(100)]
         context = multiprocessing.get_context("spawn")
+        barrier = context.Barrier(2)
         others = [
-            context.Process(target=build_in_small_chunks, args=(str(self.directory / "trees"), dialogues))
+            context.Process(
+                target=build_in_small_chunks,
+                args=(str(self.directory / "trees"), dialogues),
+                kwargs={"barrier": barrier},
+            )
             for _ in range(2)
         ]
         for other in others:
@@ -342,11 +356,11 @@ class BoundedMemoryTest(absltest.TestCase):
         program = pathlib.Path(__file__).with_name("bounded_memory.py")
         environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
         done = subprocess.run(
-            [sys.executable, str(program), directory, "12"], capture_output=True, text=True, env=environment
+            [sys.executable, str(program), directory, "8"], capture_output=True, text=True, env=environment
         )
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         limit, stored, trees, tokens, whole = done.stdout.split()
-        self.assertEqual(int(limit), 12 << 20)
+        self.assertEqual(int(limit), 8 << 20)
         self.assertGreaterEqual(int(stored), 20 * int(limit))
         self.assertEqual(int(tokens) * 24, int(stored))  # every token was in a batch
         self.assertGreater(int(trees), 1000)
