@@ -92,15 +92,17 @@ def _silence(descriptors: Sequence[int]) -> None:
 def listen() -> Iterator[Listener]:
     """Receives SIGINT, SIGTERM and SIGHUP; does nothing outside the main thread, where Python receives no signals.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    SIGHUP stays ignored under nohup. SIGINT is received even if a shell that started this process in the background had
+    it ignored.
     """
     single_process = jax.process_count() == 1
     listener = Listener(single_process=single_process)
     if threading.current_thread() is not threading.main_thread():
         yield listener
         return
-    numbers = [signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if single_process else [])]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [signal.SIGINT, *([signal.SIGTERM] if single_process else [])]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, listener.handle) for number in numbers}
     try:
         yield listener

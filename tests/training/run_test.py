@@ -588,7 +588,7 @@ class RunTest(parameterized.TestCase):
         model = tiny.config(100)
         tokenizer = chat_templates.train_tokenizer("chatml")
         pretrained.save_pretrained(self.directory / "small", model, tiny.parameters(model), tokenizer=tokenizer)
-        with self.assertRaisesRegex(ValueError, r"token ids up to 511 .*vocabulary has 100"):
+        with self.assertRaisesRegex(ValueError, r"token ids up to 511 .*embedding has 100 rows"):
             self.run_in("run", model=str(self.directory / "small"))
 
     def test_rows_that_do_not_divide_over_devices_are_refused(self):

@@ -31,6 +31,7 @@ class HangupTest(absltest.TestCase):
         file = pathlib.Path(self.create_tempdir().full_path) / "received"
         process, terminal = pty.fork()
         if not process:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
             os.execv(sys.executable, [sys.executable, "-c", _LISTENING, str(file)])
         output = b""
         while b"ready" not in output:
