@@ -22,9 +22,10 @@ from dialog_jax.audit.row_lengths import Fill, Measure, Spread
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.schemas import ROLES
 from dialog_jax.errors import UserError
-from dialog_jax.rendering import special_tokens
+from dialog_jax.rendering import special_tokens, written
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import weighting
+from dialog_jax.rendering.written import ResponseLost
+from dialog_jax.trees import dialogue_trees, weighting
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.prefix_tree import Tree
@@ -161,9 +162,7 @@ def make_audit(
         rendered = inspection.render_dialogues(dialogues, renderer, config.objective)
         for dialogue, excerpts in zip(dialogues, rendered, strict=True):
             if isinstance(excerpts, UserError):
-                kind = (
-                    "needs_verbatim" if inspection.needs_verbatim(dialogue, renderer, config.objective) else "refused"
-                )
+                kind = _classify_refusal(excerpts, dialogue, renderer, config)
                 tally.findings.add(f"{kind}{suffix}", str(excerpts))
             else:
                 contents += _add_dialogue(tally, dialogue, excerpts)
@@ -173,6 +172,13 @@ def make_audit(
     if not tally.counts["records"]:
         raise UserError("there is no record; needed at least one dialogue. Check that the file is complete.")
     return _summarize(tally)
+
+
+def _classify_refusal(error: UserError, dialogue: Dialogue, renderer: Renderer, config: TreeConfig) -> str:
+    """Returns the kind of finding of a dialogue that cannot be rendered."""
+    if isinstance(error, ResponseLost):
+        return "lost"
+    return "needs_verbatim" if inspection.needs_verbatim(dialogue, renderer, config.objective) else "refused"
 
 
 def _add_dialogue(tally: _Tally, dialogue: Dialogue, excerpts: Sequence[Excerpt]) -> list[tuple[str, str]]:
@@ -195,10 +201,9 @@ def _add_dialogue(tally: _Tally, dialogue: Dialogue, excerpts: Sequence[Excerpt]
     tally.tree_tokens.append((len(tree.tokens), dialogue.name))
     tally.counts["targets"] += int((tree.weight > 0).sum())
     tally.roles["responses"] += int((tree.turn >= 0).sum())
-    rendered, missing = inspection.split_by_rendered(excerpts, sequences, tally.tools.renderer)
-    for index, message in missing:
-        if message.role != "assistant":  # its reasoning may be missing in history
-            tally.findings.add("not_written", f"{dialogue.name}: message {index} ({message.role})")
+    for kind, place in dialogue_trees.list_unwritten(excerpts):
+        tally.findings.add(f"{kind}_not_written", f"{dialogue.name}: {place}")
+    rendered = inspection.select_rendered(excerpts, sequences, tally.tools.renderer)
     return [(message.role, message.content) for message in rendered]
 
 
@@ -222,7 +227,7 @@ def _add_messages(tally: _Tally, dialogue: Dialogue, sequences: Sequence[Supervi
         calls = message.fields.get("tool_calls", ())
         if any(isinstance(call["function"].get("arguments"), str) for call in calls):
             tally.findings.add("text_arguments", where)
-        if index in responses and not message.content.strip() and not calls:
+        if index in responses and not written.says_something(message):
             tally.findings.add("empty", where)
     tally.counts["untrained"] += sum(
         message.role == "assistant" and index not in responses for index, message in enumerate(dialogue.messages)

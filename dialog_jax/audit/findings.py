@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from dialog_jax.rendering import written
+
 LEVELS = ("error", "warning", "note")
 _MAX_PLACES = 10  # of each kind
 
@@ -59,6 +61,18 @@ _KINDS = {
         "dialogues whose responses the chat template does not render as a continuation of their prompts",
         "records",
         "They are left out, as data.on_error says. Set data.responses=verbatim, which trains them as recorded.",
+    ),
+    "lost": _Kind(
+        "error",
+        "dialogues with a response of which the chat template writes nothing that its message says",
+        "records",
+        "Training stops at the first. Pass a chat template that writes it, or set data.on_error=skip.",
+    ),
+    "lost_skipped": _Kind(
+        "warning",
+        "dialogues with a response of which the chat template writes nothing that its message says",
+        "records",
+        "They are left out, as data.on_error says. Pass a chat template that writes it.",
     ),
     "nothing": _Kind(
         "error",
@@ -146,9 +160,35 @@ _KINDS = {
         "responses",
         "They teach the model to end its turn at once. Remove them, or set their weight to 0.",
     ),
-    "not_written": _Kind(
+    "content_not_written": _Kind(
         "warning",
-        "messages whose content the chat template does not render unchanged",
+        written.KINDS["content"][0],
+        "responses",
+        "The model learns something else. Set data.responses=verbatim unless they have tool calls, or pass another "
+        "chat template.",
+    ),
+    "reasoning_not_written": _Kind(
+        "warning",
+        written.KINDS["reasoning"][0],
+        "responses",
+        "The model learns to answer without it. Set data.responses=verbatim, or pass another chat template.",
+    ),
+    "tool_calls_not_written": _Kind(
+        "warning",
+        written.KINDS["tool_calls"][0],
+        "responses",
+        "The model does not learn to make them. Pass a chat template that writes tool calls, or write them into the "
+        "content.",
+    ),
+    "tools_not_written": _Kind(
+        "warning",
+        written.KINDS["tools"][0],
+        "dialogues",
+        "The model does not see them. Pass a chat template that writes tools, or write them into the system message.",
+    ),
+    "message_not_written": _Kind(
+        "warning",
+        written.KINDS["message"][0],
         "messages",
         "The model sees something else in their place, or nothing. Use a chat template that supports their role.",
     ),

@@ -159,30 +159,25 @@ def find_divergences(
     return [*crossing.values(), *others]
 
 
-def split_by_rendered(
+def select_rendered(
     excerpts: Sequence[Excerpt], sequences: Sequence[SupervisedSequence], renderer: Renderer
-) -> tuple[list[Message], list[tuple[int, Message]]]:
-    """Returns (messages whose content the template renders; (original index, message) of those it does not).
+) -> list[Message]:
+    """Returns the messages of the tree that are not trained responses and whose content the template renders.
 
-    Covers the messages of the tree that are not trained responses. A content is rendered if the text contains it,
-    except for white space at its ends.
+    A content is rendered if the text contains it, except for white space at its ends.
     """
     excluded = set(weighting.select_responses(sequences))
-    rendered, missing = [], []
+    messages = []
     for excerpt in excerpts:
         ends = [one.sequence.message_index for one in sequences if one.excerpt is excerpt]
         full = min(ends, default=0) < 0
         count = len(excerpt.original_indices) if full else max(ends, default=0)
         text = renderer.render_text(excerpt.dialogue, count, add_generation_prompt=not full) if count else ""
         for index, message in zip(excerpt.original_indices[:count], excerpt.dialogue.messages, strict=False):
-            if index in excluded:
-                continue
+            if index not in excluded and message.content.strip() in text:
+                messages.append(message)
             excluded.add(index)  # another path may have the same message
-            if message.content.strip() in text:
-                rendered.append(message)
-            else:
-                missing.append((index, message))
-    return rendered, missing
+    return messages
 
 
 def describe_divergence(divergence: Divergence, renderer: Renderer) -> str:

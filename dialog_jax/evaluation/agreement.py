@@ -27,6 +27,7 @@ from dialog_jax.formats import tokenizer_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.written import ResponseLost
 from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
 from dialog_jax.trees import dataset, fitting
@@ -107,7 +108,11 @@ def _make_comparable_passes(
     agreement: Agreement,
 ) -> list[Pass]:
     """Returns the passes of the responses that one pass trains on in rows of `max_length`; notes what is left out."""
-    fitting_messages, one_pass_refusal = _try(_find_fitting_messages, dialogue, renderer, max_length)
+    try:
+        fitting_messages, one_pass_refusal = _try(_find_fitting_messages, dialogue, renderer, max_length)
+    except ResponseLost as error:  # K passes have tokens, but these are not worth training
+        agreement.left_out.append(f"refused: {error}")
+        return []
     passes, k_pass_refusal = _try(make_passes, dialogue)
     size = math.inf if bool(one_pass_refusal) != bool(k_pass_refusal) else 0.0
     agreement.findings["refusals"].add(
@@ -129,9 +134,11 @@ def _make_comparable_passes(
 
 
 def _try(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """Returns (result, "") or (None, message of the UserError)."""
+    """Returns (result, "") or (None, message of the UserError); raises `ResponseLost`."""
     try:
         return function(*arguments), ""
+    except ResponseLost:
+        raise
     except UserError as error:
         return None, str(error)
 

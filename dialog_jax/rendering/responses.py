@@ -12,8 +12,8 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate, ResponseFrame
 from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
+from dialog_jax.rendering.written import REASONING_FIELDS
 
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in the order of transformers
 _OPENING, _CLOSING = "<think>", "</think>"
 
 
@@ -164,7 +164,7 @@ class ResponseFinder:
 
 def _get_reasoning(message: Message) -> str:
     """Returns the reasoning that a message has in a field of its own, or an empty text."""
-    values = (message.fields.get(field) for field in _REASONING_FIELDS)
+    values = (message.fields.get(field) for field in REASONING_FIELDS)
     return next((value for value in values if isinstance(value, str) and value), "")
 
 

@@ -23,12 +23,14 @@ from transformers.utils import hub
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import written
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
 from dialog_jax.rendering.responses import ResponseFinder
-from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
+from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
+from dialog_jax.rendering.written import Unwritten
 
 _SHARED_PREFIXES_KEPT = 4096
 _CHARACTERS_PER_TOKEN = 6  # of max_length: how much of a text is tokenized at once; the rest is tokenized turn by turn
@@ -51,6 +53,9 @@ class RenderedSequence(NamedTuple):
     """Whether the rendering with the response does not begin with its prompt."""
     is_verbatim: bool = True
     """Whether the response is what is recorded."""
+    unwritten: tuple[Unwritten, ...] = ()
+    """What the template does not write: of the response in its text, of the tools and of messages that come after the
+    sequence before in the prompt."""
 
 
 class Renderer:
@@ -159,7 +164,7 @@ class Renderer:
         Raises:
           UserError: the template refuses a dialogue. While the iterators are read: no response continues its prompt,
             the template does not render weighted parts as they are, or (with `locate`) a message changes more than
-            its own part of the text.
+            its own part of the text. `ResponseLost`: the template writes nothing of what a response says.
         """
         dialogues = [self._escaper.escape_dialogue(dialogue) for dialogue in dialogues]
         texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
@@ -224,6 +229,8 @@ class Renderer:
             return spans
 
         roles = [message.role for message in dialogue.messages]
+        plain = self._escaper.unescape_dialogue(dialogue) if isinstance(dialogue, EscapedDialogue) else dialogue
+        checked = 0  # number of messages that were looked for in a prompt
         too_long = self._find_too_long(beginning, max_length)
         references = [beginning]
         for index, prompt, rendered in self._template.turns(dialogue):
@@ -246,14 +253,36 @@ class Renderer:
             turn = roles[:index].count("assistant")
             end = int(tokenized.ends[-1]) if len(tokenized.ends) else 0
             is_verbatim = self._finder.is_verbatim(dialogue, index, prompt, rendered, text[len(prompt) : end])
+            unwritten = written.find_unwritten(
+                plain,
+                index,
+                checked,
+                prompt=self._escaper.unescape(prompt),
+                response=self._escaper.unescape(text[len(prompt) : end]),
+                end=self._encoder.response_end,
+            )
+            checked = index
             yield RenderedSequence(
-                tokenized.ids, start, index, turn, message_spans, part_spans, response.changes_history, is_verbatim
+                tokenized.ids,
+                start,
+                index,
+                turn,
+                message_spans,
+                part_spans,
+                response.changes_history,
+                is_verbatim,
+                tuple(unwritten),
             )
         if full:
             tokenized = self._encoder.tokenize_like(full_text, [beginning])
             if not max_length or len(tokenized.ids) <= max_length:
                 message_spans = find_new(tokenized, len(roles), is_prompt=False)
-                yield RenderedSequence(tokenized.ids, len(tokenized.ids), -1, -1, message_spans)
+                others = written.find_in_prompt(
+                    plain.messages, range(checked, len(roles)), self._escaper.unescape(full_text)
+                )
+                yield RenderedSequence(
+                    tokenized.ids, len(tokenized.ids), -1, -1, message_spans, unwritten=tuple(others)
+                )
 
     def _find_too_long(self, beginning: Tokenized, max_length: int) -> str:
         """Returns a beginning of the text such that every text that begins with it has over `max_length` tokens.

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import written
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.trees import dialogue_trees, fitting, prefix_tree, refusals
@@ -42,7 +43,7 @@ TREE_COLUMNS: dict[str, type[np.generic]] = {
 }
 _MAX_DIALOGUES = 256  # of a chunk
 _MAX_CHARACTERS = 1 << 18  # after which a chunk ends; its memory grows with them
-_MAX_NAMES = 1000  # dialogues named per reason
+_MAX_NAMES = 1000  # dialogues or places named per reason
 _Rendered = tuple[Dialogue, list[Excerpt]] | UserError
 
 
@@ -55,7 +56,8 @@ class Chunk(NamedTuple):
     """The id of each tree's dialogue."""
     counts: collections.Counter[str]
     named: dict[str, list[str]]
-    """The first dialogues of each reason why a dialogue is not trained on completely."""
+    """The first dialogues of each reason why a dialogue is not trained on completely, and the first places of each kind
+    of what the chat template does not write."""
     skipped: list[str]
     """The error of each record that is left out, in order; empty unless `TreeConfig.on_error` is `skip`."""
 
@@ -213,6 +215,8 @@ def _assemble(
             shared_prefix_lengths.append(_measure_shared_prefix(tree, prefix))
         for reason, detail in result.reasons:
             _add_name(counts, named, reason, dialogue.name + detail)
+        for kind, place in result.unwritten:
+            _add_name(counts, named, written.KINDS[kind][0], f"{dialogue.name}: {place}")
     columns = trees_to_columns(trees, shared_prefix_lengths)
     if teacher is not None:
         columns["teacher_row"] = np.concatenate([np.zeros(0, np.int64), *teacher_rows])

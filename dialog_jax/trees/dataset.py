@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int32, Int64
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import written
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import chunks, dialogue_trees
 from dialog_jax.trees.dialogue_trees import TreeConfig
@@ -24,7 +25,7 @@ _NAMES_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What became of a set of dialogues: counts, and in `named` the first dialogues of each reason."""
+    """What became of a set of dialogues: counts, and in `named` the first dialogues or places of each reason."""
 
     dialogues: int
     skipped: int
@@ -55,6 +56,8 @@ class Report:
     branching: int
     """Trees with branches: messages with several answers, or history that is rendered differently from how it was
     generated."""
+    unwritten: Mapping[str, int]
+    """How often the chat template does not write something that a record says, by kind (`written.KINDS`)."""
     named: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
@@ -87,6 +90,7 @@ class Report:
             (dialogue_trees.CUT, self.cut, "raise max_length, or set truncate to split"),
             (dialogue_trees.TOO_LONG, self.dropped_too_long, "raise max_length"),
             (dialogue_trees.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
+            *((what, self.unwritten[kind], remedy) for kind, (what, remedy) in written.KINDS.items()),
         ):
             file = skipped_file if reason == chunks.SKIPPED else names_file
             if count and file:
@@ -216,7 +220,7 @@ def check_not_empty(report: Report, config: TreeConfig) -> None:
 
 def make_report(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -> Report:
     """Returns the report of the counts and names of chunks."""
-    fields = [field.name for field in dataclasses.fields(Report) if field.name != "named"]
+    fields = [field.name for field in dataclasses.fields(Report) if field.name not in ("named", "unwritten")]
     reasons = {
         "skipped": chunks.SKIPPED,
         "shortened": dialogue_trees.SHORTENED,
@@ -225,7 +229,11 @@ def make_report(counts: Mapping[str, int], named: Mapping[str, Sequence[str]]) -
         "dropped_no_target": dialogue_trees.NO_TARGET,
     }
     keys = {field: reasons.get(field, field.replace("_", " ")) for field in fields}
-    return Report(named=dict(named), **{field: counts.get(key, 0) for field, key in keys.items()})
+    return Report(
+        named=dict(named),
+        unwritten={kind: counts.get(what, 0) for kind, (what, _) in written.KINDS.items()},
+        **{field: counts.get(key, 0) for field, key in keys.items()},
+    )
 
 
 def _make_trees(

@@ -76,6 +76,8 @@ class DialogueTrees(NamedTuple):
     `parts`, of which at least `parts needed` are needed, and the tokens that these repeat, `repeated`."""
     reasons: list[tuple[str, str]]
     """Why the dialogue is not trained on completely, each with a detail."""
+    unwritten: list[tuple[str, str]]
+    """What the chat template does not write of the dialogue: its kind (one of `written.KINDS`) and its place."""
 
 
 def fit(dialogue: Dialogue, excerpts: Sequence[Excerpt], renderer: Renderer, config: TreeConfig) -> Fit:
@@ -140,4 +142,19 @@ def build(dialogue: Dialogue, fitted: Fit, config: TreeConfig, teacher: TeacherF
                 np.where(part.weight > 0, rows[nodes], -1) for part, nodes in zip(part_trees, parts, strict=True)
             ]
     reasons = [(NO_TARGET, "")] if fitted.groups and not trees else fitted.reasons
-    return DialogueTrees(trees, teacher_rows, counts, reasons)
+    unwritten = list_unwritten([excerpt for group in fitted.groups for excerpt in group]) if trees else []
+    return DialogueTrees(trees, teacher_rows, counts, reasons, unwritten)
+
+
+def list_unwritten(excerpts: Sequence[Excerpt]) -> list[tuple[str, str]]:
+    """Returns (kind, place) of what the chat template does not write of a dialogue, once if excerpts share it.
+
+    [("tool_calls", "message 1: call 'tide'"), ("reasoning", "message 3")]
+    """
+    places: dict[tuple[str, int], str] = {}
+    for excerpt in excerpts:
+        for sequence in excerpt.sequences:
+            for one in sequence.unwritten:
+                index = excerpt.original_indices[one.message_index] if one.message_index >= 0 else -1
+                places.setdefault((one.kind, index), one.describe(index))
+    return [(kind, place) for (kind, _), place in places.items()]

@@ -9,6 +9,7 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from dialog_jax.audit import figures as audit
+from dialog_jax.dialogues import parsing
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_dialogue
 from dialog_jax.errors import UserError
@@ -16,7 +17,7 @@ from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.trees import dataset
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
-from tests.rendering import chat_templates
+from tests.rendering import chat_templates, unwritten_records
 from tests.rendering.chat_templates import FAMILIES
 
 
@@ -139,6 +140,51 @@ class ResponsesTest(parameterized.TestCase):
         result = look(dialogues, fresh("chatml", template))
         self.assertEqual(found(result)["prompt_changed"], ("note", 1, 2))
         self.assertEqual(first(result, "prompt_changed"), ["dialogue 0 (said.jsonl:1): message 2"])
+
+
+class UnwrittenTest(parameterized.TestCase):
+    """What records say and the template does not write; `tests/trees/dataset_test.py` has the same for training."""
+
+    @parameterized.parameters(("stop", "error", ""), ("skip", "warning", "_skipped"))
+    def test_a_call_of_which_nothing_is_written_is_named(self, on_error, level, suffix):
+        records = list(parsing.parse_records([unwritten_records.CALL_RECORD, unwritten_records.HELLO_RECORD]))
+        result = look(records, "chatml", on_error=on_error)
+        self.assertEqual(found(result)[f"lost{suffix}"], (level, 1, 2))
+        (place,) = first(result, f"lost{suffix}")
+        self.assertStartsWith(place, "dialogue 0 (records[0]): message 1: the chat template writes nothing of what ")
+        self.assertIn("tool_calls (call 'tide'); the response would be '<|im_end|>'", place)
+        self.assertEqual(result.trees, 1)
+
+    def test_each_kind_is_counted_and_named(self):
+        records = list(parsing.parse_records(unwritten_records.RECORDS))
+        result = look(records, fresh("chatml", unwritten_records.CUTTING_TEMPLATE))
+        self.assertEqual(
+            {kind: entry for kind, entry in found(result).items() if kind.endswith("_written")},
+            {
+                "content_not_written": ("warning", 1, 6),
+                "reasoning_not_written": ("warning", 2, 6),
+                "tool_calls_not_written": ("warning", 1, 6),
+                "tools_not_written": ("warning", 1, 5),
+                "message_not_written": ("warning", 1, 12),
+            },
+        )
+        for kind, places in unwritten_records.PLACES.items():
+            self.assertEqual(first(result, f"{kind}_not_written"), places)
+
+    def test_with_verbatim_nothing_of_contents_and_reasoning_is_missing(self):
+        tokenizer = fresh("chatml", unwritten_records.CUTTING_TEMPLATE)
+        renderer = sequences_lib.Renderer(tokenizer, responses="verbatim")
+        records = [*unwritten_records.RECORDS[:2], unwritten_records.RECORDS[3]]
+        result = audit.make_audit(parsing.parse_records(records), tokenizer, renderer, TreeConfig(max_length=1000))
+        self.assertFalse([kind for kind in found(result) if kind.endswith("_written")])
+
+    def test_reasoning_alone_is_not_called_empty(self):
+        message = {"role": "assistant", "content": "", "reasoning_content": "Six."}
+        record = {"messages": [{"role": "user", "content": "?"}, message]}
+        template = chat_templates.TEMPLATES["chatml"].replace(
+            "message.content", "message.content + (message.reasoning_content or '')"
+        )
+        self.assertEqual(found(look(parsing.parse_records([record]), fresh("chatml", template))), {})
 
 
 class FiguresTest(parameterized.TestCase):
@@ -453,8 +499,8 @@ class FindingsTest(parameterized.TestCase):
         )
         dialogue = said(("user", "Hi"), ("tool", "42"), ("assistant", "Hello!"))
         result = look([dialogue], fresh("chatml", template))
-        self.assertEqual(found(result), {"not_written": ("warning", 1, 3)})
-        self.assertEqual(first(result, "not_written"), ["dialogue 0 (said.jsonl:1): message 1 (tool)"])
+        self.assertEqual(found(result), {"message_not_written": ("warning", 1, 3)})
+        self.assertEqual(first(result, "message_not_written"), ["dialogue 0 (said.jsonl:1): message 1: tool"])
         self.assertNotIn("tool", result.roles)
 
     def test_places_are_kept_for_the_first_ten_only(self):

@@ -108,6 +108,8 @@ class UnreadTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         records = [record(source="a"), record(source="b", misspelt=1)]
         text = {"name": "f", "arguments": "print(1)"}
+        for one in records:  # without a content nothing of the message would be written
+            one["messages"][1]["content"] = "Wait."
         records[1]["messages"][1]["tool_calls"] = [text, {"name": "f", "arguments": {"a": None}}]
         audit = figures.make_audit(
             parsing.parse_records(records), tokenizer, Renderer(tokenizer), TreeConfig(max_length=1000)

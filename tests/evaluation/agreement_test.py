@@ -10,11 +10,12 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import batches
+from dialog_jax.dialogues import parsing
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.evaluation import agreement, differences
 from dialog_jax.training import loss, train_step
 from dialog_jax.trees import dataset, prefix_tree
-from tests.rendering import chat_templates
+from tests.rendering import chat_templates, unwritten_records
 from tests.training import tiny
 from tests.trees import message_trees_test
 
@@ -169,6 +170,13 @@ class AgreementTest(parameterized.TestCase):
         self.assertEqual(outcome.responses, sum(message.role == "assistant" for message in tree.messages))
         self.assertEmpty(outcome.left_out)
         self.assertGreater(len(outcome.rows), 1)
+
+    def test_a_response_that_loses_its_call_is_left_out_and_no_disagreement(self):
+        (dialogue,) = parsing.parse_records([unwritten_records.CALL_RECORD])
+        outcome = compare("chatml", [dialogue])
+        self.assertEqual((outcome.responses, outcome.findings["refusals"].beyond), (0, 0))
+        (sentence,) = outcome.left_out
+        self.assertStartsWith(sentence, "refused: dialogue 0 (records[0]): message 1: the chat template writes nothing")
 
     @pytest.mark.full
     def test_responses_longer_than_a_row_are_left_out_and_counted(self):

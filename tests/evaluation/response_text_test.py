@@ -9,6 +9,7 @@ from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.written import ResponseLost
 from tests.rendering import responses_test
 
 _CONTENTS = (
@@ -27,7 +28,7 @@ def make_dialogue(rng, system):
         messages.append(Message(role="user", content=str(rng.choice(_CONTENTS))))
         if rng.random() < 0.2:
             called = {"tool_calls": [call], **fields}
-            messages.append(Message(role="assistant", content="", fields=called))
+            messages.append(Message(role="assistant", content="I call.", fields=called))
             messages.append(Message(role="tool", content="at noon"))
         messages.append(Message(role="assistant", content=str(rng.choice(_CONTENTS)), fields=fields))
     return Dialogue(id=0, messages=tuple(messages))
@@ -36,6 +37,8 @@ def make_dialogue(rng, system):
 def outcome(function):
     try:
         return [(one.tokens.tolist(), one.start) for one in function()]
+    except ResponseLost:
+        raise
     except UserError:
         return None
 
@@ -49,7 +52,10 @@ class AgreementTest(parameterized.TestCase):
         compared = 0
         for number in range(12):
             dialogue = make_dialogue(rng, system=number % 2 == 1)
-            one_pass = outcome(lambda dialogue=dialogue: renderer.render([dialogue])[0])
+            try:
+                one_pass = outcome(lambda dialogue=dialogue: renderer.render([dialogue])[0])
+            except ResponseLost:  # K passes do not look for what a template leaves out
+                continue
             passes = outcome(lambda dialogue=dialogue: k_passes.make_passes(dialogue, tokenizer, responses=kind))
             self.assertEqual(one_pass, passes, dialogue)
             compared += one_pass is not None

@@ -124,14 +124,17 @@ class ArgumentsTest(parameterized.TestCase):
             texts(record_with({"a": 1}), renderer_with(template))
 
     def test_template_that_writes_no_calls_is_rendered_as_it_is(self):
-        self.assertEqual(texts(record_with({"a": 1}), renderer_with(_TEMPLATE % ""))[0][1], "<|im_end|>")
+        record = record_with({"a": 1})
+        record["messages"][1]["content"] = "Wait."
+        self.assertEqual(texts(record, renderer_with(_TEMPLATE % ""))[0][1], "Wait.<|im_end|>")
 
     def test_form_is_found_by_the_first_dialogue_whose_calls_are_written(self):
         condition = "{% if messages[0].content == 'When?' %}" + _FOR_TEXT["written"] + "{% endif %}"
         renderer = renderer_with(_TEMPLATE % condition)
         silent = record_with({"a": 1})
         silent["messages"][0] = {"role": "user", "content": "Where?"}
-        self.assertEqual(texts(silent, renderer)[0][1], "<|im_end|>")
+        silent["messages"][1]["content"] = "Wait."
+        self.assertEqual(texts(silent, renderer)[0][1], "Wait.<|im_end|>")
         self.assertEqual(texts(record_with({"a": 1}), renderer)[0][1], 'tide({"a": 1})<|im_end|>')
 
 

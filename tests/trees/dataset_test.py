@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from dialog_jax.dialogues import parsing
 from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.errors import UserError
 from dialog_jax.rendering import sequences as sequences_lib
+from dialog_jax.rendering.written import KINDS
 from dialog_jax.trees import dataset, dialogue_trees
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 from tests.laws import oracles
-from tests.rendering import chat_templates
+from tests.rendering import chat_templates, unwritten_records
 
 
 def said(*messages, id=0):
@@ -331,6 +334,80 @@ class SplitTest(parameterized.TestCase):
         )
         if name == "joint":  # nor is the text around them
             self.assertEqual(int((trees.weight > 0).sum()), prepare([turns(20)], name=name).report.targets)
+
+
+class UnwrittenTest(parameterized.TestCase):
+    """What records say and the template does not write; `tests/audit/figures_test.py` has the same for the audit."""
+
+    def prepare(self, records, template, *, responses="rendered", on_error="stop"):
+        tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
+        tokenizer.chat_template = template
+        renderer = sequences_lib.Renderer(tokenizer, responses=responses)
+        dialogues = parsing.parse_records(records)
+        return tokenizer, dataset.prepare(dialogues, renderer, TreeConfig(max_length=1000, on_error=on_error))
+
+    @parameterized.parameters("rendered", "verbatim")
+    def test_a_call_of_which_nothing_is_written_is_an_error(self, responses):
+        message = r"^dialogue 0 \(records\[0\]\): message 1: .* \(call 'tide'\); the response would be '<\|im_end\|>'"
+        with self.assertRaisesRegex(UserError, message):
+            self.prepare([unwritten_records.CALL_RECORD], chat_templates.TEMPLATES["chatml"], responses=responses)
+
+    def test_a_call_of_which_nothing_is_written_is_skipped_if_errors_are(self):
+        records = [unwritten_records.CALL_RECORD, unwritten_records.HELLO_RECORD]
+        _, trees = self.prepare(records, chat_templates.TEMPLATES["chatml"], on_error="skip")
+        self.assertEqual((list(trees.ids), trees.report.skipped, trees.report.turns), ([1], 1, 1))
+        self.assertStartsWith(trees.skipped[0], "dialogue 0 (records[0]): message 1: the chat template writes nothing")
+
+    def test_each_kind_is_counted_and_named(self):
+        _, trees = self.prepare(unwritten_records.RECORDS, unwritten_records.CUTTING_TEMPLATE)
+        places = unwritten_records.PLACES
+        self.assertEqual(trees.report.unwritten, {kind: len(places[kind]) for kind in places})
+        self.assertEqual(trees.report.named, {KINDS[kind][0]: places[kind] for kind in places})
+        self.assertIn(
+            "2 responses whose reasoning the chat template does not write: dialogue 0 (records[0]): message 1; "
+            "dialogue 1 (records[1]): message 1 (set data.responses=verbatim, or",
+            str(trees.report),
+        )
+
+    def test_verbatim_trains_the_reasoning_that_the_template_cuts(self):
+        for responses, target in (
+            ("rendered", "42.<|im_end|>"),
+            ("verbatim", "<think>Six times seven.</think>42.<|im_end|>"),
+        ):
+            tokenizer, trees = self.prepare(
+                unwritten_records.RECORDS[:1], unwritten_records.CUTTING_TEMPLATE, responses=responses
+            )
+            tree = trees.tree(0)
+            self.assertEqual(tokenizer.decode(tree.tokens[tree.weight > 0]), target)
+            self.assertEqual(trees.report.unwritten["reasoning"], int(responses == "rendered"))
+
+    def test_an_empty_message_is_no_error(self):
+        record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}
+        _, trees = self.prepare([record], chat_templates.TEMPLATES["chatml"])
+        self.assertEqual((trees.report.turns, trees.report.named), (1, {}))
+
+    def test_calls_and_results_escaped_as_json_count_as_written(self):
+        template = chat_templates.TEMPLATES["chatml"].replace(
+            "message.content +", "message.content | tojson + (message.tool_calls or '') | tojson +"
+        )
+        record = {
+            "messages": [
+                {"role": "user", "content": 'Say "é".'},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "say", "arguments": {"text": '"é"\n'}}]},
+                {"role": "tool", "content": '{"said": "\\"é\\"", "at": [6, null]}'},
+                {"role": "assistant", "content": 'I said "é".\n'},
+            ]
+        }
+        _, trees = self.prepare([record], template)
+        self.assertEqual((trees.report.turns, trees.report.named), (2, {}))
+
+    def test_what_a_shared_history_lacks_is_counted_once(self):
+        record = {
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "6:10"}],
+            "continuations": ["Hello!", "At six."],
+        }
+        _, trees = self.prepare([record], unwritten_records.CUTTING_TEMPLATE)
+        self.assertEqual(trees.report.named, {KINDS["message"][0]: ["dialogue 0 (records[0]): message 1: tool"]})
 
 
 class ReportTest(absltest.TestCase):

@@ -1,0 +1,236 @@
+"""What of a record a rendered text does not contain: contents, reasoning, tool calls and tools.
+
+A text counts as written if the rendering has it, white space aside, also escaped for JSON, Python or HTML. JSON counts
+as written if the rendering has all its keys and values, in any order. Texts are not escaped (`special_tokens`). Knows
+no template and no tokens.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.errors import UserError
+from dialog_jax.rendering.rendered_text import RenderedText, iterate_leaves
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in the order of transformers
+# Each kind of what is not written: what is counted, and the remedy.
+KINDS = {
+    "content": (
+        "responses whose content the chat template does not write unchanged",
+        "set data.responses=verbatim unless they have tool calls, or pass another chat template",
+    ),
+    "reasoning": (
+        "responses whose reasoning the chat template does not write",
+        "set data.responses=verbatim, or pass another chat template",
+    ),
+    "tool_calls": (
+        "responses whose tool calls the chat template does not write completely",
+        "pass a chat template that writes tool calls, or write them into the content",
+    ),
+    "tools": (
+        "dialogues whose tools the chat template does not write completely",
+        "pass a chat template that writes tools, or write them into the system message",
+    ),
+    "message": (
+        "messages of prompts whose content the chat template does not write unchanged",
+        "pass a chat template that supports their role",
+    ),
+}
+_TAG = re.compile(r"<(/?)(?:seed:)?(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]")
+_MAX_DETAILS = 3  # named of each kind
+
+
+class ResponseLost(UserError):
+    """The chat template writes nothing of what a response says."""
+
+
+class Unwritten(NamedTuple):
+    """Something of a message, or of a dialogue's tools, that the template does not write."""
+
+    kind: str
+    """One of `KINDS`."""
+    message_index: int
+    """-1 for tools."""
+    detail: str = ""
+    """Which of them: `call 'tide'`."""
+
+    def describe(self, message_index: int) -> str:
+        """Returns the place: `message 1: call 'tide'`.
+
+        Args:
+          message_index: that of the complete dialogue.
+        """
+        place = f"message {message_index}" if message_index >= 0 else "tools"
+        return f"{place}: {self.detail}" if self.detail else place
+
+
+def says_something(message: Message) -> bool:
+    """Returns whether a message has any text, reasoning or call."""
+    reasoning, content = _split_reasoning(message)
+    return bool(content.strip() or any(map(str.strip, reasoning)) or message.fields.get("tool_calls"))
+
+
+def find_unwritten(
+    dialogue: Dialogue, index: int, checked: int, *, prompt: str, response: str, end: str
+) -> list[Unwritten]:
+    """Returns what the response of message `index` and its prompt lack of what a dialogue says.
+
+    Args:
+      checked: number of messages that need not be looked for in the prompt; 0 if the tools have to be.
+      end: with which the template ends every response.
+
+    Raises:
+      ResponseLost: what `find_in_response` raises, with the message's place.
+    """
+    unwritten = find_in_prompt(dialogue.messages, range(checked, index), prompt)
+    if not checked and dialogue.tools:
+        unwritten += find_tools_in_prompt(dialogue.tools, prompt)
+    try:
+        return unwritten + find_in_response(dialogue.messages[index], index, response, prompt=prompt, end=end)
+    except ResponseLost as error:
+        raise ResponseLost(f"{dialogue.name}: message {index}: {error}") from None
+
+
+def find_in_response(
+    message: Message, index: int, response: str, *, prompt: str = "", end: str = ""
+) -> list[Unwritten]:
+    """Returns what of a message its response does not contain.
+
+        message    content "<think>Add.</think>42", a call of `tide` with {"port": "Brest", "hour": 4}
+        response   42<call>{"name": "tide", "arguments": {"port": "Brest"}}<end>
+        returned   reasoning; tool_calls with the detail "argument 'hour' of call 'tide'"
+
+    Args:
+      index: of the message in its dialogue.
+      response: its own rendering.
+      prompt: the text before it, which may have the beginning of the content.
+
+    Raises:
+      ResponseLost: the message says something, of which the response has nothing, not even a word.
+    """
+    body = response.removesuffix(end)
+    calls = message.fields.get("tool_calls") or ()
+    in_fields = any(message.fields.get(field) for field in REASONING_FIELDS)
+    if not calls and not in_fields and message.content.strip() in body:
+        return []
+    rendering = RenderedText(body, prompt)
+    reasoning, content = _split_reasoning(message)
+    texts = {"content": [content], "reasoning": reasoning}
+    checks = {  # of each kind, the name of everything that has a text or a value, and whether it is written
+        kind: [("", rendering.has_text(text)) for text in values if text.strip()] for kind, values in texts.items()
+    }
+    checks["tool_calls"] = [check for call in calls for check in _check_call(call, rendering)]
+    unwritten = [
+        Unwritten(kind, index, _join([name for name, is_written in results if not is_written]))
+        for kind, results in checks.items()
+        if not all(is_written for _, is_written in results)
+    ]
+    nothing = not any(is_written for results in checks.values() for _, is_written in results)
+    if unwritten and nothing and not _find_words(content, *reasoning) & _find_words(body):
+        raise ResponseLost(_describe_loss(unwritten, response))
+    return unwritten
+
+
+def find_in_prompt(messages: Sequence[Message], indices: range, prompt: str) -> list[Unwritten]:
+    """Returns the messages other than responses, among those at `indices`, whose content a prompt does not contain."""
+    rendering = RenderedText(prompt)
+    return [
+        Unwritten("message", index, messages[index].role)
+        for index in indices
+        if messages[index].role != "assistant" and not rendering.has_json(messages[index].content)
+    ]
+
+
+def find_tools_in_prompt(tools: Sequence[Mapping[str, Any]], prompt: str) -> list[Unwritten]:
+    """Returns the tools of which a prompt lacks the name, the description or the name of a parameter, in one entry."""
+    rendering = RenderedText(prompt)
+    details = [detail for tool in tools for detail in _list_missing_of_tool(tool, rendering)]
+    return [Unwritten("tools", -1, _join(details))] if details else []
+
+
+def _check_call(call: Mapping[str, Any], rendering: RenderedText) -> list[tuple[str, bool]]:
+    """Returns (what, whether it is written) of the name and each argument of a call; only of the name if that is not.
+
+    [("call 'tide'", True), ("argument 'port' of call 'tide'", False)]
+    """
+    function = call["function"]
+    name, arguments = function.get("name"), function.get("arguments")
+    results = [(f"call {name!r}", rendering.has_value(name))] if isinstance(name, str) and name.strip() else []
+    if isinstance(arguments, str):
+        pairs = [("arguments", rendering.has_json(arguments))] if arguments.strip() else []
+    else:
+        values = arguments.items() if isinstance(arguments, Mapping) else [("", arguments)]
+        leaves = ((str(key), [leaf for leaf in iterate_leaves(value) if _has_text(leaf)]) for key, value in values)
+        pairs = [(f"argument {key!r}", all(map(rendering.has_value, entries))) for key, entries in leaves if entries]
+    if results and not results[0][1] and not any(is_written for _, is_written in pairs):
+        return results
+    return results + [(f"{what} of call {name!r}", is_written) for what, is_written in pairs]
+
+
+def _list_missing_of_tool(tool: Mapping[str, Any], rendering: RenderedText) -> list[str]:
+    """Returns what of a tool is not written: `tool 'tide'`, or `parameter 'port' of tool 'tide'`."""
+    function = tool.get("function")
+    function = function if isinstance(function, Mapping) else tool
+    name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+    if not isinstance(name, str):
+        return []
+    if not rendering.has_text(name):
+        return [f"tool {name!r}"]
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    keys = [key for key in properties or () if not rendering.has_text(key)] if isinstance(properties, Mapping) else []
+    missing = [f"parameter {key!r}" for key in keys]
+    if isinstance(description, str) and not all(map(rendering.has_text, description.splitlines())):
+        missing.append("description")
+    return [f"{what} of tool {name!r}" for what in missing]
+
+
+def _split_reasoning(message: Message) -> tuple[list[str], str]:
+    """Returns (texts of reasoning, the rest of the content): those in fields and those in tags.
+
+    "<think>Add.</think>42"    ["Add."], "42"
+    "Add.</think>42"           ["Add."], "42", since a prompt may have the opening tag
+    """
+    fields = (message.fields.get(field) for field in REASONING_FIELDS)
+    reasoning = [value for value in fields if isinstance(value, str)]
+    answer, place, is_open = "", 0, False
+    for match in _TAG.finditer(message.content):
+        text = message.content[place : match.start()]
+        if is_open or ((match[1] or match[2]) and not place):
+            reasoning.append(text)
+        else:
+            answer += text
+        place, is_open = match.end(), not (match[1] or match[2])
+    if is_open:
+        return [*reasoning, message.content[place:]], answer
+    return reasoning, answer + message.content[place:]
+
+
+def _has_text(value: Any) -> bool:
+    """Returns whether a value has a text that can be looked for."""
+    return value is not None and bool(str(value).strip())
+
+
+def _find_words(*texts: str) -> set[str]:
+    return {word for text in texts for word in re.findall(r"\w+", text.casefold())}
+
+
+def _join(details: Sequence[str]) -> str:
+    """Returns the first details, and the number of the others."""
+    names = list(filter(None, dict.fromkeys(details)))
+    more = [f"{len(names) - _MAX_DETAILS:,} more"] if len(names) > _MAX_DETAILS else []
+    return ", ".join([*names[:_MAX_DETAILS], *more])
+
+
+def _describe_loss(unwritten: Sequence[Unwritten], response: str) -> str:
+    """Returns the error of a response that has nothing of what its message says, without the message's place."""
+    names = " and ".join(f"{one.kind} ({one.detail})" if one.detail else one.kind for one in unwritten)
+    kinds = {one.kind for one in unwritten}
+    if "tool_calls" in kinds:
+        remedy = "Pass a chat template that writes tool calls, write them into the content"
+    else:
+        remedy = "Set data.responses=verbatim, pass another chat template"
+    return (
+        f"the chat template writes nothing of what the message says, its {names}; the response would be "
+        f"{response[:60]!r}. {remedy}, or leave out such dialogues with data.on_error=skip."
+    )
