@@ -41,6 +41,7 @@ _IMPORTED_LATER = (
 
 def _train(argv, log, file_limit):
     """Runs in the new process: the script with its flags, on two devices."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
