@@ -41,7 +41,9 @@ class FillsTest(parameterized.TestCase):
     @pytest.mark.full
     def test_every_length_has_what_training_at_that_length_has(self, family, truncate, options):
         objective, rng = ObjectiveConfig(**options), np.random.default_rng(2)
-        dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 7, reasoning=True, id=i) for i in range(25)]
+        dialogues = [
+            chat_templates.random_dialogue(rng, turns=1 + i % 7, reasoning=family == "qwen3", id=i) for i in range(25)
+        ]
         dialogues.append(parse_dialogue({"prompt": "Hi", "continuations": ["a" * 90, "b", "c"]}, index=25, where=""))
         renderer = sequences.Renderer(chat_templates.train_tokenizer(family))
         lengths = [64, 100, 200, 400, 100_000]
