@@ -11,19 +11,16 @@ Knows templates and tokenizers; knows no objective, tree or row.
 
 import dataclasses
 import functools
-import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
 from jaxtyping import Int32
-from transformers.utils import hub
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
-from dialog_jax.rendering import written
+from dialog_jax.rendering import tokenizers, written
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
 from dialog_jax.rendering.responses import ResponseFinder
@@ -82,7 +79,7 @@ class Renderer:
         responses: str = "rendered",
     ):
         self.responses = responses
-        self.stop_tokens = _read_stop_tokens(tokenizer)
+        self.stop_tokens = tokenizers.read_stop_tokens(tokenizer)
         """Ids at which generation stops by the generation_config.json next to the tokenizer; empty without one."""
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer = tokenizer
@@ -314,17 +311,3 @@ class Renderer:
                 "generation prompt where a token ends."
             )
         return continued
-
-
-def _read_stop_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> frozenset[int]:
-    """Returns the ids at which generation stops by the generation_config.json of the tokenizer's model, if any."""
-    name = tokenizer.name_or_path
-    if not name or name.endswith(".gguf"):
-        return frozenset()
-    try:
-        file = hub.cached_file(name, "generation_config.json", local_files_only=not pathlib.Path(name).is_dir())
-        value = json.loads(pathlib.Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or another part of the program reports what is wrong with it
-        return frozenset()
-    stops = value.get("eos_token_id") if isinstance(value, dict) else None
-    return frozenset(stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int))

@@ -64,6 +64,20 @@ def largest_token(tokenizer: transformers.PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values())
 
 
+def read_stop_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> frozenset[int]:
+    """Returns the ids at which generation stops by the generation_config.json beside a tokenizer; empty without one."""
+    name = tokenizer.name_or_path
+    if not name or name.lower().endswith(".gguf"):
+        return frozenset()
+    try:
+        file = hub.cached_file(name, "generation_config.json")
+        value = json.loads(pathlib.Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or another part of the program reports what is wrong with it
+        return frozenset()
+    stops = value.get("eos_token_id") if isinstance(value, dict) else None
+    return frozenset(stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int))
+
+
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:
     """Raises UserError if the tokenizer has token ids of `size` or more, for which the model has no embedding."""
     largest = largest_token(tokenizer)
