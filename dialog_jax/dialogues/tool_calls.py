@@ -30,12 +30,9 @@ def parse_tools(tools: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
     Raises:
       UserError: they are not a list of objects, or text that is not JSON.
     """
-    if isinstance(tools, str):
-        tools = parse_text(tools, where, _TOOLS_REMEDY)
-    if tools is None:
-        return None
+    tools = _parse_list(tools, where, "objects", _TOOLS_REMEDY)
     check_text(tools, where)
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+    if not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(f"{where} is {quote(tools)}; needed a list of objects. {_TOOLS_REMEDY}")
     return tuple(_parse_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)) or None
 
@@ -52,12 +49,7 @@ def parse_calls(calls: Any, where: str) -> list[Any]:
     Raises:
       UserError: they are not a list of calls, or text that is not JSON.
     """
-    if isinstance(calls, str):
-        calls = parse_text(calls, where, _CALLS_REMEDY)
-    if calls is None:
-        return []
-    if not isinstance(calls, list | tuple):
-        raise UserError(f"{where} is {quote(calls)}; needed a list of calls. {_CALLS_REMEDY}")
+    calls = _parse_list(calls, where, "calls", _CALLS_REMEDY)
     return [_parse_call(call, f"{where}[{index}]", _CALLS_REMEDY) for index, call in enumerate(calls)]
 
 
@@ -71,6 +63,17 @@ def parse_function_call(call: Any, where: str) -> list[Any]:
     if not calls:
         raise UserError(f"{where} is {quote(call)}; needed a call. {_CALL_REMEDY}")
     return [_parse_call(one, where, _CALL_REMEDY) for one in calls]
+
+
+def _parse_list(value: Any, where: str, items: str, remedy: str) -> list[Any]:
+    """Returns a list, also of JSON text; empty for null."""
+    if isinstance(value, str):
+        value = parse_text(value, where, remedy)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where} is {quote(value)}; needed a list of {items}. {remedy}")
+    return list(value)
 
 
 def _parse_tool(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
