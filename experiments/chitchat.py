@@ -22,7 +22,6 @@ def get_config() -> ml_collections.ConfigDict:
                 train="assets/chitchat/train.jsonl",
                 validation="assets/chitchat/validation.jsonl",
                 max_length=2048,
-                truncate="split",
             ),
             optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=10),
             rows=8,

@@ -26,7 +26,6 @@ def get_config() -> ml_collections.ConfigDict:
                 validation="HuggingFaceH4/ultrachat_200k",
                 validation_split="test_sft",
                 max_length=4096,
-                truncate="split",
             ),
             optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
             mesh=MeshConfig(),

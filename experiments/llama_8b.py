@@ -26,7 +26,6 @@ def get_config() -> ml_collections.ConfigDict:
                 validation="HuggingFaceH4/ultrachat_200k",
                 validation_split="test_sft",
                 max_length=8192,
-                truncate="split",
             ),
             optimizer=OptimizerConfig(learning_rate=5e-6, warmup_steps=50),
             mesh=MeshConfig(data=1, fsdp=8),
