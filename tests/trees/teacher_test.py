@@ -241,6 +241,24 @@ class PrepareTest(TeacherTest):
         ]
         np.testing.assert_array_equal(np.concatenate(rows), np.arange(len(trees.teacher.token)))
 
+    def test_parts_of_a_divided_tree_have_the_teacher_of_each_target_once(self):
+        dialogue = turns(6, reasoning=True)
+        said = self.write([dialogue], "qwen3")
+        longest = max(len(prompt) + len(response) for _, prompt, response in responses_of(dialogue, "qwen3"))
+        trees = self.prepare([dialogue], "qwen3", max_length=longest)
+        self.assertEqual((trees.report.divided, len(trees) > 1), (1, True))
+        rows = []
+        for number in range(len(trees)):
+            tree, teacher_rows = trees.tree(number), trees.teacher_rows(number)
+            np.testing.assert_array_equal(teacher_rows >= 0, tree.weight > 0)
+            for node in np.flatnonzero(tree.weight > 0).tolist():
+                context = tuple(tree.tokens[oracles.context(tree, node)].tolist())
+                np.testing.assert_array_equal(
+                    trees.teacher.top_token[teacher_rows[node]], said[context] + np.arange(_TOP)
+                )
+            rows += teacher_rows[teacher_rows >= 0].tolist()
+        self.assertEqual(sorted(rows), list(range(len(trees.teacher.token))))
+
     def test_stored_trees_give_the_same_batches(self):
         dialogues = [two_turns(), turns(3)]
         self.write(dialogues)
