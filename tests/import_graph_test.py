@@ -26,7 +26,7 @@ _ROOMS = {
         "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
-    "audit": ("inspection", "row_lengths", "unread", "findings", "figures"),
+    "audit": ("inspection", "row_lengths", "unread", "findings", "tally", "figures"),
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
         "rotary", "decoder", "decoding", "tensor_names", "tensor_files", "hf_config", "model_files", "pretrained",
