@@ -25,7 +25,7 @@ from absl.testing import absltest, parameterized
 
 import tests
 from dialog_jax.model import decoder
-from dialog_jax.training import checkpoints, config, metrics, run_directory
+from dialog_jax.training import checkpoints, config, metrics, run, run_directory
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
 from tests.training import tiny
 
@@ -57,12 +57,12 @@ def launcher():
     return module
 
 
-def start(directory, processes, runs, *, patience=100):
+def start(directory, processes, runs, *, patience=100, devices=_DEVICES):
     """(exit code, what all printed, seconds) of so many processes that do these runs."""
     job = directory / f"job{time.monotonic_ns()}.json"
     job.write_text(json.dumps({"patience": patience, "runs": runs}))
     environment = os.environ | {
-        "XLA_FLAGS": tests.xla_flags(devices=_DEVICES // processes),
+        "XLA_FLAGS": tests.xla_flags(devices=devices // processes),
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -84,8 +84,43 @@ def parameters(directory, step):
     return jax.device_get(checkpoints.restore_parameters(directory / "checkpoints", step, like))
 
 
+class RunTest(parameterized.TestCase):
+    def assert_same(self, name, other="one", steps=4):
+        """Parameters and figures of two runs are equal to rounding."""
+        a, b = (parameters(self.directory / run, steps) for run in (name, other))
+        gap = max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+        print(f"{name}: largest difference of a parameter {gap:.1e}")
+        self.assertLess(gap, _TOLERANCE)
+        for file in ("metrics.jsonl", "evaluation.jsonl"):
+            lines, wanted = (metrics.read_records(self.directory / run / file) for run in (name, other))
+            self.assertEqual([line["step"] for line in lines], [line["step"] for line in wanted])
+            for line, want in zip(lines, wanted, strict=True):
+                of_a_start = {"startup_seconds"}  # the first step after it has that
+                self.assertEqual(line.keys() - of_a_start, want.keys() - of_a_start)
+                for key in ("loss", "gradient_norm", "learning_rate", "accuracy"):
+                    np.testing.assert_allclose(line.get(key, 0), want.get(key, 0), rtol=1e-5, err_msg=f"{name} {key}")
+                for key in ("tokens", "targets", "row_tokens_used"):
+                    self.assertEqual(line.get(key), want.get(key))
+
+
+class TwoProcessesTest(RunTest):
+    @pytest.mark.full
+    def test_two_processes_give_the_run_of_one_on_a_mesh_of_all_axes(self):
+        """The one process is that of the test, with eight devices."""
+        self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        run_config = tiny.run_config(
+            self.directory, steps=2, optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2), remat="none"
+        )
+        self.assertEqual(run_config.mesh, MeshConfig(data=2, fsdp=2, tensor=2))
+        job = {"output_dir": str(self.directory / "two"), "config": config.to_config_dict(run_config).to_dict()}
+        code, printed, _ = start(self.directory, 2, [job], devices=8)
+        self.assertEqual(code, 0, printed)
+        run.run(run_config, self.directory / "one")
+        self.assert_same("two", steps=2)
+
+
 @pytest.mark.full
-class ManyProcessesTest(parameterized.TestCase):
+class ManyProcessesTest(RunTest):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -145,23 +180,6 @@ class ManyProcessesTest(parameterized.TestCase):
         code, printed, _ = start(cls.directory, processes, runs)
         assert code == 0, printed
         return printed
-
-    def assert_same(self, name, other="one", steps=4):
-        """Parameters and figures of two runs are equal to rounding."""
-        a, b = (parameters(self.directory / run, steps) for run in (name, other))
-        gap = max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-        print(f"{name}: largest difference of a parameter {gap:.1e}")
-        self.assertLess(gap, _TOLERANCE)
-        for file in ("metrics.jsonl", "evaluation.jsonl"):
-            lines, wanted = (metrics.read_records(self.directory / run / file) for run in (name, other))
-            self.assertEqual([line["step"] for line in lines], [line["step"] for line in wanted])
-            for line, want in zip(lines, wanted, strict=True):
-                of_a_start = {"startup_seconds"}  # the first step after it has that
-                self.assertEqual(line.keys() - of_a_start, want.keys() - of_a_start)
-                for key in ("loss", "gradient_norm", "learning_rate", "accuracy"):
-                    np.testing.assert_allclose(line.get(key, 0), want.get(key, 0), rtol=1e-5, err_msg=f"{name} {key}")
-                for key in ("tokens", "targets", "row_tokens_used"):
-                    self.assertEqual(line.get(key), want.get(key))
 
     @parameterized.parameters(*(f"two_{name}" for name in _MESHES), "four_tensor_across_processes")
     def test_any_processes_and_mesh_give_the_run_of_one_process(self, name):
