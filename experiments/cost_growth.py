@@ -41,6 +41,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import optimizer, sharding, train_step
 from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.trainable import Parameters
 from dialog_jax.trees import dataset, prefix_tree
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.dialogue_trees import TreeConfig
@@ -179,7 +180,7 @@ def measure_vocabularies(sizes: Sizes) -> Iterator[Point]:
     batch = Batch(*(integer,) * 6, weight=real, turn=integer)
     for vocabulary in sizes.vocabularies:
         model = sizes.model(vocabulary)
-        state = train_step.abstract_state(model, mesh, transform)
+        state = train_step.abstract_state(Parameters(decoder.abstract_parameters(model), {}), mesh, transform)
         update = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="dots")
         memory = update.lower(state, batch).compile().memory_analysis()
         assert memory is not None

@@ -29,13 +29,14 @@ _ROOMS = {
     "audit": ("inspection", "row_lengths", "unread", "findings", "tally", "figures"),
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
-        "rotary", "decoder", "decoding", "tensor_names", "tensor_files", "hf_config", "model_files", "pretrained",
+        "lora_config", "rotary", "matrices", "parameter_trees", "decoder", "decoding", "tensor_names", "adapters",
+        "tensor_files", "hf_config", "model_files", "pretrained", "peft_files",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
-        "config_fields", "config", "data_sources", "optimizer", "sharding", "loss", "train_step", "distributed",
-        "signals", "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state", "model_card", "export",
-        "compilation_cache", "console", "loop", "run",
+        "config_fields", "config", "data_sources", "optimizer", "sharding", "trainable", "loss", "train_step",
+        "distributed", "signals", "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state",
+        "model_card", "export", "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "escaping", "response_text", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),
@@ -46,6 +47,7 @@ _ROOMS = {
 }
 # fmt: on
 _WITHOUT_JAX = ("errors", "atomic_files", "formats", "dialogues", "rendering", "trees", "batching", "audit")
+_CONFIGS = ("model.lora_config",)  # of rooms that import JAX
 _JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 _OF_OUR_ROOMS = {"attention": ("errors", "formats"), "model": ("errors", "atomic_files", "formats", "attention")}
 
@@ -103,10 +105,10 @@ class ImportGraphTest(absltest.TestCase):
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)], module)
 
     def test_config_and_the_data_it_names_import_no_jax(self):
-        for module in ("training.config_fields", "training.config", "training.data_sources"):
+        for module in ("training.config_fields", "training.config", "training.data_sources", *_CONFIGS):
             names = _graph()[module]
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)])
-            ours = names.intersection(_graph()) - {"training.config", "training.config_fields"}
+            ours = names.intersection(_graph()) - {"training.config", "training.config_fields", *_CONFIGS}
             self.assertEmpty([name for name in ours if not any(_is_within(name, room) for room in _WITHOUT_JAX)])
 
     def test_attention_and_model_import_no_room_of_the_data(self):

@@ -30,6 +30,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.written import ResponseLost
 from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.trainable import Parameters
 from dialog_jax.trees import dataset, fitting
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.dialogue_trees import TreeConfig
@@ -46,6 +47,7 @@ def compare(
     model: DecoderConfig,
     parameters: dict,
     *,
+    frozen: dict | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
     template_time: str = "",
@@ -56,7 +58,8 @@ def compare(
     """Returns how far one pass and K passes differ under the objective `conditional`, in rows of several dialogues.
 
     Args:
-      parameters: donated.
+      parameters: those that are trained; donated.
+      frozen: the others, if there are any; donated.
       max_length: tokens of a row; responses that do not fit are left out and named.
       report_progress: called with a line of text.
     """
@@ -96,7 +99,7 @@ def compare(
     length = min(max_length, -(-trees.report.tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     agreement.row_length = length
     with jax.default_matmul_precision("highest"):
-        _compare_rows(pairs, trees, tokenizer, model, parameters, agreement, report_progress)
+        _compare_rows(pairs, trees, tokenizer, model, Parameters(parameters, frozen or {}), agreement, report_progress)
     return agreement
 
 
@@ -160,15 +163,16 @@ def _compare_rows(
     trees: Trees,
     tokenizer: transformers.PreTrainedTokenizerFast,
     model: DecoderConfig,
-    parameters: dict,
+    parameters: Parameters,
     agreement: Agreement,
     report_progress: Callable[[str], None],
 ) -> None:
     """Compares the train step with the passes of its rows' dialogues; rows with parts of one dialogue together."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = _keep_gradient()
-    state = train_step.initialize_state(mesh, parameters, optimizer)
-    step = train_step.make_train_step(model, optimizer, mesh, compute_dtype=jnp.float32, remat=_REMAT)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parameters)
+    state = train_step.initialize_state(mesh, parameters.trained, optimizer, parameters.frozen)
+    step = train_step.make_train_step(model, optimizer, mesh, compute_dtype=jnp.float32, remat=_REMAT, shapes=shapes)
     score = train_step.make_score_step(model, compute_dtype=jnp.float32)
     plan = batches.Plan(trees, max_length=agreement.row_length, rows=1, micro_batches=1, seed=0)
     members = [[int(trees.ids[tree]) for tree in plan.rows(number)[0]] for number in range(plan.rows_per_epoch)]
@@ -177,7 +181,7 @@ def _compare_rows(
         place = f"row {', '.join(map(str, numbers))}"
         targets: dict[int, list[Target]] = collections.defaultdict(list)  # of each dialogue
         # The step's loss and gradient are means over a row; they are compared as sums.
-        one_pass_gradient = jax.tree.map(jnp.zeros_like, state.parameters)
+        one_pass_gradient = jax.tree.map(jnp.zeros_like, state.trained)
         one_pass_loss, total_weight = 0.0, 0.0
         for number in numbers:
             report_progress(f"row {number + 1} of {plan.rows_per_epoch}: one pass")
@@ -198,7 +202,7 @@ def _compare_rows(
 
         all_passes = [one for index in targets for one in pairs[index][1]]
         report_progress(f"{place}: a pass for each of {len(all_passes):,} responses")
-        k_pass_nll, gradient = k_passes.compute_nll_and_gradient(model, state.parameters, all_passes)
+        k_pass_nll, gradient = k_passes.compute_nll_and_gradient(model, state.trained, all_passes, frozen=state.frozen)
         remaining = iter(k_pass_nll)
         for index, dialogue_targets in targets.items():
             dialogue, passes = pairs[index]

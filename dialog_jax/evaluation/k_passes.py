@@ -20,7 +20,7 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import escaping, response_text
 from dialog_jax.evaluation.scoring import Score
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.decoder import DecoderConfig
 
 _SHORTEST_LENGTH = 128
@@ -111,20 +111,22 @@ def compute_response_nll(
 
 
 def compute_nll_and_gradient(
-    model: DecoderConfig, parameters: dict, passes: Sequence[Pass], *, remat: str = "dots"
+    model: DecoderConfig, trained: dict, passes: Sequence[Pass], *, frozen: dict | None = None, remat: str = "dots"
 ) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
     """Returns (`compute_response_nll` of each pass, gradient of the sum over all tokens of weight * nll).
 
     Args:
+      trained: the parameters that the gradient is of.
+      frozen: the others.
       remat: see `decoder.hidden_states`.
     """
-    all_nll, gradient = [], jax.tree.map(jnp.zeros_like, parameters)
+    all_nll, gradient = [], jax.tree.map(jnp.zeros_like, trained)
     for one in passes:
         tokens = _pad(one.tokens)
         weight = np.zeros(tokens.shape[1] - 1, np.float32)
         response = slice(one.start - 1, len(one.tokens) - 1)
         weight[response] = one.weight
-        nll, gradient = _add_gradient(model, remat, parameters, gradient, tokens, weight)
+        nll, gradient = _add_gradient(model, remat, trained, frozen or {}, gradient, tokens, weight)
         all_nll.append(np.asarray(nll)[response])
     return all_nll, gradient
 
@@ -291,13 +293,13 @@ def _forward(model, compute_dtype, parameters, tokens):
     return _compute_token_nll(model, parameters, tokens, compute_dtype, "none")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _add_gradient(model, remat, parameters, gradient, tokens, weight):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _add_gradient(model, remat, trained, frozen, gradient, tokens, weight):
     """Returns (-log p of every token but the first, `gradient` plus the gradient of sum(weight * -log p))."""
 
-    def loss(parameters):
-        nll = _compute_token_nll(model, parameters, tokens, jnp.float32, remat)
+    def loss(trained):
+        nll = _compute_token_nll(model, parameter_trees.merge(trained, frozen), tokens, jnp.float32, remat)
         return jnp.sum(weight * nll), nll
 
-    pass_gradient, nll = jax.grad(loss, has_aux=True)(parameters)
+    pass_gradient, nll = jax.grad(loss, has_aux=True)(trained)
     return nll, jax.tree.map(jnp.add, gradient, pass_gradient)

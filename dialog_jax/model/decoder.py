@@ -13,21 +13,23 @@ Flax NNX declares the modules; outside this file parameters are plain arrays. Kn
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from dialog_jax.attention import blockwise
 from dialog_jax.errors import UserError
-from dialog_jax.model import rotary
+from dialog_jax.model import matrices, rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 LAYERS = "layers"  # name of the loop over layers in compiled programs and profiles
+_PRODUCT = "product"  # name of the products with weights, for remat
 
 Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
 
@@ -38,12 +40,7 @@ _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.OUTPUT
 REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
     "none": (None, None),
     "attention": (_SAVE_ATTENTION, None),
-    "dots": (
-        None,
-        jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
-        ),
-    ),
+    "dots": (None, jax.checkpoint_policies.save_only_these_names(_PRODUCT, blockwise.OUTPUT)),
     "full": (None, jax.checkpoint_policies.nothing_saveable),
 }
 
@@ -204,7 +201,7 @@ class Decoder(nnx.Module):
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
     # As one matrix of all tokens: with a batch axis XLA:CPU transposes the inputs of the weight's gradient, which takes
     # a third of the feed-forward's time.
-    flat = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
+    flat = checkpoint_name(matrices.multiply(x.reshape(-1, x.shape[-1]), weight.get_value()), _PRODUCT)
     y = flat.reshape(*x.shape[:-1], flat.shape[-1])
     return y if bias is None else y + jnp.expand_dims(bias[...].astype(x.dtype), range(y.ndim - 1))
 
@@ -225,8 +222,11 @@ def init_parameters(config: DecoderConfig, key: Key[Array, ""]) -> dict:
 
 
 def bind(config: DecoderConfig, parameters: dict) -> Decoder:
-    """Returns the module with these parameters."""
-    return nnx.merge(_declare(config)[0], parameters)
+    """Returns the module with these parameters, whose matrices may be dicts (see `model.matrices`)."""
+    graph, state = _declare(config)
+    declared = nnx.to_pure_dict(state)
+    parameters = {name: parameters[name] for name in declared}
+    return nnx.merge(graph, nnx.State(jax.tree.map(lambda _, value: nnx.Param(value), declared, parameters)))
 
 
 def hidden_states(
@@ -272,16 +272,26 @@ def hidden_states(
     if layer_policy is not None:
         # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
         body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
-    x = model.embedding[...][tokens].astype(compute_dtype)  # [B, T, D]
+    x = embed(parameters, tokens, compute_dtype)  # [B, T, D]
     with jax.named_scope(LAYERS):
         x, _ = jax.lax.scan(lambda x, layer: body(constrain(x), layer), constrain(x), layers)
     x = constrain(x)
     return rms_norm(x, model.final_norm[...], config.norm_epsilon)
 
 
+def embed(parameters: dict, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike) -> Float[Array, "B T D"]:
+    """Returns the embeddings of `tokens`."""
+    return matrices.look_up(parameters["embedding"], tokens, dtype)
+
+
 def unembedding(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
     """Returns the matrix that maps hidden states to logits: the embedding itself where the two are tied."""
-    return parameters["embedding"] if config.tie_embeddings else parameters["lm_head"]
+    matrix = parameters["embedding" if config.tie_embeddings else "lm_head"]
+    weight = matrix["weight"] if isinstance(matrix, Mapping) else matrix
+    factors = parameters.get("lm_head")
+    if not isinstance(factors, Mapping):
+        return weight
+    return matrices.add_update(weight.T, factors).T
 
 
 def make_rotate(config: DecoderConfig, position: Int[Array, "B T"]) -> Rotate:

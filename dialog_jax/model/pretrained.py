@@ -22,7 +22,7 @@ import safetensors.numpy
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file, tokenizer_files
-from dialog_jax.model import decoder, hf_config, model_files, tensor_files, tensor_names
+from dialog_jax.model import decoder, hf_config, model_files, parameter_trees, tensor_files, tensor_names
 from dialog_jax.model.tensor_names import NAMES
 
 _SHARD_BYTES = 5 * 10**9
@@ -76,13 +76,14 @@ def load_parameters(
     config: decoder.DecoderConfig,
     *,
     sharding: Sharding | None = None,
-    dtype: jax.typing.DTypeLike = np.float32,
+    dtype: jax.typing.DTypeLike | Callable[[str], jax.typing.DTypeLike] = np.float32,
     added_rows: int = 0,
 ) -> dict:
     """Returns the parameters in a Hugging Face directory or a .gguf file, read one stacked parameter at a time.
 
     Args:
       sharding: (path of a parameter, its shape) to its sharding; None for JAX's default device.
+      dtype: of all parameters, or (path of a parameter, such as "layers/attention/w_query") to its type.
       added_rows: how many rows of the embedding, at its end, the files do not have. They, and those of the unembedding,
         are the mean of the others.
 
@@ -97,36 +98,21 @@ def load_parameters(
                 f"{tensors.where}: tensors are missing: it has {len(tensors.shapes):,}, and its config says "
                 f"{config.layers:,} layers; they belong to different models"
             )
-        flat = _flatten(decoder.abstract_parameters(config))
+        flat = parameter_trees.flatten(decoder.abstract_parameters(config))
         published = {key: tensor_names.list_names(key, config.layers, from_gguf) for key in flat}
         if config.tie_embeddings and not tensors.shapes.keys() & set(published["embedding"]) and not from_gguf:
             published["embedding"] = [tensor_names.UNEMBEDDING]  # one of the two is enough
         _check_tensors(tensors, config, flat, published, added_rows)
 
         def load(key: str) -> jax.Array:
-            parameter = _read_parameter(tensors, key, flat[key].shape, published[key], dtype, added_rows)
+            key_dtype = dtype(key) if callable(dtype) and not isinstance(dtype, type) else dtype
+            parameter = _read_parameter(tensors, key, flat[key].shape, published[key], key_dtype, added_rows)
             if sharding is None:
                 return jax.device_put(parameter)
             placement = sharding(tuple(key.split("/")), parameter.shape)
             return jax.make_array_from_callback(parameter.shape, placement, lambda index: parameter[index])
 
-        return _unflatten({key: load(key) for key in flat})
-
-
-def _flatten(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    flat, _ = jax.tree.flatten_with_path(parameters)
-    return {"/".join(entry.key for entry in path): leaf for path, leaf in flat}
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict:
-    parameters: dict = {}
-    for key, leaf in flat.items():
-        *parents, last = key.split("/")
-        node = parameters
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return parameters
+        return parameter_trees.unflatten({key: load(key) for key in flat})
 
 
 def _check_tensors(
@@ -228,7 +214,7 @@ def write_model(
     Raises:
       UserError: parameters and config do not fit, or a parameter is too large for float16.
     """
-    flat, needed = _flatten(parameters), _flatten(decoder.abstract_parameters(config))
+    flat, needed = parameter_trees.flatten(parameters), parameter_trees.flatten(decoder.abstract_parameters(config))
     for key in sorted(flat.keys() | needed.keys()):
         got = tuple(flat[key].shape) if key in flat else None
         if key not in needed or got != needed[key].shape:

@@ -25,7 +25,7 @@ from dialog_jax.inference import loading
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
-from dialog_jax.training import loss, optimizer, sharding, train_step
+from dialog_jax.training import loss, optimizer, sharding, train_step, trainable
 from dialog_jax.training.config import TrainConfig
 
 TEACHER_TOKENS = 16  # assumed per target if the config names a teacher; its file is not read
@@ -108,7 +108,10 @@ def compile_step(
     loading.check_context(model, config.data.max_length)
     # The schedule's values change no shape, so any number of steps above the warm-up will do.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or max(1, config.optimizer.warmup_steps + 1))
-    state = train_step.abstract_state(model, mesh, transform)
+    config = config.resolve()
+    selection = trainable.select(config, model, compute_dtype)
+    shapes = trainable.abstract_parameters(selection)
+    state = train_step.abstract_state(shapes, mesh, transform)
     batch = _make_abstract_batch(config, mesh)
     step = train_step.make_train_step(
         model,
@@ -117,6 +120,8 @@ def compile_step(
         compute_dtype=compute_dtype,
         remat=config.remat,
         loss_config=config.loss,
+        shapes=shapes,
+        lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
     )
     start = time.monotonic()
     lowered = step.lower(state, batch)
@@ -137,7 +142,7 @@ def compile_step(
             parameters=_count_device_bytes(state.parameters),
             moments=_count_device_bytes(state.optimizer_state),
             batch=_count_device_bytes(batch),
-            gradients=_count_gradient_bytes(config, model, state.parameters),
+            gradients=_count_gradient_bytes(config, model, state.trained),
             activations=sum(
                 stored.array.bytes
                 for stored in hlo.find_stored_arrays(program)
@@ -153,15 +158,16 @@ def compile_step(
     )
 
 
-def _count_gradient_bytes(config: TrainConfig, model: DecoderConfig, parameters: dict) -> int:
-    """Returns the bytes of gradients, which have the types and shardings of parameters."""
-    gradient = _count_device_bytes(parameters)
+def _count_gradient_bytes(config: TrainConfig, model: DecoderConfig, trained: dict) -> int:
+    """Returns the bytes of gradients, which have the types and shardings of the trained parameters."""
+    gradient = _count_device_bytes(trained)
     if config.gradient_accumulation == 1:
         return gradient
     # Beside the sum: the loop over layers returns the gradients of all layers at once. The gradient of a tied embedding
     # exists from the unembedding at the beginning to the embedding at the end. Untied ones can be added to the sum
     # before and after that loop.
-    return gradient + (gradient if model.tie_embeddings else _count_device_bytes(parameters["layers"]))
+    layers = _count_device_bytes(trained.get("layers", {}))
+    return gradient + (gradient if model.tie_embeddings and "embedding" in trained else layers)
 
 
 def _find_trip_count(trip_counts: dict[str, float], operation_name: str) -> float:

@@ -1,7 +1,8 @@
 """Train states on disk, written by orbax in the background. The newest few and the best by held-out loss are kept.
 
 A checkpoint also holds a checksum of each array, computed where the array lives. Orbax detects files that are missing
-or cut off, but not a changed byte of an array; the checksums do, on any mesh.
+or cut off, but not a changed byte of an array; the checksums do, on any mesh. Of frozen parameters it holds the
+checksums only: they are those of the model that the run began with.
 """
 
 import contextlib
@@ -108,14 +109,15 @@ def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses
     counts = {name: int(getattr(state, name)) for name in _COUNTS}
     record = {
         **counts,
-        "parameters": compute_checksums(state.parameters),
+        "trained": compute_checksums(state.trained),
         "optimizer_state": compute_checksums(state.optimizer_state),
+        "frozen": compute_checksums(state.frozen),
     }
     with _save_errors():
         saved = manager.save(
             counts["step"],
             args=ocp.args.Composite(
-                parameters=ocp.args.StandardSave(state.parameters),
+                trained=ocp.args.StandardSave(state.trained),
                 optimizer_state=ocp.args.StandardSave(state.optimizer_state),
                 record=ocp.args.JsonSave(record),
             ),
@@ -165,22 +167,32 @@ def _first_line(error: Exception) -> str:
 def restore(directory: pathlib.Path, step: int, like: TrainState) -> TrainState:
     """Returns the state saved at `step`, laid out as `like` (arrays, or their shapes with shardings).
 
+    Args:
+      like: with the frozen parameters themselves.
+
     Raises:
       DamagedError: a file is missing, has changed since it was written, or holds other arrays than `like`.
+      UserError: the frozen parameters are not those of the run.
     """
-    trees_like = {"parameters": like.parameters, "optimizer_state": like.optimizer_state}
+    trees_like = {"trained": like.trained, "optimizer_state": like.optimizer_state}
     record, trees = _restore(directory, step, trees_like, ocp.args.StandardRestore)
+    changed = sorted(set(record.get("frozen", {}).items()) ^ set(compute_checksums(like.frozen).items()))
+    if changed:
+        raise UserError(
+            f"the frozen parameters are not those of checkpoint {step}: {changed[0][0]} differs. Resume with the model "
+            "and the frozen_dtype that the run began with."
+        )
 
     counts = {}
     for name in _COUNTS:
         leaf = getattr(like, name)
         counts[name] = jax.device_put(jnp.asarray(record[name], leaf.dtype), leaf.sharding)
-    return TrainState(**counts, parameters=trees["parameters"], optimizer_state=trees["optimizer_state"])
+    return TrainState(**counts, trained=trees["trained"], frozen=like.frozen, optimizer_state=trees["optimizer_state"])
 
 
-def restore_parameters(directory: pathlib.Path, step: int, like: dict) -> dict:
-    """Returns only the parameters of the state saved at `step`; raises what `restore` raises."""
-    return _restore(directory, step, {"parameters": like}, ocp.args.StandardRestore)[1]["parameters"]
+def restore_trained(directory: pathlib.Path, step: int, like: dict) -> dict:
+    """Returns only the trained parameters of the state saved at `step`; raises DamagedError as `restore` does."""
+    return _restore(directory, step, {"trained": like}, ocp.args.StandardRestore)[1]["trained"]
 
 
 def check_saved(directory: pathlib.Path, state: TrainState) -> None:
@@ -191,7 +203,7 @@ def check_saved(directory: pathlib.Path, state: TrainState) -> None:
     Raises:
       UserError: an array is missing, or is not what was written.
     """
-    for name in ("parameters", "optimizer_state"):
+    for name in ("trained", "optimizer_state"):
         leaves, structure = jax.tree.flatten(getattr(state, name))
         for group in _group_by_size([leaf.nbytes for leaf in leaves]):
             like = [leaf if index in group else ocp.PLACEHOLDER for index, leaf in enumerate(leaves)]
@@ -302,6 +314,8 @@ def _checksums(arrays: Sequence[Array]) -> list[UInt32[Array, ""]]:
 
 
 def _checksum(array: Array) -> UInt32[Array, ""]:
+    if array.dtype.itemsize < 4:
+        array = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
     assert array.dtype.itemsize == 4, array.dtype
     index, stride = jnp.zeros(array.shape, jnp.uint32), 1
     for axis in reversed(range(array.ndim)):

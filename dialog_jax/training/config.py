@@ -15,14 +15,18 @@ import ml_collections
 from dialog_jax.batching import mixture
 from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
+from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.training import config_fields
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
+OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 REMAT = ("none", "attention", "dots", "full")
 RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
+LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 3e-4  # defaults
+FROZEN_DTYPES = ("auto", "float32", "bfloat16")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
 
@@ -99,10 +103,13 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW after clipping by the global norm. Moments are float32, as the parameters are."""
+    """An optimizer after clipping by the global norm."""
 
-    learning_rate: float = 2e-5
-    """Peak of the schedule."""
+    name: str = "adamw"
+    """adamw; adafactor, whose second moments are a row and a column per matrix; or muon, which orthogonalizes the
+    updates of the layers' matrices, with AdamW for other parameters."""
+    learning_rate: float = -1.0
+    """Peak of the schedule; -1 for 2e-5, or 3e-4 with LoRA."""
     schedule: str = "cosine"
     """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
     falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
@@ -113,24 +120,37 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     """Fraction of the steps in which `warmup_stable_decay` decays."""
     weight_decay: float = 0.0
-    """Applies to matrices; not to norms, biases and the embedding."""
+    """Applies to matrices; not to norms, biases, the embedding and adapters."""
     b1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay of AdamW's first moment; with muon, for what AdamW updates."""
     b2: float = 0.99
-    """Decay of AdamW's second moment."""
+    """Decay of AdamW's second moment; with muon, for what AdamW updates."""
     epsilon: float = 1e-8
     """Added to the root of AdamW's second moment."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 for no clipping."""
+    moments_dtype: str = "float32"
+    """Type in which moments are stored: float32 or bfloat16."""
+    ema_decay: float = 0.0
+    """In [0, 1). Decay of an exponential moving average of the trained parameters, for export --ema; 0 for none."""
 
     def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"optimizer.name is {self.name!r}; it must be one of {', '.join(OPTIMIZERS)}.")
+        if self.moments_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"optimizer.moments_dtype is {self.moments_dtype!r}; it must be float32 or bfloat16.")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"optimizer.ema_decay is {self.ema_decay}; it must be at least 0 and below 1.")
         if self.schedule not in SCHEDULES:
             raise UserError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
-        for field in ("learning_rate", "epsilon"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0, and finite.")
+        if not 0 < self.epsilon < math.inf:
+            raise UserError(f"optimizer.epsilon is {self.epsilon}; it must be above 0, and finite.")
         if self.warmup_steps < -1:
             raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0, or -1 for 3%.")
+        if not 0 < self.learning_rate < math.inf and self.learning_rate != -1:
+            raise UserError(
+                f"optimizer.learning_rate is {self.learning_rate}; it must be above 0, or -1 for the default."
+            )
         for field in ("weight_decay", "clip_norm"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
@@ -175,6 +195,13 @@ class TrainConfig:
     """Add rows to embedding and unembedding, each the mean of the others, for tokens that the model has no row for."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    freeze: tuple[str, ...] = ()
+    """Patterns of the paths of parameters that are not trained, such as embedding or layers/attention/*."""
+    train_only: tuple[str, ...] = ()
+    """Patterns of the paths of the only parameters that are trained, in place of `freeze`."""
+    frozen_dtype: str = "auto"
+    """Type in memory of matrices that are not trained: auto (the compute type), float32 or bfloat16."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -258,6 +285,21 @@ class TrainConfig:
             raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            raise UserError(f"frozen_dtype is {self.frozen_dtype!r}; it must be one of {', '.join(FROZEN_DTYPES)}.")
+        if self.freeze and self.train_only:
+            raise UserError("freeze and train_only are both set; the one says what is frozen, the other what is not.")
+        if self.lora.rank and (self.freeze or self.train_only):
+            raise UserError(
+                "freeze or train_only is set with lora.rank; LoRA trains its updates alone. Leave them empty."
+            )
+
+    def resolve(self) -> "TrainConfig":
+        """Returns the config with the learning rate that -1 stands for."""
+        if self.optimizer.learning_rate != -1:
+            return self
+        rate = LORA_LEARNING_RATE if self.lora.rank else LEARNING_RATE
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, learning_rate=rate))
 
     def make_tree_config(self) -> TreeConfig:
         """Returns the part that says how dialogues become trees; raises UserError where it is not valid."""

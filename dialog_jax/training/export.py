@@ -53,7 +53,7 @@ def export_model(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=device),
         decoder.abstract_parameters(model.decoder),
     )
-    parameters = checkpoints.restore_parameters(run / "checkpoints", number, like)
+    parameters = checkpoints.restore_trained(run / "checkpoints", number, like)
     with atomic_files.new_directory(out.resolve()) as unfinished:  # a link to a directory stays a link
         pretrained.write_model(
             unfinished,

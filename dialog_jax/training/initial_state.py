@@ -1,42 +1,66 @@
-"""The state from which a run continues: its newest checkpoint that can be read, or the published weights."""
+"""The state from which a run continues: its newest checkpoint that can be read, or the published weights.
+
+Frozen parameters are always the published ones.
+"""
 
 import pathlib
 from collections.abc import Sequence
 
+import jax
+import numpy as np
 import optax
 import rich.console
 from jax.sharding import Mesh
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import pretrained
-from dialog_jax.training import checkpoints, distributed, run_directory, sharding, train_step
+from dialog_jax.training import checkpoints, distributed, run_directory, sharding, train_step, trainable
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.run_inputs import Inputs
 from dialog_jax.training.train_step import TrainState
+from dialog_jax.training.trainable import Parameters, Selection
 
 
 def restore_or_load(
     inputs: Inputs,
+    selection: Selection,
+    seed: int,
     mesh: Mesh,
     update_rule: optax.GradientTransformation,
     directory: pathlib.Path,
     console: rich.console.Console,
 ) -> TrainState:
-    """Returns the newest state that can be read, or the first state of a fresh run."""
+    """Returns the newest state that can be read, or the first state of a fresh run.
+
+    Args:
+      seed: of the initial factors of LoRA.
+    """
     steps = checkpoints.list_steps(directory / "checkpoints")
     distributed.check_same("state", {"checkpoints": steps})
-    if steps:
-        like = train_step.abstract_state(inputs.model, mesh, update_rule)
+    shapes = trainable.abstract_parameters(selection)
+    if steps and not shapes.frozen:  # the published weights are not needed
+        like = train_step.abstract_state(shapes, mesh, update_rule)
         return _restore_newest(directory, steps, like, console)
-    parameters = distributed.run_on_all_hosts(
-        lambda: pretrained.load_parameters(
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        layout = sharding.parameter_sharding(mesh, path.split("/"), array.shape)
+        return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
+
+    def load() -> Parameters:
+        base = pretrained.load_parameters(
             inputs.model_path,
             inputs.model,
             sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
+            dtype=selection.dtype,
             added_rows=inputs.added_rows,
         )
-    )
-    return train_step.initialize_state(mesh, parameters, update_rule)
+        return trainable.make_parameters(
+            selection, base, jax.random.key(seed), lambda path, x: place(path, np.asarray(x))
+        )
+
+    parameters = distributed.run_on_all_hosts(load)
+    state = train_step.initialize_state(mesh, parameters.trained, update_rule, parameters.frozen)
+    return _restore_newest(directory, steps, state, console) if steps else state
 
 
 def _restore_newest(

@@ -81,6 +81,8 @@ def weighted_loss(
     targets: Targets,
     config: LossConfig = PLAIN,
     mesh: Mesh | None = None,
+    *,
+    trains_unembedding: bool = True,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns (sum(weight * loss), sum(weight * -log p(target | hidden[source]))), in nats, float32.
 
@@ -91,6 +93,8 @@ def weighted_loss(
       unembedding: used in the type of `hidden`.
       targets: with a teacher if `config.distillation` is above 0; otherwise its teacher is ignored.
       mesh: the devices over which rows and unembedding are sharded; None for one device.
+      trains_unembedding: whether the unembedding has a gradient. A frozen one has none, which saves a third of the work
+        and an array of its size.
 
     Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2);
     differs in gathering targets first, tiling over them alone, and accumulating the gradient of the unembedding in
@@ -101,7 +105,8 @@ def weighted_loss(
     assert targets.teacher is not None or not config.distillation, "distillation without a teacher"
 
     def local_sums(hidden, unembedding, targets):
-        return tuple(x[None] for x in _weighted_loss(config, hidden, unembedding, _pad_to_tiles(targets)))
+        sums = _weighted_loss(config, trains_unembedding, hidden, unembedding, _pad_to_tiles(targets))
+        return tuple(x[None] for x in sums)
 
     value, nll = sharding.map_local_rows(mesh, local_sums)(hidden, unembedding, targets)  # [devices] each
     return jnp.sum(value), jax.lax.stop_gradient(jnp.sum(nll))
@@ -149,8 +154,10 @@ def _score_targets(hidden, unembedding, targets, top_k):
     return jax.tree.map(lambda x: x[:, :count], _fold_tiles(hidden, targets, add_tile, empty))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_loss(config, hidden, unembedding, targets):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_loss(config, trains_unembedding, hidden, unembedding, targets):
+    del trains_unembedding  # the value does not depend on it
+
     def add_tile(start, sums, gathered, size):
         part = _slice(targets, start, size)
         logits, log_normalizer, nll = _tile_logits(_slice(gathered, start, size), unembedding, part.token)
@@ -160,7 +167,7 @@ def _weighted_loss(config, hidden, unembedding, targets):
     return _fold_tiles(hidden, targets, add_tile, (jnp.zeros((), jnp.float32),) * 2)
 
 
-def _forward(config, hidden, unembedding, targets):
+def _forward(config, trains_unembedding, hidden, unembedding, targets):
     def add_tile(start, carry, gathered, size):
         sums, d_gathered, d_unembedding = carry
         h, part = _slice(gathered, start, size), _slice(targets, start, size)
@@ -168,15 +175,20 @@ def _forward(config, hidden, unembedding, targets):
         value, d_logits = _loss_and_gradient(config, logits, log_normalizer, nll, part)
         d_logits = (d_logits * part.weight[..., None]).astype(hidden.dtype)  # [B, C, V]
         d_h = jnp.einsum("bcv,vd->bcd", d_logits, unembedding.astype(hidden.dtype))
-        # As one matrix of all targets: XLA:CPU writes a transposed copy of a batch of matrices.
-        flat_d_logits, flat_h = (x.reshape(-1, x.shape[-1]) for x in (d_logits, h))
-        d_unembedding += jnp.einsum("cv,cd->vd", flat_d_logits, flat_h, preferred_element_type=jnp.float32)
+        if trains_unembedding:
+            # As one matrix of all targets: XLA:CPU writes a transposed copy of a batch of matrices.
+            flat_d_logits, flat_h = (x.reshape(-1, x.shape[-1]) for x in (d_logits, h))
+            d_unembedding += jnp.einsum("cv,cd->vd", flat_d_logits, flat_h, preferred_element_type=jnp.float32)
         d_gathered = jax.lax.dynamic_update_slice(d_gathered, d_h, (0, start, 0))
         return _add_weighted(sums, part.weight, value, nll), d_gathered, d_unembedding
 
     shape = (*targets.source.shape, hidden.shape[-1])
     sums = (jnp.zeros((), jnp.float32),) * 2
-    zeros = sums, jnp.zeros(shape, hidden.dtype), jnp.zeros(unembedding.shape, jnp.float32)
+    zeros = (
+        sums,
+        jnp.zeros(shape, hidden.dtype),
+        jnp.zeros(unembedding.shape if trains_unembedding else (), jnp.float32),
+    )
     sums, d_gathered, d_unembedding = _fold_tiles(hidden, targets, add_tile, zeros)
     # A source has one target per branch that starts after it: the sum of their gradients is rounded once.
     d_hidden = jax.vmap(lambda zero, source, gradient: zero.at[source].add(gradient))(
@@ -185,11 +197,11 @@ def _forward(config, hidden, unembedding, targets):
     return sums, (d_hidden.astype(hidden.dtype), d_unembedding.astype(unembedding.dtype))
 
 
-def _backward(config, gradients, cotangents):
+def _backward(config, trains_unembedding, gradients, cotangents):
     del config
     scale = cotangents[0].astype(jnp.float32)
     d_hidden, d_unembedding = ((x * scale).astype(x.dtype) for x in gradients)
-    return d_hidden, d_unembedding, None
+    return d_hidden, d_unembedding if trains_unembedding else None, None
 
 
 _weighted_loss.defvjp(_forward, _backward)

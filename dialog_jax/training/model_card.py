@@ -35,7 +35,7 @@ def make_card(run: pathlib.Path, base: BaseModel, step: int, losses: Mapping[int
         "objective": _list_fields(config["objective"]),
         "steps": f"{step:,} of {steps:,}, each of {rows:,} rows of {data['max_length']:,} tokens",
         "held-out loss": _describe_losses(losses, step),
-        "optimizer": f"AdamW: {_list_fields({name: optimizer[name] for name in _RATE_FIELDS})}",
+        "optimizer": f"{optimizer['name']}: {_list_fields({name: optimizer[name] for name in _RATE_FIELDS})}",
         "weights": f"{dtype} (computed in {run_directory.read_hashes(run).get('compute_dtype', 'float32')})",
         "version": f"dialog_jax {_find_version()}",
     }

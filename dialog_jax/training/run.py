@@ -36,6 +36,7 @@ from dialog_jax.training import (
     sharding,
     signals,
     train_step,
+    trainable,
 )
 from dialog_jax.training.config import TrainConfig, require_fields, set_template_time
 from dialog_jax.training.console import Startup
@@ -77,6 +78,7 @@ def run(
         loss or gradient were not finite too often in a row; or a file could not be written. Checkpoints stay.
       StoppedError: SIGINT, SIGTERM or SIGHUP arrived; the last step is saved.
     """
+    config = config.resolve()
     require_fields(config, "training", "model", "data.train")
     startup = Startup(start_time)
     console = console or _make_console()
@@ -109,8 +111,14 @@ def run(
         console.print(f"attention: {kernel.name} ({kernel.reason})")
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
-        update_rule = optimizer.make_optimizer(config.optimizer, steps)
-        state = initial_state.restore_or_load(inputs, mesh, update_rule, directory, console)
+        selection = trainable.select(config, inputs.model, dtype)
+        update_rule = optimizer.make_optimizer(
+            config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if config.lora.rank else 1.0
+        )
+        state = initial_state.restore_or_load(inputs, selection, config.seed, mesh, update_rule, directory, console)
+        shapes = trainable.abstract_parameters(selection)
+        for described in trainable.describe(shapes):
+            console.print(described)
         line = optimizer.describe_change_of_steps(
             config.optimizer, planned_steps, steps, int(state.step) - int(state.skipped)
         )
@@ -133,6 +141,9 @@ def run(
                 remat=config.remat,
                 loss_config=config.loss,
                 attend=kernel.attend,
+                shapes=shapes,
+                lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
+                seed=config.seed,
             ),
             evaluation_step=train_step.make_evaluation_step(
                 inputs.model,
@@ -140,6 +151,7 @@ def run(
                 compute_dtype=dtype,
                 turns=_TURNS_LISTED,
                 attend=kernel.attend,
+                shapes=shapes,
             ),
             listener=listener,
         )

@@ -85,9 +85,22 @@ def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) ->
     On a mesh of fsdp=2 and tensor=4, w_up of shape [L, 64, 256] is laid out as (None, fsdp, tensor), and one of shape
     [L, 64, 258], which tensor does not divide, as (None, tensor, fsdp).
     """
-    rules = _RULES.get(path[-1], _REPLICATED)
-    rule = next(rule for rule in rules if not _explain_uneven(mesh, rule, shape))
+    rule = next(rule for rule in _find_rules(path) if not _explain_uneven(mesh, rule, shape))
     return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - len(rule)), *rule))
+
+
+def _find_rules(path: Sequence[str]) -> tuple[_Rule, ...]:
+    """Returns the rules of a parameter; `lora_a` is divided by the input axis of its matrix, `lora_b` by the output."""
+    name = path[-1]
+    if len(path) > 1 and path[-2] in _RULES and name in ("weight", "lora_a", "lora_b"):
+        rules = _RULES[path[-2]]
+        if name == "weight":
+            return rules
+        if path[-2] == "lm_head":  # [V, D], and the factors are those of its transpose
+            rules = tuple(rule[::-1] for rule in rules)
+        axes = [rule[0] if name == "lora_a" else rule[1] for rule in rules]
+        return tuple((axis, None) if name == "lora_a" else (None, axis) for axis in axes)
+    return _RULES.get(name, _REPLICATED)
 
 
 def describe_uneven_layouts(mesh: Mesh, parameters: dict) -> list[str]:
@@ -95,7 +108,7 @@ def describe_uneven_layouts(mesh: Mesh, parameters: dict) -> list[str]:
     lines = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         path = [key.key for key in keys]
-        rules = _RULES.get(path[-1], _REPLICATED)
+        rules = _find_rules(path)
         if reason := _explain_uneven(mesh, rules[0], leaf.shape):
             rule = parameter_sharding(mesh, path, leaf.shape).spec[leaf.ndim - len(rules[0]) :]
             layout, preferred = _format_rule(mesh, rule), _format_rule(mesh, rules[0])
@@ -126,6 +139,9 @@ def state_sharding(mesh: Mesh, state):
     """
 
     def find_sharding(keys, leaf):
+        names = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)]
+        if {"v_row", "v_col", "v"}.intersection(names):  # of Adafactor: means over an axis, or a placeholder
+            return replicated_sharding(mesh)
         path = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
         return parameter_sharding(mesh, path or [""], leaf.shape)
 

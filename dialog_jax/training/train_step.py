@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, Int
 from dialog_jax.attention import blockwise, dispatch
 from dialog_jax.attention.dispatch import Attend
 from dialog_jax.batching.batches import Batch
-from dialog_jax.model import decoder
+from dialog_jax.model import adapters, decoder, parameter_trees
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.training import loss, sharding
 from dialog_jax.training.config import LossConfig
+from dialog_jax.training.trainable import Parameters
 
 OPTIMIZER_SCOPE = "optimizer"  # name of the part after the gradient in compiled programs and profiles
 
@@ -36,8 +37,15 @@ class TrainState(NamedTuple):
     """Steps whose loss or gradient was not finite; they changed neither parameters nor moments."""
     skipped_in_a_row: Int[Array, ""]
     """How many of the most recent steps were skipped."""
-    parameters: dict
+    trained: dict
+    frozen: dict
+    """The parameters that no step changes; empty in full fine-tuning."""
     optimizer_state: Any
+
+    @property
+    def parameters(self) -> dict:
+        """All parameters of the model, as one tree; copies nothing."""
+        return parameter_trees.merge(self.trained, self.frozen)
 
 
 class StepMetrics(NamedTuple):
@@ -73,26 +81,31 @@ class EvaluationSums(NamedTuple):
     """Targets that have the highest logit."""
 
 
-def make_state(parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def make_state(trained: dict, optimizer: optax.GradientTransformation, frozen: dict | None = None) -> TrainState:
     """Returns the state before the first step, without placing it."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, parameters, optimizer.init(parameters))
+    return TrainState(zero, zero, zero, trained, frozen or {}, optimizer.init(trained))
 
 
-def initialize_state(mesh: Mesh, parameters: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def initialize_state(
+    mesh: Mesh, trained: dict, optimizer: optax.GradientTransformation, frozen: dict | None = None
+) -> TrainState:
     """Returns the state before the first step. Moments are created sharded, each where it belongs.
 
     Args:
-      parameters: laid out by `sharding.parameter_sharding`; donated to the state.
+      trained, frozen: laid out by `sharding.parameter_sharding`; donated to the state.
     """
-    make = functools.partial(make_state, optimizer=optimizer)
-    shardings = sharding.state_sharding(mesh, jax.eval_shape(make, parameters))
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(parameters)
+
+    def make(trained, frozen):
+        return make_state(trained, optimizer, frozen)
+
+    shardings = sharding.state_sharding(mesh, jax.eval_shape(make, trained, frozen))
+    return jax.jit(make, out_shardings=shardings, donate_argnums=(0, 1))(trained, frozen)
 
 
-def abstract_state(model: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(parameters: Parameters, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns a train state of shapes with shardings, as `initialize_state` lays it out."""
-    state = jax.eval_shape(functools.partial(make_state, optimizer=optimizer), decoder.abstract_parameters(model))
+    state = jax.eval_shape(lambda parts: make_state(parts.trained, optimizer, parts.frozen), parameters)
     return jax.tree.map(
         lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
         state,
@@ -109,6 +122,9 @@ def make_train_step(
     remat: str,
     loss_config: LossConfig = loss.PLAIN,
     attend: Attend | None = None,
+    shapes: Parameters | None = None,
+    lora_dropout: float = 0.0,
+    seed: int = 0,
 ) -> jax.stages.Wrapped:
     """Returns the jitted step: (state, batch) -> (next state, `StepMetrics`).
 
@@ -117,16 +133,24 @@ def make_train_step(
 
     Args:
       attend: attention over the mesh, from `attention.dispatch`; None for blockwise attention.
+      shapes: of the trained and frozen parameters; None if all are trained.
+      lora_dropout: probability with which an input of LoRA is set to 0.
+      seed: of the dropout, together with the step.
     """
     attend = attend or dispatch.shard_attention(blockwise.attend, mesh)
     optimizer = optax.with_extra_args_support(optimizer)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, mesh, optimizer))
+    shapes = shapes or Parameters(decoder.abstract_parameters(model), {})
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(shapes, mesh, optimizer))
+    trains_unembedding = bool({"embedding" if model.tie_embeddings else "lm_head", "lm_head"} & shapes.trained.keys())
     batch_sharding = sharding.batch_sharding(mesh)  # [M, B, ...]
     # Rows stay divided over devices from layer to layer. Without this constraint XLA lays activations out like the
     # embedding's width, keeps each row on all devices of `fsdp` and reduces activations where it should gather weights.
     activation_sharding = NamedSharding(mesh, PartitionSpec(*batch_sharding.spec[1:]))  # [B, T, D]
 
-    def micro_batch_loss(parameters, batch, total_weight):
+    def micro_batch_loss(trained, frozen, batch, total_weight, key):
+        parameters = parameter_trees.merge(trained, frozen)
+        if lora_dropout:
+            parameters = adapters.add_dropout(parameters, lora_dropout, key)
         hidden = decoder.hidden_states(
             model,
             parameters,
@@ -139,42 +163,48 @@ def make_train_step(
             attend_trees=attend,
         )
         unembedding = decoder.unembedding(model, parameters)
-        value, nll = loss.weighted_loss(hidden, unembedding, _make_targets(batch), loss_config, mesh)
+        value, nll = loss.weighted_loss(
+            hidden, unembedding, _make_targets(batch), loss_config, mesh, trains_unembedding=trains_unembedding
+        )
         return value / total_weight, nll / total_weight
 
-    def batch_loss_and_gradient(parameters, batch):
+    def batch_loss_and_gradient(trained, frozen, batch, key):
         loss_and_gradient = jax.value_and_grad(micro_batch_loss, has_aux=True)
         total_weight = jnp.sum(batch.weight)
         if batch.tokens.shape[0] == 1:  # no second copy of the gradient to add to
-            return loss_and_gradient(parameters, jax.tree.map(lambda array: array[0], batch), total_weight)
+            return loss_and_gradient(trained, frozen, jax.tree.map(lambda array: array[0], batch), total_weight, key)
 
-        def add(sums, micro_batch):
-            return jax.tree.map(jnp.add, sums, loss_and_gradient(parameters, micro_batch, total_weight)), None
+        def add(sums, numbered_micro_batch):
+            number, micro_batch = numbered_micro_batch
+            parts = loss_and_gradient(trained, frozen, micro_batch, total_weight, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, sums, parts), None
 
-        zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, parameters)
-        return jax.lax.scan(add, zeros, batch)[0]
+        zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trained)
+        return jax.lax.scan(add, zeros, (jnp.arange(batch.tokens.shape[0]), batch))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        (value, nll), gradient = batch_loss_and_gradient(state.parameters, batch)
-        gradient = jax.lax.with_sharding_constraint(gradient, state_shardings.parameters)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (value, nll), gradient = batch_loss_and_gradient(state.trained, state.frozen, batch, key)
+        gradient = jax.lax.with_sharding_constraint(gradient, state_shardings.trained)
         with jax.named_scope(OPTIMIZER_SCOPE):
             norm = optax.tree.norm(gradient)
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-            def update(parameters, optimizer_state):
-                updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters, norm=norm)
-                return optax.apply_updates(parameters, updates), optimizer_state
+            def update(trained, optimizer_state):
+                updates, optimizer_state = optimizer.update(gradient, optimizer_state, trained, norm=norm)
+                return optax.apply_updates(trained, updates), optimizer_state
 
             # One `cond` over the whole state, not a `where` per array: XLA:CPU then updates the arrays in place. Not
             # measured on GPU and TPU.
-            parameters, optimizer_state = jax.lax.cond(
-                finite, update, lambda *unchanged: unchanged, state.parameters, state.optimizer_state
+            trained, optimizer_state = jax.lax.cond(
+                finite, update, lambda *unchanged: unchanged, state.trained, state.optimizer_state
             )
         next_state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-            parameters=parameters,
+            trained=trained,
+            frozen=state.frozen,
             optimizer_state=optimizer_state,
         )
         return next_state, StepMetrics(
@@ -204,12 +234,15 @@ def make_evaluation_step(
     compute_dtype: jax.typing.DTypeLike,
     turns: int,
     attend: Attend | None = None,
+    shapes: Parameters | None = None,
 ) -> Callable[[dict, Batch], EvaluationSums]:
     """Returns the jitted sums of a [1, B, ...] batch, with one bin for each of the first `turns` turns.
 
     Args:
       attend: attention over the mesh, from `attention.dispatch`; None for blockwise attention.
+      shapes: of the trained and frozen parameters; None if all are trained.
     """
+    shapes = shapes or Parameters(decoder.abstract_parameters(model), {})
     attend = attend or dispatch.shard_attention(blockwise.attend, mesh)
     score = functools.partial(loss.score_targets, mesh=mesh)
 
@@ -231,7 +264,7 @@ def make_evaluation_step(
     return jax.jit(
         evaluate,
         in_shardings=(
-            sharding.state_sharding(mesh, decoder.abstract_parameters(model)),
+            sharding.state_sharding(mesh, parameter_trees.merge(*shapes)),
             sharding.batch_sharding(mesh),
         ),
         out_shardings=sharding.replicated_sharding(mesh),

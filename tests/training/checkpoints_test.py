@@ -87,8 +87,8 @@ class PathTest(parameterized.TestCase):
         self.save("run")
         nu = self.state.optimizer_state[0].nu
         for other in (
-            self.state._replace(parameters={"a": self.state.parameters["a"].T}),
-            self.state._replace(parameters=self.state.parameters | {"b": jnp.zeros(2)}),
+            self.state._replace(trained={"a": self.state.trained["a"].T}),
+            self.state._replace(trained=self.state.trained | {"b": jnp.zeros(2)}),
             self.state._replace(optimizer_state=(self.state.optimizer_state[0]._replace(nu=nu | {"b": jnp.zeros(2)}),)),
         ):
             with self.assertRaisesRegex(
@@ -187,8 +187,8 @@ class DamageTest(parameterized.TestCase):
             self.restored()
 
     def test_checkpoint_of_other_arrays_is_reported_by_the_first_that_differs(self):
-        like = self.state._replace(parameters=self.state.parameters | {"adapter": jnp.ones(2)})
-        with self.assertRaisesRegex(DamagedError, r"checkpoint 5 holds other arrays .*parameters\['adapter'\] is in"):
+        like = self.state._replace(trained=self.state.trained | {"adapter": jnp.ones(2)})
+        with self.assertRaisesRegex(DamagedError, r"checkpoint 5 holds other arrays .*trained\['adapter'\] is in"):
             checkpoints.restore(self.directory, 5, like)
 
     def test_steps_are_those_of_complete_checkpoints(self):

@@ -85,7 +85,9 @@ class ConfigTest(parameterized.TestCase):
         overridden = config.to_config_dict(example())
         with overridden.unlocked():
             overridden.optimizer.lr = 1.0
-        with self.assertRaisesRegex(ValueError, r"config.optimizer has no field lr; it has learning_rate, schedule"):
+        with self.assertRaisesRegex(
+            ValueError, r"config.optimizer has no field lr; it has name, learning_rate, schedule"
+        ):
             config.from_config_dict(overridden)
 
     @parameterized.parameters(

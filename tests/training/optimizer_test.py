@@ -1,8 +1,11 @@
-"""Schedules against their formulas, and what weight decay touches."""
+"""Schedules and optimizers against their formulas, and what weight decay touches."""
 
+import dataclasses
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
@@ -89,6 +92,116 @@ class ClippingTest(parameterized.TestCase):
             expected, their_state = their_update(gradient, their_state)
             for got, want in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
                 np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def updates_of(config, parameters, gradients):
+    """The updates of each step, in NumPy, and the last state."""
+    rule = optimizer.make_optimizer(config, 100)
+    state = rule.init(parameters)
+    updates = []
+    for gradient in gradients:
+        update, state = rule.update(gradient, state, parameters, norm=optax.tree.norm(gradient))
+        updates.append(jax.device_get(update))
+        parameters = optax.apply_updates(parameters, update)
+    return updates, state
+
+
+class RulesTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        rng = np.random.default_rng(0)
+        shapes = {"layers": {"w_up": (3, 12, 20), "norm": (3, 12)}, "embedding": (30, 12)}
+        draw = functools.partial(jax.tree.map, lambda shape: jnp.float32(rng.normal(size=shape)))
+        is_shape = {"is_leaf": lambda node: isinstance(node, tuple)}
+        self.parameters = draw(shapes, **is_shape)
+        self.gradients = [draw(shapes, **is_shape) for _ in range(4)]
+        self.config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, clip_norm=0.0)
+
+    def test_muon_orthogonalizes_the_matrix_of_each_layer_at_the_size_of_adam(self):
+        (update,), _ = updates_of(dataclasses.replace(self.config, name="muon"), self.parameters, self.gradients[:1])
+        for layer in update["layers"]["w_up"]:
+            singular = np.linalg.svd(layer.astype(np.float64), compute_uv=False)
+            self.assertLess(singular.max() / singular.min(), 2)  # those of the gradient differ by a factor of 8
+            self.assertAlmostEqual(float(np.sqrt(np.mean(layer**2))), 0.1 * 0.2, delta=0.006)
+
+    def test_muon_leaves_embedding_and_norms_to_adam(self):
+        config = dataclasses.replace(self.config, b2=0.999)
+        muon, _ = updates_of(dataclasses.replace(config, name="muon"), self.parameters, self.gradients)
+        adamw, _ = updates_of(config, self.parameters, self.gradients)
+        for first, second in zip(muon, adamw, strict=True):
+            np.testing.assert_allclose(first["embedding"], second["embedding"], rtol=1e-5)
+            np.testing.assert_allclose(first["layers"]["norm"], second["layers"]["norm"], rtol=1e-5)
+
+    def test_adafactor_follows_its_formula_with_decay(self):
+        config = dataclasses.replace(self.config, name="adafactor", weight_decay=0.5)
+        rng = np.random.default_rng(1)
+        weight, gradients = rng.normal(size=(128, 160)), rng.normal(size=(3, 128, 160))
+        tree = {"w_up": jnp.float32(weight)}
+        updates, state = updates_of(config, tree, [{"w_up": jnp.float32(gradient)} for gradient in gradients])
+        rows, columns = np.zeros(128), np.zeros(160)
+        for step, (gradient, update) in enumerate(zip(gradients, updates, strict=True), 1):
+            decay = 1 - step**-0.8
+            rows = decay * rows + (1 - decay) * (gradient**2).mean(axis=1)
+            columns = decay * columns + (1 - decay) * (gradient**2).mean(axis=0)
+            expected = gradient / np.sqrt(rows[:, None] * columns[None, :] / rows.mean())
+            expected /= max(1.0, np.sqrt(np.mean(expected**2)))
+            np.testing.assert_allclose(update["w_up"], -0.1 * (expected + 0.5 * weight), rtol=1e-4, atol=1e-6)
+            weight = weight + update["w_up"]
+        self.assertLess(sum(leaf.size for leaf in jax.tree.leaves(state)), 2 * (128 + 160))
+
+    @parameterized.parameters(("adamw", 0.02), ("muon", 0.1))
+    def test_narrow_moments_have_half_the_bytes_and_nearly_the_same_updates(self, name, tolerance):
+        config = dataclasses.replace(self.config, name=name)
+        wide, wide_state = updates_of(config, self.parameters, self.gradients)
+        narrow, state = updates_of(
+            dataclasses.replace(config, moments_dtype="bfloat16"), self.parameters, self.gradients
+        )
+        half, full = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim > 1) for tree in (state, wide_state)
+        )
+        self.assertEqual(2 * half, full)
+        for first, second in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+            np.testing.assert_allclose(first, second, atol=tolerance * np.abs(second).max())
+
+    def test_narrow_second_moment_falls_where_rounding_to_the_nearest_would_stop_it(self):
+        config = dataclasses.replace(self.config, b2=0.999, moments_dtype="bfloat16")
+        parameters = {"w_up": jnp.zeros((64, 64))}
+        gradients = [{"w_up": jnp.ones((64, 64))}] + [{"w_up": jnp.full((64, 64), 1e-3)}] * 400
+        rule = optimizer.make_optimizer(config, 1000)
+        state = rule.init(parameters)
+        update = jax.jit(lambda gradient, state: rule.update(gradient, state, parameters, norm=jnp.float32(1))[1])
+        for gradient in gradients:
+            state = update(gradient, state)
+        (second,) = (leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.bfloat16 and float(leaf.min()) < 9e-4)
+        expected = 0.001 * 0.999**400 + 1e-6 * (1 - 0.999**400)
+        self.assertAlmostEqual(float(jnp.mean(second.astype(jnp.float32))) / expected, 1, delta=0.02)
+
+    def test_rounding_at_random_keeps_the_expectation(self):
+        x = jnp.full(100_000, 1.0 + 2**-9, jnp.float32)
+        rounded = optimizer._round_at_random(x, jax.random.key(0)).astype(jnp.float32)
+        self.assertEqual(set(np.unique(rounded).tolist()), {1.0, 1.0 + 2**-7})
+        self.assertAlmostEqual(float(rounded.mean()), 1.0 + 2**-9, delta=1e-4)
+
+    def test_average_follows_the_parameters(self):
+        config = dataclasses.replace(self.config, ema_decay=0.75)
+        updates, state = updates_of(config, self.parameters, self.gradients)
+        plain, _ = updates_of(self.config, self.parameters, self.gradients)
+        expected = value = np.asarray(self.parameters["embedding"], np.float64)
+        for update, plain_update in zip(updates, plain, strict=True):
+            np.testing.assert_array_equal(update["embedding"], plain_update["embedding"])
+            value = value + update["embedding"]
+            expected = 0.75 * expected + 0.25 * value
+        np.testing.assert_allclose(optimizer.find_average(state)["embedding"], expected, rtol=1e-5, atol=1e-6)
+        self.assertIsNone(optimizer.find_average(updates_of(self.config, self.parameters, self.gradients)[1]))
+
+    def test_ratio_multiplies_the_updates_of_the_second_factor(self):
+        tree = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}
+        updates = []
+        for ratio in (1.0, 16.0):
+            rule = optimizer.make_optimizer(self.config, 100, lora_b_ratio=ratio)
+            updates.append(rule.update(tree, rule.init(tree), tree, norm=jnp.float32(1))[0])
+        np.testing.assert_allclose(updates[1]["lora_b"], 16 * updates[0]["lora_b"])
+        np.testing.assert_allclose(updates[1]["lora_a"], updates[0]["lora_a"])
 
 
 class DecayMaskTest(absltest.TestCase):

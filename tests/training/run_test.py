@@ -68,7 +68,7 @@ class RunTest(parameterized.TestCase):
             ),
             decoder.abstract_parameters(model),
         )
-        return jax.device_get(checkpoints.restore_parameters(self.directory / name / "checkpoints", step, like))
+        return jax.device_get(checkpoints.restore_trained(self.directory / name / "checkpoints", step, like))
 
     def test_run_learns_and_writes_what_it_says(self):
         result = self.run_in("run")

@@ -15,6 +15,7 @@ from dialog_jax.batching import batches
 from dialog_jax.model import decoder
 from dialog_jax.training import loss, optimizer, sharding, train_step
 from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
+from dialog_jax.training.trainable import Parameters
 from tests.rendering import chat_templates
 from tests.training import tiny
 
@@ -245,7 +246,7 @@ class UpdateTest(absltest.TestCase):
         model = dataclasses.replace(small, width=2048, feed_forward=2048, layers=8)  # beside these, a row is little
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         transform = optimizer.make_optimizer(_OPTIMIZER, 10)
-        state = train_step.abstract_state(model, mesh, transform)
+        state = train_step.abstract_state(Parameters(decoder.abstract_parameters(model), {}), mesh, transform)
         run = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="full")
         size = sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) * 4
         one_row = jax.tree.map(lambda array: array[:1], batch_of(8, 1))

@@ -81,7 +81,7 @@ def parameters(directory, step):
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), decoder.abstract_parameters(model)
     )
-    return jax.device_get(checkpoints.restore_parameters(directory / "checkpoints", step, like))
+    return jax.device_get(checkpoints.restore_trained(directory / "checkpoints", step, like))
 
 
 class RunTest(parameterized.TestCase):

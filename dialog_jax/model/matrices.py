@@ -1,0 +1,68 @@
+"""What a weight matrix may be, and how the decoder multiplies by it.
+
+A matrix is an array; with LoRA, a dict of the frozen array and its low-rank update. All are stacked on a leading axis L
+where the matrix belongs to a layer, and scanned with the layer:
+
+    {"weight": [in, out], "lora_a": [in, r], "lora_b": [r, out], "lora_scale": [r]}
+
+    x @ matrix = x @ weight + ((x @ lora_a) * lora_scale) @ lora_b
+
+`lora_scale` is frozen: alpha / rank, and 0 in the columns beyond the rank of a layer that has a smaller one. With
+dropout there are also `dropout_key` and `dropout_rate`, of the input of `lora_a`. Knows no names and no files.
+
+Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), equation 3.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Matrix = Array | Mapping[str, Any]
+
+
+def multiply(x: Float[Array, "N in"], matrix: Matrix) -> Float[Array, "N out"]:
+    """Returns `x @ matrix` in the type of `x`."""
+    if not isinstance(matrix, Mapping):
+        return x @ matrix.astype(x.dtype)
+    y = multiply(x, matrix["weight"])
+    return y + _update(_drop_out(x, matrix), matrix)
+
+
+def look_up(matrix: Matrix, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike) -> Float[Array, "B T D"]:
+    """Returns the rows of an embedding [V, D] that belong to `tokens`; its `lora_a` is [V, r], `lora_b` [r, D]."""
+    if not isinstance(matrix, Mapping):
+        return matrix[tokens].astype(dtype)
+    rows = look_up(matrix["weight"], tokens, dtype)
+    low = look_up(matrix["lora_a"], tokens, dtype) * _broadcast(matrix["lora_scale"], tokens.ndim, dtype)
+    return rows + low @ matrix["lora_b"].astype(dtype)
+
+
+def add_update(weight: Float[Array, "*L in out"], factors: Mapping[str, Array]) -> Float[Array, "*L in out"]:
+    """Returns the weight with its low-rank update added, in float32: the matrix as one array.
+
+    Args:
+      factors: `lora_a`, `lora_b` and `lora_scale`, stacked as the weight is.
+    """
+    a, b, scale = (factors[name].astype(jnp.float32) for name in ("lora_a", "lora_b", "lora_scale"))
+    return weight.astype(jnp.float32) + (a * jnp.expand_dims(scale, -2)) @ b
+
+
+def _update(x: Float[Array, "N in"], factors: Mapping[str, Array]) -> Float[Array, "N out"]:
+    low = (x @ factors["lora_a"].astype(x.dtype)) * _broadcast(factors["lora_scale"], 1, x.dtype)  # [N, r]
+    return low @ factors["lora_b"].astype(x.dtype)
+
+
+def _broadcast(scale: Float[Array, "r"], axes: int, dtype: jax.typing.DTypeLike) -> Array:
+    return jnp.expand_dims(scale.astype(dtype), range(axes))
+
+
+def _drop_out(x: Float[Array, "N in"], matrix: Mapping[str, Array]) -> Float[Array, "N in"]:
+    """Returns `x` with each number 0 with probability `dropout_rate`, otherwise divided by 1 - `dropout_rate`."""
+    if "dropout_key" not in matrix:
+        return x
+    kept = 1 - matrix["dropout_rate"]
+    mask = jax.random.bernoulli(matrix["dropout_key"], kept, x.shape)
+    return jnp.where(mask, x / kept.astype(x.dtype), jnp.zeros_like(x))

@@ -1,0 +1,122 @@
+"""What a run trains: its config and the model's structure in, the trained and the frozen parameters out.
+
+Full fine-tuning trains everything. `freeze` and `train_only` divide the model's own parameters by their paths; LoRA
+freezes all of them and trains factors beside them (see `model.adapters`).
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dialog_jax.errors import UserError
+from dialog_jax.model import adapters, decoder, parameter_trees
+from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training.config import TrainConfig
+
+
+class Parameters(NamedTuple):
+    """Two nested dicts that share no path, of arrays or of their shapes."""
+
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
+
+
+class Selection(NamedTuple):
+    """Which parameters of a model are trained, and which have a low-rank update."""
+
+    model: DecoderConfig
+    trained_paths: frozenset[str]
+    """Of the model's own parameters."""
+    scales: adapters.Scales
+    """Of LoRA; empty without."""
+    frozen_dtype: np.dtype
+    """Of frozen matrices. Norms and biases stay float32."""
+
+    def dtype(self, path: str) -> np.dtype:
+        """Returns the type of one of the model's own parameters."""
+        is_matrix = path in adapters.list_modules(self.model)
+        return self.frozen_dtype if is_matrix and path not in self.trained_paths else np.dtype(np.float32)
+
+
+def select(config: TrainConfig, model: DecoderConfig, compute_dtype: jax.typing.DTypeLike) -> Selection:
+    """Returns what `config` trains.
+
+    Raises:
+      UserError: a pattern or target matches nothing, a rank is too large, or nothing would be trained.
+    """
+    paths = sorted(parameter_trees.flatten(decoder.abstract_parameters(model)))
+    scales = adapters.find_scales(model, config.lora) if config.lora.rank else {}
+    trained = set() if scales else set(paths)
+    if config.freeze:
+        trained -= _find(config.freeze, "freeze", paths)
+    if config.train_only:
+        trained &= _find(config.train_only, "train_only", paths)
+    if not trained and not scales:
+        raise UserError(f"freeze is {', '.join(config.freeze)}: nothing is left to train. Freeze less.")
+    dtype = jnp.dtype(compute_dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
+    return Selection(model, frozenset(trained), scales, dtype)
+
+
+def _find(patterns: Sequence[str], field: str, paths: Sequence[str]) -> set[str]:
+    """Returns the paths that match one of the patterns."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(paths, pattern)
+        if not matches:
+            raise UserError(f"{field} has {pattern!r}, which matches none of {', '.join(paths)}.")
+        found.update(matches)
+    return found
+
+
+def abstract_parameters(selection: Selection) -> Parameters:
+    """Returns the parameters as `jax.ShapeDtypeStruct`."""
+    flat = {
+        path: jax.ShapeDtypeStruct(leaf.shape, selection.dtype(path))
+        for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(selection.model)).items()
+    }
+    factors = adapters.abstract_factors(selection.model, selection.scales)
+    scales = {path: jax.ShapeDtypeStruct(scale.shape, scale.dtype) for path, scale in selection.scales.items()}
+    return _divide(selection, parameter_trees.unflatten(flat), factors, scales)
+
+
+def make_parameters(
+    selection: Selection,
+    base: dict[str, Any],
+    key: jax.Array,
+    place: Callable[[str, Any], jax.Array] = lambda path, array: jnp.asarray(array),
+) -> Parameters:
+    """Returns the parameters before training.
+
+    Args:
+      base: the model's own, of the types that `Selection.dtype` says.
+      key: for the initial factors of LoRA.
+      place: (path, array) to the array where it belongs.
+    """
+    factors = parameter_trees.flatten(adapters.init_factors(selection.model, selection.scales, key))
+    placed = parameter_trees.unflatten({path: place(path, leaf) for path, leaf in factors.items()})
+    scales = {path: place(f"{path}/{adapters.SCALE}", scale) for path, scale in selection.scales.items()}
+    return _divide(selection, base, placed, scales)
+
+
+def _divide(
+    selection: Selection, base: dict[str, Any], factors: dict[str, Any], scales: Mapping[str, Any]
+) -> Parameters:
+    trained, frozen = parameter_trees.split(base, lambda path: path in selection.trained_paths)
+    return Parameters(parameter_trees.merge(trained, factors), adapters.attach_scales(frozen, scales))
+
+
+def describe(parameters: Parameters) -> list[str]:
+    """Returns lines that say how many numbers are trained and frozen, and where: one line for each path."""
+    lines = []
+    for kind, tree in zip(("trained", "frozen"), parameters, strict=True):
+        flat = parameter_trees.flatten(tree)
+        if not flat:
+            continue
+        lines.append(f"{kind}: {sum(leaf.size for leaf in flat.values()):,} parameters")
+        if parameters.frozen:
+            lines += [f"  {path} {'x'.join(map(str, leaf.shape))} {leaf.dtype}" for path, leaf in sorted(flat.items())]
+    return lines

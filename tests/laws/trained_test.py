@@ -1,0 +1,95 @@
+"""The laws of loss and gradient hold whatever is trained: everything, LoRA, or a part of the model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from dialog_jax.batching import batches
+from dialog_jax.evaluation import agreement
+from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.training import sharding, train_step, trainable
+from dialog_jax.training.config import MeshConfig, TrainConfig
+from tests.evaluation import agreement_test
+from tests.rendering import chat_templates
+from tests.training import tiny
+from tests.trees import message_trees_test
+
+_KINDS = {
+    "full": TrainConfig(),
+    "lora": TrainConfig(lora=LoraConfig(rank=4)),
+    "lora everywhere": TrainConfig(
+        lora=LoraConfig(rank=3, targets=("all-linear", "embed_tokens", "lm_head"), rank_pattern={"q_proj": 1})
+    ),
+    "frozen embedding": TrainConfig(freeze=("embedding",)),
+    "norms only": TrainConfig(train_only=("*norm",)),
+}
+
+
+def make_parameters(config, model):
+    """Random parameters of which `config` trains a part; no factor of LoRA is zero."""
+    selection = trainable.select(config, model, jnp.float32)
+    parts = trainable.make_parameters(selection, tiny.parameters(model), jax.random.key(1))
+    if selection.scales:
+        leaves, tree = jax.tree.flatten(parts.trained)
+        keys = jax.random.split(jax.random.key(2), len(leaves))
+        drawn = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        parts = parts._replace(trained=jax.tree.unflatten(tree, drawn))
+    return parts
+
+
+@functools.cache
+def prepared():
+    tokenizer = chat_templates.train_tokenizer("chatml")
+    rng = np.random.default_rng(0)
+    dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3, id=i) for i in range(8)]
+    return tiny.trees(dialogues, tokenizer, max_length=256), tiny.config(len(tokenizer))
+
+
+def one_update(config, *, mesh, rows, micro_batches):
+    """(parameters before, parameters after one step of SGD, metrics)."""
+    trees, model = prepared()
+    mesh = sharding.make_mesh(mesh)
+    parts = make_parameters(config, model)
+    parts = jax.device_put(parts, sharding.state_sharding(mesh, parts))
+    before = jax.device_get(parts)
+    transform = optax.sgd(0.1)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parts)
+    state = train_step.initialize_state(mesh, parts.trained, transform, parts.frozen)
+    step = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="dots", shapes=shapes)
+    plan = batches.Plan(trees, max_length=256, rows=rows, micro_batches=micro_batches, seed=0)
+    batch = plan.batch(0).map(lambda array: jax.device_put(array, sharding.batch_sharding(mesh)))
+    state, metrics = step(state, batch)
+    return before, jax.device_get(trainable.Parameters(state.trained, state.frozen)), jax.device_get(metrics)
+
+
+class TrainedTest(parameterized.TestCase):
+    @parameterized.product(kind=sorted(_KINDS), family=("chatml", "qwen3"))
+    def test_one_pass_equals_k_passes(self, kind, family):
+        tokenizer = chat_templates.train_tokenizer(family)
+        model = tiny.config(len(tokenizer))
+        parts = make_parameters(_KINDS[kind], model)
+        dialogues = [*agreement_test.dialogues(), *([message_trees_test.random_tree(0)] if family == "chatml" else [])]
+        outcome = agreement.compare(dialogues, tokenizer, model, parts.trained, frozen=parts.frozen, max_length=768)
+        self.assertTrue(outcome.passed, {k: v for k, v in outcome.findings.items() if v.beyond})
+        self.assertGreater(outcome.responses, 5)
+
+    @parameterized.parameters(*sorted(_KINDS))
+    def test_any_split_gives_the_same_update_and_frozen_parameters_keep_their_bits(self, kind):
+        before, after, metrics = one_update(
+            _KINDS[kind], mesh=MeshConfig(data=2, fsdp=2, tensor=2), rows=4, micro_batches=2
+        )
+        _, others, other_metrics = one_update(_KINDS[kind], mesh=MeshConfig(data=4, fsdp=2), rows=8, micro_batches=1)
+        jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
+        for leaf, other in zip(jax.tree.leaves(before.trained), jax.tree.leaves(after.trained), strict=True):
+            self.assertFalse(np.array_equal(leaf, other))
+        np.testing.assert_allclose(metrics.loss, other_metrics.loss, rtol=1e-5)
+        updates, other_updates = (jax.tree.map(np.subtract, tree.trained, before.trained) for tree in (after, others))
+        self.assertLess(tiny.largest_difference(updates, other_updates), 1e-4)
+
+
+if __name__ == "__main__":
+    absltest.main()
