@@ -30,7 +30,7 @@ _ROOMS = {
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
         "lora_config", "rotary", "matrices", "parameter_trees", "decoder", "decoding", "tensor_names", "adapters",
-        "tensor_files", "hf_config", "model_files", "pretrained", "peft_files",
+        "tensor_files", "hf_config", "model_files", "pretrained", "peft_files", "peft_reading",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
