@@ -100,8 +100,9 @@ def shorten_histories(
     Each has the system prompt, then history from a user message on, then as many of the responses as fit. Its history
     is the longest for which the prompt of its first response fills at most half of max_length, or the shortest there
     is. If even the history from the last user message on is too long, the excerpt has that message and the last of the
-    messages after it; a tool result stays with the call that it answers. A response that does not fit even so is left
-    out. With max_length 100, a system prompt s of 10 tokens and turns of 10 + 10 tokens (u and a):
+    messages after it; a tool result stays with the call that it answers, and a response with the results before it. A
+    response that does not fit even so is left out. With max_length 100, a system prompt s of 10 tokens and turns of
+    10 + 10 tokens (u and a):
 
         excerpt        s u0 a0 u1 a1 u2 a2 u3 a3 u4 a4 u5 a5
         its sequences  those of a0 to a3 (s and 4 turns have 90 tokens)
@@ -202,7 +203,7 @@ def _choose_history(dialogue: Dialogue, response: int, renderer: Renderer, max_l
     if not users:
         return [], 0.0
     head = [*range(system), users[-1]]
-    calls = [i for i in range(users[-1] + 1, response + 1) if messages[i].role == "assistant"]
+    calls = [i for i in range(users[-1] + 1, response + 1) if _can_begin(messages, i, response)] or [users[-1] + 1]
     # From the shortest to the longest: within the turn of the last user message; then from a user message on.
     within_turn = [[*head, *range(i, response)] for i in reversed(calls)]
     from_users = [[*head[:-1], *range(i, response)] for i in reversed(users)]
@@ -218,6 +219,21 @@ def _choose_history(dialogue: Dialogue, response: int, renderer: Renderer, max_l
     else:
         history = within_turn[prompts.count_fitting(within_turn, max_length - length) - 1]
     return history, (max_length - prompts.measure(history)) * prompts.characters_per_token
+
+
+def _can_begin(messages: Sequence[Message], index: int, response: int) -> bool:
+    """Returns whether history within a turn may begin at message `index`, so that calls and results stay together.
+
+        user   call   call   result   result   call   result   answer
+                 *                               *               the answer, or another call, needs what is before it
+
+    Args:
+      response: index of the message that is trained; its history is empty if it begins there.
+    """
+    before, message = messages[index - 1], messages[index]
+    if message.role != "assistant" or before.fields.get("tool_calls"):
+        return False
+    return before.role != "tool" or (index < response and bool(message.fields.get("tool_calls")))
 
 
 class _PromptLengths:

@@ -1,5 +1,6 @@
 """Fitting: the worked examples of its docstrings, with messages of exactly 10 tokens."""
 
+import dataclasses
 import functools
 
 import tokenizers
@@ -29,6 +30,10 @@ def renderer():
 
 def ten_tokens(role, word):
     return Message(role=role, content=" ".join([word] * 8))
+
+
+def call_message(word):
+    return dataclasses.replace(ten_tokens("assistant", word), fields={"tool_calls": [{"function": {"name": word}}]})
 
 
 def dialogue(turns, *, system=True):
@@ -84,7 +89,7 @@ class ShortenHistoriesTest(parameterized.TestCase):
         """u0, then four times a call and its two results, and the answer: 160 tokens, and 110 fit."""
         messages = [ten_tokens("system", "s0"), ten_tokens("user", "u0")]
         for call in range(4):
-            messages += [ten_tokens("assistant", f"a{call}"), *[ten_tokens("tool", f"u{call + 1}")] * 2]
+            messages += [call_message(f"a{call}"), *[ten_tokens("tool", f"u{call + 1}")] * 2]
         messages.append(ten_tokens("assistant", "a8"))
         (excerpt,) = fitting.unfold(Dialogue(id=0, messages=tuple(messages)), _OBJECTIVE)
         (sequences,) = renderer().render([excerpt.dialogue], max_length=110)
@@ -99,6 +104,23 @@ class ShortenHistoriesTest(parameterized.TestCase):
             ],
         )
         self.assertEqual([part.response_turns for part in shorter], [{11: 3}, {14: 4}])
+
+    @parameterized.parameters("a", "call")
+    def test_response_is_never_trained_without_the_results_before_it(self, last):
+        """u0, two calls, their two results, another call, its result, and the response."""
+        turn = [ten_tokens("user", "u0"), call_message("a0"), call_message("a1")]
+        turn += [ten_tokens("tool", "u1"), ten_tokens("tool", "u2"), call_message("a2"), ten_tokens("tool", "u3")]
+        turn += [ten_tokens("assistant", "a3") if last == "a" else call_message("a3")]
+        for max_length, expected in ((75, ["u0", "a2", "u3", "a3"]), (40, ["u0", "a2", "u3", "a3"]), (39, None)):
+            (excerpt,) = fitting.unfold(Dialogue(id=0, messages=tuple(turn)), _OBJECTIVE)
+            (sequences,) = renderer().render([excerpt.dialogue], max_length=max_length)
+            shorter = fitting.shorten_histories(
+                excerpt._replace(sequences=list(sequences)), renderer(), _OBJECTIVE, max_length
+            )
+            trained = [words(part) for part in shorter if 7 in part.response_turns]
+            self.assertEqual(trained, [expected] if expected else [])
+            for part in shorter:  # the call before needs the results of both calls
+                self.assertIn(words(part), [expected, ["u0", "a0", "a1", "u1", "u2", "a2"]])
 
 
 class UnfoldTest(absltest.TestCase):
