@@ -149,9 +149,8 @@ def _summarize(tally: Tally) -> Audit:
     for fill in fills:
         if fill.max_length == max_length:
             _add_lengths(tally.findings, fill)
-    unread_keys = tally.keys.count_unread()
-    if unread_keys:
-        tally.findings.add("unread", ", ".join(f"{key} ({count:,})" for key, count in unread_keys.items()))
+    for kind, keys in tally.keys.describe_unread().items():
+        tally.findings.add(kind, ", ".join(keys))
     tokens = sum(size for size, _ in tally.tree_tokens)
     return Audit(
         records=counts["records"],
@@ -180,7 +179,7 @@ def _summarize(tally: Tally) -> Audit:
         responses_each=row_lengths.measure_spread(tally.responses_each),
         truncate=tally.tools.config.truncate,
         fills=fills,
-        unread=unread_keys,
+        unread=tally.keys.count_unread(),
         findings=tally.findings.make_findings(counts),
     )
 

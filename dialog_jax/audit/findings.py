@@ -192,6 +192,12 @@ _KINDS = {
         "messages",
         "The model sees something else in their place, or nothing. Use a chat template that supports their role.",
     ),
+    "unread_tools": _Kind(
+        "warning",
+        "tools or calls of tools that the chat template does not read",
+        "",
+        "The model neither sees nor learns them. Pass a chat template that writes them.",
+    ),
     "special_parsed": _Kind(
         "warning",
         "messages with the text of special tokens",
@@ -263,7 +269,8 @@ _KINDS = {
         "note",
         "keys that neither the program nor the chat template reads",
         "",
-        "They have no effect. Check whether one of them is misspelled, or needs another chat template.",
+        "They have no effect in the dialogues in which they were changed. Check whether one of them is misspelled, or "
+        "needs another chat template.",
     ),
     "unanswered": _Kind(
         "note",

@@ -46,7 +46,8 @@ class KeyTally:
     def __init__(self, renderer: Renderer):
         self._renderer = renderer
         self._counts: collections.Counter[_Key] = collections.Counter()
-        self._tries: collections.Counter[_Key] = collections.Counter()
+        self._dialogues: collections.Counter[_Key] = collections.Counter()  # that have a key
+        self._tries: collections.Counter[_Key] = collections.Counter()  # those in which it was changed
         self._read: set[_Key] = set()
 
     def add(self, dialogue: Dialogue, paths: Sequence[Dialogue]) -> None:
@@ -58,6 +59,7 @@ class KeyTally:
         counts = collections.Counter(_list_keys(dialogue, self._renderer.chat_template_kwargs))
         self._counts.update(counts)
         self._counts.update(_Key("", key) for key in dialogue.metadata)
+        self._dialogues.update(counts.keys())
         unknown = [key for key in counts if key not in self._read and self._tries[key] < _MAX_DIALOGUES]
         if not unknown:
             return
@@ -72,11 +74,27 @@ class KeyTally:
 
         Keys in something that is not read are left out.
         """
-        return {
-            str(key): count
-            for key, count in self._counts.most_common()
+        return {str(key): self._counts[key] for key in self._list_unread()}
+
+    def describe_unread(self) -> dict[str, list[str]]:
+        """Returns the keys that are not read, by kind of finding: `unread`, or `unread_tools` for tools and calls.
+
+        {"unread": ["source (2)", "user message: mood (60, changed in 50 of 60 dialogues)"]}
+        """
+        sentences = collections.defaultdict(list)
+        for key in self._list_unread():
+            tries, dialogues = self._tries[key], self._dialogues[key]
+            share = f", changed in {tries:,} of {dialogues:,} dialogues" if tries < dialogues else ""
+            kind = "unread_tools" if key in (_TOOLS, _CALLS) else "unread"
+            sentences[kind].append(f"{key} ({self._counts[key]:,}{share})")
+        return sentences
+
+    def _list_unread(self) -> list[_Key]:
+        return [
+            key
+            for key, _ in self._counts.most_common()
             if key not in self._read and not (key.kind in _PARENTS and _PARENTS[key.kind] not in self._read)
-        }
+        ]
 
     def _changes(self, dialogue: Dialogue, key: _Key, texts: Sequence[str]) -> bool:
         """Returns whether the texts change if the key is removed or has another value."""

@@ -108,6 +108,17 @@ class ChatTemplate:
             for index in group:
                 yield index, next(texts), next(texts)
 
+    def reads_tools(self, dialogue: Dialogue, index: int, prompt: str) -> bool:
+        """Returns whether the prompt of message `index` is another one without the dialogue's tools, or refused."""
+        if not dialogue.tools:
+            return False
+        try:
+            return self.text(dataclasses.replace(dialogue, tools=None), index, add_generation_prompt=True) != prompt
+        except TemplateStopped:
+            raise
+        except UserError:
+            return True
+
     def frame_response(self, chat_template_kwargs: Mapping[str, Any] | None = None) -> ResponseFrame:
         """Returns what the template writes around the content of an assistant message.
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_REMOVED = "\0"  # in the place of a text that is removed; no white space, so that what is around it stays apart
+
 
 class RenderedText:
     """A rendered text in which others are looked for.
@@ -34,6 +36,20 @@ class RenderedText:
             return True
         beginning = _squeeze(self._before[-2 * len(text) :])[-len(squeezed) + 1 :] if len(squeezed) > 1 else ""
         return bool(beginning) and squeezed in beginning + self._squeezed
+
+    def without(self, text: str, *, last: bool = False) -> "RenderedText":
+        """Returns the rendering without one occurrence of a text that is written; if it is not, as it is.
+
+        Args:
+          last: remove the last occurrence, not the first.
+        """
+        unescaped = [html.unescape(self._text)] if "&" in self._text else []
+        for rendered in (self._text, *unescaped):
+            if span := _find(rendered, text, last):
+                return RenderedText(rendered[: span[0]] + _REMOVED + rendered[span[1] :], self._before)
+        before = self._before[-2 * len(text) :]
+        span = _find(before + self._text, text, last=True)
+        return self if span is None else RenderedText(_REMOVED + self._text[max(0, span[1] - len(before)) :])
 
     def has_json(self, text: str) -> bool:
         """Returns whether a text is written, or if it is JSON of an object or a list, everything in it."""
@@ -67,6 +83,21 @@ def iterate_leaves(value: Any, *, with_keys: bool = False) -> Iterator[Any]:
             yield from iterate_leaves(entry, with_keys=with_keys)
     else:
         yield value
+
+
+def _find(rendered: str, text: str, last: bool) -> tuple[int, int] | None:
+    """Returns where the first or the last occurrence of a text in another starts and stops, white space aside."""
+    stripped = text.strip()
+    place = rendered.rfind(stripped) if last else rendered.find(stripped)
+    if place >= 0:
+        return place, place + len(stripped)
+    places = [place for place, character in enumerate(rendered) if not character.isspace()]
+    squeezed = "".join(rendered[place] for place in places)
+    for form in _list_forms(_squeeze(stripped), stripped):
+        place = squeezed.rfind(form) if last else squeezed.find(form)
+        if place >= 0:
+            return places[place], places[place + len(form) - 1] + 1
+    return None
 
 
 def _list_forms(squeezed: str, text: str) -> Iterator[str]:

@@ -257,6 +257,7 @@ class Renderer:
                 prompt=self._escaper.unescape(prompt),
                 response=self._escaper.unescape(text[len(prompt) : end]),
                 end=self._encoder.response_end,
+                reads_tools=bool(checked) or self._template.reads_tools(dialogue, index, prompt),
             )
             checked = index
             yield RenderedSequence(

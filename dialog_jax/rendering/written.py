@@ -1,8 +1,9 @@
 """What of a record a rendered text does not contain: contents, reasoning, tool calls and tools.
 
 A text counts as written if the rendering has it, white space aside, also escaped for JSON, Python or HTML. JSON counts
-as written if the rendering has all its keys and values, in any order. Texts are not escaped (`special_tokens`). Knows
-no template and no tokens.
+as written if the rendering has all its keys and values, in any order. What is looked for has a place of its own: the
+name of a tool that only another text mentions is not written. Texts are not escaped (`special_tokens`). Knows no
+template and no tokens.
 """
 
 import re
@@ -39,6 +40,7 @@ KINDS = {
 }
 _TAG = re.compile(r"<(/?)(?:seed:)?(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]")
 _MAX_DETAILS = 3  # named of each kind
+_Checks = dict[str, list[tuple[str, bool]]]  # by kind, the name of all that is looked for, and whether it is written
 
 
 class ResponseLost(UserError):
@@ -72,20 +74,24 @@ def says_something(message: Message) -> bool:
 
 
 def find_unwritten(
-    dialogue: Dialogue, index: int, checked: int, *, prompt: str, response: str, end: str
+    dialogue: Dialogue, index: int, checked: int, *, prompt: str, response: str, end: str, reads_tools: bool = True
 ) -> list[Unwritten]:
     """Returns what the response of message `index` and its prompt lack of what a dialogue says.
 
     Args:
       checked: number of messages that need not be looked for in the prompt; 0 if the tools have to be.
       end: with which the template ends every response.
+      reads_tools: whether the prompt is another one without the tools; otherwise they can be in system messages only.
 
     Raises:
       ResponseLost: what `find_in_response` raises, with the message's place.
     """
     unwritten = find_in_prompt(dialogue.messages, range(checked, index), prompt)
     if not checked and dialogue.tools:
-        unwritten += find_tools_in_prompt(dialogue.tools, prompt)
+        messages = dialogue.messages[:index]
+        others = [message.content for message in messages if message.role != "system"]
+        in_system = "\n".join(message.content for message in messages if message.role == "system")
+        unwritten += find_tools(dialogue.tools, _remove_contents(prompt, others) if reads_tools else in_system)
     try:
         return unwritten + find_in_response(dialogue.messages[index], index, response, prompt=prompt, end=end)
     except ResponseLost as error:
@@ -114,13 +120,11 @@ def find_in_response(
     in_fields = any(message.fields.get(field) for field in REASONING_FIELDS)
     if not calls and not in_fields and message.content.strip() in body:
         return []
-    rendering = RenderedText(body, prompt)
     reasoning, content = _split_reasoning(message)
-    texts = {"content": [content], "reasoning": reasoning}
-    checks = {  # of each kind, the name of everything that has a text or a value, and whether it is written
-        kind: [("", rendering.has_text(text)) for text in values if text.strip()] for kind, values in texts.items()
-    }
-    checks["tool_calls"] = [check for call in calls for check in _check_call(call, rendering)]
+    texts = [("content", content), *(("reasoning", text) for text in reasoning)]
+    checks = _check_response(texts, calls, body, prompt)
+    if _count_missing(checks) and calls:  # they may have the content as an argument, and come before it
+        checks = min(checks, _check_response(texts, calls, body, prompt, last=True), key=_count_missing)
     unwritten = [
         Unwritten(kind, index, _join([name for name, is_written in results if not is_written]))
         for kind, results in checks.items()
@@ -133,30 +137,98 @@ def find_in_response(
 
 
 def find_in_prompt(messages: Sequence[Message], indices: range, prompt: str) -> list[Unwritten]:
-    """Returns the messages other than responses, among those at `indices`, whose content a prompt does not contain."""
-    rendering = RenderedText(prompt)
+    """Returns the messages other than responses, among those at `indices`, whose content a prompt does not contain.
+
+        messages    user "Book it, ok?", tool "ok"
+        prompt      <user>Book it, ok?<end>
+        returned    message 1, since the "ok" in the prompt is that of message 0
+
+    Args:
+      indices: up to the last message of the prompt.
+    """
+    others = [index for index in indices if messages[index].role != "assistant"]
+    rendering, contents = RenderedText(prompt), "\n".join(message.content for message in messages[: indices.stop])
     return [
         Unwritten("message", index, messages[index].role)
-        for index in indices
-        if messages[index].role != "assistant" and not rendering.has_json(messages[index].content)
+        for index in others
+        if not _has_message(messages[: indices.stop], index, prompt, rendering, contents)
     ]
 
 
-def find_tools_in_prompt(tools: Sequence[Mapping[str, Any]], prompt: str) -> list[Unwritten]:
-    """Returns the tools of which a prompt lacks the name, the description or the name of a parameter, in one entry."""
-    rendering = RenderedText(prompt)
+def find_tools(tools: Sequence[Mapping[str, Any]], text: str) -> list[Unwritten]:
+    """Returns the tools of which a text lacks the name, the description or the name of a parameter, in one entry."""
+    rendering = RenderedText(text)
     details = [detail for tool in tools for detail in _list_missing_of_tool(tool, rendering)]
     return [Unwritten("tools", -1, _join(details))] if details else []
 
 
-def _check_call(call: Mapping[str, Any], rendering: RenderedText) -> list[tuple[str, bool]]:
+def _has_message(messages: Sequence[Message], index: int, prompt: str, rendering: RenderedText, contents: str) -> bool:
+    """Returns whether the prompt of `messages` has the content of message `index` in a place of its own.
+
+    Args:
+      rendering: of the prompt.
+      contents: of all messages, as one text.
+    """
+    text = messages[index].content.strip()
+    if not text or not rendering.has_json(text):
+        return not text
+    is_text = rendering.has_text(text)
+    if is_text and contents.count(text) == 1:
+        return True
+    others = [message for place, message in enumerate(messages) if place != index]
+    rest = RenderedText(_remove_contents(prompt, [one.content for one in others if not is_text or text in one.content]))
+    return rest.has_text(text) if is_text else rest.has_json(text)
+
+
+def _remove_contents(prompt: str, contents: Sequence[str]) -> str:
+    """Returns a prompt without one occurrence of each content; of reasoning and answer, if it has only the answer."""
+    for content in sorted(filter(None, map(str.strip, contents)), key=len, reverse=True):
+        if content not in prompt:
+            content = _split_tags(content)[1].strip()
+        if content:
+            prompt = prompt.replace(content, "\0", 1)
+    return prompt
+
+
+def _check_response(
+    texts: Sequence[tuple[str, str]], calls: Sequence[Mapping[str, Any]], body: str, prompt: str, *, last: bool = False
+) -> _Checks:
+    """Returns what of texts and calls is written: the longest text is looked for first, others outside it, calls last.
+
+    Args:
+      texts: (kind, text).
+      last: whether the last occurrence of a text is taken for it, and not the first.
+    """
+    rendering = RenderedText(body, prompt)
+    checks: _Checks = {"content": [], "reasoning": []}
+    for kind, text in sorted(texts, key=lambda pair: len(pair[1].strip()), reverse=True):
+        if text.strip():
+            checks[kind].append(("", rendering.has_text(text)))
+            rendering = rendering.without(text, last=last) if checks[kind][-1][1] else rendering
+    checks["tool_calls"] = []
+    names = rendering
+    for call in calls:
+        checks["tool_calls"] += _check_call(call, rendering, names)
+        name = call["function"].get("name")
+        names = names.without(name) if isinstance(name, str) and name.strip() else names
+    return checks
+
+
+def _count_missing(checks: _Checks) -> int:
+    return sum(not is_written for results in checks.values() for _, is_written in results)
+
+
+def _check_call(call: Mapping[str, Any], rendering: RenderedText, names: RenderedText) -> list[tuple[str, bool]]:
     """Returns (what, whether it is written) of the name and each argument of a call; only of the name if that is not.
 
     [("call 'tide'", True), ("argument 'port' of call 'tide'", False)]
+
+    Args:
+      names: the rendering without the names of the calls before it.
     """
     function = call["function"]
     name, arguments = function.get("name"), function.get("arguments")
-    results = [(f"call {name!r}", rendering.has_value(name))] if isinstance(name, str) and name.strip() else []
+    results = [(f"call {name!r}", names.has_value(name))] if isinstance(name, str) and name.strip() else []
     if isinstance(arguments, str):
         pairs = [("arguments", rendering.has_json(arguments))] if arguments.strip() else []
     else:
@@ -192,18 +264,24 @@ def _split_reasoning(message: Message) -> tuple[list[str], str]:
     "Add.</think>42"           ["Add."], "42", since a prompt may have the opening tag
     """
     fields = (message.fields.get(field) for field in REASONING_FIELDS)
-    reasoning = [value for value in fields if isinstance(value, str)]
+    in_tags, answer = _split_tags(message.content)
+    return [value for value in fields if isinstance(value, str)] + in_tags, answer
+
+
+def _split_tags(content: str) -> tuple[list[str], str]:
+    """Returns (texts of reasoning, the rest) of a content."""
+    reasoning: list[str] = []
     answer, place, is_open = "", 0, False
-    for match in _TAG.finditer(message.content):
-        text = message.content[place : match.start()]
+    for match in _TAG.finditer(content):
+        text = content[place : match.start()]
         if is_open or ((match[1] or match[2]) and not place):
             reasoning.append(text)
         else:
             answer += text
         place, is_open = match.end(), not (match[1] or match[2])
     if is_open:
-        return [*reasoning, message.content[place:]], answer
-    return reasoning, answer + message.content[place:]
+        return [*reasoning, content[place:]], answer
+    return reasoning, answer + content[place:]
 
 
 def _has_text(value: Any) -> bool:

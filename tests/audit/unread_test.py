@@ -104,6 +104,36 @@ class UnreadTest(parameterized.TestCase):
             {key: n for key, n in found.items() if "kwargs" in key}, {"data.chat_template_kwargs: thinknig": 1}
         )
 
+    def test_key_that_was_not_changed_in_every_dialogue_says_so(self):
+        tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
+        tokenizer.chat_template = template("{% if message.content == 'special' %}{{ message.mood }}{% endif %}")
+        renderer = Renderer(tokenizer)
+        records = [record(turn=n) for n in range(55)]
+        for one in records:
+            one["messages"][0] = {"role": "user", "content": "special" if one["turn"] == 52 else "Hi", "mood": "sad"}
+        tally = unread.KeyTally(renderer)
+        for dialogue in parsing.parse_records(records):
+            tally.add(dialogue, [dialogue])
+        sentences = tally.describe_unread()
+        self.assertIn("user message: mood (55, changed in 50 of 55 dialogues)", sentences["unread"])
+        self.assertIn("turn (55)", sentences["unread"])
+        self.assertEqual(
+            sentences["unread_tools"], ["assistant message: tool_calls (55, changed in 50 of 55 dialogues)"]
+        )
+
+    def test_tools_and_calls_that_are_not_read_are_a_warning(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        records = [record(tools=[{"name": "assistant"}])]
+        records[0]["messages"][1]["content"] = "The tide, a 1."
+        audit = figures.make_audit(
+            parsing.parse_records(records), tokenizer, Renderer(tokenizer), TreeConfig(max_length=1000)
+        )
+        findings = {finding.kind: finding for finding in audit.findings}
+        self.assertEqual(findings["unread_tools"].level, "warning")
+        self.assertEqual(findings["unread_tools"].first, ["tools (1), assistant message: tool_calls (1)"])
+        self.assertEqual(findings["tools_not_written"].first, ["dialogue 0 (records[0]): tools: tool 'assistant'"])
+        self.assertEqual(findings["tool_calls_not_written"].first, ["dialogue 0 (records[0]): message 1: call 'tide'"])
+
     def test_audit_lists_them_in_one_finding(self):
         tokenizer = chat_templates.train_tokenizer("chatml")
         records = [record(source="a"), record(source="b", misspelt=1)]

@@ -1,14 +1,17 @@
 """What renderings lack of their messages, as literals."""
 
+import json
+
 from absl.testing import absltest, parameterized
 
-from dialog_jax.dialogues.dialogue import Message
+from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.rendering.written import (
     ResponseLost,
     Unwritten,
     find_in_prompt,
     find_in_response,
-    find_tools_in_prompt,
+    find_tools,
+    find_unwritten,
     says_something,
 )
 
@@ -96,6 +99,14 @@ class ReasoningTest(parameterized.TestCase):
         self.assertEqual(missing(answer(content), "Six times seven.<|eot_id|>"), {"content": ""})
         self.assertEqual(missing(answer(content), "<analysis> Six times  seven. <final> 42.<end>"), {})
 
+    @parameterized.parameters("<think>42</think>It is 42.", "<think>It is 42</think>42")
+    def test_reasoning_and_answer_that_share_words_are_each_looked_for(self, content):
+        reasoning, text = content.removeprefix("<think>").split("</think>")
+        for message in (answer(content), answer(text, reasoning_content=reasoning)):
+            self.assertEqual(missing(message, text + "<|eot_id|>"), {"reasoning": ""})
+            self.assertEqual(missing(message, f"<think>{reasoning}</think><|eot_id|>"), {"content": ""})
+            self.assertEqual(missing(message, f"<think>{reasoning}</think>{text}<|eot_id|>"), {})
+
     def test_reasoning_alone_that_is_cut_is_an_error(self):
         with self.assertRaisesRegex(ResponseLost, "its reasoning;"):
             missing(answer("<think>Six times seven."), "<|im_end|>")
@@ -139,6 +150,35 @@ class CallsTest(parameterized.TestCase):
             missing(message, "tide(Brest, 4, True) wind() rain(1) sun() sky()"), {"content": ""}
         )  # as Llama 3.1 does
 
+    @parameterized.parameters(
+        ("Let me search for cats.", ("search", {"query": "cats"}), "call 'search'"),
+        ("I will call get_weather for Paris.", ("get_weather", {"city": "Paris"}), "call 'get_weather'"),
+        ("Checking status", ("status", {}), "call 'status'"),
+        ("<think>Set flag to 5.</think>Done: 5.", ("set", {"flag": 5}), "call 'set'"),
+        ("Two\n words: é", ("words", {"é": 2}), "call 'words'"),
+    )
+    def test_a_call_that_only_the_content_mentions_is_not_written(self, content, call, detail):
+        message = answer(content, call)
+        for text in (content, content.replace("\n", ""), json.dumps(content)[1:-1]):
+            self.assertEqual(missing(message, text + "<|im_end|>"), {"tool_calls": detail})
+            written = (
+                f"{text}<call>{call[0]}({', '.join(f'{key}={value}' for key, value in call[1].items())})<|im_end|>"
+            )
+            self.assertEqual(missing(message, written), {})
+
+    def test_a_call_that_only_a_field_of_reasoning_mentions_is_not_written(self):
+        message = answer("", ("tide", {"port": "Brest"}), reasoning_content="The tide of Brest.")
+        self.assertEqual(missing(message, "<think>The tide of Brest.</think>"), {"tool_calls": "call 'tide'"})
+
+    @parameterized.parameters("Brest<call>say(Brest, now)", "<call>say(Brest, now)</call>Brest")
+    def test_a_content_that_an_argument_repeats_is_written_before_or_after_it(self, response):
+        self.assertEqual(missing(answer("Brest", ("say", {"text": "Brest, now"})), response), {})
+
+    def test_of_two_calls_of_one_tool_each_needs_its_name(self):
+        message = answer("", ("tide", {"port": "Brest"}), ("tide", {"port": "Bre"}))
+        self.assertEqual(missing(message, "tide(Brest)"), {"tool_calls": "call 'tide'"})
+        self.assertEqual(missing(message, "tide(Brest) tide(Bre)"), {})
+
     def test_arguments_that_are_text_are_looked_for(self):
         self.assertEqual(missing(answer("", ("run", "print(1)")), 'run("print(1)")'), {})
         self.assertEqual(missing(answer("", ("run", "print(1)")), "run()"), {"tool_calls": "arguments of call 'run'"})
@@ -169,6 +209,26 @@ class PromptTest(parameterized.TestCase):
         expected = [] if is_written else [Unwritten("message", 0, "tool")]
         self.assertEqual(find_in_prompt(messages, range(2), f"<tool>{text}<end>"), expected)
 
+    @parameterized.parameters(
+        ("ok", "ok"), ("ok", '{"state": "ok"}'), ('{"state": "ok"}', "ok"), ("the state", '{"state": "ok"}')
+    )
+    def test_a_message_that_only_another_contains_is_not_written(self, asked, result):
+        messages = [
+            Message(role="user", content=f"Book it, {asked}?"),
+            answer("<think>Is ok a state?</think>Booking."),
+            Message(role="tool", content=result),
+        ]
+        for history in ("Booking.", messages[1].content):
+            prompt = f"<user>{messages[0].content}<end>{history}<end>"
+            self.assertEqual(find_in_prompt(messages, range(3), prompt), [Unwritten("message", 2, "tool")])
+            self.assertEqual(find_in_prompt(messages, range(3), f"{prompt}<tool>{result}<end>"), [])
+            self.assertEqual(find_in_prompt(messages, range(3), f"<tool>{result}<end>{prompt}"), [])
+
+    def test_each_of_equal_messages_is_looked_for(self):
+        messages = [Message(role="tool", content="ok")] * 3
+        self.assertEqual(find_in_prompt(messages, range(3), "ok ok ok"), [])
+        self.assertLen(find_in_prompt(messages, range(3), "ok ok"), 3)
+
     def test_nesting_deeper_than_python_reads_is_no_error(self):
         for depth in (900, 100_000):
             messages = [Message(role="tool", content="[" * depth + "1" + "]" * depth)]
@@ -186,7 +246,32 @@ class PromptTest(parameterized.TestCase):
         ("You answer briefly.", "tool 'tide'"),
     )
     def test_tools_are_looked_for_with_descriptions_and_parameters(self, prompt, detail):
-        self.assertEqual(find_tools_in_prompt([_TOOL], prompt), [Unwritten("tools", -1, detail)] if detail else [])
+        self.assertEqual(find_tools([_TOOL], prompt), [Unwritten("tools", -1, detail)] if detail else [])
+
+    def test_a_tool_that_only_messages_mention_is_not_written(self):
+        tool = {"name": "search", "description": "Finds pages.", "parameters": {"properties": {"query": {}}}}
+        for role, content, is_written in (
+            ("user", "Find pages: search with a query. Finds pages.", False),
+            ("system", "search(query): Finds pages.", True),  # as the remedy says
+            ("system", "You search.", False),
+        ):
+            dialogue = Dialogue(id=0, messages=(Message(role=role, content=content), answer("No.")), tools=(tool,))
+            for reads_tools in (True, False):
+                settings = {
+                    "prompt": f"<{role}>{content}<end>",
+                    "response": "No.",
+                    "end": "",
+                    "reads_tools": reads_tools,
+                }
+                kinds = {one.kind for one in find_unwritten(dialogue, 1, 0, **settings)}
+                self.assertEqual(kinds, set() if is_written else {"tools"})
+
+    def test_a_tool_whose_name_the_template_has_anyway_is_not_written(self):
+        dialogue = Dialogue(
+            id=0, messages=(Message(role="user", content="Hi"), answer("No.")), tools=({"name": "user"},)
+        )
+        settings = {"prompt": "<user>Hi<end>", "response": "No.", "end": ""}
+        self.assertLen(find_unwritten(dialogue, 1, 0, reads_tools=False, **settings), 1)
 
 
 if __name__ == "__main__":
