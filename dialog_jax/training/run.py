@@ -115,10 +115,10 @@ def run(
         update_rule = optimizer.make_optimizer(
             config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if config.lora.rank else 1.0
         )
-        state = initial_state.restore_or_load(inputs, selection, config.seed, mesh, update_rule, directory, console)
         shapes = trainable.abstract_parameters(selection)
         for described in trainable.describe(shapes):
             console.print(described)
+        state = initial_state.restore_or_load(inputs, selection, config.seed, mesh, update_rule, directory, console)
         line = optimizer.describe_change_of_steps(
             config.optimizer, planned_steps, steps, int(state.step) - int(state.skipped)
         )

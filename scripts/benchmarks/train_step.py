@@ -1,4 +1,4 @@
-"""Measures full fine-tuning: real tokens per second, response tokens per second, peak memory, compile time.
+"""Measures full fine-tuning, or LoRA: real tokens per second, response tokens per second, peak memory, compile time.
 
     python scripts/benchmarks/train_step.py --max_length=1024 --remat=dots
 
@@ -28,11 +28,12 @@ from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
 from dialog_jax.model import decoder, pretrained
+from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.planning import hlo
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training import metrics, optimizer, sharding
+from dialog_jax.training import metrics, optimizer, sharding, trainable
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig, TrainConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees.dialogue_trees import TreeConfig
 
@@ -44,10 +45,11 @@ _ROWS = flags.DEFINE_integer("rows", 2, "Rows per micro-batch.", lower_bound=1)
 _ACCUMULATION = flags.DEFINE_integer("gradient_accumulation", 4, "Micro-batches per step.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 8, "Measured steps, after one warm-up step.", lower_bound=1)
 _REMAT = flags.DEFINE_enum("remat", "dots", list(decoder.REMAT), "Recomputation in the backward pass.")
+_LORA_RANK = flags.DEFINE_integer("lora_rank", 0, "Rank of LoRA on all linear layers; 0 trains all.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "", "JSON file to write the figures to, including those of each step.")
 _PROFILE = flags.DEFINE_string("profile", "", "Markdown file to write the profile of one more step to.")
 
-_FLAGS = _MODEL, _DATA, _DIALOGUES, _MAX_LENGTH, _ROWS, _ACCUMULATION, _STEPS, _REMAT, _OUT, _PROFILE
+_FLAGS = _MODEL, _DATA, _DIALOGUES, _MAX_LENGTH, _ROWS, _ACCUMULATION, _STEPS, _REMAT, _LORA_RANK, _OUT, _PROFILE
 
 
 def main(arguments: list[str]) -> None:
@@ -132,6 +134,7 @@ def _prepare(renderer: Renderer) -> tuple[dataset.Trees, batches.Plan, dict[str,
         "rows": _ROWS.value,
         "gradient_accumulation": _ACCUMULATION.value,
         "remat": _REMAT.value,
+        "lora_rank": _LORA_RANK.value,
         "prepare_seconds": round(prepare_seconds, 2),
     }
     return trees, plan, figures
@@ -149,13 +152,25 @@ def _compile(model, mesh, batch, branching, figures):
         dtype=dtype,
         branching=branching,
     )
-    transform = optimizer.make_optimizer(OptimizerConfig(), _STEPS.value + 1)
-    parameters = pretrained.load_parameters(
-        _MODEL.value, model, sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape)
+    config = TrainConfig(lora=LoraConfig(rank=_LORA_RANK.value)).resolve()
+    transform = optimizer.make_optimizer(config.optimizer, _STEPS.value + 1)
+    selection = trainable.select(config, model, dtype)
+    base = pretrained.load_parameters(
+        _MODEL.value,
+        model,
+        sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
+        dtype=selection.dtype,
     )
-    state = train_step_lib.initialize_state(mesh, parameters, transform)
+    parameters = trainable.make_parameters(selection, base, jax.random.key(0))
+    state = train_step_lib.initialize_state(mesh, parameters.trained, transform, parameters.frozen)
     train_step = train_step_lib.make_train_step(
-        model, transform, mesh, compute_dtype=dtype, remat=_REMAT.value, attend=choice.attend
+        model,
+        transform,
+        mesh,
+        compute_dtype=dtype,
+        remat=_REMAT.value,
+        attend=choice.attend,
+        shapes=trainable.abstract_parameters(selection),
     )
     start = time.perf_counter()
     compiled = train_step.lower(state, batch).compile()

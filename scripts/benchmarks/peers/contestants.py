@@ -59,6 +59,9 @@ class Contestant:
 CONTESTANTS = {
     "ours": Contestant(label="dialog_jax, large pages", variables=LARGE_PAGES),
     "ours_untuned": Contestant(label="dialog_jax"),
+    "ours_lora": Contestant(
+        label="dialog_jax, LoRA of rank 16, large pages", arguments=("--lora_rank=16",), variables=LARGE_PAGES
+    ),
     "trl_packed": Contestant(
         label="TRL, packed (bfd), malloc tuned",
         environment="trl",
@@ -75,6 +78,13 @@ CONTESTANTS = {
     ),
     "trl_packed_untuned": Contestant(
         label="TRL, packed (bfd)", environment="trl", script="trl_peer.py", arguments=("--batching=packed",)
+    ),
+    "trl_lora": Contestant(
+        label="TRL, packed (bfd), LoRA of rank 16, malloc tuned, loss of transformers",
+        environment="trl",
+        script="trl_peer.py",
+        arguments=("--batching=packed", "--head=logits", "--lora_rank=16"),
+        variables=MALLOC,
     ),
     "trl_padded": Contestant(
         label="TRL, padded, grouped by length, malloc tuned",
@@ -94,7 +104,6 @@ NOT_MEASURED = {
     ),
     "TRL with Liger kernels": "these are Triton kernels, which need a GPU",
     "MaxText": "0.2.5 has extras for CUDA and TPU only, none for CPU",
-    "LoRA": "not supported by dialog_jax yet",
 }
 
 
@@ -110,6 +119,7 @@ def measure_command(name: str, settings: Settings, python: pathlib.Path, out: pa
         f"--max_length={settings.max_length}",
         f"--rows={settings.rows}",
         "--gradient_accumulation=1",
+        *CONTESTANTS[name].arguments,
         f"--steps={settings.steps}",
         f"--out={out}",
     ]

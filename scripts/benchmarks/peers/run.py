@@ -2,11 +2,12 @@
 
     python scripts/benchmarks/peers/run.py --out=runs/benchmark_peers
 
-Full fine-tuning in float32 with AdamW (learning rate 2e-5, gradient norm clipped at 1), loss on responses and their end
-of turn. Each peer has its own environment, made once from `requirements/` under --environments. Every round starts each
-contestant in a new process; the order rotates from round to round, so that a machine that slows down slows all of them.
-Writes peers.json (everything), peers.md (a table) and peers.png into --out, with the inputs, the logs and the figures
-of each round. A peer whose loss before any update differs from ours is not compared.
+Full fine-tuning, and LoRA of rank 16 on all linear layers, in float32 with AdamW (learning rate 2e-5 or 3e-4, gradient
+norm clipped at 1), loss on responses and their end of turn. Each peer has its own environment, made once from
+`requirements/` under --environments. Every round starts each contestant in a new process; the order rotates from round
+to round, so that a machine that slows down slows all of them. Writes peers.json (everything), peers.md (a table) and
+peers.png into --out, with the inputs, the logs and the figures of each round. A peer whose loss before any update
+differs from ours is not compared.
 
 Real tokens are all tokens but padding; response tokens are those with loss, which do not depend on how dialogues are
 truncated or packed. Contestants that pack read the same dialogues, in an order of their choice; those that pad read a
@@ -139,7 +140,7 @@ def write_results(figures: dict, out: pathlib.Path) -> str:
     (out / "peers.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     verdict = summary.make_verdict(figures["summary"], labels)
     summary.plot(figures["summary"], labels, out / "peers.png")
-    main_packages = ("jax", "flax", "torch", "transformers", "trl", "google-tunix")
+    main_packages = ("jax", "flax", "torch", "transformers", "trl", "peft", "google-tunix")
     versions = [
         f"{name}: {', '.join(line.replace('==', ' ') for line in lines if line.partition('==')[0] in main_packages)}"
         for name, lines in figures["versions"].items()

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from dialog_jax.errors import UserError
 
-OURS, BLUE, GREY = ("ours", "ours_untuned"), "#1f5fa8", "#9aa3ab"
+OURS, BLUE, GREY = ("ours", "ours_untuned", "ours_lora"), "#1f5fa8", "#9aa3ab"
 MAX_LOSS_DIFFERENCE = 1e-3  # nats per target; a contestant that differs more computes another loss
 _MEDIANS = ("real_tokens_per_second", "response_tokens_per_second", "seconds_a_step", "tokens_a_step")
 
@@ -107,24 +107,32 @@ def rank(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[st
 
 
 def make_verdict(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> str:
-    """Returns how dialog_jax compares with the fastest peer, and how far apart the losses are.
+    """Returns how dialog_jax compares with the fastest peer, of full fine-tuning and of LoRA, as far as both have one.
 
     Raises:
-      UserError: dialog_jax, or every peer, is missing.
+      UserError: dialog_jax, or every peer, is missing in both.
     """
     measured = rank(figures)
-    ours = next((one for name, one in measured if name == OURS[0]), None)
-    peers = [(name, one) for name, one in measured if name not in OURS]
-    if ours is None or not peers:
+    sentences = []
+    for method, ours_name, is_method in (
+        ("Full fine-tuning", OURS[0], lambda name: not name.endswith("_lora")),
+        ("LoRA", "ours_lora", lambda name: name.endswith("_lora")),
+    ):
+        ours = next((one for name, one in measured if name == ours_name), None)
+        peers = [(name, one) for name, one in measured if name not in OURS and is_method(name)]
+        if ours is None or not peers:
+            continue
+        name, best = peers[0]
+        difference = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
+        sentences.append(
+            f"{method}: dialog_jax trains {ours['real_tokens_per_second'] / best['real_tokens_per_second']:.2f} times "
+            f"as many real tokens per second as the fastest peer ({labels[name]}), with "
+            f"{ours['peak_memory_gb'] / best['peak_memory_gb']:.2f} times its memory. Before any update, all losses on "
+            f"the same {ours['compared_targets']:,} targets are within {difference:.1e} nats of ours."
+        )
+    if not sentences:
         raise UserError("dialog_jax, or every peer, could not be measured, so there is nothing to compare.")
-    name, best = peers[0]
-    difference = max(abs(one["compared_loss"] - ours["compared_loss"]) for _, one in peers)
-    return (
-        f"dialog_jax trains {ours['real_tokens_per_second'] / best['real_tokens_per_second']:.2f} times as many real "
-        f"tokens per second as the fastest peer ({labels[name]}), with "
-        f"{ours['peak_memory_gb'] / best['peak_memory_gb']:.2f} times its memory. Before any update, all losses on the "
-        f"same {ours['compared_targets']:,} targets are within {difference:.1e} nats of ours."
-    )
+    return " ".join(sentences)
 
 
 def plot(figures: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], path: pathlib.Path) -> None:

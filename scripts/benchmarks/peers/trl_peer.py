@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import datasets
+import peft
 import torch
 import transformers
 import trl
@@ -73,7 +74,7 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
         gradient_accumulation_steps=options.rows // options.batch,
         train_sampling_strategy="random" if packed else "sequential",  # the file is grouped by length
         max_steps=steps,
-        learning_rate=2e-5,
+        learning_rate=3e-4 if options.lora_rank else 2e-5,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         weight_decay=0.0,
@@ -93,11 +94,17 @@ def make_trainer(options: argparse.Namespace) -> _Counted:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         options.model, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
     )
+    lora = None
+    if options.lora_rank:
+        lora = peft.LoraConfig(
+            r=options.lora_rank, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
     trainer = _Counted(
         model=model,
         args=config,
         train_dataset=read_tokens(pathlib.Path(options.inputs) / f"{'' if packed else 'spread_'}tokens.jsonl"),
         eval_dataset=read_tokens(pathlib.Path(options.inputs) / "compared_tokens.jsonl"),
+        peft_config=lora,
         processing_class=transformers.AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
     )
     trainer.head = options.head
@@ -123,6 +130,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--batching", choices=BATCHING, required=True)
     parser.add_argument("--head", choices=HEADS, default="trl", help="TRL's tiled loss, or the model's logits.")
+    parser.add_argument("--lora_rank", type=int, default=0, help="Rank of LoRA on all linear layers; 0 trains all.")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch", type=int, default=1, help="Rows or dialogues per micro-batch.")
     parser.add_argument("--max_length", type=int, default=1024)
