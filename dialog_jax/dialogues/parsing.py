@@ -230,7 +230,7 @@ def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]
 def _parse_calls(item: Mapping[str, Any], where: str) -> list[Any]:
     """Returns the calls of a message's `tool_calls`, or of OpenAI's older `function_call`."""
     calls = tool_calls.parse_calls(item.get("tool_calls"), f"{where}: tool_calls")
-    if item.get("function_call") is None:
+    if tool_calls.is_padding(item.get("function_call")):
         return calls
     if calls:
         raise UserError(f"{where} has both tool_calls and function_call; needed one of them. Remove one.")

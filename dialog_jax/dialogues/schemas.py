@@ -210,18 +210,33 @@ def _find_role(item: Any, role_names: Mapping[str, str]) -> str | None:
 
 def _list_prompt(prompt: Any, name: str, role_names: Mapping[str, str]) -> list[Any]:
     """Returns the messages of a prompt, in which responses are history and not trained on unless they say so."""
+    prompt = _parse_messages(prompt)
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     return [
         {**item, "weight": 0.0}
         if _find_role(item, role_names) == "assistant" and not weights.has_weight(item)
         else item
-        for item in _check_list(prompt, "prompt", name)
+        for item in ([prompt] if isinstance(prompt, Mapping) else _check_list(prompt, "prompt", name))
     ]
+
+
+def _parse_messages(value: Any) -> Any:
+    """Returns the messages, or the message, that a text is JSON of; any other text, which may be JSON too, as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = remove_nulls(parse_text(value, "", ""))
+    except UserError:
+        return value
+    items = parsed if isinstance(parsed, list) else [parsed]
+    is_message = [isinstance(item, Mapping) and ("role" in item or {"from", "value"} <= item.keys()) for item in items]
+    return parsed if items and all(is_message) else value
 
 
 def _list_response(value: Any, key: str, name: str) -> list[Any]:
     """Returns the messages of a completion: a string, or a message without a role, is the assistant's."""
+    value = _parse_messages(value)
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     if isinstance(value, Mapping):

@@ -4,6 +4,7 @@ tool   {"type": "function", "function": {"name": "tide", "description": "...", "
 call   {"type": "function", "function": {"name": "tide", "arguments": {"port": "Brest"}}}
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ def parse_tools(tools: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
 def parse_calls(calls: Any, where: str) -> list[Any]:
     """Returns the calls of a message; a call by itself, {"name": ..., "arguments": ...}, is put in a function.
 
-    Arguments given as JSON text of an object are parsed; other text stays as it is.
+    Arguments given as JSON text of an object are parsed; other text stays as it is, and what is neither an object nor
+    text, a list for example, becomes JSON text. Calls of which nothing is given, as Arrow pads them, are none.
 
     Args:
       calls: a list, or JSON text of one.
@@ -50,7 +52,16 @@ def parse_calls(calls: Any, where: str) -> list[Any]:
       UserError: they are not a list of calls, or text that is not JSON.
     """
     calls = _parse_list(calls, where, "calls", _CALLS_REMEDY)
-    return [_parse_call(call, f"{where}[{index}]", _CALLS_REMEDY) for index, call in enumerate(calls)]
+    return [
+        _parse_call(call, f"{where}[{index}]", _CALLS_REMEDY)
+        for index, call in enumerate(calls)
+        if not is_padding(call)
+    ]
+
+
+def is_padding(call: Any) -> bool:
+    """Returns whether a call has no value other than null: {"function": {"name": null, "arguments": null}}."""
+    return call is None or (isinstance(call, Mapping) and all(map(is_padding, call.values())))
 
 
 def parse_function_call(call: Any, where: str) -> list[Any]:
@@ -94,13 +105,19 @@ def _parse_call(call: Any, where: str, remedy: str) -> Any:
         function = {key: value for key, value in call.items() if key in inner}
         call = {**{key: value for key, value in call.items() if key not in inner}, "function": function}
         call = {"type": "function", **call}
-    if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+    given = call.get("function") if isinstance(call, Mapping) else None
+    name = given.get("name") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(name, str) or not name.strip():
         raise UserError(f"{where} is {quote(call)}; needed a call with a name. {remedy}")
-    function = dict(call["function"])
+    function = dict(given)
     if "arguments" not in function:
         function["arguments"] = function.pop("parameters", {})
     arguments = function["arguments"]
-    if isinstance(arguments, str):
-        parsed = parse_object(arguments) if arguments.strip() else {}
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+        function["arguments"] = {}
+    elif isinstance(arguments, str):
+        parsed = parse_object(arguments)
         function["arguments"] = arguments if parsed is None else parsed
+    elif not isinstance(arguments, Mapping):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": function}

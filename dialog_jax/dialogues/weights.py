@@ -32,12 +32,13 @@ _LOSS_WORDS = frozenset(
 _OTHER_WORDS = frozenset(
     re.findall(
         r"\w+",
-        """a all and as assistant assistants attention be coefficient completion completions compute content
-        conversation detail details dialog dialogue do dont each every example examples exclude excluded factor factors
-        false first flag flags for from function give gpt has history human id ids ignore ignored in include included
-        input inputs is it item last level levels list map matrix message messages multiplier no not of off on only
-        output outputs part parts per pos position positions prompt prompts ratio reasoning record response responses
-        role roles sample samples scale scales score sequence should skip skipped span spans step steps system target
+        """a all and apply as assistant assistants attention be calculate calculated calculation coefficient completion
+        completions compute computed content conversation detail details dialog dialogue do dont each every example
+        examples exclude excluded factor factors false first flag flags for from function give gpt has history human id
+        ids ignore ignored in include included index indexes indices input inputs is it item last level levels list map
+        matrix message messages multiplier no not of off on only output outputs part parts per pos position positions
+        prompt prompts ratio reasoning record response responses role roles sample samples scale scales score sequence
+        should skip skipped span spans step steps system target
         targets the this to token tokens tool tools true turn turns use user users value values will with without""",
     )
 )
@@ -80,18 +81,25 @@ def check_keys(item: Mapping[str, Any], where: str, *, is_record: bool = False) 
     """Raises UserError if a key speaks of loss or weights, but is none of those that are read.
 
     A record may have keys such as `training_set` or `weight_kg`, so that there all words of the key must be of this
-    kind: `mask_history`, `assistant_masks`, `sample_weight`.
+    kind: `mask_history`, `assistant_masks`, `sample_weight`. Its `labels` are of tokens if they are
+    integers.
     """
     for key, value in item.items():
         if not isinstance(key, str) or key in KEYS or value is None:
             continue
         words = _split_words(key)
-        if words & _LOSS_WORDS and (not is_record or words <= _LOSS_WORDS | _OTHER_WORDS):
+        if (is_record and key == "labels" and _are_token_ids(value)) or (
+            words & _LOSS_WORDS and (not is_record or words <= _LOSS_WORDS | _OTHER_WORDS)
+        ):
             raise UserError(
                 f"{where} has {key!r} {quote(value)}, which speaks of the loss and is not supported. Write "
                 f"{', '.join(WEIGHTS[:1])} (a number), or train (true or false), for a record, a message, or a part of "
                 "a message's content; or rename it if it means something else."
             )
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -46,7 +46,11 @@ class FormatsTest(_Files):
             "messages": [
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": " What is it?\n", "name": "Ann", "weight": 2},
-                {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": '{"x": 1}'}}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}],
+                },
                 {"role": "tool", "content": "3", "tool_call_id": "c1"},
                 {"role": "assistant", "content": "3", "train": False, "refusal": None},
                 {"role": "assistant", "content": "4", "weight": 0.25, "train": True, "reasoning_content": "Hm."},
@@ -62,7 +66,7 @@ class FormatsTest(_Files):
                     Message(
                         role="assistant",
                         content="",
-                        fields={"tool_calls": [{"function": {"arguments": {"x": 1}}}]},
+                        fields={"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
                     ),
                     Message(role="tool", content="3", fields={"tool_call_id": "c1"}),
                     Message(role="assistant", content="3", weight=0.0),
@@ -240,6 +244,29 @@ class FieldsOfRecordsTest(_Files):
         self.assertEqual([message.weight for message in dialogue.messages], [1, 0, 0, 1, 1, 1])
         (dialogue,) = parsing.parse_records([{"prompt": "1", "completion": {"content": "2"}}])
         self.assertEqual([message.role for message in dialogue.messages], ["user", "assistant"])
+
+    def test_prompt_completion_and_continuations_given_as_json_text_are_parsed(self):
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "name": None}
+        for prompt in (
+            [user],
+            user,
+            json.dumps([user]),
+            json.dumps(user),
+            json.dumps([{"from": "human", "value": "Hi"}]),
+        ):
+            for response in ([answer], json.dumps([answer]), json.dumps(answer), "Hello"):
+                for fields in ({"completion": response}, {"continuations": [response]}):
+                    (dialogue,) = parsing.parse_records([{"prompt": prompt, **fields}])
+                    contents = [(message.role, message.content) for message in dialogue.messages]
+                    self.assertEqual(contents, [("user", "Hi"), ("assistant", "Hello")], (prompt, fields))
+                    self.assertEqual(dialogue.messages[1].fields, {})
+
+    @parameterized.parameters(
+        "[1, 2]", '{"answer": 4}', "[{", '[{"content": "a"}]', "[]", "{}", '[{"from": "here"}]', "[" * 999
+    )
+    def test_other_json_is_the_text_of_a_prompt_or_completion(self, text):
+        (dialogue,) = parsing.parse_records([{"prompt": text, "completion": text}])
+        self.assertEqual([message.content for message in dialogue.messages], [text, text])
 
     def test_integer_ids_that_a_table_stored_as_floats_are_integers(self):
         records = [{**_GOOD, "id": 3.0}, {**_GOOD, "id": -0.0}, {**_GOOD, "id": 2**70}]

@@ -75,10 +75,29 @@ class CallsTest(parameterized.TestCase):
         self.assertEqual(dialogue.messages[0].fields, {})
         self.assert_refused({"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}, "content None")
 
-    @parameterized.parameters("", " ", "{}", None)
+    @parameterized.parameters(
+        (None,), ({},), ({"function": {"name": None, "arguments": None}},), ({"id": None, "function": None},)
+    )
+    def test_padding_is_no_call(self, padding):
+        for calls, expected in (([padding], []), ([padding, _CALL, padding], [_CALL])):
+            for given in (calls, json.dumps(calls)):
+                messages = [{"role": "assistant", "content": "x", "tool_calls": given}]
+                dialogue = parse({"messages": messages})
+                self.assertEqual(dialogue.messages[0].fields.get("tool_calls", []), expected)
+        function = padding and padding.get("function", padding)
+        dialogue = parse({"messages": [{"role": "assistant", "content": "x", "function_call": function}]})
+        self.assertEqual(dialogue.messages[0].fields, {})
+
+    @parameterized.parameters("", " ", "{}", "null", None)
     def test_no_arguments_are_an_empty_object(self, arguments):
         call = {"function": {"name": "f", "arguments": arguments}}
-        self.assertEqual(calls_of(with_calls([call])), [{"function": {"name": "f", "arguments": {}}}])
+        for calls in ([call], json.dumps([call])):
+            self.assertEqual(calls_of(with_calls(calls)), [{"function": {"name": "f", "arguments": {}}}])
+
+    @parameterized.parameters(([1, "é"], '[1, "é"]'), (3, "3"), (True, "true"))
+    def test_arguments_that_are_no_object_are_text_as_if_given_as_text(self, value, text):
+        calls = [calls_of(with_calls([{"function": {"name": "f", "arguments": one}}])) for one in (value, text)]
+        self.assertEqual(calls, [[{"function": {"name": "f", "arguments": text}}]] * 2)
 
     @parameterized.parameters("print(1)", '{"a": ', "[1, 2]", "3", '"x"', "{'a': 1}")
     def test_arguments_that_are_no_json_object_stay_text(self, text):
@@ -94,6 +113,9 @@ class CallsTest(parameterized.TestCase):
             ([_CALL, 3], "tool_calls[1] is 3 (int)", "needed a call"),
             ([{"type": "function"}], "tool_calls[0]", "needed a call"),
             ([{"function": "f"}], "tool_calls[0]", "needed a call"),
+            ([{"function": {"arguments": {"a": 1}}}], "tool_calls[0]", "needed a call with a name"),
+            ([{"function": {"name": 5, "arguments": {}}}], "tool_calls[0]", "needed a call with a name"),
+            ([{"function": {"name": " "}}], "tool_calls[0]", "needed a call with a name"),
         ):
             self.assert_refused(with_calls(calls), "message 1 (assistant)", *parts, "Write")
 

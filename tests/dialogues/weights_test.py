@@ -79,6 +79,8 @@ class WeightsTest(parameterized.TestCase):
         ("ignore_loss", True),
         ("is_masked", 1),
         ("sample_weight", 0.5),
+        ("calculate_loss", False),
+        ("train_message_indices", [1]),
         ("LossWeight", 0.5),
         ("token-weights", "1 0"),
         ("supervised", False),
@@ -87,6 +89,12 @@ class WeightsTest(parameterized.TestCase):
         self.assert_refused(with_fields(**{key: value}), f"message 1 (assistant) has {key!r}", "Write weight", "rename")
         self.assert_refused({**with_fields(), key: value}, f"dialogue 0 (records[0]) has {key!r}", "rename")
         self.assertEqual(message_weights({**with_fields(**{key: None}), key: None}), [1.0, 1.0])
+
+    def test_labels_of_tokens_are_refused_and_other_labels_are_metadata(self):
+        self.assert_refused({**with_fields(), "labels": [-100, 5]}, "dialogue 0 (records[0]) has 'labels'", "rename")
+        for value in (["kind"], [], "kind", 3):
+            (dialogue,) = parsing.parse_records([{**with_fields(), "labels": value}])
+            self.assertEqual(dialogue.metadata, {"labels": value})
 
     @parameterized.parameters("loss_mask", "train", "loss", "training")
     def test_switch_that_is_no_truth_value_is_refused(self, key):
