@@ -18,8 +18,8 @@ _ROOMS = {
         "dialogue", "json_files", "sources", "json_values", "weights", "tool_calls", "schemas", "parsing", "holdout",
     ),
     "rendering": (
-        "rendered_text", "written", "call_arguments", "template_rendering", "template_process", "tokenizers",
-        "special_tokens", "refused_fields", "chat_template", "encoder", "responses", "token_spans", "sequences",
+        "rendered_text", "reasoning", "written", "call_arguments", "template_rendering", "template_process",
+        "tokenizers", "special_tokens", "refused_fields", "chat_template", "encoder", "responses", "token_spans", "sequences",
     ),
     "trees": (
         "prefix_tree", "division", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals",

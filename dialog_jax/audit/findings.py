@@ -173,6 +173,12 @@ _KINDS = {
         "responses",
         "The model learns to answer without it. Set data.responses=verbatim, or pass another chat template.",
     ),
+    "reasoning_end_not_written": _Kind(
+        "warning",
+        written.KINDS["reasoning_end"][0],
+        "responses",
+        "The model learns to answer without ending its reasoning. Record both, or pass another chat template.",
+    ),
     "tool_calls_not_written": _Kind(
         "warning",
         written.KINDS["tool_calls"][0],

@@ -119,18 +119,31 @@ class ChatTemplate:
         except UserError:
             return True
 
-    def frame_response(self, chat_template_kwargs: Mapping[str, Any] | None = None) -> ResponseFrame:
+    @property
+    def has_tool_template(self) -> bool:
+        """Whether dialogues with tools have a template of their own."""
+        return isinstance(self._tokenizer.chat_template, Mapping) and "tool_use" in self._tokenizer.chat_template
+
+    def frame_response(
+        self, chat_template_kwargs: Mapping[str, Any] | None = None, *, with_tools: bool = False
+    ) -> ResponseFrame:
         """Returns what the template writes around the content of an assistant message.
 
         Args:
           chat_template_kwargs: further variables, as a dialogue may have them.
+          with_tools: whether the dialogue has tools.
 
         Raises:
           UserError: the template cannot render one user and one assistant message.
         """
         contents = ("user", "Hello"), ("assistant", PROBE), ("user", _NEXT_PROBE)
         messages = tuple(Message(role=role, content=content) for role, content in contents)
-        probe = Dialogue(id="probe", messages=messages, chat_template_kwargs=chat_template_kwargs or {})
+        probe = Dialogue(
+            id="probe",
+            messages=messages,
+            tools=(_TOOL,) if with_tools else None,
+            chat_template_kwargs=chat_template_kwargs or {},
+        )
         jobs = [Job(1, True), Job(2), Job(3)]
         try:
             rendering = self._render(probe, jobs)

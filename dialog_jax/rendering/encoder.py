@@ -51,6 +51,17 @@ class Tokenized(NamedTuple):
         )
 
 
+class Ending(NamedTuple):
+    """How responses end in a frame."""
+
+    text: str
+    """What follows a response's content, up to the end of the response."""
+    token: int | None
+    """The last special token of the text; None if there is none."""
+    beyond: Int32[np.ndarray, " n"]
+    """What follows a last response beyond its end."""
+
+
 class Encoder:
     """A tokenizer, and the tokens with which a template ends a response.
 
@@ -83,20 +94,28 @@ class Encoder:
         self._dividers = {index: token.content for index, token in added.items() if _divides(token, added.values())}
         self._is_divider = np.isin(np.arange(len(self.special)), list(self._dividers))
         self._tokenize_short = functools.lru_cache(maxsize=4096)(lambda text: self.tokenize([text])[0])
-        after = self.tokenize_continuation(frame.after)
         self._eos = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-        length = self._count_before_header(after, frame, stop_tokens)
+        self._stop_tokens = list(stop_tokens)
+        ending = self.find_ending(frame)
+        self._beyond = ending.beyond
+        self.end_of_turn = ending.token
+        """Id of the last special token that the template writes after a response; None if it writes none."""
+        self.response_end = ending.text
+        """The text after a response's content, up to the end of the response."""
+        self.end_text = "" if self.end_of_turn is None else added[self.end_of_turn].content
+        """The text of the end of turn, or empty."""
+
+    def find_ending(self, frame: ResponseFrame) -> Ending:
+        """Returns the end of the responses in a frame."""
+        after = self.tokenize_continuation(frame.after)
+        length = self._count_before_header(after, frame)
         last = self._find_end(after.ids[:length])
         if last is None:  # only the rendering of a last message has an end
             length = len(after.ids)
             last = self._find_end(after.ids)
-        self._beyond = after.ids[length:]
-        self.end_of_turn: int | None = None if last is None else int(after.ids[last])
-        """Id of the last special token that the template writes after a response; None if it writes none."""
-        self.response_end = frame.after if last is None else frame.after[: after.ends[last]]
-        """The text after a response's content, up to the end of the response."""
-        self.end_text = "" if self.end_of_turn is None else added[self.end_of_turn].content
-        """The text of the end of turn, or empty."""
+        if last is None:
+            return Ending(frame.after, None, after.ids[length:])
+        return Ending(frame.after[: after.ends[last]], int(after.ids[last]), after.ids[length:])
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """Returns the token ids of a text by itself."""
@@ -174,7 +193,7 @@ class Encoder:
             return max(int(special[-1]), int(ends[-1]) if len(ends) else 0) + 1
         return int(ends[-1]) + 1 if len(ends) else total
 
-    def _count_before_header(self, after: Tokenized, frame: ResponseFrame, stop_tokens: Collection[int]) -> int:
+    def _count_before_header(self, after: Tokenized, frame: ResponseFrame) -> int:
         """Returns how many of the tokens after a last response come before the header of the next message."""
         ids = after.ids
         following = self.tokenize_continuation(frame.following).ids
@@ -185,12 +204,12 @@ class Encoder:
         if len(special) and (self._is_visible(at_end) or self._is_visible(ids[length:][~self.special[ids[length:]]])):
             # A header, although no message follows: the response ends with a token that stops generation, or with the
             # one that ends a user's message, too.
-            stops = special[np.isin(ids[special], [*stop_tokens, self._eos])]
+            stops = special[np.isin(ids[special], [*self._stop_tokens, self._eos])]
             if not len(stops):
                 user_end = special[(special >= len(ids) - len(at_end)) & (special < length)]
                 stops = user_end[:1] if len(user_end) else special[special < length]
             return int(stops[-1] if len(stops) else special[0]) + 1
-        stops = np.flatnonzero(np.isin(ids, list(stop_tokens)))
+        stops = np.flatnonzero(np.isin(ids, self._stop_tokens))
         return int(stops[0]) + 1 if len(stops) and stops[0] >= length else length
 
     def _is_visible(self, ids: Int32[np.ndarray, " n"]) -> bool:

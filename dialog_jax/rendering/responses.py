@@ -7,14 +7,12 @@ and the template's end of turn. Texts may be escaped. Knows no tokens.
 import dataclasses
 from typing import NamedTuple
 
-from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import reasoning
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate, ResponseFrame
-from dialog_jax.rendering.special_tokens import SpecialTokenEscaper
+from dialog_jax.rendering.encoder import Encoder
 from dialog_jax.rendering.template_process import TemplateStopped
-from dialog_jax.rendering.written import REASONING_FIELDS
-
-_OPENING, _CLOSING = "<think>", "</think>"
 
 
 class Response(NamedTuple):
@@ -31,20 +29,26 @@ class ResponseFinder:
 
     Args:
       template: renders them.
-      frame: what the template writes around a response.
-      response_end: what it writes after a response's content, up to the end of the response.
-      escaper: the one that escaped the dialogues.
+      encoder: knows with which of a template's special tokens a response ends.
       kind: `rendered` or `verbatim`.
     """
 
-    def __init__(
-        self, template: ChatTemplate, frame: ResponseFrame, response_end: str, escaper: SpecialTokenEscaper, kind: str
-    ):
+    def __init__(self, template: ChatTemplate, encoder: Encoder, kind: str):
         self._template = template
-        self._frames = {"{}": frame}  # by the further variables of a dialogue
-        self._response_end = response_end
-        self._escaper = escaper
+        self._encoder = encoder
+        self._escaper = encoder.escaper
         self._kind = kind
+        # By the further variables of a dialogue, and whether a template for dialogues with tools renders it.
+        self._frames: dict[tuple[str, bool], tuple[ResponseFrame, str]] = {}
+
+    def find_end(self, dialogue: Dialogue) -> str:
+        """Returns what the template writes after the content of a response, up to the end of the response."""
+        try:
+            return self._get_frame(dialogue)[1]
+        except TemplateStopped:
+            raise
+        except UserError:  # with the variables of the dialogue, the template refuses a plain one
+            return self._encoder.response_end
 
     def find(self, dialogue: Dialogue, index: int, prompt: str, rendered: str) -> Response:
         """Returns the response of message `index`.
@@ -54,12 +58,21 @@ class ResponseFinder:
           rendered: the rendering that ends with it.
 
         Raises:
-          UserError: the template does not render a continuation of the prompt, or the message has fields that cannot be
-            written verbatim.
+          UserError: the template does not render a continuation of the prompt, the message has fields that cannot be
+            written verbatim, or reasoning both in a field and in its content.
         """
         if self._kind == "rendered":
-            return self._find_rendered(dialogue, index, prompt, rendered)
-        return Response(self._write_verbatim(dialogue, index, prompt, rendered))
+            response = self._find_rendered(dialogue, index, prompt, rendered)
+        else:
+            response = Response(self._write_verbatim(dialogue, index, prompt, rendered))
+        message = dialogue.messages[index]
+        has_two = reasoning.get_field(message) and message.content.lstrip().startswith(reasoning.OPENING)
+        if has_two and response.text.count(reasoning.CLOSING) > message.content.count(reasoning.CLOSING):
+            raise UserError(
+                f"{dialogue.name}: message {index} has reasoning in a field of its own and between {reasoning.OPENING} "
+                f"and {reasoning.CLOSING} in its content, and both would be written. Remove one of them."
+            )
+        return response
 
     def is_verbatim(self, dialogue: Dialogue, index: int, prompt: str, rendered: str, response: str) -> bool:
         """Returns whether a response is what `verbatim` makes of message `index`."""
@@ -128,21 +141,22 @@ class ResponseFinder:
         What only a template can write, tool calls and reasoning of a format of its own, is taken from its rendering, if
         that has the content and the reasoning, too.
         """
-        message, frame = dialogue.messages[index], self._get_frame(dialogue)
-        reasoning = _get_reasoning(message)
-        has_tags = self._template.contains(_CLOSING)
+        message = dialogue.messages[index]
+        frame, response_end = self._get_frame(dialogue)
+        in_field = reasoning.get_field(message)
+        has_tags = self._template.contains(reasoning.CLOSING)
         prefill = frame.prefill if prompt.endswith(frame.prefill) else ""
-        if message.fields.get("tool_calls") or (reasoning and not has_tags):
+        if message.fields.get("tool_calls") or (in_field and not has_tags):
             beginning = prompt.removesuffix(prefill)
             if prefill and not rendered.startswith(prompt) and rendered.startswith(beginning):
                 text = rendered[len(beginning) :]
             else:
                 text = self._find_rendered(dialogue, index, prompt, rendered).text
-            end = text.rfind(self._response_end)
-            text = text if end < 0 else text[: end + len(self._response_end)]
-            lost = [part for part in (message.content, reasoning) if part.strip() not in text]
-            if lost == [reasoning] and has_tags:
-                text, lost = _write_reasoning(reasoning) + text, []
+            end = text.rfind(response_end)
+            text = text if end < 0 else text[: end + len(response_end)]
+            lost = [part for part in (message.content, in_field) if part.strip() not in text]
+            if lost == [in_field] and has_tags:
+                text, lost = reasoning.write_block(in_field) + text, []
             if lost:
                 what = "tool_calls" if message.fields.get("tool_calls") else "reasoning"
                 raise UserError(
@@ -151,34 +165,27 @@ class ResponseFinder:
                     "into the content as the model has to generate it, or pass another chat template."
                 )
             return _subtract(prefill, text)
-        text = (_write_reasoning(reasoning) if reasoning else "") + message.content
-        return frame.lead + _subtract(prefill, text) + self._response_end
+        text = (reasoning.write_block(in_field) if in_field else "") + message.content
+        return frame.lead + _subtract(prefill, text) + response_end
 
-    def _get_frame(self, dialogue: Dialogue) -> ResponseFrame:
-        """Returns what the template writes around a response of a dialogue, with its variables."""
-        key = repr(dict(dialogue.chat_template_kwargs))
+    def _get_frame(self, dialogue: Dialogue) -> tuple[ResponseFrame, str]:
+        """Returns (what the template writes around a response of a dialogue, the end of the response in it)."""
+        with_tools = bool(dialogue.tools) and self._template.has_tool_template
+        key = repr(dict(dialogue.chat_template_kwargs)), with_tools
         if key not in self._frames:
-            self._frames[key] = self._template.frame_response(dialogue.chat_template_kwargs)
+            frame = self._template.frame_response(dialogue.chat_template_kwargs, with_tools=with_tools)
+            self._frames[key] = frame, self._encoder.find_ending(frame).text
         return self._frames[key]
 
 
-def _get_reasoning(message: Message) -> str:
-    """Returns the reasoning that a message has in a field of its own, or an empty text."""
-    values = (message.fields.get(field) for field in REASONING_FIELDS)
-    return next((value for value in values if isinstance(value, str) and value), "")
-
-
-def _write_reasoning(reasoning: str) -> str:
-    """Returns reasoning as a block in front of an answer."""
-    stripped = reasoning.strip("\n")
-    return f"{_OPENING}\n{stripped}\n{_CLOSING}\n\n"
-
-
 def _subtract(prefill: str, text: str) -> str:
-    """Returns a text without what the prompt already has of it, white space at the end of that aside."""
-    for beginning in (prefill, prefill.rstrip()):
-        if beginning and text.startswith(beginning):
-            return text[len(beginning) :]
+    """Returns a text without what the prompt already has of it, white space around that aside."""
+    if prefill and text.startswith(prefill):
+        return text[len(prefill) :]
+    stripped = text.lstrip()
+    for beginning in (prefill.lstrip(), prefill.strip()):
+        if beginning and stripped.startswith(beginning):
+            return stripped[len(beginning) :]
     return text
 
 

@@ -86,9 +86,8 @@ class Renderer:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._escaper = SpecialTokenEscaper(tokenizer, allow_special_tokens=allow_special_tokens)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, self._escaper, template_time)
-        frame = self._template.frame_response()
-        self._encoder = Encoder(tokenizer, frame, self._escaper, self.stop_tokens)
-        self._finder = ResponseFinder(self._template, frame, self._encoder.response_end, self._escaper, responses)
+        self._encoder = Encoder(tokenizer, self._template.frame_response(), self._escaper, self.stop_tokens)
+        self._finder = ResponseFinder(self._template, self._encoder, responses)
         self._shared_prefixes: dict[str, Int32[np.ndarray, " n"]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., "Renderer"], tuple[Any, ...]]:
@@ -256,7 +255,7 @@ class Renderer:
                 checked,
                 prompt=self._escaper.unescape(prompt),
                 response=self._escaper.unescape(text[len(prompt) : end]),
-                end=self._encoder.response_end,
+                end=self._finder.find_end(dialogue),
                 reads_tools=bool(checked) or self._template.reads_tools(dialogue, index, prompt),
             )
             checked = index

@@ -75,7 +75,8 @@ class SpanFinder:
         """
         content = self._dialogue.messages[index].content
         end_text = self._encoder.end_text
-        end = max(begin, tokenized.text.rfind(end_text, begin) if end_text else len(tokenized.text))
+        end = tokenized.text.rfind(end_text, begin) if end_text else -1
+        end = end if end >= 0 else len(tokenized.text)  # with variables of its own, a dialogue may end otherwise
         if content not in tokenized.text[begin:end]:  # the prompt may have the beginning of what is recorded
             crossing = tokenized.text.rfind(content, max(0, begin - len(content)), end)
             begin = crossing if crossing >= 0 else begin

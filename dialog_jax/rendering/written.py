@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import reasoning
 from dialog_jax.rendering.rendered_text import RenderedText, iterate_leaves
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # in the order of transformers
 # Each kind of what is not written: what is counted, and the remedy.
 KINDS = {
     "content": (
@@ -24,6 +24,10 @@ KINDS = {
     "reasoning": (
         "responses whose reasoning the chat template does not write",
         "set data.responses=verbatim, or pass another chat template",
+    ),
+    "reasoning_end": (
+        "responses that do not end the reasoning that their prompt begins, so that they train an answer inside of it",
+        "record their reasoning and its end, or pass another chat template",
     ),
     "tool_calls": (
         "responses whose tool calls the chat template does not write completely",
@@ -38,7 +42,6 @@ KINDS = {
         "pass a chat template that supports their role",
     ),
 }
-_TAG = re.compile(r"<(/?)(?:seed:)?(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]")
 _MAX_DETAILS = 3  # named of each kind
 _Checks = dict[str, list[tuple[str, bool]]]  # by kind, the name of all that is looked for, and whether it is written
 
@@ -69,8 +72,8 @@ class Unwritten(NamedTuple):
 
 def says_something(message: Message) -> bool:
     """Returns whether a message has any text, reasoning or call."""
-    reasoning, content = _split_reasoning(message)
-    return bool(content.strip() or any(map(str.strip, reasoning)) or message.fields.get("tool_calls"))
+    texts, content = reasoning.split_message(message)
+    return bool(content.strip() or any(map(str.strip, texts)) or message.fields.get("tool_calls"))
 
 
 def find_unwritten(
@@ -116,24 +119,26 @@ def find_in_response(
       ResponseLost: the message says something, of which the response has nothing, not even a word.
     """
     body = response.removesuffix(end)
+    opening = reasoning.find_open_tag(prompt, body)
+    unwritten = [Unwritten("reasoning_end", index, f"its prompt ends with {opening}")] if opening else []
     calls = message.fields.get("tool_calls") or ()
-    in_fields = any(message.fields.get(field) for field in REASONING_FIELDS)
+    in_fields = any(message.fields.get(field) for field in reasoning.FIELDS)
     if not calls and not in_fields and message.content.strip() in body:
-        return []
-    reasoning, content = _split_reasoning(message)
-    texts = [("content", content), *(("reasoning", text) for text in reasoning)]
+        return unwritten
+    in_reasoning, content = reasoning.split_message(message)
+    texts = [("content", content), *(("reasoning", text) for text in in_reasoning)]
     checks = _check_response(texts, calls, body, prompt)
     if _count_missing(checks) and calls:  # they may have the content as an argument, and come before it
         checks = min(checks, _check_response(texts, calls, body, prompt, last=True), key=_count_missing)
-    unwritten = [
+    missing = [
         Unwritten(kind, index, _join([name for name, is_written in results if not is_written]))
         for kind, results in checks.items()
         if not all(is_written for _, is_written in results)
     ]
     nothing = not any(is_written for results in checks.values() for _, is_written in results)
-    if unwritten and nothing and not _find_words(content, *reasoning) & _find_words(body):
-        raise ResponseLost(_describe_loss(unwritten, response))
-    return unwritten
+    if missing and nothing and not _find_words(content, *in_reasoning) & _find_words(body):
+        raise ResponseLost(_describe_loss(missing, response))
+    return unwritten + missing
 
 
 def find_in_prompt(messages: Sequence[Message], indices: range, prompt: str) -> list[Unwritten]:
@@ -184,7 +189,7 @@ def _remove_contents(prompt: str, contents: Sequence[str]) -> str:
     """Returns a prompt without one occurrence of each content; of reasoning and answer, if it has only the answer."""
     for content in sorted(filter(None, map(str.strip, contents)), key=len, reverse=True):
         if content not in prompt:
-            content = _split_tags(content)[1].strip()
+            content = reasoning.split_tags(content)[1].strip()
         if content:
             prompt = prompt.replace(content, "\0", 1)
     return prompt
@@ -255,33 +260,6 @@ def _list_missing_of_tool(tool: Mapping[str, Any], rendering: RenderedText) -> l
     if isinstance(description, str) and not all(map(rendering.has_text, description.splitlines())):
         missing.append("description")
     return [f"{what} of tool {name!r}" for what in missing]
-
-
-def _split_reasoning(message: Message) -> tuple[list[str], str]:
-    """Returns (texts of reasoning, the rest of the content): those in fields and those in tags.
-
-    "<think>Add.</think>42"    ["Add."], "42"
-    "Add.</think>42"           ["Add."], "42", since a prompt may have the opening tag
-    """
-    fields = (message.fields.get(field) for field in REASONING_FIELDS)
-    in_tags, answer = _split_tags(message.content)
-    return [value for value in fields if isinstance(value, str)] + in_tags, answer
-
-
-def _split_tags(content: str) -> tuple[list[str], str]:
-    """Returns (texts of reasoning, the rest) of a content."""
-    reasoning: list[str] = []
-    answer, place, is_open = "", 0, False
-    for match in _TAG.finditer(content):
-        text = content[place : match.start()]
-        if is_open or ((match[1] or match[2]) and not place):
-            reasoning.append(text)
-        else:
-            answer += text
-        place, is_open = match.end(), not (match[1] or match[2])
-    if is_open:
-        return [*reasoning, content[place:]], answer
-    return reasoning, answer + content[place:]
 
 
 def _has_text(value: Any) -> bool:

@@ -178,6 +178,19 @@ class UnwrittenTest(parameterized.TestCase):
         result = audit.make_audit(parsing.parse_records(records), tokenizer, renderer, TreeConfig(max_length=1000))
         self.assertFalse([kind for kind in found(result) if kind.endswith("_written")])
 
+    def test_an_answer_inside_the_reasoning_that_the_prompt_begins_is_a_warning(self):
+        template = chat_templates.TEMPLATES["chatml"].replace("assistant\\n", "assistant\\n<think>\\n")
+        tokenizer = fresh("chatml", template)
+        contents = "42", "<think>\nSix.\n</think>\n\n42"
+        records = [{"prompt": f"{n}?", "completion": content} for n, content in enumerate(contents)]
+        renderer = sequences_lib.Renderer(tokenizer, responses="verbatim")
+        result = audit.make_audit(parsing.parse_records(records), tokenizer, renderer, TreeConfig(max_length=1000))
+        self.assertEqual(found(result)["reasoning_end_not_written"], ("warning", 1, 2))
+        self.assertEqual(
+            first(result, "reasoning_end_not_written"),
+            ["dialogue 0 (records[0]): message 1: its prompt ends with <think>"],
+        )
+
     def test_reasoning_alone_is_not_called_empty(self):
         message = {"role": "assistant", "content": "", "reasoning_content": "Six."}
         record = {"messages": [{"role": "user", "content": "?"}, message]}

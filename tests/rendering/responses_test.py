@@ -4,6 +4,7 @@ The templates are short and written for these tests; each has the structure of i
 and tool calls go, how turns begin and end, and what history drops.
 """
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -406,6 +407,8 @@ class VerbatimTest(parameterized.TestCase):
         ("<think>\nEasy.\n</think>\n\n2", "Easy.\n</think>\n\n2"),
         ("<think>Easy.</think>2", "Easy.</think>2"),
         ("<think>\n\nEasy.</think>2", "\nEasy.</think>2"),
+        ("\n<think>\nEasy.\n</think>\n\n2", "Easy.\n</think>\n\n2"),
+        (" <think>Easy.</think>2", "Easy.</think>2"),
         ("Easy.\n</think>\n\n2", "Easy.\n</think>\n\n2"),
         ("2", "2"),
         ("  2 \n", "  2 \n"),
@@ -451,6 +454,53 @@ class VerbatimTest(parameterized.TestCase):
         self.assertEqual(response, "Easy.\n</think>\n\n2<|eos|>")
         ((_, response),) = self.responses("qwen3", ("user", "?"), message)
         self.assertEqual(response, "<think>\nEasy.\n</think>\n\n2<|im_end|>")
+
+    @parameterized.product(family=("deepseek_r1", "qwen3", "llama3"), responses=("verbatim", "rendered"))
+    def test_reasoning_in_a_field_and_in_the_content_is_not_written_twice(self, family, responses):
+        content = "<think>\nEasy.\n</think>\n\n2"
+        message = Message(role="assistant", content=content, fields={"reasoning_content": "Easy."})
+        tokenizer, dialogue = make_tokenizer(family), make_dialogue(("user", "?"), message)
+        if family == "llama3":  # does not read the field
+            ((_, response),) = prompts_and_responses(tokenizer, render(tokenizer, dialogue, responses=responses))
+            self.assertEqual(response, content + "<|eot_id|>")
+        elif (family, responses) != ("deepseek_r1", "rendered"):  # which is refused anyway
+            with self.assertRaisesRegex(UserError, "dialogue 3 .* message 1 has reasoning in a field .*Remove one"):
+                render(tokenizer, dialogue, responses=responses)
+
+    @parameterized.parameters(
+        ("deepseek_r1", "2", True), ("deepseek_r1", "<think>\nEasy.", True), ("deepseek_r1", "Easy.</think>2", False),
+        ("qwq", "2", True), ("qwen3", "2", False), ("llama3", "2", False),
+    )  # fmt: skip
+    def test_an_answer_inside_the_reasoning_that_the_prompt_begins_is_noted(self, family, content, is_noted):
+        dialogue = make_dialogue(("user", "Is it <think>?"), ("assistant", content))
+        (sequence,) = render(make_tokenizer(family), dialogue, responses="verbatim")
+        places = [one.describe(1) for one in sequence.unwritten if one.kind == "reasoning_end"]
+        self.assertEqual(places, ["message 1: its prompt ends with <think>"] if is_noted else [])
+
+    @parameterized.parameters("rendered", "verbatim")
+    def test_each_dialogue_ends_as_the_template_ends_it_with_its_variables_and_tools(self, responses):
+        head = "{% for m in messages %}" + _ROLE + "{{ m.content }}"
+        tail = "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+        plain = head + "{{ '<|endoftext|>' if alt else '<|im_end|>\n' }}" + tail
+        tokenizer = make_tokenizer(plain)
+        tokenizer.chat_template = {"default": plain, "tool_use": head + "<|end|><|eot_id|>\n" + tail}
+        tool = {"type": "function", "function": {"name": "tide"}}
+        message = Message(
+            role="assistant", content="ab", parts=(Part(text="a", weight=0.5), Part(text="b", weight=1.0))
+        )
+        for changes, end in (
+            ({}, "<|im_end|>"),
+            ({"chat_template_kwargs": {"alt": True}}, "<|endoftext|>"),
+            ({"tools": (tool,)}, "<|end|><|eot_id|>"),
+        ):
+            dialogue = dataclasses.replace(make_dialogue(("user", "?"), message), **changes)
+            (sequence,) = render(tokenizer, dialogue, responses=responses)
+            ((_, response),) = prompts_and_responses(tokenizer, [sequence])
+            self.assertEqual(response, "ab" + end)
+            self.assertTrue(sequence.is_verbatim)
+            self.assertEqual([one.kind for one in sequence.unwritten], ["tools"] if "tools" in changes else [])
+            texts = [tokenizer.decode(sequence.tokens[slice(*span)]) for span in sequence.part_spans]
+            self.assertEqual(texts, ["a", "b"])
 
     def test_reasoning_and_tool_calls_of_another_format_are_the_templates(self):
         message = Message(role="assistant", content="2", fields={"thinking": "Easy."})
