@@ -1,18 +1,30 @@
 """The laws of loss and gradient hold whatever is trained: everything, LoRA, or a part of the model."""
 
+import dataclasses
 import functools
+import io
+import json
+import os
+import pathlib
+import signal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+import rich.console
 from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import batches
 from dialog_jax.evaluation import agreement
+from dialog_jax.inference import generation
+from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.lora_config import LoraConfig
-from dialog_jax.training import sharding, train_step, trainable
+from dialog_jax.training import loop, run, sharding, train_step, trainable
 from dialog_jax.training.config import MeshConfig, TrainConfig
+from dialog_jax.training.signals import StoppedError
 from tests.evaluation import agreement_test
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -89,6 +101,86 @@ class TrainedTest(parameterized.TestCase):
         np.testing.assert_allclose(metrics.loss, other_metrics.loss, rtol=1e-5)
         updates, other_updates = (jax.tree.map(np.subtract, tree.trained, before.trained) for tree in (after, others))
         self.assertLess(tiny.largest_difference(updates, other_updates), 1e-4)
+
+    @parameterized.parameters(*sorted(_KINDS))
+    def test_packing_changes_nothing_and_each_shape_is_compiled_once(self, kind):
+        trees, model = prepared()
+        parts = make_parameters(_KINDS[kind], model)
+        transform = agreement._keep_gradient()
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parts)
+        state = train_step.initialize_state(mesh, parts.trained, transform, parts.frozen)
+        step = train_step.make_train_step(
+            model, transform, mesh, compute_dtype=jnp.float32, remat="dots", shapes=shapes
+        )
+        sums = []
+        for rows in ([[0, 1, 2]], [[0], [1], [2]]):
+            loss, total = 0.0, 0.0
+            gradient = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes.trained)
+            for row in rows:
+                batch = batches.fill_rows(trees, [row], max_length=256).map(lambda array: array[None])
+                weight = float(batch.weight.sum())
+                state, metrics = step(state, batch)
+                loss += weight * float(metrics.loss)
+                gradient = jax.tree.map(
+                    lambda total, leaf, weight=weight: total + weight * np.asarray(leaf),
+                    gradient,
+                    state.optimizer_state,
+                )
+                total += weight
+            sums.append((loss / total, gradient))
+        np.testing.assert_allclose(sums[0][0], sums[1][0], rtol=1e-5)
+        self.assertLess(tiny.largest_difference(sums[0][1], sums[1][1]), 1e-4)
+        self.assertEqual(step._cache_size(), 1)
+
+    @parameterized.parameters(*sorted(_KINDS))
+    def test_cache_gives_the_logits_of_the_full_forward_pass(self, kind):
+        trees, model = prepared()
+        parameters = parameter_trees.merge(*make_parameters(_KINDS[kind], model))
+        tokens = trees.tree(0).tokens[:40].tolist()
+        length = jnp.full((1, len(tokens)), len(tokens), jnp.int32)
+        position = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+        hidden = decoder.hidden_states(model, parameters, jnp.asarray(tokens)[None], position, length)
+        logits = hidden[0] @ decoder.unembedding(model, parameters).T
+        session = generation.Session(model, parameters)
+        for end in (17, 18, 40):
+            np.testing.assert_allclose(session.read(tokens[:end]), logits[end - 1], rtol=1e-4, atol=1e-4)
+
+
+class RunTest(parameterized.TestCase):
+    @pytest.mark.full
+    @parameterized.named_parameters(
+        ("lora", {"lora": LoraConfig(rank=4, dropout=0.1, learning_rate_ratio=4.0)}, {"ema_decay": 0.9}),
+        ("muon", {"freeze": ("embedding",)}, {"name": "muon"}),
+        ("adafactor", {}, {"name": "adafactor", "moments_dtype": "bfloat16"}),
+        ("narrow", {}, {"moments_dtype": "bfloat16"}),
+    )
+    def test_run_that_was_stopped_ends_in_the_same_bits_and_leaves_what_is_frozen(self, changes, optimizer):
+        directory = pathlib.Path(self.create_tempdir().full_path)
+        config = tiny.run_config(directory, steps=4, **changes)
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **optimizer))
+        console = rich.console.Console(file=io.StringIO())
+        run.run(config, directory / "whole", console=console)
+        evaluate = loop._evaluate
+
+        def evaluate_and_stop(run, step, *rest):
+            evaluate(run, step, *rest)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with mock.patch.object(loop, "_evaluate", evaluate_and_stop), self.assertRaises(StoppedError):
+            run.run(config, directory / "run", console=console)
+        run.run(config, directory / "run", console=console)
+        records = [
+            json.loads((directory / name / "checkpoints" / "4" / "record" / "metadata").read_text(encoding="utf-8"))
+            for name in ("whole", "run")
+        ]
+        self.assertEqual(*records)
+        first = json.loads(
+            (directory / "whole" / "checkpoints" / "2" / "record" / "metadata").read_text(encoding="utf-8")
+        )
+        self.assertEqual(first["frozen"], records[0]["frozen"])
+        self.assertNotEqual(first["trained"], records[0]["trained"])
 
 
 if __name__ == "__main__":
