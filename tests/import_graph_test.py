@@ -19,7 +19,8 @@ _ROOMS = {
     ),
     "rendering": (
         "rendered_text", "reasoning", "written", "call_arguments", "template_rendering", "template_process",
-        "tokenizers", "special_tokens", "refused_fields", "chat_template", "encoder", "responses", "token_spans", "sequences",
+        "tokenizers", "special_tokens", "refused_fields", "chat_template", "encoder", "responses", "token_spans",
+        "virtual_tokens", "sequences",
     ),
     "trees": (
         "prefix_tree", "division", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals",
@@ -29,8 +30,9 @@ _ROOMS = {
     "audit": ("inspection", "row_lengths", "unread", "findings", "tally", "figures"),
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
-        "lora_config", "rotary", "matrices", "parameter_trees", "decoder", "decoding", "tensor_names", "adapters",
-        "tensor_files", "hf_config", "model_files", "pretrained", "peft_files", "peft_reading",
+        "lora_config", "soft_prompt_config", "rotary", "matrices", "parameter_trees", "decoder", "decoding",
+        "tensor_names", "adapters", "soft_prompts", "tensor_files", "hf_config", "model_files", "pretrained",
+        "peft_files", "peft_reading",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
@@ -47,7 +49,7 @@ _ROOMS = {
 }
 # fmt: on
 _WITHOUT_JAX = ("errors", "atomic_files", "formats", "dialogues", "rendering", "trees", "batching", "audit")
-_CONFIGS = ("model.lora_config",)  # of rooms that import JAX
+_CONFIGS = ("model.lora_config", "model.soft_prompt_config")  # of rooms that import JAX
 _JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 _OF_OUR_ROOMS = {"attention": ("errors", "formats"), "model": ("errors", "atomic_files", "formats", "attention")}
 

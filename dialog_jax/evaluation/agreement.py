@@ -7,6 +7,7 @@ read back from the row's mask. The K passes are those of `evaluation.k_passes`. 
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,16 +18,18 @@ import numpy as np
 import optax
 import transformers
 
-from dialog_jax.batching import batches
+from dialog_jax.batching import batches, row_stream
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import differences, k_passes
 from dialog_jax.evaluation.differences import Agreement, Target
 from dialog_jax.evaluation.k_passes import Pass
 from dialog_jax.formats import tokenizer_files
+from dialog_jax.model import decoder
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.rendering.written import ResponseLost
 from dialog_jax.training import sharding, train_step
 from dialog_jax.training.config import MeshConfig
@@ -58,18 +61,21 @@ def compare(
     """Returns how far one pass and K passes differ under the objective `conditional`, in rows of several dialogues.
 
     Args:
-      parameters: those that are trained; donated.
+      parameters: those that are trained; donated. A soft prompt among them or among `frozen` precedes each dialogue.
       frozen: the others, if there are any; donated.
       max_length: tokens of a row; responses that do not fit are left out and named.
       report_progress: called with a line of text.
     """
     agreement = Agreement()
+    soft_prompt = {**(frozen or {}), **parameters}.get(decoder.SOFT_PROMPT, ())
+    virtual_tokens = VirtualTokens(model.vocab_size, len(soft_prompt))
     renderer = Renderer(
         tokenizer,
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
         template_time=template_time,
         responses=responses,
+        virtual_tokens=virtual_tokens,
     )
     make_passes = functools.partial(
         k_passes.make_passes,
@@ -78,6 +84,7 @@ def compare(
         allow_special_tokens=allow_special_tokens,
         responses=responses,
         stop_tokens=renderer.stop_tokens,
+        virtual_tokens=virtual_tokens.ids().tolist(),
     )
     pairs = []
     for dialogue in dialogues:
@@ -95,11 +102,11 @@ def compare(
         numbered, renderer, TreeConfig(objective=_OBJECTIVE, max_length=max_length, truncate="turns")
     )
     assert set(trees.ids) == set(range(len(pairs))), trees.ids
-    agreement.one_pass_tokens, agreement.branching = trees.report.tokens, trees.report.branching
+    agreement.branching = trees.report.branching
     length = min(max_length, -(-trees.report.tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     agreement.row_length = length
     with jax.default_matmul_precision("highest"):
-        _compare_rows(pairs, trees, tokenizer, model, Parameters(parameters, frozen or {}), agreement, report_progress)
+        _compare_rows(pairs, trees, renderer, model, Parameters(parameters, frozen or {}), agreement, report_progress)
     return agreement
 
 
@@ -161,7 +168,7 @@ def _find_fitting_messages(dialogue: Dialogue, renderer: Renderer, max_length: i
 def _compare_rows(
     pairs: Sequence[tuple[Dialogue, list[Pass]]],
     trees: Trees,
-    tokenizer: transformers.PreTrainedTokenizerFast,
+    renderer: Renderer,
     model: DecoderConfig,
     parameters: Parameters,
     agreement: Agreement,
@@ -175,7 +182,13 @@ def _compare_rows(
     step = train_step.make_train_step(model, optimizer, mesh, compute_dtype=jnp.float32, remat=_REMAT, shapes=shapes)
     score = train_step.make_score_step(model, compute_dtype=jnp.float32)
     plan = batches.Plan(trees, max_length=agreement.row_length, rows=1, micro_batches=1, seed=0)
-    members = [[int(trees.ids[tree]) for tree in plan.rows(number)[0]] for number in range(plan.rows_per_epoch)]
+    agreement.one_pass_tokens = plan.tokens_per_epoch
+    # The trees of each row, in the order in which the row has them, and their dialogues.
+    rows = [
+        [tree for group in row_stream.group_by_shared_prefix(trees, plan.rows(number)[0]) for tree in group]
+        for number in range(plan.rows_per_epoch)
+    ]
+    members = [[int(trees.ids[tree]) for tree in row] for row in rows]
     agreement.rows += [[pairs[index][0].name for index in dict.fromkeys(indices)] for indices in members]
     for numbers in _group_rows(members):
         place = f"row {', '.join(map(str, numbers))}"
@@ -189,8 +202,9 @@ def _compare_rows(
             row = batch.map(lambda array: array[0])
             one_pass_nll = np.asarray(score(state.parameters, row).nll[0])
             state, metrics = step(state, batch)
-            for segment, index in enumerate(members[number], 1):
-                targets[index] += differences.read_targets(row, one_pass_nll, segment)
+            row_targets = iter(differences.read_targets(row, one_pass_nll))
+            for tree in rows[number]:  # no target is in a prefix that trees share
+                targets[int(trees.ids[tree])] += itertools.islice(row_targets, int(trees.targets[tree]))
             row_weight = float(row.weight.sum(dtype=np.float64))
             one_pass_loss += float(metrics.loss) * row_weight
             total_weight += row_weight
@@ -207,7 +221,7 @@ def _compare_rows(
         for index, dialogue_targets in targets.items():
             dialogue, passes = pairs[index]
             nll = [next(remaining) for _ in passes]
-            differences.compare_responses(dialogue.name, passes, nll, dialogue_targets, tokenizer, agreement.findings)
+            differences.compare_responses(dialogue.name, passes, nll, dialogue_targets, renderer, agreement.findings)
         k_pass_loss = math.fsum(
             float(np.vdot(one.weight, nll)) for one, nll in zip(all_passes, k_pass_nll, strict=True)
         )

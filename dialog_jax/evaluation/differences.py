@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import transformers
 from jaxtyping import Float, Int
 
 from dialog_jax.batching.batches import Batch
 from dialog_jax.evaluation.k_passes import Pass
+from dialog_jax.rendering.sequences import Renderer
 
 # The largest allowed difference of each kind; 0 where both must be equal.
 TOLERANCES = {
@@ -92,15 +92,15 @@ class Target(NamedTuple):
     nll: float
 
 
-def read_targets(batch: Batch, nll: Float[np.ndarray, " S"], segment: int) -> list[Target]:
-    """Returns the targets of one segment of a batch of one row, each with the tokens that its source sees.
+def read_targets(batch: Batch, nll: Float[np.ndarray, " S"]) -> list[Target]:
+    """Returns the targets of a batch of one row, in their order, each with the tokens that its source sees.
 
     tokens [7 8 9], subtree_end [3 2 3], source [1 2], target [5 6]: 7 8 predict 5; 7 9 predict 6, since 9 is not
     below 8.
     """
     tokens, position, subtree_end = (array[0] for array in (batch.tokens, batch.position, batch.subtree_end))
     targets = []
-    for target in np.flatnonzero((batch.weight[0] > 0) & (batch.segment[0][batch.source[0]] == segment)):
+    for target in np.flatnonzero(batch.weight[0] > 0):
         source = int(batch.source[0, target])
         visible = np.flatnonzero(subtree_end[: source + 1] > source)
         token, weight = int(batch.target[0, target]), float(batch.weight[0, target])
@@ -113,7 +113,7 @@ def compare_responses(
     passes: Sequence[Pass],
     nll: Sequence[Float[np.ndarray, " _"]],
     targets: Sequence[Target],
-    tokenizer: transformers.PreTrainedTokenizerFast,
+    renderer: Renderer,
     findings: dict[str, Finding],
 ) -> None:
     """Compares every token of weight above 0 in a dialogue's passes with the target that has the same context.
@@ -133,11 +133,11 @@ def compare_responses(
         target_nll = []
         for index in (supervised + one.start).tolist():
             key = one.tokens[:index].tobytes(), int(one.tokens[index])
-            where = f"{response}, token {index - one.start} {_describe(tokenizer, key[1])}"
+            where = f"{response}, token {index - one.start} {_describe(renderer, key[1])}"
             target = targets_by_key.get(key)
             if target is None:
                 first = not findings["token ids"].beyond  # only the first one is shown
-                detail = _find_divergence(one.tokens[: index + 1], targets, tokenizer) if first else ("", "", "")
+                detail = _find_divergence(one.tokens[: index + 1], targets, renderer) if first else ("", "", "")
                 findings["token ids"].add(math.inf, where + detail[0], *detail[1:])
                 continue
             findings["token ids"].add(0.0, where, "same", "same")
@@ -154,7 +154,7 @@ def compare_responses(
             findings["loss of a response"].add(size, response, f"{value:.6f}", f"{expected:.6f}")
     for key, weight in weights.items():
         target = targets_by_key[key]
-        where = places.get(key, f"{name}: {_describe(tokenizer, target.token)} after {len(target.context):,} tokens")
+        where = places.get(key, f"{name}: {_describe(renderer, target.token)} after {len(target.context):,} tokens")
         size = abs(target.weight - weight) / max(weight, 1.0)
         findings["weights"].add(size, where, f"{target.weight:.6g}", f"{weight:.6g}" if weight else "no target")
 
@@ -186,7 +186,7 @@ def compare_gradients(one_pass: dict, k_passes: dict, where: str, findings: dict
 
 
 def _find_divergence(
-    tokens: Int[np.ndarray, " n"], targets: Sequence[Target], tokenizer: transformers.PreTrainedTokenizerFast
+    tokens: Int[np.ndarray, " n"], targets: Sequence[Target], renderer: Renderer
 ) -> tuple[str, str, str]:
     """Returns (where, token of one pass, token of K passes) where the most similar context diverges from `tokens`."""
     contexts = [np.append(target.context, target.token) for target in targets]
@@ -194,8 +194,8 @@ def _find_divergence(
     common = max(lengths, default=0)
     closest = next((context for context, length in zip(contexts, lengths, strict=True) if length == common), tokens[:0])
     index = min(common, len(tokens) - 1)
-    token = _describe(tokenizer, closest[common]) if common < min(len(closest), len(tokens)) else "no target"
-    return f": they diverge at token {index:,} of {len(tokens):,}", token, _describe(tokenizer, tokens[index])
+    token = _describe(renderer, closest[common]) if common < min(len(closest), len(tokens)) else "no target"
+    return f": they diverge at token {index:,} of {len(tokens):,}", token, _describe(renderer, tokens[index])
 
 
 def _count_common(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " m"]) -> int:
@@ -204,5 +204,7 @@ def _count_common(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " m"]) -> int:
     return int(differing[0]) if len(differing) else min(len(a), len(b))
 
 
-def _describe(tokenizer: transformers.PreTrainedTokenizerFast, token: Any) -> str:
-    return f"{int(token)} {tokenizer.decode([int(token)])!r}"
+def _describe(renderer: Renderer, token: Any) -> str:
+    if renderer.virtual_tokens.contain(int(token)):
+        return renderer.virtual_tokens.describe(int(token))
+    return f"{int(token)} {renderer.tokenizer.decode([int(token)])!r}"

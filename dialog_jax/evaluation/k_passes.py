@@ -22,6 +22,7 @@ from dialog_jax.evaluation import escaping, response_text
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 
 _SHORTEST_LENGTH = 128
 
@@ -49,6 +50,7 @@ def make_passes(
     allow_special_tokens: bool = False,
     responses: str = "rendered",
     stop_tokens: Collection[int] = (),
+    virtual_tokens: Sequence[int] = (),
 ) -> list[Pass]:
     """Returns a pass for each assistant message of weight above 0, in order.
 
@@ -57,6 +59,9 @@ def make_passes(
     `responses="verbatim"`, what is recorded, and the end of turn.
 
     Special tokens that the dialogue's texts spell are ordinary text unless allowed; see `evaluation.escaping`.
+
+    Args:
+      virtual_tokens: ids of a soft prompt, which precedes each prompt.
 
     Raises:
       UserError: the template refuses a history, or its rendering with the message does not continue the prompt.
@@ -95,6 +100,7 @@ def make_passes(
                     "chat template whose generation prompt ends where a token ends."
                 )
         turn = sum(dialogue.messages[earlier].role == "assistant" for earlier in history)
+        prompt_ids = [*virtual_tokens, *prompt_ids]
         tokens = np.array(prompt_ids + response, np.int32)
         start = max(1, len(prompt_ids))
         weight = _weigh_tokens(dialogue, index, prompt, written, ends)[start - len(prompt_ids) :]
@@ -148,6 +154,7 @@ def score_dialogues(
     Raises:
       UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
+    virtual_tokens = VirtualTokens(model.vocab_size, len(parameters.get(decoder.SOFT_PROMPT, ()))).ids().tolist()
     for dialogue in dialogues:
         passes = make_passes(
             dialogue,
@@ -156,6 +163,7 @@ def score_dialogues(
             allow_special_tokens=allow_special_tokens,
             responses=responses,
             stop_tokens=stop_tokens,
+            virtual_tokens=virtual_tokens,
         )
         fitting_passes = [one for one in passes if len(one.tokens) <= model.max_length]
         turns = []

@@ -289,12 +289,13 @@ def _list_signals(scored_tree: _ScoredTree, scores: TargetScores) -> list[Signal
     assert scores.top_token is not None and scores.top_log_probability is not None
     signals = []
     for sequence, nodes in zip(scored_tree.sequences, scored_tree.nodes, strict=True):
-        start = max(sequence.start, 1)
+        # Without a soft prompt, so that the signals also serve a student with another one or none.
+        start = max(sequence.start, sequence.virtual + 1)
         response = nodes[start:]
         signals.append(
             Signal(
                 message=sequence.message_index,
-                prompt=teacher_file.checksum(sequence.tokens[:start]),
+                prompt=teacher_file.checksum(sequence.tokens[sequence.virtual : start]),
                 token=sequence.tokens[start:],
                 top_token=np.asarray(scores.top_token)[response],
                 top_log_probability=np.asarray(scores.top_log_probability)[response],

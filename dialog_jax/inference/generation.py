@@ -41,7 +41,7 @@ class Session:
         Raises:
           UserError: there are no tokens, one is outside the vocabulary, or they exceed the model's context.
         """
-        _check_prompt(self.config, tokens)
+        _check_prompt(self.config, self.parameters, tokens)
         # At least the last token is recomputed: the cache holds its keys and values, not its logits.
         start = min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
         del self.tokens[start:]
@@ -96,7 +96,7 @@ def generate(
         itself, before the first token is requested.
     """
     tokens = [int(token) for token in tokens]
-    _check_prompt(config, tokens)
+    _check_prompt(config, parameters, tokens)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not temperature >= 0:
@@ -143,13 +143,14 @@ def sample_token(
     return jnp.where(temperature > 0, sample, jnp.argmax(logits))
 
 
-def _check_prompt(config: decoder.DecoderConfig, tokens: Sequence[int]) -> None:
+def _check_prompt(config: decoder.DecoderConfig, parameters: dict, tokens: Sequence[int]) -> None:
+    vocabulary = config.vocab_size + len(parameters.get(decoder.SOFT_PROMPT, ()))
     if not tokens:
         raise UserError("the prompt has no tokens; it needs at least one")
-    if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
         raise UserError(
             f"the prompt holds token ids {min(tokens)} to {max(tokens)}, but the model has a vocabulary of "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+            f"{vocabulary}; use the tokenizer that belongs to the model"
         )
     if len(tokens) > config.max_length:
         raise UserError(

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
+from jaxtyping import Array, Float
 
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.model import model_files, pretrained
+from dialog_jax.model import decoder, model_files, pretrained
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import check_vocabulary, largest_token, load_tokenizer
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 
 
 class Model(NamedTuple):
@@ -49,6 +52,7 @@ def open_model(
     template_time: str = "",
     responses: str = "rendered",
     resize_embedding: bool = False,
+    soft_prompt_tokens: int = 0,
     report: Callable[[str], None] = print,
 ) -> Model:
     """Returns the model without its parameters.
@@ -62,6 +66,8 @@ def open_model(
       template_time: the time that a template which reads the clock takes for the current one; empty for now.
       responses: `rendered` to train responses as the template renders them, `verbatim` as they are recorded.
       resize_embedding: add rows to the embedding for tokens beyond it; otherwise they are an error.
+      soft_prompt_tokens: number of virtual tokens that the renderer puts in front of every sequence; see
+        `attach_soft_prompt` for their embeddings.
       report: called with a line of text for everything that is done otherwise than the model's files say.
 
     Raises:
@@ -84,12 +90,14 @@ def open_model(
         )
         config = dataclasses.replace(config, vocab_size=config.vocab_size + added_rows)
     check_vocabulary(fast_tokenizer, config.vocab_size)
+    _check_soft_prompt(config, soft_prompt_tokens)
     renderer = Renderer(
         fast_tokenizer,
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
         template_time=template_time,
         responses=responses,
+        virtual_tokens=VirtualTokens(config.vocab_size, soft_prompt_tokens),
     )
     stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *model_files.stop_tokens(path)} - {None}
     return Model(
@@ -119,6 +127,33 @@ def load_model(
     model = open_model(name_or_path, **options)
     parameters = pretrained.load_parameters(model.path, model.config, dtype=dtype, added_rows=model.added_rows)
     return model._replace(parameters=parameters)
+
+
+def attach_soft_prompt(model: Model, soft_prompt: Float[Array | np.ndarray, "P D"]) -> Model:
+    """Returns the model with a soft prompt: its embeddings among the parameters, its tokens in front of all prompts.
+
+    Raises:
+      UserError: the embeddings have another width than the model's, or fill its context.
+    """
+    count, width = soft_prompt.shape
+    if width != model.config.width:
+        raise UserError(
+            f"the soft prompt has embeddings of {width:,} numbers, but the model's have {model.config.width:,}. Use "
+            "the model that it was trained with."
+        )
+    _check_soft_prompt(model.config, count)
+    return model._replace(
+        parameters={**model.parameters, decoder.SOFT_PROMPT: jnp.asarray(soft_prompt, jnp.float32)},
+        renderer=model.renderer.with_virtual_tokens(VirtualTokens(model.config.vocab_size, count)),
+    )
+
+
+def _check_soft_prompt(config: DecoderConfig, tokens: int) -> None:
+    if tokens > config.max_length - 2:
+        raise UserError(
+            f"the soft prompt has {tokens:,} tokens and the model's context is {config.max_length:,}, which leaves no "
+            "room for a prompt and a response. Choose a shorter one."
+        )
 
 
 def check_context(config: DecoderConfig, max_length: int) -> None:

@@ -28,6 +28,7 @@ from dialog_jax.model import matrices, rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
+SOFT_PROMPT = "soft_prompt"  # name of the parameter [P, D] whose rows are the embeddings of the ids from V on
 LAYERS = "layers"  # name of the loop over layers in compiled programs and profiles
 _PRODUCT = "product"  # name of the products with weights, for remat
 
@@ -272,16 +273,29 @@ def hidden_states(
     if layer_policy is not None:
         # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
         body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
-    x = embed(parameters, tokens, compute_dtype)  # [B, T, D]
+    x = embed(config, parameters, tokens, compute_dtype)  # [B, T, D]
     with jax.named_scope(LAYERS):
         x, _ = jax.lax.scan(lambda x, layer: body(constrain(x), layer), constrain(x), layers)
     x = constrain(x)
     return rms_norm(x, model.final_norm[...], config.norm_epsilon)
 
 
-def embed(parameters: dict, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike) -> Float[Array, "B T D"]:
-    """Returns the embeddings of `tokens`."""
-    return matrices.look_up(parameters["embedding"], tokens, dtype)
+def embed(
+    config: DecoderConfig, parameters: dict, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "B T D"]:
+    """Returns the embeddings of `tokens`; id V + i is row i of the soft prompt, if the parameters have one.
+
+    V = 4, P = 2:  tokens [4, 5, 0, 3]   ->   [soft_prompt[0], soft_prompt[1], embedding[0], embedding[3]]
+    """
+    if SOFT_PROMPT not in parameters:
+        return matrices.look_up(parameters["embedding"], tokens, dtype)
+    prompt = parameters[SOFT_PROMPT]
+    is_virtual = tokens >= config.vocab_size
+    words = matrices.look_up(parameters["embedding"], jnp.where(is_virtual, 0, tokens), dtype)
+    # Index P is beyond the rows: it reads zeros, and the backward pass adds nothing for it.
+    index = jnp.where(is_virtual, tokens - config.vocab_size, len(prompt))
+    virtual = prompt.at[index].get(mode="fill", fill_value=0).astype(dtype)
+    return jnp.where(is_virtual[..., None], virtual, words)
 
 
 def unembedding(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:

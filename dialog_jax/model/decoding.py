@@ -60,6 +60,6 @@ def extend(
 
         return nnx.merge(graph, layer)(x, rotate, attend), None
 
-    x = decoder.embed(parameters, tokens, cache.keys.dtype)  # [B, T, D]
+    x = decoder.embed(config, parameters, tokens, cache.keys.dtype)  # [B, T, D]
     (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(config.layers)))
     return decoder.rms_norm(x, model.final_norm[...], config.norm_epsilon), cache

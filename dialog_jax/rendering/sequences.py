@@ -9,6 +9,7 @@ what differs is tokenized again.
 Knows templates and tokenizers; knows no objective, tree or row.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +22,14 @@ from jaxtyping import Int32
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.rendering import tokenizers, written
+from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
 from dialog_jax.rendering.responses import ResponseFinder
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.rendering.written import Unwritten
 
 _SHARED_PREFIXES_KEPT = 4096
@@ -53,6 +56,8 @@ class RenderedSequence(NamedTuple):
     unwritten: tuple[Unwritten, ...] = ()
     """What the template does not write: of the response in its text, of the tools and of messages that come after the
     sequence before in the prompt."""
+    virtual: int = 0
+    """Number of leading tokens that are those of a soft prompt."""
 
 
 class Renderer:
@@ -64,6 +69,7 @@ class Renderer:
       allow_special_tokens: parse special tokens that the texts of a dialogue spell; otherwise they are ordinary text.
       template_time: an ISO date or time that a template which reads the clock takes for the current one; empty for now.
       responses: `rendered` as the template renders them, `verbatim` as they are recorded.
+      virtual_tokens: of a soft prompt; they stand in front of the tokens of every sequence and prompt.
 
     Raises:
       UserError: the template cannot render one user and one assistant message.
@@ -77,8 +83,10 @@ class Renderer:
         allow_special_tokens: bool = False,
         template_time: str = "",
         responses: str = "rendered",
+        virtual_tokens: VirtualTokens = virtual_tokens_lib.NONE,
     ):
         self.responses = responses
+        self.virtual_tokens = virtual_tokens
         self.stop_tokens = tokenizers.read_stop_tokens(tokenizer)
         """Ids at which generation stops by the generation_config.json next to the tokenizer; empty without one."""
         self.allow_special_tokens = allow_special_tokens
@@ -98,6 +106,7 @@ class Renderer:
             allow_special_tokens=self.allow_special_tokens,
             template_time=self.template_time,
             responses=self.responses,
+            virtual_tokens=self.virtual_tokens,
         )
         return make, (self.tokenizer,)
 
@@ -109,7 +118,14 @@ class Renderer:
             allow_special_tokens=self.allow_special_tokens,
             template_time=self.template_time,
             responses=responses,
+            virtual_tokens=self.virtual_tokens,
         )
+
+    def with_virtual_tokens(self, virtual_tokens: VirtualTokens) -> "Renderer":
+        """Returns a renderer that differs in `virtual_tokens` only; shares everything else with this one."""
+        renderer = copy.copy(self)
+        renderer.virtual_tokens = virtual_tokens
+        return renderer
 
     @property
     def template_time(self) -> str:
@@ -151,9 +167,12 @@ class Renderer:
             |-------- prompt 0 -------| |response 0|
             |--------------------------- prompt 1 ----------------------------| |response 1|
 
+        With a soft prompt, its tokens stand in front of each prompt.
+
         Args:
           dialogues: a batch, tokenized together.
-          max_length: sequences of more tokens than this are left out; 0 for no limit.
+          max_length: sequences of more tokens than this are left out; 0 for no limit. Above the length of a soft
+            prompt, which counts.
           full: append the rendering of all messages, for objectives that train on every token.
           locate: whether a message's span is needed in `message_spans`.
 
@@ -162,26 +181,37 @@ class Renderer:
             the template does not render weighted parts as they are, or (with `locate`) a message changes more than
             its own part of the text. `ResponseLost`: the template writes nothing of what a response says.
         """
+        virtual = self.virtual_tokens.count
+        assert not max_length or max_length > virtual, (max_length, virtual)
+        max_length -= virtual if max_length else 0
         dialogues = [self._escaper.escape_dialogue(dialogue) for dialogue in dialogues]
         texts = [self._template.text(dialogue, len(dialogue.messages)) for dialogue in dialogues]
         beginnings = self._encoder.tokenize([text[: max_length * _CHARACTERS_PER_TOKEN or None] for text in texts])
-        return [
+        sequences = [
             self._sequences(dialogue, text, beginning, max_length, full, locate)
             for dialogue, text, beginning in zip(dialogues, texts, beginnings, strict=True)
         ]
+        return [map(self._prepend_virtual_tokens, one) for one in sequences] if virtual else sequences
 
     def encode_prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
-        """Returns the token ids of all messages and the generation prompt, which a reply to the dialogue continues."""
+        """Returns the token ids of all messages and the generation prompt, which a reply to the dialogue continues.
+
+        With a soft prompt, its tokens come first.
+        """
         dialogue = self._escaper.escape_dialogue(dialogue)
-        return self._encoder.encode(self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True))
+        text = self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True)
+        return self.virtual_tokens.prepend(self._encoder.encode(text))
 
     def encode_shared_prefix(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Returns the token ids of what precedes the content of the first message that is not a system message.
 
-        It is the same for all dialogues with the same system prompt and tools. Empty if the template refuses to render
-        such a beginning by itself.
+        It is the same for all dialogues with the same system prompt and tools. Only the tokens of a soft prompt, or
+        none, if the template refuses to render such a beginning by itself.
         """
-        dialogue = self._escaper.escape_dialogue(dialogue)
+        return self.virtual_tokens.prepend(self._encode_system_prompt(self._escaper.escape_dialogue(dialogue)))
+
+    def _encode_system_prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
+        """Returns `encode_shared_prefix` of an escaped dialogue, without a soft prompt."""
         first = next((i for i, message in enumerate(dialogue.messages) if message.role != "system"), None)
         if first is None:
             return np.zeros(0, np.int32)
@@ -199,6 +229,24 @@ class Renderer:
             before, probe, _ = text.partition(PROBE)
             self._shared_prefixes[key] = self._encoder.encode(before if probe else "")
         return self._shared_prefixes[key]
+
+    def _prepend_virtual_tokens(self, sequence: RenderedSequence) -> RenderedSequence:
+        """Returns a sequence behind the tokens of the soft prompt."""
+        count = self.virtual_tokens.count
+
+        def shift(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+            return tuple((start + count, stop + count) for start, stop in spans)
+
+        return sequence._replace(
+            tokens=self.virtual_tokens.prepend(sequence.tokens),
+            start=sequence.start + count,
+            message_spans=tuple(
+                MessageSpan(span.message_index, span.start + count, span.stop + count, shift(span.part_spans))
+                for span in sequence.message_spans
+            ),
+            part_spans=shift(sequence.part_spans),
+            virtual=count,
+        )
 
     def _sequences(
         self,

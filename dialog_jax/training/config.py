@@ -16,6 +16,7 @@ from dialog_jax.batching import mixture
 from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
 from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config_fields
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -25,7 +26,7 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 REMAT = ("none", "attention", "dots", "full")
 RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
-LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 3e-4  # defaults
+LEARNING_RATE, LORA_LEARNING_RATE, SOFT_PROMPT_LEARNING_RATE = 2e-5, 3e-4, 1e-2  # defaults
 FROZEN_DTYPES = ("auto", "float32", "bfloat16")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
@@ -109,7 +110,7 @@ class OptimizerConfig:
     """adamw; adafactor, whose second moments are a row and a column per matrix; or muon, which orthogonalizes the
     updates of the layers' matrices, with AdamW for other parameters."""
     learning_rate: float = -1.0
-    """Peak of the schedule; -1 for 2e-5, or 3e-4 with LoRA."""
+    """Peak of the schedule; -1 for 2e-5, or 3e-4 with LoRA, or 1e-2 for a soft prompt alone."""
     schedule: str = "cosine"
     """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
     falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
@@ -120,7 +121,7 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     """Fraction of the steps in which `warmup_stable_decay` decays."""
     weight_decay: float = 0.0
-    """Applies to matrices; not to norms, biases, the embedding and adapters."""
+    """Applies to matrices; not to norms, biases, the embedding, adapters and a soft prompt."""
     b1: float = 0.9
     """Decay of AdamW's first moment; with muon, for what AdamW updates."""
     b2: float = 0.99
@@ -196,6 +197,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    soft_prompt: SoftPromptConfig = dataclasses.field(default_factory=SoftPromptConfig)
     freeze: tuple[str, ...] = ()
     """Patterns of the paths of parameters that are not trained, such as embedding or layers/attention/*."""
     train_only: tuple[str, ...] = ()
@@ -289,16 +291,25 @@ class TrainConfig:
             raise UserError(f"frozen_dtype is {self.frozen_dtype!r}; it must be one of {', '.join(FROZEN_DTYPES)}.")
         if self.freeze and self.train_only:
             raise UserError("freeze and train_only are both set; the one says what is frozen, the other what is not.")
-        if self.lora.rank and (self.freeze or self.train_only):
+        for field, value in (("lora.rank", self.lora.rank), ("soft_prompt.tokens", self.soft_prompt.tokens)):
+            if value and (self.freeze or self.train_only):
+                raise UserError(
+                    f"freeze or train_only is set with {field}, which freezes the model's own parameters. Leave them "
+                    "empty."
+                )
+        if self.soft_prompt.tokens > self.data.max_length - 2:
             raise UserError(
-                "freeze or train_only is set with lora.rank; LoRA trains its updates alone. Leave them empty."
+                f"soft_prompt.tokens is {self.soft_prompt.tokens:,} and data.max_length is "
+                f"{self.data.max_length:,}: a soft prompt as long as the row leaves no room for a prompt and a "
+                "response. Lower soft_prompt.tokens or raise data.max_length."
             )
 
     def resolve(self) -> "TrainConfig":
         """Returns the config with the learning rate that -1 stands for."""
         if self.optimizer.learning_rate != -1:
             return self
-        rate = LORA_LEARNING_RATE if self.lora.rank else LEARNING_RATE
+        rate = SOFT_PROMPT_LEARNING_RATE if self.soft_prompt.tokens else LEARNING_RATE
+        rate = LORA_LEARNING_RATE if self.lora.rank else rate
         return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, learning_rate=rate))
 
     def make_tree_config(self) -> TreeConfig:

@@ -33,7 +33,7 @@ def restore_or_load(
     """Returns the newest state that can be read, or the first state of a fresh run.
 
     Args:
-      seed: of the initial factors of LoRA.
+      seed: of the initial factors of LoRA and the initial soft prompt.
     """
     steps = checkpoints.list_steps(directory / "checkpoints")
     distributed.check_same("state", {"checkpoints": steps})
@@ -55,7 +55,11 @@ def restore_or_load(
             added_rows=inputs.added_rows,
         )
         return trainable.make_parameters(
-            selection, base, jax.random.key(seed), lambda path, x: place(path, np.asarray(x))
+            selection,
+            base,
+            jax.random.key(seed),
+            lambda path, x: place(path, np.asarray(x)),
+            soft_prompt_text=inputs.tokenizer(selection.soft_prompt.text)["input_ids"],
         )
 
     parameters = distributed.run_on_all_hosts(load)

@@ -61,14 +61,14 @@ def describe_change_of_steps(config: OptimizerConfig, before: int, now: int, upd
 
 
 def decay_mask(parameters: dict) -> dict:
-    """Returns True for the parameters that weight decay applies to: all matrices but the embedding and adapters.
+    """Returns True for the parameters that weight decay applies to: all matrices of the model but the embedding.
 
     Parameters of layers are stacked, so a norm or a bias has two axes there and a matrix has three.
     """
 
     def decays(path: tuple[jax.tree_util.DictKey, ...], parameter: jax.Array) -> bool:
         names = [key.key for key in path]
-        return names[-1] not in ("embedding", "lora_a", "lora_b") and parameter.ndim >= (
+        return names[-1] not in ("embedding", "lora_a", "lora_b", "soft_prompt") and parameter.ndim >= (
             3 if names[0] == "layers" else 2
         )
 

@@ -88,6 +88,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         template_time=config.data.template_time or now,
         responses=config.data.responses,
         resize_embedding=config.resize_embedding,
+        soft_prompt_tokens=config.soft_prompt.tokens,
         report=console.print,
     )
     if model.renderer.template_time:
@@ -147,6 +148,8 @@ def _prepare_trees(
         # All other fields, so that a new one is not forgotten.
         **{name: value for name, value in dataclasses.asdict(config.data).items() if name not in _NOT_IN_TREES},
     }
+    if renderer.virtual_tokens.count:
+        key["virtual_tokens"] = dataclasses.asdict(renderer.virtual_tokens)
     if teacher is not None:
         key["teacher"] = teacher.digest
     with console.status(f"preparing {source.name}"):

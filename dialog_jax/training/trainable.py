@@ -1,7 +1,8 @@
 """What a run trains: its config and the model's structure in, the trained and the frozen parameters out.
 
 Full fine-tuning trains everything. `freeze` and `train_only` divide the model's own parameters by their paths; LoRA
-freezes all of them and trains factors beside them (see `model.adapters`).
+freezes all of them and trains factors beside them (see `model.adapters`); a soft prompt freezes all of them and is
+trained itself (see `model.soft_prompts`), alone or together with LoRA.
 """
 
 import fnmatch
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, decoder, parameter_trees
+from dialog_jax.model import adapters, decoder, parameter_trees, soft_prompts
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training.config import TrainConfig
 
 
@@ -35,6 +37,7 @@ class Selection(NamedTuple):
     """Of LoRA; empty without."""
     frozen_dtype: np.dtype
     """Of frozen matrices. Norms and biases stay float32."""
+    soft_prompt: SoftPromptConfig
 
     def dtype(self, path: str) -> np.dtype:
         """Returns the type of one of the model's own parameters."""
@@ -50,15 +53,15 @@ def select(config: TrainConfig, model: DecoderConfig, compute_dtype: jax.typing.
     """
     paths = sorted(parameter_trees.flatten(decoder.abstract_parameters(model)))
     scales = adapters.find_scales(model, config.lora) if config.lora.rank else {}
-    trained = set() if scales else set(paths)
+    trained = set() if scales or config.soft_prompt.tokens else set(paths)
     if config.freeze:
         trained -= _find(config.freeze, "freeze", paths)
     if config.train_only:
         trained &= _find(config.train_only, "train_only", paths)
-    if not trained and not scales:
+    if not trained and not scales and not config.soft_prompt.tokens:
         raise UserError(f"freeze is {', '.join(config.freeze)}: nothing is left to train. Freeze less.")
     dtype = jnp.dtype(compute_dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
-    return Selection(model, frozenset(trained), scales, dtype)
+    return Selection(model, frozenset(trained), scales, dtype, config.soft_prompt)
 
 
 def _find(patterns: Sequence[str], field: str, paths: Sequence[str]) -> set[str]:
@@ -78,9 +81,11 @@ def abstract_parameters(selection: Selection) -> Parameters:
         path: jax.ShapeDtypeStruct(leaf.shape, selection.dtype(path))
         for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(selection.model)).items()
     }
-    factors = adapters.abstract_factors(selection.model, selection.scales)
+    added = adapters.abstract_factors(selection.model, selection.scales)
+    if tokens := selection.soft_prompt.tokens:
+        added[decoder.SOFT_PROMPT] = jax.ShapeDtypeStruct((tokens, selection.model.width), jnp.float32)
     scales = {path: jax.ShapeDtypeStruct(scale.shape, scale.dtype) for path, scale in selection.scales.items()}
-    return _divide(selection, parameter_trees.unflatten(flat), factors, scales)
+    return _divide(selection, parameter_trees.unflatten(flat), added, scales)
 
 
 def make_parameters(
@@ -88,25 +93,33 @@ def make_parameters(
     base: dict[str, Any],
     key: jax.Array,
     place: Callable[[str, Any], jax.Array] = lambda path, array: jnp.asarray(array),
+    *,
+    soft_prompt_text: Sequence[int] = (),
 ) -> Parameters:
     """Returns the parameters before training.
 
     Args:
       base: the model's own, of the types that `Selection.dtype` says.
-      key: for the initial factors of LoRA.
+      key: for the initial factors of LoRA and the initial soft prompt.
       place: (path, array) to the array where it belongs.
+      soft_prompt_text: tokens of `soft_prompt.text`.
+
+    Raises:
+      UserError: the soft prompt is to start from a text that has no tokens.
     """
-    factors = parameter_trees.flatten(adapters.init_factors(selection.model, selection.scales, key))
-    placed = parameter_trees.unflatten({path: place(path, leaf) for path, leaf in factors.items()})
+    added = parameter_trees.flatten(adapters.init_factors(selection.model, selection.scales, key))
+    if selection.soft_prompt.tokens:
+        added[decoder.SOFT_PROMPT] = soft_prompts.init_soft_prompt(
+            selection.soft_prompt, base["embedding"], soft_prompt_text, jax.random.fold_in(key, len(selection.scales))
+        )
+    placed = parameter_trees.unflatten({path: place(path, leaf) for path, leaf in added.items()})
     scales = {path: place(f"{path}/{adapters.SCALE}", scale) for path, scale in selection.scales.items()}
     return _divide(selection, base, placed, scales)
 
 
-def _divide(
-    selection: Selection, base: dict[str, Any], factors: dict[str, Any], scales: Mapping[str, Any]
-) -> Parameters:
+def _divide(selection: Selection, base: dict[str, Any], added: dict[str, Any], scales: Mapping[str, Any]) -> Parameters:
     trained, frozen = parameter_trees.split(base, lambda path: path in selection.trained_paths)
-    return Parameters(parameter_trees.merge(trained, factors), adapters.attach_scales(frozen, scales))
+    return Parameters(parameter_trees.merge(trained, added), adapters.attach_scales(frozen, scales))
 
 
 def describe(parameters: Parameters) -> list[str]:

@@ -211,7 +211,7 @@ def _assemble(
         teacher_rows += result.teacher_rows
         ids += [dialogue.id] * len(result.trees)
         for tree in result.trees:
-            prefix = renderer.encode_shared_prefix(dialogue) if config.share_prefixes else tree.tokens[:0]
+            prefix = renderer.encode_shared_prefix(dialogue) if config.share_prefixes else renderer.virtual_tokens.ids()
             shared_prefix_lengths.append(_measure_shared_prefix(tree, prefix))
         for reason, detail in result.reasons:
             _add_name(counts, named, reason, dialogue.name + detail)

@@ -214,7 +214,9 @@ def _choose_history(dialogue: Dialogue, response: int, renderer: Renderer, max_l
     length = len(shortest.tokens) - shortest.start
     prompts = _PromptLengths(dialogue, renderer)
     if prompts.measure(from_users[0]) <= max_length - length:
-        count = prompts.count_fitting(from_users, min(int(_HISTORY * max_length), max_length - length))
+        virtual = renderer.virtual_tokens.count
+        limit = virtual + int(_HISTORY * (max_length - virtual))
+        count = prompts.count_fitting(from_users, min(limit, max_length - length))
         history = from_users[max(count - 1, 0)]
     else:
         history = within_turn[prompts.count_fitting(within_turn, max_length - length) - 1]
@@ -250,7 +252,8 @@ class _PromptLengths:
         key = tuple(history)
         if key not in self._lengths:
             self._lengths[key] = len(self._renderer.encode_prompt(_select_messages(self._dialogue, history)))
-            self.characters_per_token = max(1.0, self._count_characters(history) / self._lengths[key])
+            text_tokens = self._lengths[key] - self._renderer.virtual_tokens.count
+            self.characters_per_token = max(1.0, self._count_characters(history) / text_tokens)
         return self._lengths[key]
 
     def count_fitting(self, histories: Sequence[list[int]], limit: int) -> int:

@@ -28,7 +28,7 @@ class ObjectiveConfig:
     | name | weight 1 on |
     |---|---|
     | `conditional` | every assistant message, its end-of-turn token included: log Pr(y | x) |
-    | `joint` | every token of the dialogue but the first: log Pr(x, y) |
+    | `joint` | every token of the dialogue but the first: log Pr(x, y); behind a soft prompt also the first |
     | `last` | the last assistant message of weight above 0 |
     | `roles` | the messages of the named `roles` |
 
@@ -124,7 +124,8 @@ def supervise(
         spans: list[Span] = []
         if objective.name == "joint":
             # What the sequence shares with the one before it has its weight from there.
-            start = common_prefix_length(previous.tokens, sequence.tokens) if previous else 1
+            # Nothing predicts a first token, and those of a soft prompt are no text.
+            start = common_prefix_length(previous.tokens, sequence.tokens) if previous else max(1, sequence.virtual)
             for place in sequence.message_spans:
                 if place.message_index not in context:
                     spans.append(Span(start, place.start, 1.0, -1))

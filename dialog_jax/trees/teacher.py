@@ -33,7 +33,9 @@ def find_rows(
     _, nodes_of_sequences = prefix_tree.build_trie([one.tokens for one in sequences])
     for one, nodes in zip(sequences, nodes_of_sequences, strict=True):
         sequence, index = one.sequence, one.original_index
-        start = max(sequence.start, 1)
+        # A soft prompt is no part of the prompt that the teacher read, and nothing predicts a first token.
+        virtual = sequence.virtual
+        start = max(sequence.start, virtual + 1)
         if sequence.turn >= 0 and tree.weight[nodes[start:]].any():
             response = _find_response(file, dialogue, index)
             begin, end = file.response_offset[response : response + 2].tolist()
@@ -41,7 +43,12 @@ def find_rows(
             has_full_prompt = one.excerpt.original_indices[: sequence.message_index] == dialogue.ancestors(index)
             prompt = int(file.response_prompt[response]) if has_full_prompt else None
             _check_response(
-                file, f"{dialogue.name}: message {index}", sequence.tokens, start, file.token[begin:end], prompt
+                file,
+                f"{dialogue.name}: message {index}",
+                sequence.tokens[virtual:],
+                start - virtual,
+                file.token[begin:end],
+                prompt,
             )
             rows[nodes[start:]] = np.arange(begin, end)[: len(nodes) - start]
     rows[tree.weight == 0] = -1

@@ -327,7 +327,8 @@ class ReadTargetsTest(absltest.TestCase):
         other = prefix_tree.build_tree([(np.array([7, 8], np.int32), [prefix_tree.Span(1, 2, 1.0, 0)])])
         trees = dataset.concatenate_trees([other, tree])
         batch = batches.fill_rows(trees, [[0, 1]], max_length=12)
-        found = differences.read_targets(batch, np.arange(12.0), 2)
+        first, *found = differences.read_targets(batch, np.arange(12.0))
+        self.assertEqual((first.context.tolist(), first.token), ([7], 8))
         self.assertEqual(
             [(target.context.tolist(), target.position.tolist(), target.token, target.weight) for target in found],
             [

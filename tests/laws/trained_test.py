@@ -1,4 +1,4 @@
-"""The laws of loss and gradient hold whatever is trained: everything, LoRA, or a part of the model."""
+"""The laws of loss and gradient hold whatever is trained: everything, LoRA, a soft prompt, or a part of the model."""
 
 import dataclasses
 import functools
@@ -22,6 +22,8 @@ from dialog_jax.evaluation import agreement
 from dialog_jax.inference import generation
 from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.training import loop, run, sharding, train_step, trainable
 from dialog_jax.training.config import MeshConfig, TrainConfig
 from dialog_jax.training.signals import StoppedError
@@ -38,6 +40,11 @@ _KINDS = {
     ),
     "frozen embedding": TrainConfig(freeze=("embedding",)),
     "norms only": TrainConfig(train_only=("*norm",)),
+    "soft prompt": TrainConfig(soft_prompt=SoftPromptConfig(tokens=5)),
+    "soft prompt and lora": TrainConfig(
+        soft_prompt=SoftPromptConfig(tokens=7, init="random"),
+        lora=LoraConfig(rank=2, targets=("all-linear", "embed_tokens")),
+    ),
 }
 
 
@@ -54,16 +61,18 @@ def make_parameters(config, model):
 
 
 @functools.cache
-def prepared():
+def prepared(virtual=0):
     tokenizer = chat_templates.train_tokenizer("chatml")
     rng = np.random.default_rng(0)
     dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3, id=i) for i in range(8)]
-    return tiny.trees(dialogues, tokenizer, max_length=256), tiny.config(len(tokenizer))
+    virtual_tokens = VirtualTokens(len(tokenizer), virtual)
+    trees = tiny.trees(dialogues, tokenizer, virtual_tokens=virtual_tokens, max_length=256)
+    return trees, tiny.config(len(tokenizer))
 
 
 def one_update(config, *, mesh, rows, micro_batches):
     """(parameters before, parameters after one step of SGD, metrics)."""
-    trees, model = prepared()
+    trees, model = prepared(config.soft_prompt.tokens)
     mesh = sharding.make_mesh(mesh)
     parts = make_parameters(config, model)
     parts = jax.device_put(parts, sharding.state_sharding(mesh, parts))
@@ -104,7 +113,7 @@ class TrainedTest(parameterized.TestCase):
 
     @parameterized.parameters(*sorted(_KINDS))
     def test_packing_changes_nothing_and_each_shape_is_compiled_once(self, kind):
-        trees, model = prepared()
+        trees, model = prepared(_KINDS[kind].soft_prompt.tokens)
         parts = make_parameters(_KINDS[kind], model)
         transform = agreement._keep_gradient()
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -135,7 +144,7 @@ class TrainedTest(parameterized.TestCase):
 
     @parameterized.parameters(*sorted(_KINDS))
     def test_cache_gives_the_logits_of_the_full_forward_pass(self, kind):
-        trees, model = prepared()
+        trees, model = prepared(_KINDS[kind].soft_prompt.tokens)
         parameters = parameter_trees.merge(*make_parameters(_KINDS[kind], model))
         tokens = trees.tree(0).tokens[:40].tolist()
         length = jnp.full((1, len(tokens)), len(tokens), jnp.int32)
@@ -154,6 +163,11 @@ class RunTest(parameterized.TestCase):
         ("muon", {"freeze": ("embedding",)}, {"name": "muon"}),
         ("adafactor", {}, {"name": "adafactor", "moments_dtype": "bfloat16"}),
         ("narrow", {}, {"moments_dtype": "bfloat16"}),
+        (
+            "soft_prompt",
+            {"soft_prompt": SoftPromptConfig(tokens=4, init="text", text="Be brief.")},
+            {"weight_decay": 0.1},
+        ),
     )
     def test_run_that_was_stopped_ends_in_the_same_bits_and_leaves_what_is_frozen(self, changes, optimizer):
         directory = pathlib.Path(self.create_tempdir().full_path)

@@ -8,6 +8,7 @@ import numpy as np
 
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder, pretrained
+from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
 from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -41,11 +42,11 @@ def parameters(model, seed=0):
     return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, drawn)
 
 
-def trees(dialogues, tokenizer, *, max_length=512, **objective):
+def trees(dialogues, tokenizer, *, max_length=512, virtual_tokens=virtual_tokens_lib.NONE, **objective):
     """The trees of dialogues under an objective."""
     return dataset.prepare(
         dialogues,
-        Renderer(tokenizer),
+        Renderer(tokenizer, virtual_tokens=virtual_tokens),
         TreeConfig(objective=ObjectiveConfig(**objective), max_length=max_length),
     )
 

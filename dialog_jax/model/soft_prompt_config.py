@@ -1,0 +1,31 @@
+"""`SoftPromptConfig`: trained embeddings in front of every dialogue. Imports no JAX."""
+
+import dataclasses
+
+from dialog_jax.errors import UserError
+
+INITS = ("vocabulary", "text", "random")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftPromptConfig:
+    """A soft prompt: trains the embeddings of virtual tokens in front of every dialogue; the model itself is frozen."""
+
+    tokens: int = 0
+    """Number of virtual tokens, which count within data.max_length; 0 for no soft prompt."""
+    init: str = "vocabulary"
+    """Embeddings before training: of tokens of the vocabulary, drawn at random (`vocabulary`); of the tokens of `text`,
+    cut or repeated (`text`); or normal with the standard deviation of the model's embedding (`random`)."""
+    text: str = ""
+    """For init = text: the prompt from which training starts."""
+
+    def __post_init__(self):
+        if self.tokens < 0:
+            raise UserError(f"soft_prompt.tokens is {self.tokens}; it must be at least 1, or 0 for no soft prompt.")
+        if self.init not in INITS:
+            raise UserError(f"soft_prompt.init is {self.init!r}; it must be one of {', '.join(INITS)}.")
+        if (self.init == "text") != bool(self.text):
+            raise UserError(
+                f"soft_prompt.init is {self.init!r} and soft_prompt.text is {self.text!r}; text is read with "
+                "init = text, which needs it. Set both or neither."
+            )
