@@ -1,0 +1,164 @@
+"""How much of full fine-tuning do LoRA and soft prompts reach, at what cost, for the same tokens?
+
+Question:  held-out loss by turn, memory and speed of full fine-tuning, LoRA of rank 1, 8 and 64, and soft prompts of 8
+           and 64 tokens, on the same dialogues with the same number of updates.
+Command:   python experiments/adapters.py
+Hardware:  not run in full yet.
+Time:      not measured yet.
+Result:    none yet.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import report
+from matplotlib.figure import Figure
+from report import Options
+
+from dialog_jax.errors import UserError
+
+MAX_LENGTH = 512
+ROWS = 2
+CHOICES: Mapping[str, Sequence[str]] = {
+    "full": ("--config.optimizer.learning_rate=1e-4",),
+    "LoRA, rank 1": ("--config.lora.rank=1",),
+    "LoRA, rank 8": ("--config.lora.rank=8",),
+    "LoRA, rank 64": ("--config.lora.rank=64",),
+    "soft prompt, 8": ("--config.soft_prompt.tokens=8",),
+    "soft prompt, 64": ("--config.soft_prompt.tokens=64",),
+}
+_COLORS = (report.GREY, "#9ec3ea", "#4f8cc9", report.BLUE, "#e0a878", report.ORANGE)
+
+
+class Outcome(NamedTuple):
+    """What one training gave."""
+
+    before: Mapping[str, Any]
+    """Held-out figures before training, a line of evaluation.jsonl."""
+    after: Mapping[str, Any]
+    tokens: int
+    """Real tokens of all updates."""
+    tokens_per_second: float
+    """Median over all updates but the first."""
+    memory: float
+    """Peak of the process, GB."""
+
+
+def train(options: Options, flags: Sequence[str], directory: pathlib.Path) -> Outcome:
+    """Returns the outcome of a training, run in a process of its own so that its memory is its own.
+
+    Raises:
+      UserError: the process failed; its output is on the console.
+    """
+    command = [
+        *(sys.executable, "-m", "dialog_jax", "train", f"--output_dir={directory}"),
+        f"--config.model={options.model}",
+        f"--config.data.train={options.train}",
+        f"--config.data.validation={options.validation}",
+        f"--config.data.max_length={MAX_LENGTH}",
+        f"--config.rows={ROWS}",
+        "--config.gradient_accumulation=1",
+        f"--config.steps={options.steps}",
+        f"--config.optimizer.warmup_steps={min(3, options.steps - 1)}",
+        f"--config.evaluate_every={options.steps}",
+        f"--config.checkpoint_every={options.steps}",
+        "--config.evaluate_rows=16",
+        f"--config.seed={options.seed}",
+        *flags,
+    ]
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{' '.join(flags)}: training ended with status {os.waitstatus_to_exitcode(status)}.")
+    before, after = (_read_lines(directory / "evaluation.jsonl")[index] for index in (0, -1))
+    updates = _read_lines(directory / "metrics.jsonl")
+    speeds = sorted(update["tokens_per_second"] for update in updates[1:])
+    unit = 1 if sys.platform == "darwin" else 1024
+    tokens = sum(update["tokens"] for update in updates)
+    return Outcome(before, after, tokens, speeds[len(speeds) // 2], usage.ru_maxrss * unit / 1e9)
+
+
+def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def make_table(outcomes: Mapping[str, Outcome]) -> str:
+    """Returns the table of all trainings: a row for each."""
+    turns = [turn["turn"] for turn in outcomes["full"].after["turns"]]
+    first = next(iter(outcomes.values())).before
+    rows = [["before training", f"{first['loss']:.3f}", *_losses(first, turns), "", "", ""]]
+    for name, outcome in outcomes.items():
+        cells = [f"{outcome.tokens:,}", f"{outcome.tokens_per_second:.0f}", f"{outcome.memory:.2f}"]
+        rows.append([name, f"{outcome.after['loss']:.3f}", *_losses(outcome.after, turns), *cells])
+    header = ["", "held-out loss", *(f"turn {turn}" for turn in turns), "tokens", "tokens/s", "peak memory, GB"]
+    return report.table(header, rows)
+
+
+def _losses(figures: Mapping[str, Any], turns: Sequence[int | str]) -> list[str]:
+    by_turn = {turn["turn"]: turn["loss"] for turn in figures["turns"]}
+    return [f"{by_turn[turn]:.3f}" if turn in by_turn else "" for turn in turns]
+
+
+def draw(outcomes: Mapping[str, Outcome]) -> Figure:
+    """Returns the figure: held-out loss by turn, and the loss of each training against its memory."""
+    with report.style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+        ends = []
+        turns = outcomes["full"].after["turns"]
+        before = next(iter(outcomes.values())).before
+        lines = {"before": before, **{name: outcome.after for name, outcome in outcomes.items()}}
+        for (name, figures), color in zip(lines.items(), ("#c9ced3", *_COLORS), strict=True):
+            losses = [turn["loss"] for turn in figures["turns"]]
+            left.plot(losses, color=color, marker="o", markersize=3.5, linewidth=1.6)
+            ends.append((len(losses) - 1.0, losses[-1], name, color))
+        left.set(
+            title="Held-out loss by turn",
+            xlabel="turn (0 is the first response of a dialogue)",
+            ylabel="held-out loss (nats per token)",
+        )
+        left.set_xticks(range(len(turns)), [str(turn["turn"]) for turn in turns])
+        report.label_ends(left, ends)
+        for (name, outcome), color in zip(outcomes.items(), _COLORS, strict=True):
+            right.plot([outcome.memory], [outcome.after["loss"]], "o", color=color)
+            right.annotate(name, (outcome.memory, outcome.after["loss"]), xytext=(6, 4), textcoords="offset points")
+        right.set(
+            title="Held-out loss against memory",
+            xlabel="peak memory of the process (GB)",
+            ylabel="held-out loss (nats per token)",
+        )
+        right.margins(x=0.25)
+        for one in (left, right):
+            one.grid(axis="y", alpha=0.25)
+    return figure
+
+
+def main(options: Options) -> None:
+    started = time.perf_counter()
+    outcomes = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for number, (name, flags) in enumerate(CHOICES.items()):
+            outcomes[name] = train(options, flags, pathlib.Path(directory) / str(number))
+            print(f"{name}: held-out loss {outcomes[name].after['loss']:.4f}", flush=True)
+    report.write(
+        options,
+        draw(outcomes),
+        [
+            f"One training each, {options.steps} updates of {ROWS} rows of {MAX_LENGTH} tokens of the same dialogues, "
+            "at the learning rate 1e-4 (full) or the default of each kind. The virtual tokens of a soft prompt are in "
+            "the rows and are counted among their tokens.",
+            make_table(outcomes),
+        ],
+        seconds=time.perf_counter() - started,
+    )
+
+
+if __name__ == "__main__":
+    report.run_script(main, "adapters", steps=20)
