@@ -41,7 +41,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     """Returns the value as its field's type: an int as a float where a float is due, a list as a tuple."""
     outer = typing.get_origin(kind) or kind
     if outer is tuple and isinstance(value, (tuple, list)):
-        return tuple(_convert(item, typing.get_args(kind)[0], where) for item in value)
+        item_kind = typing.get_args(kind)[0]
+        if item_kind is str:  # a flag's q_proj,v_proj arrives as one text
+            value = [part for item in value for part in (item.split(",") if isinstance(item, str) else [item])]
+        return tuple(_convert(item, item_kind, where) for item in value)
     if outer is Mapping and isinstance(value, (Mapping, ml_collections.ConfigDict)):
         return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else dict(value)
     if outer is float and isinstance(value, int) and not isinstance(value, bool):

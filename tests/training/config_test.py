@@ -48,6 +48,11 @@ class ConfigTest(parameterized.TestCase):
         self.assertEqual((built.optimizer.learning_rate, built.objective.roles), (0.5, ("user",)))
         self.assertEqual(built.loss, LossConfig(z_loss=1e-4))
 
+    def test_names_can_be_separated_by_commas(self):
+        overridden = config.to_config_dict(TrainConfig())
+        overridden.lora.targets = ("q_proj,v_proj",)  # as a flag gives it
+        self.assertEqual(config.from_config_dict(overridden).lora.targets, ("q_proj", "v_proj"))
+
     def test_bad_extra_of_the_loss_is_refused(self):
         overridden = config.to_config_dict(example())
         overridden.loss.label_smoothing = 1.0
