@@ -13,8 +13,9 @@ from typing import Any
 import tokenizers
 import transformers
 
-# Attributes of a tokenizer: the content of its file, and what was done otherwise than transformers does.
-_CONTENT, _DEPARTURES = "published_tokenizer_json", "departures_from_transformers"
+# Attributes of a tokenizer: the content of its file, what was done otherwise than transformers does, and the added
+# tokens that it had once it was loaded.
+_CONTENT, _DEPARTURES, _ADDED = "published_tokenizer_json", "departures_from_transformers", "published_added_tokens"
 # Texts on which tokenizers of different kinds differ: digits, white space, contractions, composed characters, scripts.
 _PROBES = (
     "In 2024: 123,456.789 and x1y22z333",
@@ -22,6 +23,14 @@ _PROBES = (
     "I'M here, they'LL see 'tis THE the",
     "caf\u00e9 cafe\u0301 \ufb01 \uff21 \u6771\u4eac \u043c\u0438\u0440 \U0001f642\U0001f44d\U0001f3fd",
 )
+# Every byte that UTF-8 has, and with them characters that no vocabulary of characters has.
+_FIRST_OF_EACH_LEAD = (
+    *range(0xC0, 0x800, 0x40),
+    0x800,
+    *range(0x1000, 0x10000, 0x1000),
+    *range(0x10000, 0x110000, 0x30000),
+)
+_ALL_BYTES = "".join(map(chr, (*range(0xC0), *_FIRST_OF_EACH_LEAD)))
 # Under this name transformers reads tokenizer.json as it is; release 4 does not know the name that release 5 writes.
 _CLASS_NAME = "PreTrainedTokenizerFast"
 
@@ -40,7 +49,10 @@ def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, ba
     if settings := _switch_off_settings(backend):
         departures["stored_settings"] = f"tokenizer.json stores {' and '.join(settings)}"
     _switch_off_settings(tokenizer.backend_tokenizer)
-    for text in _PROBES:
+    failure = find_failure(tokenizer.backend_tokenizer)
+    if failure:
+        departures["replaced_tokenizer"] = f"transformers' class {type(tokenizer).__name__} cannot tokenize: {failure}"
+    for text in () if failure else _PROBES:
         first, second = (
             one.encode(text, add_special_tokens=False).tokens for one in (backend, tokenizer.backend_tokenizer)
         )
@@ -55,6 +67,18 @@ def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, ba
     setattr(tokenizer, "_tokenizer", backend)  # noqa: B010  (transformers has no public way)
     setattr(tokenizer, _CONTENT, content)
     setattr(tokenizer, _DEPARTURES, departures)
+    setattr(tokenizer, _ADDED, _list_added(backend))
+
+
+def find_failure(backend: tokenizers.Tokenizer) -> str:
+    """Returns why a tokenizer cannot encode any text, such as a missing unknown token; empty if it can."""
+    try:
+        backend.encode_batch([*_PROBES, _ALL_BYTES], add_special_tokens=False)
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises plain ones for what a file contains
+            raise
+        return str(error)
+    return ""
 
 
 def _switch_off_settings(backend: tokenizers.Tokenizer) -> list[str]:
@@ -101,11 +125,12 @@ def reopen_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast) -> transfo
 def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, directory: pathlib.Path) -> None:
     """Writes a tokenizer and its chat template as files that transformers 4 and 5 read.
 
-    tokenizer.json has the bytes of the file it was loaded from, unless tokens were added since.
+    tokenizer.json has the bytes of the file it was loaded from, unless tokens were added since. Tokens that only
+    tokenizer_config.json names are added again whenever the files are loaded.
     """
     tokenizer.save_pretrained(str(directory))
     content = getattr(tokenizer, _CONTENT, None)
-    if content is not None and not _find_tokens_beyond_file(tokenizer, tokenizers.Tokenizer.from_str(content)):
+    if content is not None and _list_added(tokenizer.backend_tokenizer) == getattr(tokenizer, _ADDED):
         (directory / "tokenizer.json").write_bytes(content.encode())
     settings = directory / "tokenizer_config.json"
     fields: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
@@ -114,6 +139,11 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, directory: p
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     settings.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _list_added(backend: tokenizers.Tokenizer) -> dict[int, str]:
+    """Returns the added tokens by id."""
+    return {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
 
 
 def _find_tokens_beyond_file(

@@ -88,7 +88,7 @@ class Renderer:
         self.responses = responses
         self.virtual_tokens = virtual_tokens
         self.stop_tokens = tokenizers.read_stop_tokens(tokenizer)
-        """Ids at which generation stops by the generation_config.json next to the tokenizer; empty without one."""
+        """Ids at which generation stops by the files of the tokenizer and its model; empty if they name none."""
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})

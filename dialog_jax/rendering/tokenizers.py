@@ -14,8 +14,9 @@ import transformers
 from transformers.utils import hub
 
 from dialog_jax.errors import UserError
-from dialog_jax.formats import gguf_file, tokenizer_files
+from dialog_jax.formats import gguf_file, tokenizer_files, tokenizer_settings
 
+_MODEL = "model_it_is_used_with"  # attribute of a tokenizer: the name or path of a model
 # Types of tokens in GGUF.
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -23,17 +24,19 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
+_BOM = "\ufeff"  # with which some editors begin a file
 _GGUF_SPLITS = ("gpt-2", "smollm", *_DIGITS)
 
 
 def load_tokenizer(
-    name_or_path: str | pathlib.Path, *, chat_template: str = ""
+    name_or_path: str | pathlib.Path, *, chat_template: str = "", model: str | pathlib.Path = ""
 ) -> transformers.PreTrainedTokenizerFast:
     """Returns the tokenizer, with a chat template.
 
     Args:
       name_or_path: a Hugging Face model directory, a hub name, or a `.gguf` file.
       chat_template: the path of a Jinja file, or the Jinja text itself; empty keeps the tokenizer's own.
+      model: the model that it is used with, if that is another place; its files say where generation stops, too.
 
     Raises:
       UserError: there is no such tokenizer, its file is damaged, it is a slow one, its GGUF file is not supported, or
@@ -46,11 +49,16 @@ def load_tokenizer(
         tokenizer = _load_published(str(path) if path.is_dir() else str(name_or_path), path)
     if chat_template:
         tokenizer.chat_template = _read_template(chat_template)
+    elif isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {name: text.removeprefix(_BOM) for name, text in tokenizer.chat_template.items()}
+    elif tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix(_BOM)
     if not tokenizer.chat_template:
         raise UserError(
             f"{path.name}: the tokenizer has no chat template, which says how a dialogue becomes text. "
             "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
         )
+    setattr(tokenizer, _MODEL, str(pathlib.Path(model).expanduser()) if model else "")
     return tokenizer
 
 
@@ -65,17 +73,28 @@ def largest_token(tokenizer: transformers.PreTrainedTokenizerFast) -> int:
 
 
 def read_stop_tokens(tokenizer: transformers.PreTrainedTokenizerFast) -> frozenset[int]:
-    """Returns the ids at which generation stops by the generation_config.json beside a tokenizer; empty without one."""
-    name = tokenizer.name_or_path
-    if not name or name.lower().endswith(".gguf"):
-        return frozenset()
+    """Returns the ids at which generation stops by the files beside a tokenizer and those of its model; empty if none.
+
+    The files are generation_config.json and config.json.
+    """
+    ids: set[int] = set()
+    for name in {tokenizer.name_or_path, getattr(tokenizer, _MODEL, "")} - {""}:
+        for file in () if gguf_file.is_gguf(pathlib.Path(name)) else ("generation_config.json", "config.json"):
+            fields = _read_fields(name, file)
+            text_config = fields.get("text_config")
+            for part in (fields, text_config if isinstance(text_config, dict) else {}):
+                stops = part.get("eos_token_id")
+                ids.update(stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int))
+    return frozenset(ids)
+
+
+def _read_fields(name: str, file: str) -> dict[str, Any]:
+    """Returns the fields of a JSON file of a model; empty if there is none."""
     try:
-        file = hub.cached_file(name, "generation_config.json")
-        value = json.loads(pathlib.Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or another part of the program reports what is wrong with it
-        return frozenset()
-    stops = value.get("eos_token_id") if isinstance(value, dict) else None
-    return frozenset(stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int))
+        value = json.loads(pathlib.Path(str(hub.cached_file(name, file))).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # another part of the program reports what is wrong with it
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerFast, size: int) -> None:
@@ -95,6 +114,7 @@ def _load_published(source: str, path: pathlib.Path) -> transformers.PreTrainedT
     except OSError as error:
         raise _not_loaded(path, error) from None
     published = _read_tokenizer_file(file)
+    tokenizer_settings.check_settings(path if file is None or path.is_dir() else file.parent)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
@@ -141,11 +161,17 @@ def _read_tokenizer_file(file: pathlib.Path | None) -> tuple[str, tokenizers.Tok
     if not isinstance(value, dict) or not isinstance(value.get("added_tokens"), list):
         raise UserError(f"{name}: not a JSON object with a list of added_tokens. {remedy}")
     try:
-        return text, tokenizers.Tokenizer.from_str(text)
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:
         if type(error) is not Exception:  # the library raises plain ones for what a file contains
             raise
         raise UserError(f"{name}: not a tokenizer ({error}). {remedy}") from None
+    if failure := tokenizer_files.find_failure(backend):
+        raise UserError(f"{name}: it cannot tokenize every text ({failure}). {remedy}")
+    vocabulary = value["model"]["vocab"]
+    if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{name}: several tokens of its vocabulary have the same id. {remedy}")
+    return text, backend
 
 
 def _read_template(chat_template: str) -> str:
@@ -156,7 +182,10 @@ def _read_template(chat_template: str) -> str:
         raise UserError(
             f"{path.name}: chat_template is neither Jinja text (it has no brace) nor a file. Check the path."
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path.name}: not UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 def _load_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:

@@ -229,6 +229,22 @@ class TemplateTest(_Files):
         self.assertEqual(by_text.apply_chat_template(messages, tokenize=False), "Hi!")
         self.assertEqual(by_file.apply_chat_template(messages, tokenize=False), "\nHi!")
 
+    def test_byte_order_mark_of_a_template_file_is_no_part_of_prompts(self):
+        file = self.directory / "template.jinja"
+        file.write_text(_TEMPLATE, encoding="utf-8-sig")
+        self.assertEqual(tokenizers.load_tokenizer(self.gguf(), chat_template=str(file)).chat_template, _TEMPLATE)
+        tokenizers.load_tokenizer(self.gguf()).save_pretrained(self.directory / "model")
+        (self.directory / "model" / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8-sig")
+        self.assertEqual(tokenizers.load_tokenizer(self.directory / "model").chat_template, _TEMPLATE)
+
+    @parameterized.parameters("utf-16", "latin-1")
+    def test_template_file_in_another_encoding_is_named(self, encoding):
+        file = self.directory / "template.jinja"
+        file.write_text("\u00e9" + _TEMPLATE, encoding=encoding)
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(self.gguf(), chat_template=str(file)), "template.jinja: not UTF-8", "Save"
+        )
+
     def test_no_template_is_an_error_unless_one_is_given(self):
         path = self.gguf(template=None)
         self.assert_error(lambda: tokenizers.load_tokenizer(path), "smollm-gpt2.gguf", "no chat template", "Give one")
@@ -270,6 +286,44 @@ class DirectoryTest(_Files):
         self.assert_error(
             lambda: tokenizers.load_tokenizer(file.parent), "model/tokenizer.json: ", reason, "download it again"
         )
+
+    @parameterized.parameters(
+        ({"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "unk_token": "<unk>"}, "`<unk>` not found"),
+        ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}, "Missing [UNK]"),
+        (
+            {
+                "type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 9,
+            },
+            "Missing [UNK]",
+        ),
+        ({"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None}, "`unk_id` is missing"),
+        ({"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 1}, "merges": ["a b"]}, "same id"),
+    )  # fmt: skip
+    def test_tokenizer_file_that_cannot_tokenize_every_text_is_an_error_with_file_and_reason(self, model, reason):
+        tokenizers.load_tokenizer(self.gguf("gpt-2")).save_pretrained(self.directory / "model")
+        file = self.directory / "model" / "tokenizer.json"
+        value = {**json.loads(file.read_text()), "pre_tokenizer": None, "decoder": None, "added_tokens": []}
+        file.write_text(json.dumps({**value, "model": model}))
+        self.assert_error(lambda: tokenizers.load_tokenizer(file.parent), "model/tokenizer.json: ", reason, "download")
+
+    @parameterized.parameters("b", "\u00b6", "\u00de", "\u00f4")  # bytes of 1, 2 and 4
+    def test_tokenizer_file_that_lacks_a_byte_and_its_unknown_token_is_an_error(self, symbol):
+        tokenizers.load_tokenizer(self.gguf("gpt-2")).save_pretrained(self.directory / "model")
+        file = self.directory / "model" / "tokenizer.json"
+        value = json.loads(file.read_text())
+        value["model"]["unk_token"] = "<unk>"
+        file.write_text(json.dumps(value))
+        tokenizers.load_tokenizer(file.parent)  # never needs it
+        del value["model"]["vocab"][symbol]
+        file.write_text(json.dumps(value))
+        self.assert_error(lambda: tokenizers.load_tokenizer(file.parent), "model/tokenizer.json: ", "`<unk>` not found")
+
+    def test_other_errors_of_the_library_keep_their_traceback(self):
+        broken = mock.Mock(spec=hf_tokenizers.Tokenizer)
+        broken.encode_batch.side_effect = RuntimeError("a bug")
+        with self.assertRaisesRegex(RuntimeError, "a bug"):
+            tokenizer_files.find_failure(broken)
 
     @parameterized.parameters(b"", b'{"version": "1.0", "mod', b"[]", b"version https://git-lfs", b"\xff\xfe{\0}\0")
     def test_tokenizer_file_that_is_no_json_object_is_an_error_with_file_and_remedy(self, content):
@@ -394,6 +448,42 @@ class PublishedFileTest(_Files):
         again = tokenizers.load_tokenizer(self.directory / "saved")
         self.assertEqual(again.tokenize("he<|tool|>he"), ["he", "<|tool|>", "he"])
         self.assertEqual(again.convert_tokens_to_ids("<|tool|>"), len(_VOCABULARY))
+
+    @parameterized.parameters(
+        ("tokenizer_config.json", {"pad_token": "[PAD]"}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|tool|>"]}),
+        ("special_tokens_map.json", {"pad_token": {"content": "[PAD]", "lstrip": False}}),
+    )
+    def test_tokens_that_only_the_settings_name_leave_the_bytes_of_the_file(self, file, fields):
+        directory = self.publish()
+        settings = json.loads((directory / file).read_text()) if (directory / file).exists() else {}
+        (directory / file).write_text(json.dumps({**settings, **fields}))
+        tokenizer = tokenizers.load_tokenizer(directory)
+        tokenizer_files.save_tokenizer(tokenizer, self.directory / "saved")
+        saved = (self.directory / "saved" / "tokenizer.json").read_bytes()
+        self.assertEqual(saved, (directory / "tokenizer.json").read_bytes())
+        again = tokenizers.load_tokenizer(self.directory / "saved")
+        self.assertEqual(again.get_vocab(), tokenizer.get_vocab())
+        self.assertEqual(again.special_tokens_map, tokenizer.special_tokens_map)
+        again.add_tokens(["<|new|>"])
+        tokenizer_files.save_tokenizer(again, self.directory / "extended")
+        self.assertIn(b"<|new|>", (self.directory / "extended" / "tokenizer.json").read_bytes())
+
+    def test_settings_of_another_shape_are_an_error_with_the_file(self):
+        directory = self.publish(eos_token=5)
+        self.assert_error(
+            lambda: tokenizers.load_tokenizer(directory), "published/tokenizer_config.json: eos_token is 5; needed text"
+        )
+
+    def test_stop_tokens_are_those_of_the_files_of_tokenizer_and_model(self):
+        directory, model = self.publish(), self.directory / "other"
+        model.mkdir()
+        self.assertEmpty(tokenizers.read_stop_tokens(tokenizers.load_tokenizer(directory)))
+        (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+        (model / "config.json").write_text('{"model_type": "x", "eos_token_id": 3, "text_config": {"eos_token_id": 4}}')
+        self.assertEqual(tokenizers.read_stop_tokens(tokenizers.load_tokenizer(directory)), {1, 2})
+        both = pickle.loads(pickle.dumps(tokenizers.load_tokenizer(directory, model=model)))
+        self.assertEqual(tokenizers.read_stop_tokens(both), {1, 2, 3, 4})
 
     def test_hub_names_load_the_same_tokens(self):
         directory = self.publish()
