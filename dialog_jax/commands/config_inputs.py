@@ -55,7 +55,7 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
     if not name:
         raise UserError("model and tokenizer are empty. Name one of them: --config.model=... or --config.tokenizer=...")
     options = renderer_options(config)
-    tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"))
+    tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"), model=config.model)
     return tokenizer, Renderer(tokenizer, **options)
 
 

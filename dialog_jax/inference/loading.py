@@ -75,7 +75,7 @@ def open_model(
     """
     path = pretrained.resolve(name_or_path)
     config = pretrained.load_config(path)
-    fast_tokenizer = load_tokenizer(tokenizer or str(path), chat_template=chat_template)
+    fast_tokenizer = load_tokenizer(tokenizer or path, chat_template=chat_template, model=path)
     weights = model_files.describe_weights(path, config)
     name = pathlib.Path(name_or_path).name
     for note in weights.notes:

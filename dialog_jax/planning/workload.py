@@ -45,7 +45,7 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     readable = tokenizer_path.suffix.lower() == ".gguf" or (tokenizer_path / "tokenizer.json").exists()
     if source is None or not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
         return None
-    tokenizer = load_tokenizer(tokenizer_path, chat_template=config.data.chat_template)
+    tokenizer = load_tokenizer(tokenizer_path, chat_template=config.data.chat_template, model=config.model)
     count = sum(1 for _ in source.iterate())
     stride = -(-count // dialogues)
     trees = dataset.prepare(
