@@ -38,7 +38,7 @@ _ROOMS = {
     "training": (
         "config_fields", "config", "data_sources", "optimizer", "sharding", "trainable", "loss", "train_step",
         "distributed", "signals", "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state",
-        "model_card", "export", "compilation_cache", "console", "loop", "run",
+        "model_card", "trained_models", "export", "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "escaping", "response_text", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),

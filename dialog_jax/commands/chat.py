@@ -1,6 +1,7 @@
 """Chats with a model in the terminal.
 
-    dialog_jax chat --config.model=runs/mine/model
+    dialog_jax chat --config.model=runs/mine
+    dialog_jax chat --config.model=MODEL --adapter=runs/mine/adapter
     dialog_jax chat --config.model=runs/mine/model --message="How was your weekend?"
 
 Type a message and press return; the reply appears as it is generated, and Ctrl-C stops it. `/reset` starts a new
@@ -18,13 +19,14 @@ from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Message
 from dialog_jax.errors import UserError
 from dialog_jax.inference import chat, generation, loading
-from dialog_jax.training import compilation_cache
+from dialog_jax.training import compilation_cache, trained_models
 from dialog_jax.training.config import require_fields
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (gives input() its line editing)
 
 _CONFIG = config_flag.define()
+_MODEL = config_inputs.define_model()
 _MESSAGE = flags.DEFINE_string("message", None, "Reply to this one message, then exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message; without one the template may add its default.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
@@ -101,9 +103,9 @@ def _print_notice(text: str) -> None:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    config = config_flag.read(_CONFIG)
+    config = config_inputs.read_config(_CONFIG, _MODEL)
     require_fields(config, "chat", "model")
-    model = loading.load_model(config.model, **config_inputs.model_options(config))
+    model = trained_models.load_model(config.model, base=_MODEL.base.value, **config_inputs.model_options(config))
     opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
     if _MESSAGE.value is not None:
         session = generation.Session(model.config, model.parameters)

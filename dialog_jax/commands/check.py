@@ -5,8 +5,12 @@
 Packs a random sample of dialogues into rows of data.max_length tokens and runs the update of training on them; then
 runs every response separately after its prompt, as the tokenizer's chat interface renders the two. Compares the token
 ids and positions that each response token attends to, the weights, the loss of every response, and the gradient: its
-norm, its direction, and that of every parameter. Everything is computed in float32 with the objective `conditional`.
-The output is a table of the largest differences and their places, and a verdict.
+norm, its direction, and that of every parameter that would be trained. Everything is computed in float32 with the
+objective `conditional`. The output is a table of the largest differences and their places, and a verdict.
+
+What is trained is what the config says: everything, a part (`freeze`, `train_only`), or an adapter: that of --adapter or
+of a run, or a new one (`lora.rank`, `soft_prompt.tokens`). Factors that are zero, as in a new adapter, have no gradient
+or give none to others, and are drawn at random.
 
 Exit code: 0 if the two agree, 2 if they do not or if nothing was compared, 1 if the check could not be run.
 """
@@ -24,11 +28,12 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.evaluation import agreement
 from dialog_jax.evaluation.differences import Agreement, Finding
 from dialog_jax.inference import loading
-from dialog_jax.training import data_sources
+from dialog_jax.training import data_sources, trainable, trained_models
 from dialog_jax.training.config import require_fields
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
+_MODEL = config_inputs.define_model()
 _DIALOGUES = flags.DEFINE_integer("dialogues", 8, "Number of dialogues, sampled at random.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sample.", lower_bound=0)
 
@@ -97,21 +102,25 @@ def _row(what: str, finding: Finding) -> list[str]:
 
 def main() -> int:
     console = rich.console.Console(stderr=True, highlight=False)
-    config = config_flag.read(_CONFIG)
+    config = config_inputs.read_config(_CONFIG, _MODEL)
     require_fields(config, "check", "model")
     source = data_sources.find_source(config, _DATA.value)
     skipped: list[str] = []
     dialogues = list(source.read(skipped))
     options = config_inputs.renderer_options(config)
-    model = loading.load_model(config.model, **config_inputs.model_options(config))
+    model = trained_models.load_model(config.model, base=_MODEL.base.value, **config_inputs.model_options(config))
     loading.check_context(model.config, config.data.max_length)
+    parameters = trainable.divide(
+        config, model.config, model.parameters, model.tokenizer(config.soft_prompt.text)["input_ids"]
+    )
     sample = sample_dialogues(dialogues, _DIALOGUES.value, _SEED.value)
     with console.status("rendering") as status:
         outcome = agreement.compare(
             sample,
             model.tokenizer,
             model.config,
-            model.parameters,
+            parameters.trained,
+            frozen=parameters.frozen,
             chat_template_kwargs=options["chat_template_kwargs"],
             allow_special_tokens=options["allow_special_tokens"],
             template_time=options["template_time"],

@@ -13,14 +13,15 @@ from absl import flags
 from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.inference import chat, loading
-from dialog_jax.training import compilation_cache, data_sources
+from dialog_jax.inference import chat
+from dialog_jax.training import compilation_cache, data_sources, trained_models
 from dialog_jax.training.config import TrainConfig
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
+_MODEL = config_inputs.define_model()
 _MODELS = flags.DEFINE_list(
-    "models", [], "Model directories, .gguf files or hub names, separated by commas; by default config.model."
+    "models", [], "Runs, model directories, .gguf files or hub names, separated by commas; by default config.model."
 )
 _INDEX = flags.DEFINE_integer("index", 0, "Index of the dialogue, from 0.", lower_bound=0)
 _TURN = flags.DEFINE_integer(
@@ -49,7 +50,7 @@ def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = loading.load_model(name, **config_inputs.model_options(config))
+        model = trained_models.load_model(name, base=_MODEL.base.value, **config_inputs.model_options(config))
         reply = chat.reply(
             model,
             history,
@@ -79,7 +80,7 @@ def _print(label: str, text: str, width: int) -> None:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    config = config_flag.read(_CONFIG)
+    config = config_inputs.read_config(_CONFIG, _MODEL)
     models = _MODELS.value or [config.model]
     if not models[0]:
         raise UserError("there is no model to compare. Name some: --models=FIRST,SECOND.")

@@ -1,14 +1,16 @@
 """Inputs of a command that the config names: dialogues, and a tokenizer with its chat template. Imports no JAX."""
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from absl import flags
 
-from dialog_jax.commands import entry
+from dialog_jax.commands import config_flag, entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training.config import TrainConfig
@@ -23,6 +25,36 @@ def define_data() -> flags.FlagHolder[str]:
         "Which data of the config: train (all of data.train), validation (data.validation, or the share that is held "
         "out), or the name of a set in data.mix.",
     )
+
+
+class ModelFlags(NamedTuple):
+    """Holders of --adapter and --base."""
+
+    adapter: flags.FlagHolder[str]
+    base: flags.FlagHolder[str]
+
+
+def define_model() -> ModelFlags:
+    """Defines the flags of a command that reads a model, for `read_config` and `trained_models.load_model`."""
+    return ModelFlags(
+        flags.DEFINE_string("adapter", "", "An adapter for the model: short for --config.adapter."),
+        flags.DEFINE_string(
+            "base", "", "With a run: the model that it began with, if it is not where the run's config.json says."
+        ),
+    )
+
+
+def read_config(config_flag_holder: flags.FlagHolder, model: ModelFlags) -> TrainConfig:
+    """Returns the config, with the adapter that --adapter names.
+
+    Raises:
+      UserError: a value is not valid, or the config names another adapter.
+    """
+    config = config_flag.read(config_flag_holder)
+    adapter = model.adapter.value
+    if adapter and config.adapter not in ("", adapter):
+        raise UserError(f"--adapter is {adapter} and config.adapter is {config.adapter}. Name one of the two.")
+    return dataclasses.replace(config, adapter=adapter) if adapter else config
 
 
 def iterate_records(source: Source) -> Iterator[Dialogue | UserError]:
@@ -51,7 +83,7 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
     Raises:
       UserError: the config names neither model nor tokenizer, or what it names cannot be loaded.
     """
-    name = config.tokenizer or config.model
+    name = config.tokenizer or tokenizer_files.find_tokenizer(config.model, config.adapter)
     if not name:
         raise UserError("model and tokenizer are empty. Name one of them: --config.model=... or --config.tokenizer=...")
     options = renderer_options(config)
@@ -60,8 +92,9 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
-    """Returns the fields of the config that determine how a model is opened, as arguments of `open_model`."""
+    """Returns the fields of the config that determine how a model is opened, as arguments of `load_model`."""
     return {
+        "adapter": config.adapter,
         "tokenizer": config.tokenizer,
         "resize_embedding": config.resize_embedding,
         "report": entry.print_message,

@@ -38,7 +38,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if not {"--help", "-h"}.isdisjoint(arguments):
             from dialog_jax.commands import help_text  # imports transformers, which must be quiet by now
 
-            shared = [flags.FLAGS[name] for name in ("data", "debug") if name in flags.FLAGS]
+            shared = [flags.FLAGS[name] for name in ("adapter", "base", "data", "debug") if name in flags.FLAGS]
             own_flags = [*flags.FLAGS.get_flags_for_module(module.__name__), *shared]
             print(help_text.format_help(module.__doc__ or "", own_flags, with_config="config" in flags.FLAGS))
             return 0

@@ -43,11 +43,10 @@ from dialog_jax.errors import UserError
 from dialog_jax.evaluation import k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.inference import loading
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.tokenizers import fingerprint
-from dialog_jax.training import compilation_cache, data_sources
+from dialog_jax.training import compilation_cache, data_sources, trained_models
 from dialog_jax.training.config import require_fields
 from dialog_jax.training.data_sources import Source
 from dialog_jax.trees import teacher_file
@@ -55,6 +54,7 @@ from dialog_jax.trees.teacher_file import Signal
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
+_MODEL = config_inputs.define_model()
 _OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; an existing one is replaced.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights and of the computation.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Number of likeliest tokens that --top_k_out holds.", lower_bound=0)
@@ -140,13 +140,15 @@ def main() -> None:
     compilation_cache.enable(entry.print_message)
     out = entry.require_file_path(_OUT, "scores.jsonl")
     top_k_out = entry.require_file_path(_TOP_K_OUT) if _TOP_K_OUT.value else None
-    config = config_flag.read(_CONFIG)
+    config = config_inputs.read_config(_CONFIG, _MODEL)
     require_fields(config, "score", "model")
     source = data_sources.find_source(config, _DATA.value)
     _check_files(source, out, top_k_out)
     dtype = jnp.dtype(_DTYPE.value)
     options = config_inputs.renderer_options(config)
-    model = loading.load_model(config.model, dtype=dtype, **config_inputs.model_options(config))
+    model = trained_models.load_model(
+        config.model, base=_MODEL.base.value, dtype=dtype, **config_inputs.model_options(config)
+    )
     skipped: list[str] = []
     refused = skipped if config.data.on_error == "skip" else None
     if _PASSES.value == "k":

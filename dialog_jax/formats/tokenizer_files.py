@@ -6,6 +6,7 @@ tokenizer.json than it has read. Here the file decides: it is read as it is and 
 
 import copy
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,19 @@ _FIRST_OF_EACH_LEAD = (
 _ALL_BYTES = "".join(map(chr, (*range(0xC0), *_FIRST_OF_EACH_LEAD)))
 # Under this name transformers reads tokenizer.json as it is; release 4 does not know the name that release 5 writes.
 _CLASS_NAME = "PreTrainedTokenizerFast"
+
+
+def find_tokenizer(model: str | os.PathLike[str], adapter: str | os.PathLike[str] = "") -> str:
+    """Returns where the tokenizer of a model is: with its adapter, in the directory of a run, or with the model itself.
+
+    Args:
+      model: a model's directory, file or name, or the directory of a run.
+      adapter: the directory of an adapter for it; empty for none.
+    """
+    if adapter and (pathlib.Path(adapter).expanduser() / "tokenizer.json").is_file():
+        return str(adapter)
+    is_run = model and (pathlib.Path(model).expanduser() / "model.json").is_file()
+    return os.path.join(model, "tokenizer") if is_run else str(model)
 
 
 def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, backend: tokenizers.Tokenizer) -> None:

@@ -1,25 +1,26 @@
 """A published model: its config, tokenizer and stop tokens, checked against one another, and its parameters.
 
-In: a Hugging Face model directory, a .gguf file or a hub name. Out: a `Model`. The only place that opens a model: runs,
-chat, evaluation, experiments and commands all call it. Knows no mesh; a run lays out the parameters itself.
+In: a Hugging Face model directory, a .gguf file or a hub name, and an adapter for it. Out: a `Model`. The only place
+that opens a model: runs, chat, evaluation, experiments and commands all call it. Knows no mesh; a run lays out the
+parameters itself.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import transformers
-from jaxtyping import Array, Float
 
+from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.model import decoder, model_files, pretrained
+from dialog_jax.model import adapters, decoder, model_files, parameter_trees, peft_reading, pretrained
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import check_vocabulary, largest_token, load_tokenizer
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
@@ -38,13 +39,15 @@ class Model(NamedTuple):
     """Type of the published weights: float32, float16 or bfloat16."""
     added_rows: int
     """Rows at the end of the embedding that the published one does not have."""
+    adapter: Adapter | None
     parameters: dict
-    """Empty unless `load_model` loaded them."""
+    """Those of model and adapter; empty unless `load_model` loaded them."""
 
 
 def open_model(
     name_or_path: str | os.PathLike[str],
     *,
+    adapter: str = "",
     tokenizer: str = "",
     chat_template: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -59,23 +62,24 @@ def open_model(
 
     Args:
       name_or_path: a Hugging Face model directory, a .gguf file, or a hub name.
-      tokenizer: another place to load the tokenizer from; empty for the model's own.
+      adapter: the directory of an adapter for the model; empty for none.
+      tokenizer: another place to load the tokenizer from; empty for that of the adapter, or else the model's own.
       chat_template: a Jinja file or its text; empty for the tokenizer's own.
       chat_template_kwargs: further variables of the template, such as enable_thinking.
       allow_special_tokens: parse special tokens that messages spell; otherwise they are ordinary text.
       template_time: the time that a template which reads the clock takes for the current one; empty for now.
       responses: `rendered` to train responses as the template renders them, `verbatim` as they are recorded.
       resize_embedding: add rows to the embedding for tokens beyond it; otherwise they are an error.
-      soft_prompt_tokens: number of virtual tokens that the renderer puts in front of every sequence; see
-        `attach_soft_prompt` for their embeddings.
+      soft_prompt_tokens: length of a new soft prompt; 0 for that of the adapter, or none.
       report: called with a line of text for everything that is done otherwise than the model's files say.
 
     Raises:
-      UserError: a part is missing or broken, or the tokenizer does not belong to the model.
+      UserError: a part is missing or broken, or tokenizer or adapter do not belong to the model.
     """
     path = pretrained.resolve(name_or_path)
     config = pretrained.load_config(path)
-    fast_tokenizer = load_tokenizer(tokenizer or path, chat_template=chat_template, model=path)
+    source = tokenizer or tokenizer_files.find_tokenizer(path, adapter)
+    fast_tokenizer = load_tokenizer(source, chat_template=chat_template, model=path)
     weights = model_files.describe_weights(path, config)
     name = pathlib.Path(name_or_path).name
     for note in weights.notes:
@@ -89,26 +93,79 @@ def open_model(
             f"{largest_token(fast_tokenizer):,}; rows added, each the mean of the others: {added_rows:,}"
         )
         config = dataclasses.replace(config, vocab_size=config.vocab_size + added_rows)
-    check_vocabulary(fast_tokenizer, config.vocab_size)
+    content = None
+    if adapter:
+        content = peft_reading.read_adapter(atomic_files.expand_home(adapter), config, base=path)
+        if content.soft_prompt is not None:
+            if soft_prompt_tokens:
+                raise UserError(
+                    f"soft_prompt.tokens is {soft_prompt_tokens} and the adapter {adapter} has a soft prompt of "
+                    f"{len(content.soft_prompt)}. Leave soft_prompt.tokens at 0 to continue it."
+                )
+            soft_prompt_tokens = len(content.soft_prompt)
+    return make_model(
+        path,
+        config,
+        fast_tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        allow_special_tokens=allow_special_tokens,
+        template_time=template_time,
+        responses=responses,
+        soft_prompt_tokens=soft_prompt_tokens,
+        stop_tokens=model_files.stop_tokens(path),
+        dtype=weights.dtype,
+        added_rows=added_rows,
+        adapter=content,
+    )
+
+
+def make_model(
+    path: pathlib.Path,
+    config: DecoderConfig,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    allow_special_tokens: bool,
+    template_time: str,
+    responses: str,
+    stop_tokens: Collection[int],
+    dtype: str,
+    soft_prompt_tokens: int = 0,
+    added_rows: int = 0,
+    adapter: Adapter | None = None,
+    parameters: dict | None = None,
+) -> Model:
+    """Returns a model of these parts, with a renderer.
+
+    Args:
+      stop_tokens: the model's own.
+      soft_prompt_tokens: number of virtual tokens that the renderer puts in front of every sequence.
+
+    Raises:
+      UserError: the tokenizer does not belong to the model, its chat template cannot be used, or a soft prompt fills
+        the model's context.
+    """
+    check_vocabulary(tokenizer, config.vocab_size)
     _check_soft_prompt(config, soft_prompt_tokens)
     renderer = Renderer(
-        fast_tokenizer,
+        tokenizer,
         chat_template_kwargs=chat_template_kwargs,
         allow_special_tokens=allow_special_tokens,
         template_time=template_time,
         responses=responses,
         virtual_tokens=VirtualTokens(config.vocab_size, soft_prompt_tokens),
     )
-    stop_tokens = {renderer.end_of_turn, fast_tokenizer.eos_token_id, *model_files.stop_tokens(path)} - {None}
+    stops = {renderer.end_of_turn, tokenizer.eos_token_id, *stop_tokens} - {None}
     return Model(
         path=path,
         config=config,
-        tokenizer=fast_tokenizer,
+        tokenizer=tokenizer,
         renderer=renderer,
-        stop_tokens=frozenset(int(token) for token in stop_tokens),
-        dtype=weights.dtype,
+        stop_tokens=frozenset(int(token) for token in stops),
+        dtype=dtype,
         added_rows=added_rows,
-        parameters={},
+        adapter=adapter,
+        parameters=parameters or {},
     )
 
 
@@ -118,7 +175,7 @@ def load_model(
     """Returns the model with its parameters on JAX's default device, ready for `chat.reply`.
 
     Args:
-      dtype: of the parameters in memory.
+      dtype: of the model's own parameters in memory.
       options: those of `open_model`.
 
     Raises:
@@ -126,26 +183,17 @@ def load_model(
     """
     model = open_model(name_or_path, **options)
     parameters = pretrained.load_parameters(model.path, model.config, dtype=dtype, added_rows=model.added_rows)
+    if model.adapter:
+        parameters = parameter_trees.merge(
+            adapters.attach_scales(parameters, _to_device(model.adapter.scales)), _to_device(model.adapter.factors)
+        )
+        if model.adapter.soft_prompt is not None:
+            parameters[decoder.SOFT_PROMPT] = jnp.asarray(model.adapter.soft_prompt)
     return model._replace(parameters=parameters)
 
 
-def attach_soft_prompt(model: Model, soft_prompt: Float[Array | np.ndarray, "P D"]) -> Model:
-    """Returns the model with a soft prompt: its embeddings among the parameters, its tokens in front of all prompts.
-
-    Raises:
-      UserError: the embeddings have another width than the model's, or fill its context.
-    """
-    count, width = soft_prompt.shape
-    if width != model.config.width:
-        raise UserError(
-            f"the soft prompt has embeddings of {width:,} numbers, but the model's have {model.config.width:,}. Use "
-            "the model that it was trained with."
-        )
-    _check_soft_prompt(model.config, count)
-    return model._replace(
-        parameters={**model.parameters, decoder.SOFT_PROMPT: jnp.asarray(soft_prompt, jnp.float32)},
-        renderer=model.renderer.with_virtual_tokens(VirtualTokens(model.config.vocab_size, count)),
-    )
+def _to_device(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jnp.asarray, dict(arrays))
 
 
 def _check_soft_prompt(config: DecoderConfig, tokens: int) -> None:

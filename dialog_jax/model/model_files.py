@@ -40,9 +40,13 @@ def open_tensors(
     if gguf_file.is_gguf(path):
         assert config is not None
         return tensor_files.gguf_tensors(path, config)
+    return tensor_files.open_safetensors(path, wrapped=is_wrapped(path))
+
+
+def is_wrapped(path: pathlib.Path) -> bool:
+    """Returns whether a model is a part of one that also reads, for instance, images."""
     file = path / "config.json"
-    wrapped = file.exists() and hf_config.is_wrapper(tensor_files.read_json(file))
-    return tensor_files.open_safetensors(path, wrapped=wrapped)
+    return file.exists() and hf_config.is_wrapper(tensor_files.read_json(file))
 
 
 class Weights(NamedTuple):

@@ -222,16 +222,36 @@ def write_model(
                 f"parameter {key} has shape {got}, but its config needs {needed[key].shape if key in needed else None}"
             )
     _save_weights(directory, config, flat, np.dtype(dtype), shard_bytes)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
-    _write_json(directory / "config.json", hf_config.to_json(config, dtype) | ids)
-    fields = {name: value for name, value in ids.items() if value is not None} | dict(generation or {})
+    _write_json(directory / "config.json", hf_config.to_json(config, dtype) | _list_token_ids(tokenizer))
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)  # safetensors makes its files readable only by their owner
+    write_tokenizer(directory, tokenizer, stop_tokens=stop_tokens, generation=generation)
+
+
+def write_tokenizer(
+    directory: pathlib.Path,
+    tokenizer: Any,
+    *,
+    stop_tokens: Collection[int] = (),
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a tokenizer, if it is not None, and generation_config.json.
+
+    Args:
+      stop_tokens: ids at which generation ends; empty for those of `generation`, or else the tokenizer's end token.
+      generation: further fields of generation_config.json.
+    """
+    ids = {name: value for name, value in _list_token_ids(tokenizer).items() if value is not None}
+    fields = ids | dict(generation or {})
     if stop_tokens and {*stop_tokens} != model_files.list_ids(fields.get("eos_token_id")):
         fields["eos_token_id"] = sorted(stop_tokens)
     _write_json(directory / "generation_config.json", fields)
-    for file in directory.glob("*.safetensors"):
-        shutil.copymode(directory / "config.json", file)  # safetensors makes its files readable only by their owner
     if tokenizer is not None:
         tokenizer_files.save_tokenizer(tokenizer, directory)
+
+
+def _list_token_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
 
 
 def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:

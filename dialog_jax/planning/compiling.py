@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from dialog_jax import atomic_files
 from dialog_jax.attention import blockwise
 from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
+from dialog_jax.model import peft_reading
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
@@ -109,7 +111,8 @@ def compile_step(
     # The schedule's values change no shape, so any number of steps above the warm-up will do.
     transform = optimizer.make_optimizer(config.optimizer, config.steps or max(1, config.optimizer.warmup_steps + 1))
     config = config.resolve()
-    selection = trainable.select(config, model, compute_dtype)
+    adapter = peft_reading.read_adapter(atomic_files.expand_home(config.adapter), model) if config.adapter else None
+    selection = trainable.select(config, model, compute_dtype, adapter)
     shapes = trainable.abstract_parameters(selection)
     state = train_step.abstract_state(shapes, mesh, transform)
     batch = _make_abstract_batch(config, mesh)
@@ -121,7 +124,7 @@ def compile_step(
         remat=config.remat,
         loss_config=config.loss,
         shapes=shapes,
-        lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
+        lora_dropout=config.lora.dropout if selection.scales else 0.0,
     )
     start = time.monotonic()
     lowered = step.lower(state, batch)

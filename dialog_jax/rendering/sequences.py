@@ -9,7 +9,6 @@ what differs is tokenized again.
 Knows templates and tokenizers; knows no objective, tree or row.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,12 +119,6 @@ class Renderer:
             responses=responses,
             virtual_tokens=self.virtual_tokens,
         )
-
-    def with_virtual_tokens(self, virtual_tokens: VirtualTokens) -> "Renderer":
-        """Returns a renderer that differs in `virtual_tokens` only; shares everything else with this one."""
-        renderer = copy.copy(self)
-        renderer.virtual_tokens = virtual_tokens
-        return renderer
 
     @property
     def template_time(self) -> str:

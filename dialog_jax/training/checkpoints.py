@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
 from dialog_jax.errors import UserError
-from dialog_jax.training import distributed
+from dialog_jax.training import distributed, optimizer
 from dialog_jax.training.train_step import TrainState
 
 _COUNTS = ("step", "skipped", "skipped_in_a_row")  # of TrainState: kept in the record, with the checksums
@@ -193,6 +193,23 @@ def restore(directory: pathlib.Path, step: int, like: TrainState) -> TrainState:
 def restore_trained(directory: pathlib.Path, step: int, like: dict) -> dict:
     """Returns only the trained parameters of the state saved at `step`; raises DamagedError as `restore` does."""
     return _restore(directory, step, {"trained": like}, ocp.args.StandardRestore)[1]["trained"]
+
+
+def restore_average(directory: pathlib.Path, step: int, like: Any) -> dict:
+    """Returns the moving average of the trained parameters at `step`; raises DamagedError as `restore` does.
+
+    Args:
+      like: the optimizer's state, as shapes with shardings. It has an average.
+    """
+
+    def is_average(node: Any) -> bool:
+        return isinstance(node, optimizer.Average)
+
+    needed = jax.tree.map(lambda node: node if is_average(node) else ocp.PLACEHOLDER, like, is_leaf=is_average)
+    _, trees = _restore(directory, step, {"optimizer_state": needed}, _restore_some)
+    average = optimizer.find_average(trees["optimizer_state"])
+    assert average is not None
+    return average
 
 
 def check_saved(directory: pathlib.Path, state: TrainState) -> None:

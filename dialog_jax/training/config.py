@@ -190,8 +190,12 @@ class TrainConfig:
 
     model: str = ""
     """A directory with config.json and safetensors, a .gguf file, or a name on the Hugging Face Hub."""
+    adapter: str = ""
+    """An adapter for the model: a directory that PEFT or dialog_jax export wrote. Training continues it, with its
+    ranks, scales and targets in place of those of `lora`; other commands apply it."""
     tokenizer: str = ""
-    """A directory, .gguf file or Hub name to load the tokenizer from; empty for the model's own."""
+    """A directory, .gguf file or Hub name to load the tokenizer from; empty for that in the adapter's directory, or
+    else the model's own."""
     resize_embedding: bool = False
     """Add rows to embedding and unembedding, each the mean of the others, for tokens that the model has no row for."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -291,7 +295,16 @@ class TrainConfig:
             raise UserError(f"frozen_dtype is {self.frozen_dtype!r}; it must be one of {', '.join(FROZEN_DTYPES)}.")
         if self.freeze and self.train_only:
             raise UserError("freeze and train_only are both set; the one says what is frozen, the other what is not.")
-        for field, value in (("lora.rank", self.lora.rank), ("soft_prompt.tokens", self.soft_prompt.tokens)):
+        if self.adapter and self.lora.rank:
+            raise UserError(
+                f"adapter is {self.adapter!r} and lora.rank is {self.lora.rank}; the adapter has its own ranks, scales "
+                "and targets. Leave lora.rank at 0 to continue it, or leave adapter empty to start a new one."
+            )
+        for field, value in (
+            ("adapter", self.adapter),
+            ("lora.rank", self.lora.rank),
+            ("soft_prompt.tokens", self.soft_prompt.tokens),
+        ):
             if value and (self.freeze or self.train_only):
                 raise UserError(
                     f"freeze or train_only is set with {field}, which freezes the model's own parameters. Leave them "
@@ -309,7 +322,7 @@ class TrainConfig:
         if self.optimizer.learning_rate != -1:
             return self
         rate = SOFT_PROMPT_LEARNING_RATE if self.soft_prompt.tokens else LEARNING_RATE
-        rate = LORA_LEARNING_RATE if self.lora.rank else rate
+        rate = LORA_LEARNING_RATE if self.lora.rank or self.adapter else rate
         return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, learning_rate=rate))
 
     def make_tree_config(self) -> TreeConfig:
@@ -342,7 +355,8 @@ def set_template_time(config: TrainConfig, time: str) -> TrainConfig:
 
 def to_config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
     """Returns the form that `--config.field=value` overrides; no field can be added to it."""
-    return ml_collections.ConfigDict(config_fields.to_dict(config)).lock()
+    # Patterns of `lora` have dots.
+    return ml_collections.ConfigDict(config_fields.to_dict(config), allow_dotted_keys=True).lock()
 
 
 def from_config_dict(overridden: ml_collections.ConfigDict) -> TrainConfig:

@@ -21,7 +21,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def build(kind: type, values: ml_collections.ConfigDict, where: str) -> Any:
+def build(kind: type, values: Mapping[str, Any] | ml_collections.ConfigDict, where: str) -> Any:
     """Returns the dataclass with these fields; raises UserError for one that is unknown or of the wrong type."""
     types = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(types))

@@ -60,6 +60,7 @@ def restore_or_load(
             jax.random.key(seed),
             lambda path, x: place(path, np.asarray(x)),
             soft_prompt_text=inputs.tokenizer(selection.soft_prompt.text)["input_ids"],
+            adapter=inputs.adapter,
         )
 
     parameters = distributed.run_on_all_hosts(load)

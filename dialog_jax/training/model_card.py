@@ -14,7 +14,15 @@ from dialog_jax.training.run_directory import BaseModel
 _RATE_FIELDS = ("learning_rate", "schedule", "weight_decay")
 
 
-def make_card(run: pathlib.Path, base: BaseModel, step: int, losses: Mapping[int, float], dtype: str) -> str:
+def make_card(
+    run: pathlib.Path,
+    base: BaseModel,
+    step: int,
+    losses: Mapping[int, float],
+    dtype: str,
+    *,
+    is_adapter: bool = False,
+) -> str:
     """Returns the text of the model card.
 
     Args:
@@ -22,6 +30,7 @@ def make_card(run: pathlib.Path, base: BaseModel, step: int, losses: Mapping[int
       step: of the checkpoint.
       losses: held-out loss by step.
       dtype: of the exported weights.
+      is_adapter: whether these are those of an adapter for the base model, and not of a model.
     """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     steps = run_directory.read_hashes(run).get("steps", step)
@@ -42,14 +51,17 @@ def make_card(run: pathlib.Path, base: BaseModel, step: int, losses: Mapping[int
     licence = f"\nThe licence of the base model is in {_list_names(base)}.\n" if base.licences else ""
     table = "".join(f"| {name} | {_escape(value)} |\n" for name, value in facts.items())
     return (
-        f"---\n{yaml.safe_dump(_make_front_matter(base), sort_keys=False)}---\n\n"
-        f"# {_escape(facts['base model'])}, fine-tuned on dialogues\n\n| | |\n|---|---|\n{table}{licence}"
+        f"---\n{yaml.safe_dump(_make_front_matter(base, facts['base model'], is_adapter), sort_keys=False)}---\n\n"
+        f"# {_escape(facts['base model'])}, fine-tuned on dialogues{': an adapter' if is_adapter else ''}\n\n"
+        f"| | |\n|---|---|\n{table}{licence}"
     )
 
 
-def _make_front_matter(base: BaseModel) -> dict[str, Any]:
-    front_matter: dict[str, Any] = {"base_model": base.hub_name} if base.hub_name else {}
-    return front_matter | dict(base.licence) | {"library_name": "transformers", "pipeline_tag": "text-generation"}
+def _make_front_matter(base: BaseModel, name: str, is_adapter: bool) -> dict[str, Any]:
+    """Returns the front matter; an adapter always names its base model, since it is of no use without."""
+    front_matter: dict[str, Any] = {"base_model": name} if base.hub_name or is_adapter else {}
+    library = "peft" if is_adapter else "transformers"
+    return front_matter | dict(base.licence) | {"library_name": library, "pipeline_tag": "text-generation"}
 
 
 def _find_version() -> str:

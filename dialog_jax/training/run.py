@@ -42,6 +42,7 @@ from dialog_jax.training.config import TrainConfig, require_fields, set_template
 from dialog_jax.training.console import Startup
 from dialog_jax.training.loop import Run
 from dialog_jax.training.run_inputs import Inputs
+from dialog_jax.training.trainable import Selection
 from dialog_jax.trees.dataset import Trees
 
 _TURNS_LISTED = 32  # turns that held-out figures list one by one
@@ -111,9 +112,9 @@ def run(
         console.print(f"attention: {kernel.name} ({kernel.reason})")
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
-        selection = trainable.select(config, inputs.model, dtype)
+        selection = trainable.select(config, inputs.model, dtype, inputs.adapter)
         update_rule = optimizer.make_optimizer(
-            config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if config.lora.rank else 1.0
+            config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if selection.scales else 1.0
         )
         shapes = trainable.abstract_parameters(selection)
         for described in trainable.describe(shapes):
@@ -124,7 +125,7 @@ def run(
         )
         if line:
             console.print(line)
-        distributed.run_primary_first(lambda: _claim(directory, config, inputs, hashes, changes))
+        distributed.run_primary_first(lambda: _claim(directory, config, inputs, selection, hashes, changes))
 
         # Train.
         training = Run(
@@ -142,7 +143,7 @@ def run(
                 loss_config=config.loss,
                 attend=kernel.attend,
                 shapes=shapes,
-                lora_dropout=config.lora.dropout if config.lora.rank else 0.0,
+                lora_dropout=config.lora.dropout if selection.scales else 0.0,
                 seed=config.seed,
             ),
             evaluation_step=train_step.make_evaluation_step(
@@ -264,7 +265,12 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
 
 
 def _claim(
-    directory: pathlib.Path, config: TrainConfig, inputs: Inputs, hashes: Mapping[str, Any], changes: Sequence[str]
+    directory: pathlib.Path,
+    config: TrainConfig,
+    inputs: Inputs,
+    selection: Selection,
+    hashes: Mapping[str, Any],
+    changes: Sequence[str],
 ) -> None:
     """Claims the directory on process 0; checks that the others see it."""
     if distributed.is_primary():
@@ -281,7 +287,10 @@ def _claim(
                 generation=model_files.read_generation_config(inputs.model_path),
                 licence=model_files.read_licence(inputs.model_path),
                 licences=model_files.list_licences(inputs.model_path),
+                added_rows=inputs.added_rows,
+                wrapped=model_files.is_wrapped(inputs.model_path),
             ),
+            selection=selection,
             changes=changes,
         )
     elif not (directory / "config.json").exists():

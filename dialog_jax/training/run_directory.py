@@ -5,7 +5,8 @@ output_dir/
   inputs.json        hashes of model and data, which must not change before the run is finished
   changes.jsonl      later changes of both, made with --allow_changes
   lock               held by the process that trains here
-  model.json         the shape of the model, the tokens at which a reply ends, and what else an export needs
+  model.json         the shape of the model, what of it is trained, and what else an export needs
+  scales.safetensors those of LoRA, by the path of the matrix
   licences/          those of the base model
   tokenizer/         with its chat template
   trees/             prepared data; trees/*/report.json names the dialogues that were shortened or dropped
@@ -29,6 +30,7 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import safetensors.numpy
 import transformers
 
 from dialog_jax import atomic_files
@@ -36,12 +38,23 @@ from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.rotary import Llama3Scaling
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
+from dialog_jax.training import config_fields, trainable
 from dialog_jax.training.config import TrainConfig, set_template_time
+from dialog_jax.training.trainable import Selection
 
-_BEFORE_A_CLAIM = {"licences", "trees", "skipped.txt", "tokenizer", "model.json", "inputs.json", "lock"}
+SCALES = "scales.safetensors"
+_BEFORE_A_CLAIM = {"licences", "trees", "skipped.txt", "tokenizer", "model.json", SCALES, "inputs.json", "lock"}
 # Fields that may differ when a run is resumed.
 _MAY_CHANGE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
-_BY_CONTENT = ("model", "tokenizer", "data.train", "data.validation", "data.teacher")  # their content is in the hashes
+_BY_CONTENT = (
+    "model",
+    "adapter",
+    "tokenizer",
+    "data.train",
+    "data.validation",
+    "data.teacher",
+)  # their content is in the hashes
 
 
 class BaseModel(NamedTuple):
@@ -57,6 +70,10 @@ class BaseModel(NamedTuple):
     """What its model card says of the licence: `license`, `license_name`, `license_link`."""
     licences: Sequence[pathlib.Path] = ()
     """Its licence files."""
+    added_rows: int = 0
+    """Rows of the embedding that the run has added at its end."""
+    wrapped: bool = False
+    """Whether it is a part of a model that also reads images."""
 
 
 class RunModel(NamedTuple):
@@ -66,6 +83,8 @@ class RunModel(NamedTuple):
     stop_tokens: list[int]
     """Ids of the tokens at which a reply ends."""
     base: BaseModel
+    selection: Selection
+    """Which of its parameters the run trains."""
 
 
 def _describe_config(config: TrainConfig) -> dict[str, Any]:
@@ -160,9 +179,9 @@ def find_input_changes(directory: pathlib.Path, inputs: Mapping[str, Any]) -> li
     """Returns how `inputs` differ from those of the run in the directory: ["data.train: 1f... before, 9a... now"]."""
     before = read_hashes(directory)
     return [
-        f"{name}: {before.get(name)} before, {value} now"
-        for name, value in inputs.items()
-        if before and before.get(name) != value
+        f"{name}: {before.get(name)} before, {inputs.get(name)} now"
+        for name in dict.fromkeys([*inputs, *before])
+        if before and before.get(name) != inputs.get(name)
     ]
 
 
@@ -182,11 +201,13 @@ def claim(
     *,
     stop_tokens: Collection[int],
     base: BaseModel = BaseModel(),  # noqa: B008  (immutable)
+    selection: Selection | None = None,
     changes: Sequence[str] = (),
 ) -> None:
     """Claims the directory for a config: writes what an export needs, the inputs' hashes and, last, the config.
 
     Args:
+      selection: which parameters are trained; None for all.
       changes: allowed differences from the run in the directory; appended to changes.jsonl.
     """
     if changes:
@@ -195,11 +216,20 @@ def claim(
     if changes or not (directory / "config.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer_files.save_tokenizer(tokenizer, directory / "tokenizer")
+        # Beside a tokenizer, this file says where responses end; an export has the same.
+        stops = json.dumps({"eos_token_id": sorted(stop_tokens)}) + "\n"
+        atomic_files.write_text(directory / "tokenizer" / "generation_config.json", stops)
         (directory / "licences").mkdir(exist_ok=True)
         for licence in base.licences:
             shutil.copyfile(licence, directory / "licences" / licence.name)
+        selection = selection or trainable.select_all(model)
+        if selection.scales:
+            with atomic_files.replace(directory / SCALES) as unfinished:
+                safetensors.numpy.save_file(dict(selection.scales), unfinished)
         record = {
             "decoder": dataclasses.asdict(model),
+            "trained": sorted(selection.trained_paths),
+            "soft_prompt": selection.soft_prompt.tokens,
             "stop_tokens": sorted(stop_tokens),
             "base": {**base._asdict(), "licences": [file.name for file in base.licences]},
         }
@@ -241,4 +271,25 @@ def read_model(directory: pathlib.Path) -> RunModel:
     if decoder_fields["rope_scaling"] is not None:
         decoder_fields["rope_scaling"] = Llama3Scaling(**decoder_fields["rope_scaling"])
     base = record["base"] | {"licences": [directory / "licences" / name for name in record["base"]["licences"]]}
-    return RunModel(DecoderConfig(**decoder_fields), record["stop_tokens"], BaseModel(**base))
+    model = DecoderConfig(**decoder_fields)
+    selection = trainable.select_all(model)
+    if "trained" in record:
+        file = directory / SCALES
+        scales = safetensors.numpy.load_file(file) if file.exists() else {}
+        selection = selection._replace(
+            trained_paths=frozenset(record["trained"]),
+            scales=scales,
+            soft_prompt=SoftPromptConfig(tokens=record["soft_prompt"]),
+        )
+    return RunModel(model, record["stop_tokens"], BaseModel(**base), selection)
+
+
+def read_config(directory: pathlib.Path) -> TrainConfig:
+    """Returns the config of the run in a directory; of absolute paths it has only the last part."""
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config_fields.build(TrainConfig, fields, f"{directory.name}/config.json")
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Returns whether a directory holds a run."""
+    return (path / "model.json").is_file()

@@ -19,8 +19,9 @@ from dialog_jax.batching.mixture import Mixture
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
-from dialog_jax.model import model_files
+from dialog_jax.model import model_files, peft_reading
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import data_sources
@@ -61,6 +62,8 @@ class Inputs(NamedTuple):
     """Type of the published weights."""
     added_rows: int
     """Rows at the end of the embedding that the published one does not have."""
+    adapter: Adapter | None
+    """That training continues; None if it starts a new one, or none."""
     template_time: str
     """The time that the chat template takes for the current one; empty if it reads no clock."""
     train: Trees | Mixture
@@ -81,6 +84,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     """
     model = loading.open_model(
         config.model,
+        adapter=config.adapter,
         tokenizer=config.tokenizer,
         chat_template=config.data.chat_template,
         chat_template_kwargs=config.data.chat_template_kwargs,
@@ -96,10 +100,17 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
             f"the chat template reads the clock: it is {model.renderer.template_time} for this run (data.template_time)"
         )
     loading.check_context(model.config, config.data.max_length)
+    if (virtual := model.renderer.virtual_tokens.count) > config.data.max_length - 2:
+        raise UserError(
+            f"the soft prompt of {config.adapter} has {virtual:,} tokens and data.max_length is "
+            f"{config.data.max_length:,}, which leaves no room for a prompt and a response. Raise data.max_length."
+        )
     teacher = _read_teacher(config, model)
     prepare = functools.partial(_prepare_trees, config, model.renderer, directory, console)
     sets: dict[str, Trees] = {}
     hashes = {"model": model_files.fingerprint(model.path)}
+    if config.adapter:
+        hashes["adapter"] = peft_reading.fingerprint(atomic_files.expand_home(config.adapter))
     validation = data_sources.validation_source(config)
     for field, source in data_sources.training_sources(config).items():
         sets[field], hashes[field] = prepare(source, teacher)
@@ -117,6 +128,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         stop_tokens=model.stop_tokens,
         dtype=model.dtype,
         added_rows=model.added_rows,
+        adapter=model.adapter,
         template_time=model.renderer.template_time,
         train=Mixture(dict(zip(config.data.mix, sets.values(), strict=True)), config.data.mix)
         if config.data.mix

@@ -16,8 +16,11 @@ import numpy as np
 from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, parameter_trees, soft_prompts
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training.config import TrainConfig
+
+_ZERO_FACTOR_SCALE = 0.02  # of random numbers in place of zeros
 
 
 class Parameters(NamedTuple):
@@ -45,23 +48,40 @@ class Selection(NamedTuple):
         return self.frozen_dtype if is_matrix and path not in self.trained_paths else np.dtype(np.float32)
 
 
-def select(config: TrainConfig, model: DecoderConfig, compute_dtype: jax.typing.DTypeLike) -> Selection:
+def select(
+    config: TrainConfig, model: DecoderConfig, compute_dtype: jax.typing.DTypeLike, adapter: Adapter | None = None
+) -> Selection:
     """Returns what `config` trains.
+
+    Args:
+      adapter: the content of `config.adapter`; None if that is empty.
 
     Raises:
       UserError: a pattern or target matches nothing, a rank is too large, or nothing would be trained.
     """
     paths = sorted(parameter_trees.flatten(decoder.abstract_parameters(model)))
+    assert bool(config.adapter) == (adapter is not None), config.adapter
     scales = adapters.find_scales(model, config.lora) if config.lora.rank else {}
-    trained = set() if scales or config.soft_prompt.tokens else set(paths)
+    soft_prompt = config.soft_prompt
+    if adapter:
+        scales = adapter.scales
+        if adapter.soft_prompt is not None:
+            soft_prompt = SoftPromptConfig(tokens=len(adapter.soft_prompt))
+    trained = set() if scales or soft_prompt.tokens else set(paths)
     if config.freeze:
         trained -= _find(config.freeze, "freeze", paths)
     if config.train_only:
         trained &= _find(config.train_only, "train_only", paths)
-    if not trained and not scales and not config.soft_prompt.tokens:
+    if not trained and not scales and not soft_prompt.tokens:
         raise UserError(f"freeze is {', '.join(config.freeze)}: nothing is left to train. Freeze less.")
     dtype = jnp.dtype(compute_dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
-    return Selection(model, frozenset(trained), scales, dtype, config.soft_prompt)
+    return Selection(model, frozenset(trained), scales, dtype, soft_prompt)
+
+
+def select_all(model: DecoderConfig) -> Selection:
+    """Returns the selection of full fine-tuning."""
+    paths = parameter_trees.flatten(decoder.abstract_parameters(model))
+    return Selection(model, frozenset(paths), {}, np.dtype(np.float32), SoftPromptConfig())
 
 
 def _find(patterns: Sequence[str], field: str, paths: Sequence[str]) -> set[str]:
@@ -95,6 +115,7 @@ def make_parameters(
     place: Callable[[str, Any], jax.Array] = lambda path, array: jnp.asarray(array),
     *,
     soft_prompt_text: Sequence[int] = (),
+    adapter: Adapter | None = None,
 ) -> Parameters:
     """Returns the parameters before training.
 
@@ -103,18 +124,54 @@ def make_parameters(
       key: for the initial factors of LoRA and the initial soft prompt.
       place: (path, array) to the array where it belongs.
       soft_prompt_text: tokens of `soft_prompt.text`.
+      adapter: that training continues; None to start a new one.
 
     Raises:
       UserError: the soft prompt is to start from a text that has no tokens.
     """
-    added = parameter_trees.flatten(adapters.init_factors(selection.model, selection.scales, key))
-    if selection.soft_prompt.tokens:
+    factors = adapter.factors if adapter else adapters.init_factors(selection.model, selection.scales, key)
+    added = parameter_trees.flatten(factors)
+    if adapter and adapter.soft_prompt is not None:
+        added[decoder.SOFT_PROMPT] = adapter.soft_prompt
+    elif selection.soft_prompt.tokens:
         added[decoder.SOFT_PROMPT] = soft_prompts.init_soft_prompt(
             selection.soft_prompt, base["embedding"], soft_prompt_text, jax.random.fold_in(key, len(selection.scales))
         )
     placed = parameter_trees.unflatten({path: place(path, leaf) for path, leaf in added.items()})
     scales = {path: place(f"{path}/{adapters.SCALE}", scale) for path, scale in selection.scales.items()}
     return _divide(selection, base, placed, scales)
+
+
+def divide(
+    config: TrainConfig, model: DecoderConfig, parameters: dict[str, Any], soft_prompt_text: Sequence[int] = ()
+) -> Parameters:
+    """Returns the parameters of a loaded model, divided as training would divide them, at a point with a full gradient.
+
+    Of a model with an adapter, that is trained; otherwise what `config` says, with new factors and a new soft prompt if
+    it asks for them. Factors that are zero are drawn at random, since the gradient of one is a product with the other.
+
+    Args:
+      soft_prompt_text: tokens of `soft_prompt.text`.
+
+    Raises:
+      UserError: what `select` or `make_parameters` raise.
+    """
+    if any(map(_is_added, parameter_trees.flatten(parameters))):
+        parts = Parameters(*parameter_trees.split(parameters, _is_added))
+    else:
+        selection = select(config, model, jnp.float32)
+        parts = make_parameters(selection, parameters, jax.random.key(0), soft_prompt_text=soft_prompt_text)
+    trained = parameter_trees.flatten(parts.trained)
+    for number, (path, leaf) in enumerate(sorted(trained.items())):
+        if _is_added(path) and not leaf.any():
+            drawn = jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype)
+            trained[path] = _ZERO_FACTOR_SCALE * drawn
+    return parts._replace(trained=parameter_trees.unflatten(trained))
+
+
+def _is_added(path: str) -> bool:
+    """Returns whether a parameter is a part of an adapter or a soft prompt, and not one of the model's own."""
+    return path.rpartition("/")[2] in (*adapters.TRAINED, decoder.SOFT_PROMPT)
 
 
 def _divide(selection: Selection, base: dict[str, Any], added: dict[str, Any], scales: Mapping[str, Any]) -> Parameters:

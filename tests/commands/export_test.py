@@ -61,7 +61,7 @@ class ExportTest(parameterized.TestCase):
         }
         run_directory.claim(
             self.run_directory,
-            config,
+            config.resolve(),
             {"steps": 6, "compute_dtype": "bfloat16"},
             self.model,
             self.tokenizer,
@@ -119,7 +119,7 @@ class ExportTest(parameterized.TestCase):
             "| objective | name roles, roles ['assistant', 'tool'], turn_discount 1.0, normalize token",
             "| steps | 1 of 6, each of 8 rows of 1,024 tokens |",
             "| held-out loss | 1.0000 before training, 2.0000 after step 1 |",
-            "| optimizer | AdamW: learning_rate 2e-05, schedule cosine, weight_decay 0.0 |",
+            "| optimizer | adamw: learning_rate 2e-05, schedule cosine, weight_decay 0.0 |",
             "| weights | float32 (computed in bfloat16) |",
             f"| version | dialog_jax {importlib.metadata.version('dialog_jax')} |",
             "The licence of the base model is in LICENSE, Notice.txt.",
@@ -208,7 +208,7 @@ class ExportTest(parameterized.TestCase):
         largest.write_bytes(data)
         told, error = self.export()
         self.assertEmpty(told)
-        self.assertRegex(error, "checkpoint 1 is not what was written: parameters.* has another checksum")
+        self.assertRegex(error, "checkpoint 1 is not what was written: trained.* has another checksum")
         self.assertFalse(self.out.exists())
         self.export("--step=latest")
         self.assert_holds(2)

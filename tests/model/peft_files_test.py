@@ -20,6 +20,7 @@ from absl.testing import absltest, parameterized
 from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, model_files, parameter_trees, peft_files, peft_reading, pretrained
 from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from tests.training import tiny
 
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
@@ -68,12 +69,19 @@ class ReferenceTest(parameterized.TestCase):
             logits = compute_logits(model, parameters, tokens)
         np.testing.assert_allclose(logits, reference["logits"], rtol=1e-5, atol=1e-5)
 
-    def test_soft_prompt_of_peft_is_read(self):
-        directory = _REFERENCES / "peft_prompt_llama"
-        adapter = peft_reading.read_adapter(directory, pretrained.load_config(_REFERENCES / "tiny_llama"))
-        stored = safetensors.numpy.load_file(directory / peft_files.WEIGHTS)["prompt_embeddings"]
-        np.testing.assert_array_equal(adapter.soft_prompt, stored)
-        self.assertEmpty(adapter.scales)
+    @parameterized.parameters("prompt_llama", "prompt_qwen3")
+    def test_soft_prompt_of_peft_gives_its_logits(self, name):
+        directory = _REFERENCES / f"peft_{name}"
+        reference = np.load(directory / "reference.npz")
+        base = _REFERENCES / str(reference["base"])
+        model = pretrained.load_config(base)
+        prompt = peft_reading.read_adapter(directory, model, base=base).soft_prompt
+        parameters = pretrained.load_parameters(base, model) | {decoder.SOFT_PROMPT: jnp.asarray(prompt)}
+        virtual = VirtualTokens(model.vocab_size, len(prompt))
+        tokens = jnp.asarray(np.stack([virtual.prepend(row) for row in reference["tokens"]]))
+        with jax.default_matmul_precision("highest"):
+            logits = compute_logits(model, parameters, tokens)[:, len(prompt) :]
+        np.testing.assert_allclose(logits, reference["logits"], rtol=1e-5, atol=1e-5)
 
     def test_embeddings_that_peft_saves_must_be_those_of_the_model(self):
         directory = pathlib.Path(self.create_tempdir().full_path)

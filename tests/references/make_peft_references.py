@@ -5,8 +5,8 @@ Run once, in an environment with torch, transformers and peft (0.21), after make
     python tests/references/make_peft_references.py
 
 Leaves a directory `peft_NAME/` for each adapter: adapter_config.json and adapter_model.safetensors as PEFT saves them,
-and reference.npz with `base` (the directory of the model), `tokens` and `logits`. Of a soft prompt, the logits are those
-of the real tokens, which follow the virtual ones.
+and reference.npz with `base` (the directory of the model), `tokens` and `logits`. Of a soft prompt, the logits are
+those of the real tokens, which follow the virtual ones.
 """
 
 import os
