@@ -20,7 +20,12 @@ _EXPERIMENTS = tuple(f"experiments/{file.name}" for file in sorted((_ROOT / "exp
 # Written by commands in the documents.
 _GENERATED = ("runs/", "assets/", "damaged/")
 _COMMAND_FILES = {name: _ROOT / "dialog_jax/commands" / f"{name}.py" for name in entry.COMMANDS}
-_SHARED_FLAGS = {"config_flag.define": "config", "config_inputs.define_data": "data"}
+_SHARED_FLAGS = {
+    "config": "config_flag.define",
+    "data": "config_inputs.define_data",
+    "adapter": "config_inputs.define_model",
+    "base": "config_inputs.define_model",
+}
 _SUFFIXES = ("py", "md", "json", "jsonl", "png")
 
 
@@ -133,7 +138,7 @@ class DocumentTest(parameterized.TestCase):
             self.assertIn(command, entry.COMMANDS)
             source = _COMMAND_FILES[command].read_text(encoding="utf-8")
             flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help", "debug"}
-            flags |= {name for function, name in _SHARED_FLAGS.items() if f"{function}(" in source}
+            flags |= {name for name, function in _SHARED_FLAGS.items() if f"{function}(" in source}
             used = {re.split(r"[=.]", word.removeprefix("--"))[0] for word in words if word.startswith("--")}
             self.assertEmpty(used - flags, f"dialog_jax {command}")
 

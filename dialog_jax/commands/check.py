@@ -8,9 +8,9 @@ ids and positions that each response token attends to, the weights, the loss of 
 norm, its direction, and that of every parameter that would be trained. Everything is computed in float32 with the
 objective `conditional`. The output is a table of the largest differences and their places, and a verdict.
 
-What is trained is what the config says: everything, a part (`freeze`, `train_only`), or an adapter: that of --adapter or
-of a run, or a new one (`lora.rank`, `soft_prompt.tokens`). Factors that are zero, as in a new adapter, have no gradient
-or give none to others, and are drawn at random.
+What is trained is what the config says: everything, a part (`freeze`, `train_only`), or an adapter: that of --adapter
+or of a run, or a new one (`lora.rank`, `soft_prompt.tokens`). Factors that are zero, as in a new adapter, have no
+gradient or give none to others, and are drawn at random.
 
 Exit code: 0 if the two agree, 2 if they do not or if nothing was compared, 1 if the check could not be run.
 """
