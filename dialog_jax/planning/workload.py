@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dialog_jax.batching import batches
+from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import data_sources
@@ -41,7 +42,8 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     """
     file = pathlib.Path(config.data.train).expanduser()
     source = data_sources.training_sources(config).get("data.train")
-    tokenizer_path = pathlib.Path(config.tokenizer or config.model).expanduser()
+    place = config.tokenizer or tokenizer_files.find_tokenizer(config.model, config.adapter)
+    tokenizer_path = pathlib.Path(place).expanduser()
     readable = tokenizer_path.suffix.lower() == ".gguf" or (tokenizer_path / "tokenizer.json").exists()
     if source is None or not (file.is_file() and readable and file.stat().st_size <= _LARGEST_FILE):
         return None
