@@ -21,6 +21,8 @@ _CONFIGS = (
     config_lib.TrainConfig,
     config_lib.DataConfig,
     config_lib.ObjectiveConfig,
+    config_lib.LoraConfig,
+    config_lib.SoftPromptConfig,
     config_lib.LossConfig,
     config_lib.OptimizerConfig,
     config_lib.MeshConfig,
@@ -89,6 +91,8 @@ class CommandsTest(parameterized.TestCase):
                 nested = config is config_lib.TrainConfig and field in (
                     "data",
                     "objective",
+                    "lora",
+                    "soft_prompt",
                     "loss",
                     "optimizer",
                     "mesh",
