@@ -36,7 +36,8 @@ class DataConfig:
     """Where dialogues come from, how they are rendered, and how long a row is."""
 
     train: str = ""
-    """Dialogues to train on: a .jsonl, .json or .parquet file, or the name of a hub data set."""
+    """Dialogues to train on: a .jsonl, .ndjson, .json or .parquet file, all but the last also compressed (.gz, .bz2,
+    .xz, .zst), or the name of a hub data set."""
     mix: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Several sets instead of `train`: {name: {"train": source, "weight": share}}, or "epochs" in place of "weight"."""
     validation: str = ""

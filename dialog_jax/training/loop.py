@@ -74,8 +74,9 @@ def train(
     losses = {record["step"]: record["loss"] for record in metrics.read_records(directory / "evaluation.jsonl")}
     distributed.check_same("state", {"evaluation.jsonl": losses})
     if start >= run.steps and start in losses:
+        beyond = f", beyond the {run.steps:,} of the config" if start > run.steps else ""
         console.print(
-            f"The run is finished: step {start:,}. Nothing to do. To extend it, raise steps or epochs and add "
+            f"The run is finished: step {start:,}{beyond}. Nothing to do. To extend it, raise steps or epochs and add "
             "--allow_changes."
         )
         return

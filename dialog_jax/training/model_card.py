@@ -33,7 +33,7 @@ def make_card(
       is_adapter: whether these are those of an adapter for the base model, and not of a model.
     """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    steps = run_directory.read_hashes(run).get("steps", step)
+    steps = max(step, run_directory.read_hashes(run).get("steps", step))  # a later config may have fewer
     data, optimizer = config["data"], config["optimizer"]
     sets = [data["train"], *(entry["train"] for entry in data["mix"].values())]
     rows = config["rows"] * config["gradient_accumulation"]

@@ -54,6 +54,7 @@ class RunResult(NamedTuple):
     """The outcome of a finished run."""
 
     step: int
+    """Of the last checkpoint; beyond the last step of the config if that was lowered later."""
     initial: dict[str, Any]
     """Held-out figures before training, as `metrics.Evaluation.figures` returns them."""
     final: dict[str, Any]
@@ -106,6 +107,7 @@ def run(
         changes += run_directory.find_input_changes(directory, hashes)
         planned_steps = run_directory.read_hashes(directory).get("steps", steps)
         _check_changes(directory, changes, allow_changes)
+        changes = list(dict.fromkeys(changes))  # a number of steps is a field of the config, and of the inputs
         for change in changes:
             console.print(f"changed: {change}")
         kernel = _select_kernel(config, mesh, inputs, dtype)
@@ -160,7 +162,7 @@ def run(
         loop.train(training, state, directory, console, startup)
         distributed.run_on_all_hosts(lambda: None)  # wait until process 0 has written everything
     evaluations = metrics.read_records(directory / "evaluation.jsonl")
-    return RunResult(steps, evaluations[0], evaluations[-1])
+    return RunResult(max(steps, int(state.step)), evaluations[0], evaluations[-1])
 
 
 def _make_console() -> rich.console.Console:

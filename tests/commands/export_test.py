@@ -126,6 +126,12 @@ class ExportTest(parameterized.TestCase):
         ):
             self.assertIn(fact, card)
 
+    def test_card_of_a_run_whose_steps_were_lowered_later(self):
+        inputs = self.run_directory / "inputs.json"
+        inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"steps": 1}))
+        self.export("--step=2")
+        self.assertIn("| steps | 2 of 2, each of", (self.out / "README.md").read_text())
+
     @parameterized.parameters((None, "bfloat16"), ("float16", "float16"), ("float32", "float32"))
     def test_type_of_the_weights_is_that_of_the_base_model_unless_another_is_named(self, flag, name):
         (self.run_directory / "config.json").unlink()

@@ -381,9 +381,11 @@ class RunTest(parameterized.TestCase):
         (line,) = (self.directory / "run" / "changes.jsonl").read_text().splitlines()
         self.assertEqual(
             json.loads(line)["changes"],
-            ["seed: 0 before, 1 now", "steps: 2 before, 4 now", "steps: 2 before, 4 now"],
+            ["seed: 0 before, 1 now", "steps: 2 before, 4 now"],
         )
         self.assertEqual(self.run_in("run", steps=4, seed=1).step, 4)
+        self.assertEqual(self.run_in("run", steps=3, seed=1, allow_changes=True).step, 4)
+        self.assertIn("finished: step 4, beyond the 3 of the config. Nothing to do", self.output.getvalue())
 
     def test_claim_that_was_interrupted_is_made_again(self):
         tokenizer, synchronise = chat_templates.train_tokenizer("chatml"), os.fsync
