@@ -140,7 +140,7 @@ _KINDS = {
         "warning",
         "responses left out because they are longer than a row with their history",
         "responses",
-        "Raise max_length, or set truncate to split.",
+        "Raise max_length. With truncate=split, only those are left out for which no history is short enough.",
     ),
     "shortened": _Kind(
         "note",

@@ -16,7 +16,8 @@ from typing import Any
 from dialog_jax.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_PROGRAMS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSIONS = tuple(_PROGRAMS)
 _BOM = b"\xef\xbb\xbf"
 # How files begin that a name does not announce: (first bytes, what the file is, remedy).
 _BEGINNINGS = (
@@ -94,18 +95,25 @@ def _check_first(lines: io.BufferedIOBase, name: str) -> Iterator[bytes]:
                     raise UserError(f"{name}: is {what}, which its name does not say. {remedy}.")
             encoding = _detect_encoding(line)
             if encoding:
-                raise UserError(
-                    f"{name}: is {encoding} text; dialogues are UTF-8. Convert it: "
-                    f"iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
-                )
+                command = _describe_conversion(name, encoding)
+                raise UserError(f"{name}: is {encoding} text; dialogues are UTF-8. Convert it: {command}")
             line = line.removeprefix(_BOM)
         yield line
 
 
-def _detect_encoding(line: bytes) -> str:
-    """Returns "UTF-16" or "UTF-32" if a file with this first line is JSON in that encoding; otherwise "".
+def _describe_conversion(name: str, encoding: str) -> str:
+    """Returns the command that converts a file, compressed or not, to UTF-8."""
+    path = pathlib.PurePath(name)
+    if program := _PROGRAMS.get(path.suffix.lower()):
+        return f"{program} -dc {name} | iconv -f {encoding} -t UTF-8 > utf8-{path.stem}"
+    return f"iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
 
-    Without a byte order mark, the zero bytes of its first characters, which are ASCII in JSON, show it (RFC 4627).
+
+def _detect_encoding(line: bytes) -> str:
+    """Returns iconv's name of UTF-16 or UTF-32 if a file with this first line is JSON in it; otherwise "".
+
+    "UTF-16" begins with a byte order mark. "UTF-16LE" and "UTF-16BE" do not: the zero bytes of the first characters,
+    which are ASCII in JSON, show them (RFC 4627).
     """
     encoding = json.detect_encoding(line[:4])
     if encoding.startswith("utf-8") or len(line) < 4:
@@ -114,8 +122,9 @@ def _detect_encoding(line: bytes) -> str:
         text = line[:4].decode(encoding)
     except UnicodeDecodeError:
         return ""
-    has_mark = encoding in ("utf-16", "utf-32")
-    return encoding[:6].upper() if has_mark or text.lstrip()[:1] in ("{", "[", "") else ""
+    if encoding not in ("utf-16", "utf-32") and text.lstrip()[:1] not in ("{", "[", ""):
+        return ""
+    return encoding.upper().replace("-BE", "BE").replace("-LE", "LE")
 
 
 def _decode_json(data: bytes, where: str, remedy: str) -> Any:

@@ -176,7 +176,7 @@ def _parse_message(item: Any, where: str, role_names: Mapping[str, str], record_
     if both := {"role", "content"} & fields.keys():
         raise UserError(f"{where} has {content_key} and {' and '.join(both)}; needed one of them. Remove the other.")
     calls = _parse_calls(item, where)
-    if speaker == "function_call":
+    if speaker in schemas.CALL_SPEAKERS:
         if calls or content is None:
             raise UserError(f"{where} needs its call in {content_key}, and nowhere else. Write it there.")
         calls, content = tool_calls.parse_function_call(content, f"{where}: {content_key}"), ""
@@ -217,13 +217,18 @@ def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]
     """Returns the role of a message's speaker."""
     if isinstance(speaker, str) and speaker in role_names:
         return role_names[speaker]
-    has = f"has no {key!r}" if speaker is None else f"has {key} {speaker!r}"
-    example = speaker if isinstance(speaker, str) else "NAME"
-    role = role_names.get(example.lower(), "assistant")
+    roles = (
+        f"needed one of {', '.join(schemas.ROLES)}, or another name of these: "
+        f"{', '.join(name for name in role_names if name not in schemas.ROLES)}"
+    )
+    if speaker is None:
+        raise UserError(f"{where} has no {key!r}; {roles}. Add it.")
+    if not isinstance(speaker, str):
+        raise UserError(f"{where} has {key} {quote(speaker)}; {roles}. Write one of them.")
+    guesses = (role for name, role in role_names.items() if name in speaker.lower())
     raise UserError(
-        f"{where} {has}; needed one of {', '.join(schemas.ROLES)}, or another name of these: "
-        f"{', '.join(name for name in role_names if name not in schemas.ROLES)}. Rename it in the data, or map it: "
-        f"--config.data.roles=\"{{'{example}': '{role}'}}\"."
+        f"{where} has {key} {speaker!r}; {roles}. Rename it in the data, or map it: "
+        f"--config.data.roles=\"{{'{speaker}': '{next(guesses, 'assistant')}'}}\"."
     )
 
 

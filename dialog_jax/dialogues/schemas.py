@@ -24,12 +24,17 @@ ROLE_NAMES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "ipython": "tool",
 }
+
+CALL_SPEAKERS = ("function_call", "tool_call")
+"""Names of a speaker whose content is a call of tools."""
 
 FORMATS = (
     '"messages": [{"role", "content"}, ...], "conversations": [{"from", "value"}, ...], or "prompt" and "completion" '

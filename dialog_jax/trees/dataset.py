@@ -87,7 +87,11 @@ class Report:
         for reason, count, remedy in (
             (chunks.SKIPPED, self.skipped, "data.on_error is skip"),
             (dialogue_trees.SHORTENED, self.shortened, "raise max_length to keep all of it"),
-            (dialogue_trees.CUT, self.cut, "raise max_length, or set truncate to split"),
+            (
+                dialogue_trees.CUT,
+                self.cut,
+                "raise max_length; truncate=split leaves out only what no history is short enough for",
+            ),
             (dialogue_trees.TOO_LONG, self.dropped_too_long, "raise max_length"),
             (dialogue_trees.NO_TARGET, self.dropped_no_target, "give an assistant message a weight above 0"),
             *((what, self.unwritten[kind], remedy) for kind, (what, remedy) in written.KINDS.items()),

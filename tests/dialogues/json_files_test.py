@@ -105,8 +105,15 @@ class JsonFilesTest(parameterized.TestCase):
         encoding=("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"), name=("x.jsonl", "x.json")
     )
     def test_utf_16_and_32_with_and_without_a_mark_are_identified(self, encoding, name):
-        text = json.dumps(_RECORDS[0], ensure_ascii=False) + "\n"
-        self.assert_refused(name, text.encode(encoding), encoding[:6].upper(), "iconv -f", name)
+        data = (json.dumps(_RECORDS[0], ensure_ascii=False) + "\n").encode(encoding)
+        iconv = "UTF-" + encoding[4:].replace("-", "").upper()
+        self.assert_refused(name, data, f"is {iconv} text", f": iconv -f {iconv} -t UTF-8 {name} > utf8-{name}")
+        for compression, program in ((".gz", "gzip"), (".bz2", "bzip2"), (".xz", "xz"), (".zst", "zstd")):
+            self.assert_refused(
+                name + compression,
+                _COMPRESS[compression](data),
+                f": {program} -dc {name}{compression} | iconv -f {iconv} -t UTF-8 > utf8-{name}",
+            )
 
     def test_utf_8_is_not_taken_for_another_encoding(self):
         for text in (

@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues import parsing
 from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.errors import UserError
 
 _GOOD = {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 _HI = (Message(role="user", content="Hi"), Message(role="assistant", content="Hello"))
@@ -95,6 +96,7 @@ class FormatsTest(_Files):
         ("tool", "tool"),
         ("observation", "tool"),
         ("function_response", "tool"),
+        ("tool_response", "tool"),
         ("developer", "system"),
         ("function", "tool"),
         ("ipython", "tool"),
@@ -121,7 +123,25 @@ class FormatsTest(_Files):
             """--config.data.roles="{'Bot': 'assistant'}\"""",
         )
         record = {"messages": [{"role": "User", "content": "a"}]}
-        self.assert_error(lambda: list(parsing.parse_records([record])), """--config.data.roles="{'User': 'user'}\"""")
+        for name, role in (
+            ("User", "user"),
+            ("tool_result", "tool"),
+            ("SYSTEM", "system"),
+            ("environment", "assistant"),
+        ):
+            self.assert_error(
+                lambda name=name: list(parsing.parse_records([{"messages": [{"role": name, "content": "a"}]}])),
+                f"""--config.data.roles="{{'{name}': '{role}'}}\"""",
+            )
+        for fields, *problem in (
+            ({}, "message 0 has no 'role'", "Add it."), ({"role": None}, "message 0 has no 'role'", "Add it."),
+            ({"role": 5}, "message 0 has role 5 (int)", "Write one of them."),
+        ):  # fmt: skip
+            with self.assertRaises(UserError) as caught:
+                list(parsing.parse_records([{"messages": [{**fields, "content": "a"}]}]))
+            for part in problem:
+                self.assertIn(part, str(caught.exception))
+            self.assertNotIn("data.roles", str(caught.exception))
         self.assert_error(
             lambda: parsing.check_roles({"Bot": "robot"}), "data.roles", "'Bot'", "'robot'", "system, user"
         )
@@ -587,9 +607,9 @@ _BAD_RECORDS = (
     ("prompt_alone", {"id": "a", "prompt": "Hi"}, ["'prompt'", '"completion"', "Rename"]),
     ("message_text", {"id": "a", "messages": ["Hi"]}, ["message 0", "'Hi' (str)", '"role"', "Write"]),
     ("unknown_role", _with_message(role="bot"), ["message 1 has role 'bot'", "system, user, assistant, tool"]),
-    ("role_number", _with_message(role=1), ["message 1", "role 1", "Rename"]),
-    ("role_list", _with_message(role=["user"]), ["message 1", "role ['user']", "Rename"]),
-    ("no_role", {"id": "a", "messages": [{"content": "Hi"}]}, ["message 0", "no 'role'", "Rename"]),
+    ("role_number", _with_message(role=1), ["message 1", "role 1", "Write one"]),
+    ("role_list", _with_message(role=["user"]), ["message 1", "role ['user']", "Write one"]),
+    ("no_role", {"id": "a", "messages": [{"content": "Hi"}]}, ["message 0", "no 'role'", "Add it"]),
     ("unknown_from", {"id": "a", "conversations": [{"from": "bot"}]}, ["message 0", "from 'bot'", "human", "Rename"]),
     ("two_systems", {"id": "a", "system": "x", "conversations": [{"from": "system", "value": "y"}]}, ["system"]),
     ("content_null", _with_message(content=None), ["message 1", "None", "string", "tool_calls"]),

@@ -145,6 +145,8 @@ class CallsTest(parameterized.TestCase):
             self.assertEqual(dialogue.messages[3].content, "6:10")
             self.assertEqual(dialogue.tools, (_TOOL,))
             self.assertEqual(dialogue.metadata, {})
+        record = {"conversations": [{"from": "tool_call", "value": json.dumps(_FUNCTION)}]}
+        self.assertEqual(calls_of(record), [_CALL])
         two = json.dumps([_FUNCTION, {"name": "g", "arguments": {}}])
         calls = calls_of({"conversations": [{"from": "function_call", "value": two}]})
         self.assertEqual([call["function"]["name"] for call in calls], ["tide", "g"])
