@@ -23,7 +23,7 @@ _ROOMS = {
         "virtual_tokens", "sequences",
     ),
     "trees": (
-        "prefix_tree", "division", "objectives", "fitting", "weighting", "teacher_file", "teacher", "refusals",
+        "prefix_tree", "division", "objectives", "histories", "fitting", "weighting", "teacher_file", "teacher", "refusals",
         "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),

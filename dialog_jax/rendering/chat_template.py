@@ -30,6 +30,10 @@ _NEXT_PROBE = "Qx9 okapi"
 _TOOL = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}
 
 
+class TemplateRefused(UserError):
+    """The template refuses a dialogue."""
+
+
 class ResponseFrame(NamedTuple):
     """What a template writes around the content of an assistant message.
 
@@ -87,7 +91,8 @@ class ChatTemplate:
         """Returns the template's rendering of the first `count` messages.
 
         Raises:
-          UserError: the template refuses them, or was stopped; names the dialogue and repeats the template's reason.
+          TemplateRefused: the template refuses them; names the dialogue and repeats the template's reason.
+          TemplateStopped: it was stopped.
         """
         (text,) = self._render_texts(dialogue, [Job(count, add_generation_prompt)])
         return text
@@ -192,7 +197,7 @@ class ChatTemplate:
         if len(rendering.texts) < len(jobs):
             raise self._make_refusal(dialogue, jobs[len(rendering.texts)], rendering.refusal)
 
-    def _make_refusal(self, dialogue: Dialogue, job: Job, reason: str) -> UserError:
+    def _make_refusal(self, dialogue: Dialogue, job: Job, reason: str) -> TemplateRefused:
         """Returns the error of a job that the template refuses, with the field in which it is if that is known."""
         plain = self._escaper.unescape_dialogue(dialogue) if isinstance(dialogue, EscapedDialogue) else dialogue
 
@@ -204,7 +209,7 @@ class ChatTemplate:
             change = refused_fields.find_change(plain, job.messages, is_refused) if is_refused(plain) else ""
         roles = ", ".join(message.role for message in dialogue.messages[: job.messages])
         remedy = f"It accepts them {change}; change the dialogue" if change else "Change the dialogue"
-        return UserError(
+        return TemplateRefused(
             f"{dialogue.name}: the chat template refuses its first {job.messages} messages ({roles}): {reason}. "
             f"{remedy}, pass another chat template, or leave out what it refuses with data.on_error=skip."
         )

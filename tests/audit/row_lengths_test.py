@@ -75,14 +75,15 @@ class FillsTest(parameterized.TestCase):
         (fill,) = measure([dialogue], renderer, [64], 64)
         self.assertEqual((fill.cut, fill.targets_lost, fill.used), (1, 1.0, 0.0))
 
-    def test_template_that_refuses_a_shortened_history_is_measured_without_the_dialogue(self):
+    def test_responses_whose_shortened_history_the_template_refuses_count_as_cut(self):
         messages = [{"role": role, "content": f"{n} " * 30} for n in range(4) for role in ("user", "assistant")]
         dialogue = parse_dialogue({"messages": messages}, index=0, where="")
         tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
         refuses = "{% if messages[0].content[0] in '123' %}{{ raise_exception('no') }}{% endif %}"
         tokenizer.chat_template = refuses + tokenizer.chat_template
         first, second = measure([dialogue], sequences.Renderer(tokenizer), [200, 2000], 200)
-        self.assertEqual((first.rows, second.rows), (0, 1))
+        self.assertEqual((first.rows, first.cut, first.shortened), (1, 3, 0))
+        self.assertEqual((second.rows, second.cut), (1, 0))
 
 
 class SpreadTest(absltest.TestCase):

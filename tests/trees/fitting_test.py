@@ -1,5 +1,6 @@
 """Fitting: the worked examples of its docstrings, with messages of exactly 10 tokens."""
 
+import copy
 import dataclasses
 import functools
 
@@ -7,7 +8,8 @@ import tokenizers
 import transformers
 from absl.testing import absltest, parameterized
 
-from dialog_jax.dialogues.dialogue import Dialogue, Message
+from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
+from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import fitting
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -121,6 +123,40 @@ class ShortenHistoriesTest(parameterized.TestCase):
             self.assertEqual(trained, [expected] if expected else [])
             for part in shorter:  # the call before needs the results of both calls
                 self.assertIn(words(part), [expected, ["u0", "a0", "a1", "u1", "u2", "a2"]])
+
+    def refusing(self, condition, error="raise_exception('no')"):
+        """A renderer whose template refuses some dialogues."""
+        tokenizer = copy.deepcopy(renderer().tokenizer)
+        tokenizer.chat_template = "{% if " + condition + " %}{{ " + error + " }}{% endif %}" + _TEMPLATE
+        return Renderer(tokenizer)
+
+    def test_response_whose_shortened_history_is_refused_is_left_out(self):
+        excerpt = fitted(6, 100)
+        without_first = self.refusing("messages[-1].content[:2] == 'a5' and messages[1].content[:2] != 'u0'")
+        (shorter,) = fitting.shorten_histories(excerpt, without_first, _OBJECTIVE, 100)
+        self.assertEqual(shorter.response_turns, {10: 4})  # and not 12, whose full history is accepted
+        self.assertEmpty(
+            fitting.shorten_histories(
+                excerpt,
+                self.refusing(
+                    "messages | length > 1 and messages[1].content[0] == 'u' and messages[1].content[:2] != 'u0'"
+                ),
+                _OBJECTIVE,
+                100,
+            )
+        )
+
+    def test_error_behind_a_shortened_history_names_the_messages_of_the_dialogue(self):
+        messages = list(dialogue(6).messages)
+        parts = (Part(text="A5", weight=0.5), Part(text=" a5" * 7, weight=1.0))
+        messages[-1] = Message(role="assistant", content="A5" + " a5" * 7, parts=parts)
+        (excerpt,) = fitting.unfold(Dialogue(id=0, messages=tuple(messages)), _OBJECTIVE)
+        tokenizer = copy.deepcopy(renderer().tokenizer)
+        tokenizer.chat_template = _TEMPLATE.replace("m.content", "m.content | replace('A5', 'a5')")
+        changing = Renderer(tokenizer)
+        (sequences,) = changing.render([excerpt.dialogue], max_length=100)
+        with self.assertRaisesRegex(UserError, r"message 6 has parts .* 5 is 11, 6 is 12 of the dialogue"):
+            fitting.shorten_histories(excerpt._replace(sequences=list(sequences)), changing, _OBJECTIVE, 100)
 
 
 class UnfoldTest(absltest.TestCase):
