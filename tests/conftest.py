@@ -1,4 +1,4 @@
-"""Which tests are `full`: those so marked, those of some directories, and those of most template families.
+"""Which tests are `full`: those so marked, of some directories, of most families, and of a file's `FULL_PARAMETERS`.
 
 Importing `tests` in pytest's first process also makes the directory of compiled programs that its workers share.
 """
@@ -21,11 +21,14 @@ def _is_in_full_place(item: pytest.Item) -> bool:
     return item.path.relative_to(_TESTS).parts[0] in _FULL_DIRECTORIES or item.path.name in _FULL_FILES
 
 
-def _is_of_full_families(item: pytest.Item) -> bool:
-    """Whether all families among a parameterized test's parameters are of the full tier."""
+def _is_of_full_parameters(item: pytest.Item) -> bool:
+    """Whether all families among a parameterized test's parameters are of the full tier, or one of its file's own."""
     parameters = getattr(getattr(item, "function", None), "__x_params_repr__", "")  # what absl shows of them
-    quick, full = (any(f"'{name}'" in parameters for name in names) for names in (_QUICK_FAMILIES, _FULL_FAMILIES))
-    return full and not quick
+    own = getattr(getattr(item, "module", None), "FULL_PARAMETERS", ())
+    quick, full, others = (
+        any(f"'{name}'" in parameters for name in names) for names in (_QUICK_FAMILIES, _FULL_FAMILIES, own)
+    )
+    return others or (full and not quick)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,5 +41,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long_files = {item.path for item in items if item.get_closest_marker("full") or _is_in_full_place(item)}
     items.sort(key=lambda item: (item.path.name not in _LONGEST_FILES, item.path not in long_files))
     for item in items:
-        if _is_in_full_place(item) or _is_of_full_families(item):
+        if _is_in_full_place(item) or _is_of_full_parameters(item):
             item.add_marker(pytest.mark.full)

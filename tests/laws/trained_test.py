@@ -48,6 +48,9 @@ _KINDS = {
 }
 
 
+FULL_PARAMETERS = ("full", "lora everywhere", "frozen embedding", "norms only", "soft prompt")  # see tests/conftest.py
+
+
 def make_parameters(config, model):
     """Random parameters of which `config` trains a part; no factor of LoRA is zero."""
     selection = trainable.select(config, model, jnp.float32)
@@ -156,8 +159,8 @@ class TrainedTest(parameterized.TestCase):
             np.testing.assert_allclose(session.read(tokens[:end]), logits[end - 1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 class RunTest(parameterized.TestCase):
-    @pytest.mark.full
     @parameterized.named_parameters(
         ("lora", {"lora": LoraConfig(rank=4, dropout=0.1, learning_rate_ratio=4.0)}, {"ema_decay": 0.9}),
         ("muon", {"freeze": ("embedding",)}, {"name": "muon"}),
