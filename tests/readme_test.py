@@ -23,8 +23,8 @@ _COMMAND_FILES = {name: _ROOT / "dialog_jax/commands" / f"{name}.py" for name in
 _SHARED_FLAGS = {
     "config": "config_flag.define",
     "data": "config_inputs.define_data",
-    "adapter": "config_inputs.define_model",
-    "base": "config_inputs.define_model",
+    "adapter": "config_inputs.define_adapter",
+    "base": "config_inputs.define_base",
 }
 _SUFFIXES = ("py", "md", "json", "jsonl", "png")
 

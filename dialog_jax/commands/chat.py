@@ -26,7 +26,8 @@ with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (gives input() its line editing)
 
 _CONFIG = config_flag.define()
-_MODEL = config_inputs.define_model()
+_ADAPTER = config_inputs.define_adapter()
+_BASE = config_inputs.define_base()
 _MESSAGE = flags.DEFINE_string("message", None, "Reply to this one message, then exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message; without one the template may add its default.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 always takes the likeliest token; higher is more varied.")
@@ -103,9 +104,9 @@ def _print_notice(text: str) -> None:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    config = config_inputs.read_config(_CONFIG, _MODEL)
+    config = config_inputs.read_config(_CONFIG, _ADAPTER)
     require_fields(config, "chat", "model")
-    model = trained_models.load_model(config.model, base=_MODEL.base.value, **config_inputs.model_options(config))
+    model = trained_models.load_model(config.model, base=_BASE.value, **config_inputs.model_options(config))
     opening = [Message(role="system", content=_SYSTEM.value)] if _SYSTEM.value else []
     if _MESSAGE.value is not None:
         session = generation.Session(model.config, model.parameters)

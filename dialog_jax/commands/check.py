@@ -33,7 +33,8 @@ from dialog_jax.training.config import require_fields
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_MODEL = config_inputs.define_model()
+_ADAPTER = config_inputs.define_adapter()
+_BASE = config_inputs.define_base()
 _DIALOGUES = flags.DEFINE_integer("dialogues", 8, "Number of dialogues, sampled at random.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sample.", lower_bound=0)
 
@@ -102,13 +103,13 @@ def _row(what: str, finding: Finding) -> list[str]:
 
 def main() -> int:
     console = rich.console.Console(stderr=True, highlight=False)
-    config = config_inputs.read_config(_CONFIG, _MODEL)
+    config = config_inputs.read_config(_CONFIG, _ADAPTER)
     require_fields(config, "check", "model")
     source = data_sources.find_source(config, _DATA.value)
     skipped: list[str] = []
     dialogues = list(source.read(skipped))
     options = config_inputs.renderer_options(config)
-    model = trained_models.load_model(config.model, base=_MODEL.base.value, **config_inputs.model_options(config))
+    model = trained_models.load_model(config.model, base=_BASE.value, **config_inputs.model_options(config))
     loading.check_context(model.config, config.data.max_length)
     parameters = trainable.divide(
         config, model.config, model.parameters, model.tokenizer(config.soft_prompt.text)["input_ids"]

@@ -19,7 +19,8 @@ from dialog_jax.training.config import TrainConfig
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_MODEL = config_inputs.define_model()
+_ADAPTER = config_inputs.define_adapter()
+_BASE = config_inputs.define_base()
 _MODELS = flags.DEFINE_list(
     "models", [], "Runs, model directories, .gguf files or hub names, separated by commas; by default config.model."
 )
@@ -50,7 +51,7 @@ def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn
     print()
     _print(labels[0], human.content, width)
     for name, label in zip(models, labels[1:], strict=True):
-        model = trained_models.load_model(name, base=_MODEL.base.value, **config_inputs.model_options(config))
+        model = trained_models.load_model(name, base=_BASE.value, **config_inputs.model_options(config))
         reply = chat.reply(
             model,
             history,
@@ -80,7 +81,7 @@ def _print(label: str, text: str, width: int) -> None:
 
 def main() -> None:
     compilation_cache.enable(entry.print_message)
-    config = config_inputs.read_config(_CONFIG, _MODEL)
+    config = config_inputs.read_config(_CONFIG, _ADAPTER)
     models = _MODELS.value or [config.model]
     if not models[0]:
         raise UserError("there is no model to compare. Name some: --models=FIRST,SECOND.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 from absl import flags
@@ -27,34 +27,28 @@ def define_data() -> flags.FlagHolder[str]:
     )
 
 
-class ModelFlags(NamedTuple):
-    """Holders of --adapter and --base."""
-
-    adapter: flags.FlagHolder[str]
-    base: flags.FlagHolder[str]
+def define_adapter() -> flags.FlagHolder[str]:
+    """Defines --adapter, for `read_config`."""
+    return flags.DEFINE_string("adapter", "", "An adapter for the model: short for --config.adapter.")
 
 
-def define_model() -> ModelFlags:
-    """Defines the flags of a command that reads a model, for `read_config` and `trained_models.load_model`."""
-    return ModelFlags(
-        flags.DEFINE_string("adapter", "", "An adapter for the model: short for --config.adapter."),
-        flags.DEFINE_string(
-            "base", "", "With a run: the model that it began with, if it is not where the run's config.json says."
-        ),
+def define_base() -> flags.FlagHolder[str]:
+    """Defines --base, for `trained_models.load_model`."""
+    return flags.DEFINE_string(
+        "base", "", "With a run: the model that it began with, if it is not where the run's config.json says."
     )
 
 
-def read_config(config_flag_holder: flags.FlagHolder, model: ModelFlags) -> TrainConfig:
+def read_config(config: flags.FlagHolder, adapter: flags.FlagHolder[str]) -> TrainConfig:
     """Returns the config, with the adapter that --adapter names.
 
     Raises:
       UserError: a value is not valid, or the config names another adapter.
     """
-    config = config_flag.read(config_flag_holder)
-    adapter = model.adapter.value
-    if adapter and config.adapter not in ("", adapter):
-        raise UserError(f"--adapter is {adapter} and config.adapter is {config.adapter}. Name one of the two.")
-    return dataclasses.replace(config, adapter=adapter) if adapter else config
+    values = config_flag.read(config)
+    if adapter.value and values.adapter not in ("", adapter.value):
+        raise UserError(f"--adapter is {adapter.value} and config.adapter is {values.adapter}. Name one of the two.")
+    return dataclasses.replace(values, adapter=adapter.value) if adapter.value else values
 
 
 def iterate_records(source: Source) -> Iterator[Dialogue | UserError]:

@@ -54,7 +54,8 @@ from dialog_jax.trees.teacher_file import Signal
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_MODEL = config_inputs.define_model()
+_ADAPTER = config_inputs.define_adapter()
+_BASE = config_inputs.define_base()
 _OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; an existing one is replaced.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights and of the computation.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Number of likeliest tokens that --top_k_out holds.", lower_bound=0)
@@ -140,14 +141,14 @@ def main() -> None:
     compilation_cache.enable(entry.print_message)
     out = entry.require_file_path(_OUT, "scores.jsonl")
     top_k_out = entry.require_file_path(_TOP_K_OUT) if _TOP_K_OUT.value else None
-    config = config_inputs.read_config(_CONFIG, _MODEL)
+    config = config_inputs.read_config(_CONFIG, _ADAPTER)
     require_fields(config, "score", "model")
     source = data_sources.find_source(config, _DATA.value)
     _check_files(source, out, top_k_out)
     dtype = jnp.dtype(_DTYPE.value)
     options = config_inputs.renderer_options(config)
     model = trained_models.load_model(
-        config.model, base=_MODEL.base.value, dtype=dtype, **config_inputs.model_options(config)
+        config.model, base=_BASE.value, dtype=dtype, **config_inputs.model_options(config)
     )
     skipped: list[str] = []
     refused = skipped if config.data.on_error == "skip" else None

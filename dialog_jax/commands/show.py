@@ -36,7 +36,7 @@ from dialog_jax.trees.weighting import SupervisedSequence
 
 _CONFIG = config_flag.define()
 _DATA = config_inputs.define_data()
-_MODEL = config_inputs.define_model()
+_ADAPTER = config_inputs.define_adapter()
 _INDEX = flags.DEFINE_integer("index", 0, "Index of the dialogue, from 0.", lower_bound=0)
 _TOKENS = flags.DEFINE_bool("tokens", False, "Print one line per token.")
 
@@ -235,6 +235,6 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
 
 
 def main() -> None:
-    config = config_inputs.read_config(_CONFIG, _MODEL)
+    config = config_inputs.read_config(_CONFIG, _ADAPTER)
     source = data_sources.find_source(config, _DATA.value)
     show(config_inputs.find_dialogue(source, _INDEX.value), config, rich.console.Console(highlight=False))

@@ -223,6 +223,7 @@ def claim(
         for licence in base.licences:
             shutil.copyfile(licence, directory / "licences" / licence.name)
         selection = selection or trainable.select_all(model)
+        (directory / SCALES).unlink(missing_ok=True)  # of a run that trained other parameters before
         if selection.scales:
             with atomic_files.replace(directory / SCALES) as unfinished:
                 safetensors.numpy.save_file(dict(selection.scales), unfinished)

@@ -17,8 +17,9 @@ from dialog_jax.evaluation import scoring
 from dialog_jax.inference import loading
 from dialog_jax.model import adapters, peft_files, peft_reading, pretrained
 from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config as config_lib
-from dialog_jax.training import data_sources, export, run, run_directory
+from dialog_jax.training import data_sources, export, run, run_directory, run_inputs, trainable
 from dialog_jax.training.config import OptimizerConfig, TrainConfig
 from tests.training import hand_made, tiny
 
@@ -102,6 +103,27 @@ class AdapterRunTest(absltest.TestCase):
         with self.assertRaisesRegex(UserError, "nowhere: adapter_config.json is missing"):
             self.run_training(adapter=str(self.directory / "nowhere"))
         self.assertEqual(run_directory.read_hashes(self.directory / "run"), {})
+
+    def test_soft_prompt_of_an_adapter_is_continued_if_it_leaves_room(self):
+        prompt = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+        directory = self.directory / "prompt"
+        directory.mkdir()
+        peft_files.write_prompt(directory, self.model, prompt, base_name="some")
+        config = dataclasses.replace(self.config, adapter=str(directory))
+        (self.directory / "run").mkdir()
+        inputs = run_inputs.read_inputs(config, self.directory / "run", rich.console.Console(file=self.log))
+        np.testing.assert_array_equal(inputs.train.tokens[:5], self.model.vocab_size + np.arange(5))
+        selection = trainable.select(config, self.model, jnp.float32, inputs.adapter)
+        parts = trainable.make_parameters(
+            selection, tiny.parameters(self.model), jax.random.key(0), adapter=inputs.adapter
+        )
+        self.assertEqual(list(parts.trained), ["soft_prompt"])
+        np.testing.assert_array_equal(parts.trained["soft_prompt"], prompt)
+        with self.assertRaisesRegex(UserError, "soft_prompt.tokens is 2 and the adapter .* soft prompt of 5"):
+            self.run_training(adapter=str(directory), soft_prompt=SoftPromptConfig(tokens=2))
+        data = dataclasses.replace(self.config.data, max_length=6)
+        with self.assertRaisesRegex(UserError, "prompt has 5 tokens and data.max_length is 6, which leaves no room"):
+            self.run_training(adapter=str(directory), data=data)
 
 
 class ConfigTest(absltest.TestCase):
