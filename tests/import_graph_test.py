@@ -30,9 +30,9 @@ _ROOMS = {
     "audit": ("inspection", "row_lengths", "unread", "findings", "tally", "figures"),
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
-        "lora_config", "soft_prompt_config", "rotary", "matrices", "parameter_trees", "decoder", "decoding",
-        "tensor_names", "adapters", "soft_prompts", "tensor_files", "hf_config", "model_files", "pretrained",
-        "peft_files", "peft_reading",
+        "lora_config", "soft_prompt_config", "rotary", "quantization", "matrices", "parameter_trees", "decoder",
+        "decoding", "tensor_names", "adapters", "soft_prompts", "tensor_files", "hf_config", "model_files",
+        "pretrained", "peft_files", "peft_reading",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (

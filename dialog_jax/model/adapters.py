@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Key
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import decoder, matrices, parameter_trees, tensor_names
+from dialog_jax.model import decoder, matrices, parameter_trees, quantization, tensor_names
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.lora_config import ALL_LINEAR, LoraConfig
 
@@ -131,9 +131,9 @@ def add_dropout(parameters: Mapping[str, Any], rate: float, key: Key[Array, ""])
 def merge_factors(model: DecoderConfig, parameters: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
     """Returns (config, parameters) of the same model without adapters: each update is added to its matrix, in float32.
 
-    An update of one of two tied embeddings unties them.
+    An update of one of two tied embeddings unties them. Quantized matrices are dequantized.
     """
-    flat = parameter_trees.flatten(parameters)
+    flat = _dequantize(model, parameter_trees.flatten(parameters))
     paths = {path.removesuffix(f"/{SCALE}") for path in flat if path.endswith(f"/{SCALE}")}
     if model.tie_embeddings and paths & {"embedding", "lm_head"}:
         model = _untie(model)
@@ -147,6 +147,22 @@ def merge_factors(model: DecoderConfig, parameters: Mapping[str, Any]) -> tuple[
         else:
             flat[path] = matrices.add_update(weight, factors)
     return model, parameter_trees.unflatten(flat)
+
+
+def _dequantize(model: DecoderConfig, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters by path, with each quantized matrix as one array, float32."""
+    arrays: dict[str, Any] = {}
+    quantized: dict[str, dict[str, Any]] = {}
+    for path, leaf in flat.items():
+        parent, _, name = path.rpartition("/")
+        if name in quantization.ARRAYS:
+            quantized.setdefault(parent, {})[name] = leaf
+        else:
+            arrays[path] = leaf
+    for path, matrix in quantized.items():
+        inputs, _ = _matrix_shape(model, path.removesuffix("/weight"))
+        arrays[path] = quantization.dequantize(matrix, inputs, jnp.float32)
+    return arrays
 
 
 def _untie(model: DecoderConfig) -> DecoderConfig:

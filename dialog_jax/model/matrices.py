@@ -1,7 +1,7 @@
 """What a weight matrix may be, and how the decoder multiplies by it.
 
-A matrix is an array; with LoRA, a dict of the frozen array and its low-rank update. All are stacked on a leading axis L
-where the matrix belongs to a layer, and scanned with the layer:
+A matrix is an array, or quantized (see `model.quantization`); with LoRA, a dict of the frozen matrix and its low-rank
+update. All are stacked on a leading axis L where the matrix belongs to a layer, and scanned with the layer:
 
     {"weight": [in, out], "lora_a": [in, r], "lora_b": [r, out], "lora_scale": [r]}
 
@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dialog_jax.model import quantization
+
 Matrix = Array | Mapping[str, Any]
 
 
@@ -27,6 +29,8 @@ def multiply(x: Float[Array, "N in"], matrix: Matrix) -> Float[Array, "N out"]:
     """Returns `x @ matrix` in the type of `x`."""
     if not isinstance(matrix, Mapping):
         return x @ matrix.astype(x.dtype)
+    if quantization.is_quantized(matrix):
+        return quantization.multiply(x, matrix)
     y = multiply(x, matrix["weight"])
     return y + _update(_drop_out(x, matrix), matrix)
 

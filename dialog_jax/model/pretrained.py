@@ -22,7 +22,16 @@ import safetensors.numpy
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file, tokenizer_files
-from dialog_jax.model import decoder, hf_config, model_files, parameter_trees, tensor_files, tensor_names
+from dialog_jax.model import (
+    decoder,
+    hf_config,
+    model_files,
+    parameter_trees,
+    quantization,
+    tensor_files,
+    tensor_names,
+)
+from dialog_jax.model.quantization import RoundingError
 from dialog_jax.model.tensor_names import NAMES
 
 _SHARD_BYTES = 5 * 10**9
@@ -78,14 +87,20 @@ def load_parameters(
     sharding: Sharding | None = None,
     dtype: jax.typing.DTypeLike | Callable[[str], jax.typing.DTypeLike] = np.float32,
     added_rows: int = 0,
+    find_kind: Callable[[str], str] = lambda path: "",
+    report_error: Callable[[str, RoundingError], None] = lambda name, error: None,
 ) -> dict:
     """Returns the parameters in a Hugging Face directory or a .gguf file, read one stacked parameter at a time.
+
+    Quantized matrices are read and quantized one layer at a time.
 
     Args:
       sharding: (path of a parameter, its shape) to its sharding; None for JAX's default device.
       dtype: of all parameters, or (path of a parameter, such as "layers/attention/w_query") to its type.
       added_rows: how many rows of the embedding, at its end, the files do not have. They, and those of the unembedding,
         are the mean of the others.
+      find_kind: (path of a parameter) to the kind of `model.quantization`, or "" if it is not quantized.
+      report_error: called with the published name of each quantized matrix and what quantization changed of it.
 
     Raises:
       UserError: a tensor is missing, unexpected or misshapen, or a file is truncated.
@@ -104,13 +119,18 @@ def load_parameters(
             published["embedding"] = [tensor_names.UNEMBEDDING]  # one of the two is enough
         _check_tensors(tensors, config, flat, published, added_rows)
 
-        def load(key: str) -> jax.Array:
-            key_dtype = dtype(key) if callable(dtype) and not isinstance(dtype, type) else dtype
-            parameter = _read_parameter(tensors, key, flat[key].shape, published[key], key_dtype, added_rows)
+        def place(key: str, parameter: np.ndarray) -> jax.Array:
             if sharding is None:
                 return jax.device_put(parameter)
             placement = sharding(tuple(key.split("/")), parameter.shape)
             return jax.make_array_from_callback(parameter.shape, placement, lambda index: parameter[index])
+
+        def load(key: str) -> jax.Array | dict[str, jax.Array]:
+            if kind := find_kind(key):
+                arrays = _read_quantized(tensors, kind, flat[key].shape, published[key], report_error)
+                return {name: place(f"{key}/{name}", array) for name, array in arrays.items()}
+            key_dtype = dtype(key) if callable(dtype) and not isinstance(dtype, type) else dtype
+            return place(key, _read_parameter(tensors, key, flat[key].shape, published[key], key_dtype, added_rows))
 
         return parameter_trees.unflatten({key: load(key) for key in flat})
 
@@ -161,17 +181,46 @@ def _read_parameter(
     parameter = np.empty(shape, dtype)
     slots = parameter if key.startswith("layers/") else parameter[None]
     for slot, name in zip(slots, names, strict=True):
-        array = tensors.read(name)
-        if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
-            raise UserError(
-                f"{tensors.files[name]}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is needed. "
-                "Quantized safetensors are not supported."
-            )
+        array = _read_tensor(tensors, name)
         if key in _BY_TOKEN and added_rows:
             slot[-added_rows:] = array.mean(axis=0, dtype=np.float64)
             slot = slot[:-added_rows]
         slot[...] = array.T if NAMES[key].transposed else array
     return parameter
+
+
+def _read_tensor(tensors: tensor_files.Tensors, name: str) -> np.ndarray:
+    array = tensors.read(name)
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
+        raise UserError(
+            f"{tensors.files[name]}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is needed. "
+            "Quantized safetensors are not supported."
+        )
+    return array
+
+
+def _read_quantized(
+    tensors: tensor_files.Tensors,
+    kind: str,
+    shape: tuple[int, ...],
+    names: list[str],
+    report_error: Callable[[str, RoundingError], None],
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of a quantized matrix of all layers; one layer at a time is in memory as it is published."""
+    arrays = {
+        name: np.empty(leaf.shape, leaf.dtype) for name, leaf in quantization.abstract_quantized(kind, shape).items()
+    }
+    for layer, tensor in enumerate(names):
+        quantized, error = quantization.quantize(kind, _read_tensor(tensors, tensor).T)
+        if not math.isfinite(error.squared_error):
+            raise UserError(
+                f"{tensors.files[tensor]}: tensor {tensor} has weights that are not finite, which cannot be quantized. "
+                "Set frozen_dtype=float32, or use another model."
+            )
+        for name, array in quantized.items():
+            arrays[name][layer] = array
+        report_error(tensor, error)
+    return arrays
 
 
 def save_pretrained(

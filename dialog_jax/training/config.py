@@ -27,7 +27,7 @@ REMAT = ("none", "attention", "dots", "full")
 RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
 LEARNING_RATE, LORA_LEARNING_RATE, SOFT_PROMPT_LEARNING_RATE = 2e-5, 3e-4, 1e-2  # defaults
-FROZEN_DTYPES = ("auto", "float32", "bfloat16")
+FROZEN_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
 
@@ -208,7 +208,8 @@ class TrainConfig:
     train_only: tuple[str, ...] = ()
     """Patterns of the paths of the only parameters that are trained, in place of `freeze`."""
     frozen_dtype: str = "auto"
-    """Type in memory of matrices that are not trained: auto (the compute type), float32 or bfloat16."""
+    """Type in memory of matrices that are not trained: auto (the compute type), float32 or bfloat16; int8 or nf4 for
+    those of the layers, with embedding and unembedding in bfloat16."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -13,7 +13,8 @@ import rich.console
 from jax.sharding import Mesh
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import pretrained
+from dialog_jax.model import pretrained, quantization
+from dialog_jax.model.quantization import RoundingError
 from dialog_jax.training import checkpoints, distributed, run_directory, sharding, train_step, trainable
 from dialog_jax.training.checkpoints import DamagedError
 from dialog_jax.training.run_inputs import Inputs
@@ -46,6 +47,8 @@ def restore_or_load(
         layout = sharding.parameter_sharding(mesh, path.split("/"), array.shape)
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
+    errors: dict[str, RoundingError] = {}
+
     def load() -> Parameters:
         base = pretrained.load_parameters(
             inputs.model_path,
@@ -53,6 +56,8 @@ def restore_or_load(
             sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
             dtype=selection.dtype,
             added_rows=inputs.added_rows,
+            find_kind=selection.find_kind,
+            report_error=errors.__setitem__,
         )
         return trainable.make_parameters(
             selection,
@@ -64,6 +69,8 @@ def restore_or_load(
         )
 
     parameters = distributed.run_on_all_hosts(load)
+    if errors:
+        console.print(quantization.describe_errors(selection.frozen_kind, errors))
     state = train_step.initialize_state(mesh, parameters.trained, update_rule, parameters.frozen)
     return _restore_newest(directory, steps, state, console) if steps else state
 

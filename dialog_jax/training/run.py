@@ -119,7 +119,7 @@ def run(
             config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if selection.scales else 1.0
         )
         shapes = trainable.abstract_parameters(selection)
-        for described in trainable.describe(shapes):
+        for described in trainable.describe(selection):
             console.print(described)
         state = initial_state.restore_or_load(inputs, selection, config.seed, mesh, update_rule, directory, console)
         line = optimizer.describe_change_of_steps(

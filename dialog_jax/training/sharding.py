@@ -9,6 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dialog_jax.errors import UserError
+from dialog_jax.model import quantization
 from dialog_jax.training.config import MESH_AXES, MeshConfig
 
 ROW_AXES = MESH_AXES[:3]
@@ -90,7 +91,12 @@ def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) ->
 
 
 def _find_rules(path: Sequence[str]) -> tuple[_Rule, ...]:
-    """Returns the rules of a parameter; `lora_a` is divided by the input axis of its matrix, `lora_b` by the output."""
+    """Returns the rules of a parameter.
+
+    `lora_a` is divided by the input axis of its matrix, `lora_b` by the output; the codes of a quantized matrix as it.
+    """
+    if path[-1] in quantization.CODES:
+        return _find_rules(path[:-1])
     name = path[-1]
     if len(path) > 1 and path[-2] in _RULES and name in ("weight", "lora_a", "lora_b"):
         rules = _RULES[path[-2]]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, decoder, parameter_trees, soft_prompts
+from dialog_jax.model import adapters, decoder, parameter_trees, quantization, soft_prompts
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
@@ -39,13 +39,21 @@ class Selection(NamedTuple):
     scales: adapters.Scales
     """Of LoRA; empty without."""
     frozen_dtype: np.dtype
-    """Of frozen matrices. Norms and biases stay float32."""
+    """Of frozen matrices that are not quantized. Norms and biases stay float32."""
     soft_prompt: SoftPromptConfig
+    frozen_kind: str = ""
+    """Of `model.quantization`, for the frozen matrices of the layers; empty if they are not quantized."""
 
     def dtype(self, path: str) -> np.dtype:
         """Returns the type of one of the model's own parameters."""
-        is_matrix = path in adapters.list_modules(self.model)
-        return self.frozen_dtype if is_matrix and path not in self.trained_paths else np.dtype(np.float32)
+        return self.frozen_dtype if self._is_frozen_matrix(path) else np.dtype(np.float32)
+
+    def find_kind(self, path: str) -> str:
+        """Returns the kind of `model.quantization` of one of the model's own parameters; empty if not quantized."""
+        return self.frozen_kind if path.startswith("layers/") and self._is_frozen_matrix(path) else ""
+
+    def _is_frozen_matrix(self, path: str) -> bool:
+        return path in adapters.list_modules(self.model) and path not in self.trained_paths
 
 
 def select(
@@ -57,7 +65,8 @@ def select(
       adapter: the content of `config.adapter`; None if that is empty.
 
     Raises:
-      UserError: a pattern or target matches nothing, a rank is too large, or nothing would be trained.
+      UserError: a pattern or target matches nothing, a rank is too large, nothing would be trained, or no matrix that
+        is to be quantized is frozen.
     """
     paths = sorted(parameter_trees.flatten(decoder.abstract_parameters(model)))
     assert bool(config.adapter) == (adapter is not None), config.adapter
@@ -74,8 +83,17 @@ def select(
         trained &= _find(config.train_only, "train_only", paths)
     if not trained and not scales and not soft_prompt.tokens:
         raise UserError(f"freeze is {', '.join(config.freeze)}: nothing is left to train. Freeze less.")
-    dtype = jnp.dtype(compute_dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
-    return Selection(model, frozenset(trained), scales, dtype, soft_prompt)
+    if config.frozen_dtype not in quantization.KINDS:
+        dtype = jnp.dtype(compute_dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
+        return Selection(model, frozenset(trained), scales, dtype, soft_prompt)
+    dtype = jnp.dtype(jnp.bfloat16)
+    selection = Selection(model, frozenset(trained), scales, dtype, soft_prompt, config.frozen_dtype)
+    if not any(map(selection.find_kind, paths)):
+        raise UserError(
+            f"frozen_dtype is {config.frozen_dtype}, but no matrix of a layer is frozen, and only those are quantized. "
+            "Set lora.rank, freeze layers, or leave frozen_dtype at auto."
+        )
+    return selection
 
 
 def select_all(model: DecoderConfig) -> Selection:
@@ -97,10 +115,14 @@ def _find(patterns: Sequence[str], field: str, paths: Sequence[str]) -> set[str]
 
 def abstract_parameters(selection: Selection) -> Parameters:
     """Returns the parameters as `jax.ShapeDtypeStruct`."""
-    flat = {
-        path: jax.ShapeDtypeStruct(leaf.shape, selection.dtype(path))
-        for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(selection.model)).items()
-    }
+    flat: dict[str, Any] = {}
+    for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(selection.model)).items():
+        kind = selection.find_kind(path)
+        flat[path] = (
+            quantization.abstract_quantized(kind, leaf.shape)
+            if kind
+            else jax.ShapeDtypeStruct(leaf.shape, selection.dtype(path))
+        )
     added = adapters.abstract_factors(selection.model, selection.scales)
     if tokens := selection.soft_prompt.tokens:
         added[decoder.SOFT_PROMPT] = jax.ShapeDtypeStruct((tokens, selection.model.width), jnp.float32)
@@ -120,7 +142,7 @@ def make_parameters(
     """Returns the parameters before training.
 
     Args:
-      base: the model's own, of the types that `Selection.dtype` says.
+      base: the model's own, of the types and kinds that the selection says.
       key: for the initial factors of LoRA and the initial soft prompt.
       place: (path, array) to the array where it belongs.
       soft_prompt_text: tokens of `soft_prompt.text`.
@@ -179,14 +201,16 @@ def _divide(selection: Selection, base: dict[str, Any], added: dict[str, Any], s
     return Parameters(parameter_trees.merge(trained, added), adapters.attach_scales(frozen, scales))
 
 
-def describe(parameters: Parameters) -> list[str]:
+def describe(selection: Selection) -> list[str]:
     """Returns lines that say how many numbers are trained and frozen, and where: one line for each path."""
+    parameters = abstract_parameters(selection._replace(frozen_kind=""))  # whose sizes are those of the matrices
     lines = []
-    for kind, tree in zip(("trained", "frozen"), parameters, strict=True):
+    for part, tree in zip(("trained", "frozen"), parameters, strict=True):
         flat = parameter_trees.flatten(tree)
         if not flat:
             continue
-        lines.append(f"{kind}: {sum(leaf.size for leaf in flat.values()):,} parameters")
-        if parameters.frozen:
-            lines += [f"  {path} {'x'.join(map(str, leaf.shape))} {leaf.dtype}" for path, leaf in sorted(flat.items())]
+        lines.append(f"{part}: {sum(leaf.size for leaf in flat.values()):,} parameters")
+        for path, leaf in sorted(flat.items()) if parameters.frozen else ():
+            kind = selection.find_kind(path.removesuffix("/weight")) or leaf.dtype
+            lines.append(f"  {path} {'x'.join(map(str, leaf.shape))} {kind}")
     return lines

@@ -38,6 +38,8 @@ _KINDS = {
     "lora everywhere": TrainConfig(
         lora=LoraConfig(rank=3, targets=("all-linear", "embed_tokens", "lm_head"), rank_pattern={"q_proj": 1})
     ),
+    "lora on nf4": TrainConfig(lora=LoraConfig(rank=2), frozen_dtype="nf4"),
+    "int8 attention": TrainConfig(freeze=("layers/attention/w_*",), frozen_dtype="int8"),
     "frozen embedding": TrainConfig(freeze=("embedding",)),
     "norms only": TrainConfig(train_only=("*norm",)),
     "soft prompt": TrainConfig(soft_prompt=SoftPromptConfig(tokens=5)),
@@ -54,7 +56,16 @@ FULL_PARAMETERS = ("full", "lora everywhere", "frozen embedding", "norms only", 
 def make_parameters(config, model):
     """Random parameters of which `config` trains a part; no factor of LoRA is zero."""
     selection = trainable.select(config, model, jnp.float32)
-    parts = trainable.make_parameters(selection, tiny.parameters(model), jax.random.key(1))
+    flat = parameter_trees.flatten(tiny.parameters(model))
+    base = parameter_trees.unflatten(
+        {
+            path: tiny.quantize(kind, leaf)
+            if (kind := selection.find_kind(path))
+            else leaf.astype(selection.dtype(path))
+            for path, leaf in flat.items()
+        }
+    )
+    parts = trainable.make_parameters(selection, base, jax.random.key(1))
     if selection.scales:
         leaves, tree = jax.tree.flatten(parts.trained)
         keys = jax.random.split(jax.random.key(2), len(leaves))

@@ -4,6 +4,7 @@ import pathlib
 import resource
 import shutil
 import tempfile
+import tracemalloc
 from unittest import mock
 
 import gguf
@@ -18,10 +19,14 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies
 
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.model import decoder, model_files, pretrained
+from dialog_jax.model import decoder, model_files, parameter_trees, pretrained, quantization
+from dialog_jax.training import sharding
+from dialog_jax.training.config import MeshConfig
+from tests.training import tiny
 
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 _SMOLLM2 = pathlib.Path(__file__).parents[2] / "assets" / "smollm2-135m-instruct"
+_TINY_CONFIG = tiny.config(64)
 _TINY = ("llama", "llama_bias", "qwen2", "qwen3")
 
 
@@ -315,6 +320,52 @@ class LoadTest(_TemporaryTest):
         weight = placed["layers"]["feed_forward"]["w_gate"]
         self.assertEqual(weight.sharding.spec, jax.sharding.PartitionSpec(None, "fsdp", None))
         self.assertEqual(seen["layers", "feed_forward", "w_gate"], (2, 48, 80))
+
+    @parameterized.parameters(*quantization.KINDS)
+    def test_load_quantized_gives_the_codes_of_the_loaded_matrices_on_any_mesh(self, kind):
+        config, plain = _load(_REFERENCES / "tiny_llama")
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+        errors = {}
+        for place in (None, lambda path, shape: sharding.parameter_sharding(mesh, path, shape)):
+            loaded = pretrained.load_parameters(
+                _REFERENCES / "tiny_llama",
+                config,
+                sharding=place,
+                find_kind=lambda path: kind if path == "layers/feed_forward/w_down" else "",
+                report_error=errors.__setitem__,
+            )
+            codes = loaded["layers"]["feed_forward"].pop("w_down")
+            w_down = plain["layers"]["feed_forward"]["w_down"]
+            _assert_equal_bits(codes, tiny.quantize(kind, w_down))
+            others = parameter_trees.split(plain, lambda path: not path.endswith("w_down"))[0]
+            _assert_equal_bits(loaded, others)
+        self.assertEqual(list(errors), [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)])
+        _, error = quantization.quantize(kind, np.asarray(w_down[1]))
+        self.assertEqual(errors["model.layers.1.mlp.down_proj.weight"], error)
+
+    @parameterized.parameters(*quantization.KINDS)
+    def test_load_quantized_never_holds_the_matrices_as_they_are_published(self, kind):
+        config = dataclasses.replace(_TINY_CONFIG, layers=16, width=128, feed_forward=512)
+        pretrained.save_pretrained(self.directory / "deep", config, decoder.init_parameters(config, jax.random.key(0)))
+        layer = 4 * 128 * 512
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        loaded = pretrained.load_parameters(
+            self.directory / "deep", config, find_kind=lambda path: kind if "/w_" in path else ""
+        )
+        _, peak = tracemalloc.get_traced_memory()
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+        self.assertLess(peak, held + 8 * layer)  # of one published layer at a time and what is computed from it
+
+    def test_load_quantized_of_weights_that_are_not_finite_is_an_error_that_names_them(self):
+        directory = self.copy()
+        self.edit_tensors(directory, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill(np.nan))
+        config = pretrained.load_config(directory)
+        for kind in quantization.KINDS:
+            with self.assertRaisesRegex(
+                ValueError, "model.layers.1.mlp.up_proj.weight has weights that are not finite"
+            ):
+                pretrained.load_parameters(directory, config, find_kind=lambda path: kind if "/w_" in path else "")  # noqa: B023
 
     def test_load_with_missing_tensor_is_an_error_that_names_it(self):
         directory = self.copy()
@@ -650,6 +701,15 @@ class GgufTest(_TemporaryTest):
         got_config, got = _load(self.write(name))
         self.assertEqual(got_config, config)
         _assert_equal_bits(got, needed)
+
+    def test_gguf_quantized_gives_the_same_codes_as_safetensors(self):
+        loaded = [
+            pretrained.load_parameters(
+                path, pretrained.load_config(path), find_kind=lambda path: "nf4" if "/w_" in path else ""
+            )
+            for path in (_REFERENCES / "tiny_llama_bias", self.write("llama_bias"))
+        ]
+        _assert_equal_bits(*loaded)
 
     def split(self, file, count, stem):
         """Writes the files that llama.cpp's gguf-split makes of one: the fields in the first, tensors in all."""

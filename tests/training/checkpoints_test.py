@@ -41,6 +41,12 @@ class ChecksumTest(absltest.TestCase):
         place = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
         self.assertEqual(checkpoints.compute_checksums({"a": jax.device_put(array, place), "n": count}), expected)
 
+    def test_checksum_of_narrow_arrays_is_that_of_their_bits_as_words(self):
+        codes = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
+        words = checksum(codes.view(np.uint8).astype(np.uint32))
+        arrays = [jnp.asarray(codes), jnp.asarray(codes.view(np.uint8))]
+        self.assertEqual(list(checkpoints.compute_checksums(arrays).values()), [words, words])
+
     def test_every_bit_and_every_place_counts(self):
         array = np.zeros((2, 3), np.float32)
         seen = {checksum(array)}

@@ -91,6 +91,11 @@ class RuleTest(parameterized.TestCase):
         (("layers", "attention_norm"), (2, 32), PartitionSpec(None, None)),
         (("layers", "attention", "b_query"), (2, 32), PartitionSpec(None, None)),
         (("final_norm",), (32,), PartitionSpec(None)),
+        (("layers", "w_up", "nf4_codes"), (2, 32, 48), PartitionSpec(None, "fsdp", "tensor")),
+        (("layers", "w_down", "weight", "nf4_codes"), (2, 32, 48), PartitionSpec(None, "tensor", "fsdp")),
+        (("layers", "w_down", "weight", "int8_codes"), (2, 32, 48), PartitionSpec(None, "tensor", "fsdp")),
+        (("layers", "w_up", "weight", "scale_codes"), (2, 1, 48), PartitionSpec(None, None, BOTH)),
+        (("layers", "w_up", "weight", "scale_step"), (2, 4, 4), PartitionSpec(None, None, None)),
     )
     def test_parameter_is_divided_as_the_table_says(self, path, shape, spec):
         mesh = sharding.make_mesh(MeshConfig(dcn_data=2, data=1, fsdp=2, tensor=2))

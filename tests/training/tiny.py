@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dialog_jax.batching import batches
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.model import decoder, pretrained, quantization
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
@@ -40,6 +40,12 @@ def parameters(model, seed=0):
     """Parameters far enough from zero that every path matters."""
     drawn = decoder.init_parameters(model, jax.random.key(seed))
     return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, drawn)
+
+
+def quantize(kind, stack):
+    """The arrays of quantized matrices [L, in, out], stacked."""
+    parts = [quantization.quantize(kind, matrix)[0] for matrix in np.asarray(stack)]
+    return {name: jax.numpy.asarray(np.stack([part[name] for part in parts])) for name in parts[0]}
 
 
 def trees(dialogues, tokenizer, *, max_length=512, virtual_tokens=virtual_tokens_lib.NONE, **objective):
