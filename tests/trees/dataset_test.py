@@ -361,13 +361,20 @@ class UnwrittenTest(parameterized.TestCase):
     def test_each_kind_is_counted_and_named(self):
         _, trees = self.prepare(unwritten_records.RECORDS, unwritten_records.CUTTING_TEMPLATE)
         places = unwritten_records.PLACES
-        self.assertEqual(trees.report.unwritten, {kind: len(places[kind]) for kind in places})
+        counts = {kind: count for kind, count in trees.report.unwritten.items() if count}
+        self.assertEqual(counts, {kind: len(places[kind]) for kind in places})
         self.assertEqual(trees.report.named, {KINDS[kind][0]: places[kind] for kind in places})
         self.assertIn(
             "2 responses whose reasoning the chat template does not write: dialogue 0 (records[0]): message 1; "
             "dialogue 1 (records[1]): message 1 (set data.responses=verbatim, or",
             str(trees.report),
         )
+
+    def test_an_answer_inside_the_reasoning_that_the_prompt_begins_is_counted_and_named(self):
+        template = unwritten_records.CUTTING_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+        _, trees = self.prepare([unwritten_records.HELLO_RECORD], template, responses="verbatim")
+        self.assertEqual({kind: count for kind, count in trees.report.unwritten.items() if count}, {"reasoning_end": 1})
+        self.assertIn("dialogue 0 (records[0]): message 1: its prompt ends with <think>", str(trees.report))
 
     def test_verbatim_trains_the_reasoning_that_the_template_cuts(self):
         for responses, target in (
