@@ -23,11 +23,11 @@ _ROOMS = {
         "virtual_tokens", "sequences",
     ),
     "trees": (
-        "prefix_tree", "division", "objectives", "histories", "fitting", "weighting", "teacher_file", "teacher", "refusals",
-        "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
+        "prefix_tree", "division", "objectives", "histories", "fitting", "weighting", "teacher_file", "teacher",
+        "refusals", "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
-    "audit": ("inspection", "row_lengths", "unread", "findings", "tally", "figures"),
+    "audit": ("inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures"),
     "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
         "lora_config", "soft_prompt_config", "rotary", "quantization", "matrices", "parameter_trees", "decoder",
