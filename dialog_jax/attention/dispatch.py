@@ -47,6 +47,8 @@ class Kernel(NamedTuple):
     name: str
     attend: Attend
     reason: str
+    branching: bool
+    """Whether it supports trees that are not paths."""
 
 
 class _Candidate(NamedTuple):
@@ -91,6 +93,7 @@ def select_kernel(
     length: int,
     dtype: jax.typing.DTypeLike,
     branching: bool,
+    shares_root: bool = False,
     name: str = "auto",
 ) -> Kernel:
     """Returns the kernel for rows that are divided over the devices of `mesh`.
@@ -101,6 +104,8 @@ def select_kernel(
       length: tokens per row.
       dtype: of queries, keys and values.
       branching: whether a tree of some row may branch; if not, all trees are paths.
+      shares_root: whether the trees of a row are to share a root, and so become one tree that branches, if the kernel
+        supports that (`Kernel.branching`). With a kernel for paths each tree has the root for itself.
       name: "auto" for the fastest that the devices support, "blockwise", "pallas" or "splash".
 
     Raises:
@@ -108,7 +113,7 @@ def select_kernel(
     """
     blockwise_attend = shard_attention(blockwise.attend, mesh)
     if name == "blockwise":
-        return Kernel(name, blockwise_attend, "as configured")
+        return Kernel(name, blockwise_attend, "as configured", branching=True)
     device = mesh.local_devices[0]
     divisor = _head_divisor(mesh, heads, kv_heads)
     shape = (min(length, _PROBE_LENGTH), heads // divisor, kv_heads // divisor, head_dim)
@@ -117,7 +122,7 @@ def select_kernel(
     reasons = []
     for candidate in candidates:
         try:
-            attend, error = _try(candidate, device, shape, dtype, branching)
+            attend, error = _try(candidate, device, shape, dtype, branching or (shares_root and candidate.branching))
         except (_UnsupportedError, jax.errors.JaxRuntimeError) as failure:
             if name != "auto":
                 raise UserError(
@@ -129,9 +134,9 @@ def select_kernel(
             reasons.append(str(failure))
             continue
         reasons.insert(0, f"equal to float64 on {device.device_kind} to {error:.1e}")
-        return Kernel(candidate.name, shard_attention(attend, mesh), "; ".join(reasons))
+        return Kernel(candidate.name, shard_attention(attend, mesh), "; ".join(reasons), candidate.branching)
     reasons = reasons or [f"there is no other kernel for {device.platform}"]
-    return Kernel("blockwise", blockwise_attend, "; ".join(reasons))
+    return Kernel("blockwise", blockwise_attend, "; ".join(reasons), branching=True)
 
 
 def shard_attention(attend: Attend, mesh: Mesh) -> Attend:

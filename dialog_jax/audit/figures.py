@@ -16,7 +16,7 @@ from dialog_jax.audit.tally import Tally, Tools, add_dialogue
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.dialogues.schemas import ROLES
 from dialog_jax.errors import UserError
-from dialog_jax.rendering import special_tokens
+from dialog_jax.rendering import special_tokens, virtual_tokens
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.written import ResponseLost
 from dialog_jax.trees.dialogue_trees import TreeConfig
@@ -27,7 +27,10 @@ _BATCH = 256  # dialogues that are rendered together
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Figures of complete dialogues; only `fills` and findings about lengths depend on `max_length` and `truncate`."""
+    """Figures of complete dialogues; only `fills` and findings about lengths depend on `max_length` and `truncate`.
+
+    A soft prompt is a part of rows (`fills`) and of nothing else.
+    """
 
     records: int
     """Number of records read, valid or not."""
@@ -63,6 +66,8 @@ class Audit:
     dialogue_tokens: Spread | None
     response_tokens: Spread | None
     responses_each: Spread | None
+    soft_prompt: int
+    """Number of tokens of a soft prompt, which each row has once."""
     truncate: str
     """What training does with a response that is longer than a row with its history."""
     fills: list[Fill]
@@ -89,11 +94,17 @@ def make_audit(
     Raises:
       UserError: there are no records.
     """
+    # Rows that a soft prompt shortens hold what rows of the remaining length hold without it.
+    soft_prompt = renderer.virtual_tokens.count
+    renderer = renderer.with_virtual_tokens(virtual_tokens.NONE)
+    lengths = {length for length in row_lengths.LENGTHS if length > soft_prompt + 1} | {config.max_length}
+    config = dataclasses.replace(config, max_length=config.max_length - soft_prompt)
     tools = Tools(
         tokenizer=tokenizer,
         renderer=renderer,
         config=config,
-        lengths=sorted({*row_lengths.LENGTHS, config.max_length}),
+        lengths=sorted(length - soft_prompt for length in lengths),
+        soft_prompt=soft_prompt,
         special=inspection.mask_special_tokens(tokenizer),
         escaper=special_tokens.SpecialTokenEscaper(tokenizer, allow_special_tokens=renderer.allow_special_tokens),
         special_texts=inspection.compile_special_texts(tokenizer),
@@ -137,7 +148,10 @@ def _summarize(tally: Tally) -> Audit:
     encoding = tally.tools.tokenizer.backend_tokenizer.encode("Hello", add_special_tokens=True)
     bos_added = bos is not None and encoding.ids[:1] == [bos]
     max_length = tally.tools.config.max_length
-    fills = row_lengths.measure_fills(tally.measures, counts["targets"], tally.tools.lengths, max_length)
+    soft_prompt = tally.tools.soft_prompt
+    fills = row_lengths.measure_fills(
+        tally.measures, counts["targets"], tally.tools.lengths, max_length, soft_prompt=soft_prompt
+    )
     counts["trees"] = len(tally.measures)
     for kind, holds in (
         ("nothing", not tally.measures),
@@ -147,7 +161,7 @@ def _summarize(tally: Tally) -> Audit:
         if holds:
             tally.findings.add(kind)
     for fill in fills:
-        if fill.max_length == max_length:
+        if fill.max_length == max_length + soft_prompt:
             _add_lengths(tally.findings, fill)
     for kind, keys in tally.keys.describe_unread().items():
         tally.findings.add(kind, ", ".join(keys))
@@ -177,6 +191,7 @@ def _summarize(tally: Tally) -> Audit:
         dialogue_tokens=row_lengths.measure_spread(tally.tree_tokens),
         response_tokens=row_lengths.measure_spread(tally.response_tokens),
         responses_each=row_lengths.measure_spread(tally.responses_each),
+        soft_prompt=soft_prompt,
         truncate=tally.tools.config.truncate,
         fills=fills,
         unread=tally.keys.count_unread(),

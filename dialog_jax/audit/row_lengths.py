@@ -120,19 +120,26 @@ def measure_lengths(
 
 
 def measure_fills(
-    measures: Sequence[Sequence[Measure]], complete_targets: int, lengths: Sequence[int], max_length: int
+    measures: Sequence[Sequence[Measure]],
+    complete_targets: int,
+    lengths: Sequence[int],
+    max_length: int,
+    *,
+    soft_prompt: int = 0,
 ) -> list[Fill]:
     """Returns the rows at `max_length`, and at the other `lengths` up to the first at which every dialogue is complete.
 
     Args:
       measures: of each dialogue, at each of `lengths`.
       complete_targets: number of targets of all complete dialogues.
+      lengths, max_length: of rows, less the soft prompt.
+      soft_prompt: number of tokens of a soft prompt, which each row has once.
     """
     fills: list[Fill] = []
     is_complete = False
     for length, of_length in zip(lengths, zip(*measures, strict=True), strict=False):
         if not is_complete or length == max_length:
-            fills.append(_measure_fill(of_length, complete_targets, length))
+            fills.append(_measure_fill(of_length, complete_targets, length, soft_prompt))
         is_complete = is_complete or all(measure.complete for measure in of_length)
     return fills
 
@@ -147,14 +154,16 @@ def _select_fitting(excerpt: Excerpt, renderer: Renderer, config: TreeConfig) ->
     return excerpt._replace(sequences=list(sequences))
 
 
-def _measure_fill(measures: Sequence[Measure], complete_targets: int, max_length: int) -> Fill:
+def _measure_fill(measures: Sequence[Measure], complete_targets: int, room: int, soft_prompt: int) -> Fill:
+    """Returns the rows that have room for that many tokens behind a soft prompt."""
     tokens = np.array([size for measure in measures for size in measure.tokens], np.int64)
     targets = np.array([size for measure in measures for size in measure.targets], np.int64)
-    rows = packing.pack_trees(tokens, targets, max_length=max_length, rng=np.random.default_rng(0))
+    rows = packing.pack_trees(tokens, targets, max_length=room, rng=np.random.default_rng(0))
+    max_length = room + soft_prompt
     return Fill(
         max_length=max_length,
         rows=len(rows),
-        used=float(tokens.sum() / max(1, len(rows) * max_length)),
+        used=float((tokens.sum() + len(rows) * soft_prompt) / max(1, len(rows) * max_length)),
         divided=sum(measure.divided for measure in measures),
         repeated=sum(measure.repeated for measure in measures),
         shortened=sum(measure.shortened for measure in measures),

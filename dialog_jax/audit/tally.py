@@ -34,6 +34,9 @@ class Tools(NamedTuple):
     renderer: Renderer
     config: TreeConfig
     lengths: list[int]
+    """Of rows; as the `max_length` of `config`, without the soft prompt."""
+    soft_prompt: int
+    """Number of its tokens."""
     special: Bool[np.ndarray, " vocabulary"]
     """Whether a token is special."""
     escaper: special_tokens.SpecialTokenEscaper

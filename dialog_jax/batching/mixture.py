@@ -58,6 +58,10 @@ class Mixture:
         _, trees, index = self._find(number)
         return trees.shared_prefix(index)
 
+    def without_shared_prefixes(self) -> "Mixture":
+        """Returns the mixture of the same trees, none of which shares a prefix with another in a row."""
+        return dataclasses.replace(self, sets={name: s.without_shared_prefixes() for name, s in self.sets.items()})
+
     def dialogue(self, number: int) -> str:
         """Returns the set and the dialogue of tree `number`."""
         name, trees, index = self._find(number)

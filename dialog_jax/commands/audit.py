@@ -92,6 +92,8 @@ def figures(audit: Audit) -> list[tuple[str, str]]:
             )
         )
     sentences += [("end of turn", _end_of_turn(audit)), ("beginning", _beginning(audit))]
+    if audit.soft_prompt:
+        sentences.append(("soft prompt", f"{audit.soft_prompt:,} tokens of each row"))
     for heading, spread in (
         ("tokens of a dialogue", audit.dialogue_tokens),
         ("tokens of a response", audit.response_tokens),

@@ -12,7 +12,8 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.rendering.tokenizers import largest_token, load_tokenizer
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.data_sources import Source
 
@@ -82,7 +83,9 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
         raise UserError("model and tokenizer are empty. Name one of them: --config.model=... or --config.tokenizer=...")
     options = renderer_options(config)
     tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"), model=config.model)
-    return tokenizer, Renderer(tokenizer, **options)
+    # The model's embedding may have more rows; here, ids only have to be none of the tokenizer's.
+    virtual_tokens = VirtualTokens(largest_token(tokenizer) + 1, config.soft_prompt.tokens)
+    return tokenizer, Renderer(tokenizer, virtual_tokens=virtual_tokens, **options)
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:

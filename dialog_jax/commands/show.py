@@ -5,6 +5,7 @@
     ⟦ ⟧     trained on; ⟦0.5: ⟧ with that weight, if it is not 1
     ⏎ ⇥     a line break and a tab of the text; a line without ⏎ continues on the next
     turn 2  response number 2 of its path starts here, counted from 0
+    <soft prompt: 8 tokens>  what soft_prompt.tokens puts in front of every dialogue
     ├ │     a branch; the largest branch continues below without indentation
 
 In a terminal, colors show the role of a token, dim text has weight 0, and special tokens are underlined. In a pipe
@@ -20,7 +21,6 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import rich.console
 import rich.text
-import transformers
 from absl import flags
 
 from dialog_jax.audit import inspection
@@ -94,9 +94,7 @@ def _locate_messages(one: SupervisedSequence, known: Collection[int], renderer: 
     return list(rendered)[-1].message_spans
 
 
-def lines(
-    tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast
-) -> Iterator[tuple[str, rich.text.Text]]:
+def lines(tree: Tree, roles: Sequence[str], renderer: Renderer) -> Iterator[tuple[str, rich.text.Text]]:
     """Yields (prefix, text) of each line: the largest branch of a node continues below, the others are indented."""
     children: dict[int, list[int]] = collections.defaultdict(list)
     for node, parent in enumerate(tree.parent.tolist()):
@@ -108,7 +106,7 @@ def lines(
         run = [node]
         while len(children[run[-1]]) == 1:
             run += children[run[-1]]
-        for number, (label, text) in enumerate(_run_lines(tree, roles, tokenizer, run)):
+        for number, (label, text) in enumerate(_run_lines(tree, roles, renderer, run)):
             yield f"{label:<{_GUTTER}}{indent if number else first}", text
         branches = children[run[-1]]
         if branches:
@@ -118,11 +116,16 @@ def lines(
 
 
 def _run_lines(
-    tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast, run: Sequence[int]
+    tree: Tree, roles: Sequence[str], renderer: Renderer, run: Sequence[int]
 ) -> list[tuple[str, rich.text.Text]]:
     """Returns (label, text) of each line of a run of tokens without a branch."""
     run_lines = [("", rich.text.Text())]
-    special, weight = inspection.list_special_tokens(tokenizer), 0.0
+    special, weight = inspection.list_special_tokens(renderer.tokenizer), 0.0
+    count = renderer.virtual_tokens.count
+    if int(tree.parent[run[0]]) < 0 and count:
+        style = f"{_COLORS[_TEMPLATE]} dim underline"
+        run_lines[0][1].append(f"<soft prompt: {count:,} token{'s' if count > 1 else ''}>", style=style)
+        run = run[count:]
 
     def close() -> None:
         if weight:  # after a trained line break, on the line that it ends
@@ -142,7 +145,7 @@ def _run_lines(
         if turn >= 0 and (parent < 0 or tree.turn[parent] != turn):
             run_lines[-1] = (f"turn {turn}", run_lines[-1][1])
         style = f"{_COLORS[role]} {'bold' if weight else 'dim'}{' underline' if is_special else ''}"
-        first, *others = _decode_run(tree, nodes, tokenizer).split("\n")
+        first, *others = _decode_run(tree, nodes, renderer).split("\n")
         run_lines[-1][1].append(first, style=style)
         for part in others:
             run_lines[-1][1].append("⏎", style="dim")
@@ -151,14 +154,14 @@ def _run_lines(
     return [(label, text) for label, text in run_lines if text]
 
 
-def _decode_run(tree: Tree, nodes: Sequence[int], tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+def _decode_run(tree: Tree, nodes: Sequence[int], renderer: Renderer) -> str:
     """Returns the text of a run of tokens, decoded after the tokens before it; control characters become symbols."""
     before: list[int] = []
     ancestor = int(tree.parent[nodes[0]])
-    while ancestor >= 0 and len(before) < _CONTEXT:
+    while ancestor >= renderer.virtual_tokens.count and len(before) < _CONTEXT:
         before.insert(0, int(tree.tokens[ancestor]))
         ancestor = int(tree.parent[ancestor])
-    backend = tokenizer.backend_tokenizer
+    backend = renderer.tokenizer.backend_tokenizer
     known = backend.decode(before, skip_special_tokens=False)
     if known.endswith("\ufffd"):  # a branch inside a character
         before, known = [], ""
@@ -167,15 +170,16 @@ def _decode_run(tree: Tree, nodes: Sequence[int], tokenizer: transformers.PreTra
     return text[len(known) :].translate(symbols)
 
 
-def token_lines(
-    tree: Tree, roles: Sequence[str], tokenizer: transformers.PreTrainedTokenizerFast
-) -> Iterator[tuple[str, str]]:
+def token_lines(tree: Tree, roles: Sequence[str], renderer: Renderer) -> Iterator[tuple[str, str]]:
     """Yields (line, role) of a heading and of each token."""
+    tokenizer = renderer.tokenizer
     row = "{:>6} {:>8} {:>6} {:>6} {:>9} {:>4}  {:<9} {:>7}  {}"
     yield row.format("index", "position", "parent", "end", "weight", "turn", "role", "id", "text"), _TEMPLATE
     for node, token in enumerate(tree.tokens.tolist()):
         text = repr(tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
-        if "\ufffd" in text:  # an incomplete character: print the vocabulary's spelling
+        if renderer.virtual_tokens.contain(token):
+            text = renderer.virtual_tokens.describe(token)
+        elif "\ufffd" in text:  # an incomplete character: print the vocabulary's spelling
             text = str(tokenizer.convert_ids_to_tokens(token))
         figures = (int(getattr(tree, field)[node]) for field in ("position", "parent", "subtree_end"))
         turn = "" if tree.turn[node] < 0 else int(tree.turn[node])
@@ -206,7 +210,7 @@ def _print(console: rich.console.Console, before: str, text: rich.text.Text) -> 
 
 def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console) -> None:
     """Prints the dialogue, as text or as a table of its tokens."""
-    tokenizer, renderer = config_inputs.open_renderer(config)
+    _, renderer = config_inputs.open_renderer(config)
     objective = config.objective
     (excerpts,) = inspection.render_dialogues([dialogue], renderer, objective)
     if isinstance(excerpts, UserError):
@@ -221,7 +225,7 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
         roles = [_TEMPLATE if turn < 0 else "assistant" for turn in tree.turn]
         console.print(f"the roles of the history cannot be determined: {error}", markup=False, soft_wrap=True)
     if _TOKENS.value:
-        for line, role in token_lines(tree, roles, tokenizer):
+        for line, role in token_lines(tree, roles, renderer):
             console.print(line, style=_COLORS[role], markup=False, soft_wrap=True)
         return
     console.print(dialogue.name, style="bold", markup=False)
@@ -229,7 +233,7 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
     if console.color_system:
         legend += [rich.text.Text(role, style=color) for role, color in _COLORS.items()]
     console.print(rich.text.Text("   ").join(legend), end="\n\n")
-    for before, text in lines(tree, roles, tokenizer):
+    for before, text in lines(tree, roles, renderer):
         _print(console, before, text)
     console.print(f"\n{totals(tree, sequences)}", soft_wrap=True)
 

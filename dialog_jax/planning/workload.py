@@ -9,7 +9,8 @@ import numpy as np
 from dialog_jax.batching import batches
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.rendering.tokenizers import load_tokenizer
+from dialog_jax.rendering.tokenizers import largest_token, load_tokenizer
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.trees import dataset
@@ -58,6 +59,7 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
             template_time=config.data.template_time,
             allow_special_tokens=config.data.allow_special_tokens,
             responses=config.data.responses,
+            virtual_tokens=VirtualTokens(largest_token(tokenizer) + 1, config.soft_prompt.tokens),
         ),
         config.make_tree_config(),
     )

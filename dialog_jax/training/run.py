@@ -100,8 +100,13 @@ def run(
         inputs = distributed.run_primary_first(lambda: run_inputs.read_inputs(config, directory, console, now))
         if inputs.template_time:
             config = set_template_time(config, inputs.template_time)
-        plan, steps = _plan_steps(config, inputs.train, sharding.count_row_shards(mesh), console)
         dtype = _compute_dtype(config, mesh)
+        kernel = _select_kernel(config, mesh, inputs, dtype)
+        console.print(f"attention: {kernel.name} ({kernel.reason})")
+        if config.soft_prompt.tokens and not kernel.branching:
+            console.print(f"the soft prompt precedes each dialogue of a row: {kernel.name} is for rows of paths")
+            inputs = inputs.without_shared_prefixes()
+        plan, steps = _plan_steps(config, inputs.train, sharding.count_row_shards(mesh), console)
         hashes = {**inputs.hashes, "steps": steps, "compute_dtype": dtype.name}
         distributed.check_same("content", hashes)
         changes += run_directory.find_input_changes(directory, hashes)
@@ -110,8 +115,6 @@ def run(
         changes = list(dict.fromkeys(changes))  # a number of steps is a field of the config, and of the inputs
         for change in changes:
             console.print(f"changed: {change}")
-        kernel = _select_kernel(config, mesh, inputs, dtype)
-        console.print(f"attention: {kernel.name} ({kernel.reason})")
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
         selection = trainable.select(config, inputs.model, dtype, inputs.adapter)
@@ -260,6 +263,7 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
         length=config.data.max_length,
         dtype=dtype,
         branching=config.data.share_prefixes or inputs.train.branching or inputs.held_out.branching,
+        shares_root=config.soft_prompt.tokens > 0,
         name=config.attention,
     )
     distributed.check_same("attention", {"name": kernel.name})

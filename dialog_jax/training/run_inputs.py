@@ -71,6 +71,12 @@ class Inputs(NamedTuple):
     hashes: Mapping[str, str]
     """Hashes of the content of model and data, by config field."""
 
+    def without_shared_prefixes(self) -> "Inputs":
+        """Returns the inputs with trees that share no prefix, for attention kernels that support only paths."""
+        return self._replace(
+            train=self.train.without_shared_prefixes(), held_out=self.held_out.without_shared_prefixes()
+        )
+
 
 def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.console.Console, now: str = "") -> Inputs:
     """Returns the inputs that `config` names. Trees are prepared unless `directory` or data.cache_dir has them.

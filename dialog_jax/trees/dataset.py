@@ -157,6 +157,14 @@ class Trees:
         """Returns (id, length) of the shared prefix of tree `number`."""
         return int(self.shared_prefix_id[number]), int(self.shared_prefix_length[number])
 
+    def without_shared_prefixes(self) -> "Trees":
+        """Returns the same trees, none of which shares a prefix with another in a row."""
+        return dataclasses.replace(
+            self,
+            shared_prefix_length=np.zeros_like(self.shared_prefix_length),
+            shared_prefix_id=np.full_like(self.shared_prefix_id, -1),
+        )
+
     def dialogue(self, number: int) -> str:
         """Returns the id of the dialogue of tree `number`."""
         return str(self.ids[number])

@@ -61,6 +61,14 @@ class SelectKernelTest(parameterized.TestCase):
         kernel = _select(("first", _interpreted), ("second", blockwise.attend), name="second")
         self.assertEqual(kernel.name, "second")
 
+    def test_kernel_is_probed_on_trees_that_share_a_root_only_if_it_supports_them(self):
+        for for_trees in (True, False):
+            with mock.patch.object(dispatch, "probe", return_value={"output": 0.0}) as probe:
+                kernel = _select(("k", _interpreted), branching=False, shares_root=True, for_trees=for_trees)
+            self.assertEqual((kernel.name, kernel.branching), ("k", for_trees))
+            self.assertEqual(probe.call_args.args[-1], for_trees)
+        self.assertTrue(_select(("paths", _interpreted), branching=True, for_trees=False).branching)  # blockwise
+
     @parameterized.parameters(100, 511, 512, 700, 1024, 2048, 100_000)
     def test_probe_uses_the_block_length_of_the_run(self, length):
         with mock.patch.object(dispatch, "probe", return_value={"output": 0.0}) as probe:

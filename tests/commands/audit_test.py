@@ -96,6 +96,20 @@ class AuditTest(absltest.TestCase):
         (role,) = [line for line in told.splitlines() if line.strip().startswith("user messages")]
         self.assertIn(f" {written['roles']['user']} ", role)
 
+    def test_soft_prompt_is_a_part_of_each_row_and_of_nothing_else(self):
+        _, _, without = self.audit(_GOOD, "--config.data.max_length=448")
+        told, error, written = self.audit(_GOOD, "--config.data.max_length=512", "--config.soft_prompt.tokens=64")
+        self.assertEmpty(error)
+        self.assertIn("64 tokens of each row", told)
+        (fill,), other = written.pop("fills"), without.pop("fills")[0]
+        rows = fill["rows"]
+        self.assertEqual((fill.pop("max_length"), other.pop("max_length")), (512, 448))
+        self.assertAlmostEqual(fill.pop("used") * rows * 512, other.pop("used") * rows * 448 + rows * 64)
+        self.assertEqual(fill, other)
+        self.assertEqual((written.pop("soft_prompt"), without.pop("soft_prompt")), (64, 0))
+        self.assertEqual((written.pop("data")["max_length"], without.pop("data")["max_length"]), (512, 448))
+        self.assertEqual(written, without)
+
     def test_errors_exit_with_2_and_the_rest_is_looked_at(self):
         told, error, written = self.audit([_GOOD[0], '{"prompt": "Hi', {"prompt": "Hi"}, _GOOD[1]])
         self.assertEqual(error, "[exit code 2]")

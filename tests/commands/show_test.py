@@ -115,6 +115,17 @@ class ShowTest(parameterized.TestCase):
     def test_continuations_are_branches_and_parts_have_their_weights(self):
         self.assertEqual(self.picture(_CONTINUATIONS), _CONTINUATIONS_PICTURE)
 
+    def test_soft_prompt_is_named_in_front_of_the_dialogue(self):
+        record = {"messages": _REASONING}
+        prompt = "--config.soft_prompt.tokens=3"
+        picture = self.picture(record, prompt, family="qwen3")
+        self.assertEqual(picture, " " * _GUTTER + "<soft prompt: 3 tokens>" + _REASONING_PICTURE[_GUTTER:])
+        without, tokens = self.tokens(record, family="qwen3"), self.tokens(record, prompt, family="qwen3")
+        self.assertEqual([token["text"] for token in tokens[:3]], [f"<soft prompt {number}>" for number in range(3)])
+        self.assertEqual([token["position"] for token in tokens[:3]], ["0", "1", "2"])
+        for field in ("weight", "turn", "role", "id", "text"):
+            self.assertEqual([token[field] for token in tokens[3:]], [token[field] for token in without])
+
     def test_text_that_is_not_in_lines_keeps_its_spaces(self):
         contents = ["Hi there", "Hello!", "a b", "c d"]
         roles = ["user", "assistant"] * 2

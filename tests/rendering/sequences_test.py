@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pickle
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,8 @@ from absl.testing import absltest, parameterized
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.rendering import sequences as sequences_lib
 from dialog_jax.rendering import special_tokens, template_process
+from dialog_jax.rendering.token_spans import MessageSpan
+from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from tests.rendering import chat_templates
 from tests.rendering.chat_templates import FAMILIES
 
@@ -246,6 +249,40 @@ class OptionsTest(parameterized.TestCase):
         )
         (sequence,) = render(renderer_of("chatml"), dialogue)
         self.assertEqual((sequence.turn, sequence.message_index), (1, 3))
+
+    @parameterized.parameters("chatml", "qwen3", "mistral")
+    def test_virtual_tokens_come_first_and_shift_everything_else(self, family):
+        parts = (Part(text="Hello", weight=0.5), Part(text=" you", weight=2.0))
+        dialogue = said(
+            ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello you"), ("user", "c"), ("assistant", "d")
+        )
+        messages = list(dialogue.messages)
+        messages[2] = Message(role="assistant", content="Hello you", parts=parts)
+        dialogue = Dialogue(id=0, messages=tuple(messages))
+        without = renderer_of(family)
+        renderer = sequences_lib.Renderer(chat_templates.train_tokenizer(family), virtual_tokens=VirtualTokens(900, 3))
+        renderer = pickle.loads(pickle.dumps(renderer.with_responses("rendered")))
+        ids, options = [900, 901, 902], {"full": True, "locate": lambda message: message.role != "system"}
+        expected = render(without, dialogue, **options)
+        sequences = render(renderer, dialogue, **options)
+        for one, other in zip(sequences, expected, strict=True):
+            self.assertEqual(one.tokens.tolist(), [*ids, *other.tokens.tolist()])
+            self.assertEqual((one.start, one.virtual, other.virtual), (other.start + 3, 3, 0))
+            for span, other_span in [
+                *zip(one.message_spans, other.message_spans, strict=True),
+                (MessageSpan(0, 0, 0, one.part_spans), MessageSpan(0, -3, -3, other.part_spans)),
+            ]:
+                self.assertEqual((span.start, span.stop), (other_span.start + 3, other_span.stop + 3))
+                self.assertEqual(span.part_spans, tuple((a + 3, b + 3) for a, b in other_span.part_spans))
+        self.assertTrue(any(one.part_spans for one in sequences))
+        self.assertTrue(any(one.message_spans for one in sequences))
+        for method in ("encode_prompt", "encode_shared_prefix"):
+            self.assertEqual(
+                getattr(renderer, method)(dialogue).tolist(), [*ids, *getattr(without, method)(dialogue).tolist()]
+            )
+        limit = len(expected[0].tokens)
+        self.assertLen(render(renderer, dialogue, max_length=limit + 3), 1)
+        self.assertEmpty(render(renderer, dialogue, max_length=limit + 2))
 
     def test_prompt_is_what_a_reply_continues(self):
         dialogue = said(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))

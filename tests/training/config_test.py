@@ -8,6 +8,8 @@ from absl.testing import absltest, parameterized
 from dialog_jax.attention import dispatch
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder
+from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config
 from dialog_jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 
@@ -115,11 +117,37 @@ class ConfigTest(parameterized.TestCase):
             "data.template_time is 'July'; it must be a date or time",
         ),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
+        (
+            {"soft_prompt": SoftPromptConfig(tokens=1023)},
+            "as long as the row leaves no room for a prompt and a response",
+        ),
+        (
+            {"soft_prompt": SoftPromptConfig(tokens=8), "freeze": ("embedding",)},
+            "freeze or train_only is set with soft_prompt.tokens, which freezes the model's own parameters",
+        ),
         ({"attention": "portable"}, "attention is 'portable'; it must be one of auto, blockwise, pallas, splash"),
     )
     def test_bad_value_is_refused(self, changes, message):
         with self.assertRaisesRegex(ValueError, message):
             example(**changes)
+
+    @parameterized.parameters(
+        ({"tokens": -1}, "soft_prompt.tokens is -1; it must be at least 1, or 0 for no soft prompt"),
+        ({"tokens": 8, "init": "zeros"}, "soft_prompt.init is 'zeros'; it must be one of vocabulary, text, random"),
+        ({"tokens": 8, "init": "text"}, "soft_prompt.text is ''; text is read with init = text, which needs it"),
+        ({"tokens": 8, "text": "Hi"}, "soft_prompt.init is 'vocabulary' and soft_prompt.text is 'Hi'"),
+    )
+    def test_bad_soft_prompt_is_refused(self, fields, message):
+        with self.assertRaisesRegex(UserError, message):
+            SoftPromptConfig(**fields)
+
+    def test_learning_rate_is_that_of_what_is_trained(self):
+        prompt, lora = SoftPromptConfig(tokens=8), LoraConfig(rank=4)
+        rates = [
+            example(**fields).resolve().optimizer.learning_rate
+            for fields in ({}, {"soft_prompt": prompt}, {"lora": lora}, {"lora": lora, "soft_prompt": prompt})
+        ]
+        self.assertEqual(rates, [2e-5, 1e-2, 3e-4, 3e-4])
 
     def test_defaults_are_a_config_and_what_is_missing_is_named_when_it_is_needed(self):
         defaults = TrainConfig()

@@ -205,6 +205,9 @@ class RulesTest(parameterized.TestCase):
 
 
 class DecayMaskTest(absltest.TestCase):
+    def test_a_soft_prompt_does_not_decay(self):
+        self.assertEqual(optimizer.decay_mask({"soft_prompt": jnp.ones((3, 4))}), {"soft_prompt": False})
+
     def test_matrices_decay_and_norms_biases_and_embedding_do_not(self):
         model = tiny.config(64, family="qwen2", qkv_bias=True, tie_embeddings=False)
         mask = optimizer.decay_mask(decoder.init_parameters(model, jax.random.key(0)))

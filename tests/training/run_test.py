@@ -19,11 +19,13 @@ import pytest
 import rich.console
 from absl.testing import absltest, parameterized
 
+from dialog_jax.attention import blockwise, dispatch
 from dialog_jax.dialogues import holdout
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
 from dialog_jax.model import decoder, pretrained
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import checkpoints, metrics, run_directory, run_inputs
@@ -173,6 +175,23 @@ class RunTest(parameterized.TestCase):
         with self.assertRaisesRegex(UserError, "attention=pallas does not work here: pallas is a kernel for gpu"):
             self.run_in("run", attention="pallas")
         self.assertFalse((self.directory / "run" / "config.json").exists())
+
+    @pytest.mark.full
+    def test_soft_prompt_precedes_each_dialogue_where_the_kernel_supports_only_paths(self):
+        turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")] * 2  # a path
+        for name in ("train", "validation"):
+            lines = [json.dumps({"id": n, "messages": turns[: 2 + 2 * (n % 2)]}) for n in range(8)]
+            (self.directory / f"{name}.jsonl").write_text("\n".join(lines))
+        fields = {"soft_prompt": SoftPromptConfig(tokens=5), "steps": 1}
+        shared = self.run_in("run", **fields)
+        self.assertNotIn("precedes each dialogue", self.output.getvalue())
+        kernel = dispatch._Candidate("paths", "cpu", False, lambda: blockwise.attend)
+        with mock.patch.object(dispatch, "_CANDIDATES", (kernel,)):
+            repeated = self.run_in("other", **fields)
+        self.assertIn(
+            "the soft prompt precedes each dialogue of a row: paths is for rows of paths", self.output.getvalue()
+        )
+        self.assertAlmostEqual(shared.initial["loss"] / repeated.initial["loss"], 1, delta=1e-5)
 
     @pytest.mark.full
     def test_time_of_a_template_that_reads_the_clock_is_fixed_for_the_run(self):

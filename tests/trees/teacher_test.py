@@ -17,6 +17,7 @@ from dialog_jax.batching import batches
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import parse_records
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.rendering.virtual_tokens import NONE, VirtualTokens
 from dialog_jax.trees import dataset, disk_cache, prefix_tree, teacher_file
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -120,11 +121,12 @@ class TeacherTest(parameterized.TestCase):
         max_length=1000,
         truncate="turns",
         share_prefixes=False,
+        virtual_tokens=NONE,
         **objective,
     ):
         return dataset.prepare(
             dialogues,
-            Renderer(chat_templates.train_tokenizer(family)),
+            Renderer(chat_templates.train_tokenizer(family), virtual_tokens=virtual_tokens),
             TreeConfig(
                 objective=ObjectiveConfig(**objective),
                 max_length=max_length,
@@ -229,6 +231,19 @@ class PrepareTest(TeacherTest):
             seen = np.flatnonzero((np.arange(500) <= source) & (source < batch.subtree_end[b]))
             context = (*batch.tokens[b, seen].tolist(), int(batch.target[b, s]))
             np.testing.assert_array_equal(batch.teacher_token[b, s], said[context] + np.arange(_TOP))
+
+    def test_a_soft_prompt_is_no_part_of_what_the_teacher_read(self):
+        dialogues = [turns(2), TREE, two_turns()]
+        self.write(dialogues)
+        without, trees = self.prepare(dialogues), self.prepare(dialogues, virtual_tokens=VirtualTokens(512, 5))
+        for number in range(len(without)):
+            np.testing.assert_array_equal(
+                trees.teacher_rows(number), np.pad(without.teacher_rows(number), (5, 0), constant_values=-1)
+            )
+        batch = batches.fill_rows(trees, [list(range(len(trees)))], max_length=500)
+        other = batches.fill_rows(without, [list(range(len(trees)))], max_length=500)
+        self.assertEqual(batch.segment.max(), 1)
+        np.testing.assert_array_equal(batch.teacher_token, other.teacher_token)
 
     def test_pieces_of_a_long_dialogue_have_the_teacher_of_the_whole(self):
         dialogue = turns(6)
