@@ -1,6 +1,8 @@
 """Inputs of a command that the config names: dialogues, and a tokenizer with its chat template. Imports no JAX."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,8 +86,27 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
     options = renderer_options(config)
     tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"), model=config.model)
     # The model's embedding may have more rows; here, ids only have to be none of the tokenizer's.
-    virtual_tokens = VirtualTokens(largest_token(tokenizer) + 1, config.soft_prompt.tokens)
+    virtual_tokens = VirtualTokens(largest_token(tokenizer) + 1, _count_virtual_tokens(config))
     return tokenizer, Renderer(tokenizer, virtual_tokens=virtual_tokens, **options)
+
+
+def _count_virtual_tokens(config: TrainConfig) -> int:
+    """Returns the length of the soft prompt: of the config, of its adapter, or of the run that is its model."""
+    if config.soft_prompt.tokens:
+        return config.soft_prompt.tokens
+    adapter, model = (pathlib.Path(place).expanduser() for place in (config.adapter, config.model))
+    files = [(model / "model.json", "soft_prompt")]
+    if config.adapter:  # a soft prompt has a directory for itself, or one within that of LoRA
+        files = [(path / "adapter_config.json", "num_virtual_tokens") for path in (adapter, adapter / "soft_prompt")]
+    for file, field in files:
+        if file.is_file():
+            try:
+                count = json.loads(file.read_text(encoding="utf-8")).get(field, 0)
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{file} is not a JSON object: {error}. Save the adapter or run again.") from None
+            if count:
+                return count
+    return 0
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:

@@ -111,14 +111,15 @@ class Renderer:
 
     def with_responses(self, responses: str) -> "Renderer":
         """Returns a renderer that differs in `responses` only."""
-        return Renderer(
-            self.tokenizer,
-            chat_template_kwargs=self.chat_template_kwargs,
-            allow_special_tokens=self.allow_special_tokens,
-            template_time=self.template_time,
-            responses=responses,
-            virtual_tokens=self.virtual_tokens,
-        )
+        return self._replace(responses=responses)
+
+    def with_virtual_tokens(self, virtual_tokens: VirtualTokens) -> "Renderer":
+        """Returns a renderer that differs in `virtual_tokens` only."""
+        return self._replace(virtual_tokens=virtual_tokens)
+
+    def _replace(self, **changes: Any) -> "Renderer":
+        make, arguments = self.__reduce__()
+        return make(*arguments, **changes)
 
     @property
     def template_time(self) -> str:

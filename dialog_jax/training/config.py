@@ -26,7 +26,7 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 REMAT = ("none", "attention", "dots", "full")
 RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
-LEARNING_RATE, LORA_LEARNING_RATE, SOFT_PROMPT_LEARNING_RATE = 2e-5, 3e-4, 1e-2  # defaults
+LEARNING_RATE, LORA_LEARNING_RATE, SOFT_PROMPT_LEARNING_RATE = 2e-5, 3e-4, 3e-2  # defaults
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
@@ -111,7 +111,7 @@ class OptimizerConfig:
     """adamw; adafactor, whose second moments are a row and a column per matrix; or muon, which orthogonalizes the
     updates of the layers' matrices, with AdamW for other parameters."""
     learning_rate: float = -1.0
-    """Peak of the schedule; -1 for 2e-5, or 3e-4 with LoRA, or 1e-2 for a soft prompt alone."""
+    """Peak of the schedule; -1 for 2e-5, or 3e-4 with LoRA, or 3e-2 for a soft prompt alone."""
     schedule: str = "cosine"
     """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
     falls linearly in the last `decay_fraction` of the steps; `constant` stays."""

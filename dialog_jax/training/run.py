@@ -101,9 +101,10 @@ def run(
         if inputs.template_time:
             config = set_template_time(config, inputs.template_time)
         dtype = _compute_dtype(config, mesh)
-        kernel = _select_kernel(config, mesh, inputs, dtype)
+        selection = trainable.select(config, inputs.model, dtype, inputs.adapter)
+        kernel = _select_kernel(config, mesh, inputs, dtype, shares_root=selection.soft_prompt.tokens > 0)
         console.print(f"attention: {kernel.name} ({kernel.reason})")
-        if config.soft_prompt.tokens and not kernel.branching:
+        if selection.soft_prompt.tokens and not kernel.branching:
             console.print(f"the soft prompt precedes each dialogue of a row: {kernel.name} is for rows of paths")
             inputs = inputs.without_shared_prefixes()
         plan, steps = _plan_steps(config, inputs.train, sharding.count_row_shards(mesh), console)
@@ -117,7 +118,6 @@ def run(
             console.print(f"changed: {change}")
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
-        selection = trainable.select(config, inputs.model, dtype, inputs.adapter)
         update_rule = optimizer.make_optimizer(
             config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if selection.scales else 1.0
         )
@@ -254,7 +254,7 @@ def _compute_dtype(config: TrainConfig, mesh: Mesh) -> np.dtype:
     return jnp.dtype(config.compute_dtype)
 
 
-def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dtype) -> Kernel:
+def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dtype, *, shares_root: bool) -> Kernel:
     kernel = dispatch.select_kernel(
         mesh,
         heads=inputs.model.heads,
@@ -263,7 +263,7 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
         length=config.data.max_length,
         dtype=dtype,
         branching=config.data.share_prefixes or inputs.train.branching or inputs.held_out.branching,
-        shares_root=config.soft_prompt.tokens > 0,
+        shares_root=shares_root,
         name=config.attention,
     )
     distributed.check_same("attention", {"name": kernel.name})

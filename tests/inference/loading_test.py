@@ -12,9 +12,8 @@ import pytest
 import rich.console
 from absl.testing import absltest
 
-from dialog_jax.dialogues.dialogue import Message
 from dialog_jax.errors import UserError
-from dialog_jax.inference import chat, generation, loading
+from dialog_jax.inference import loading
 from dialog_jax.model import pretrained
 from dialog_jax.training import export, run
 from tests.rendering import chat_templates
@@ -73,30 +72,14 @@ class ResizeEmbeddingTest(absltest.TestCase):
 
 
 class SoftPromptTest(absltest.TestCase):
-    def setUp(self):
-        super().setUp()
-        self.tokenizer = chat_templates.train_tokenizer("chatml")
-        self.model = tiny.config(len(self.tokenizer))
-        self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        pretrained.save_pretrained(self.directory, self.model, tiny.parameters(self.model), tokenizer=self.tokenizer)
-
-    def test_model_with_a_soft_prompt_reads_it_in_front_of_every_prompt(self):
-        plain = loading.load_model(self.directory)
-        prompts = np.random.default_rng(0).normal(size=(2, 4, self.model.width)).astype(np.float32)
-        models = [loading.attach_soft_prompt(plain, prompt) for prompt in prompts]
-        prompt, *tokens = [chat.encode_prompt(m, [Message(role="user", content="Hi")]) for m in (plain, *models)]
-        self.assertEqual(tokens, [[*range(len(self.tokenizer), len(self.tokenizer) + 4), *prompt]] * 2)
-        first, second = (generation.Session(m.config, m.parameters).read(tokens[0]) for m in models)
-        self.assertGreater(np.abs(first - second).max(), 0.1)
-
-    def test_soft_prompt_of_another_width_or_as_long_as_the_context_is_refused(self):
-        plain = loading.open_model(self.directory)
-        with self.assertRaisesRegex(UserError, "the soft prompt has embeddings of 8 numbers, but the model's have 32"):
-            loading.attach_soft_prompt(plain, np.zeros((4, 8), np.float32))
-        with self.assertRaisesRegex(UserError, "the soft prompt has 2,047 tokens and the model's context is 2,048"):
-            loading.attach_soft_prompt(plain, np.zeros((2047, 32), np.float32))
-        with self.assertRaisesRegex(UserError, "the soft prompt has 2,047 tokens"):
-            loading.open_model(self.directory, soft_prompt_tokens=2047)
+    def test_soft_prompt_that_fills_the_context_is_refused(self):
+        tokenizer = chat_templates.train_tokenizer("chatml")
+        model = tiny.config(len(tokenizer), max_length=64)
+        directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        pretrained.save_pretrained(directory, model, tiny.parameters(model), tokenizer=tokenizer)
+        self.assertEqual(loading.open_model(directory, soft_prompt_tokens=62).renderer.virtual_tokens.count, 62)
+        with self.assertRaisesRegex(UserError, "the soft prompt has 63 tokens and the model's context is 64, which"):
+            loading.open_model(directory, soft_prompt_tokens=63)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class ConfigTest(parameterized.TestCase):
             example(**fields).resolve().optimizer.learning_rate
             for fields in ({}, {"soft_prompt": prompt}, {"lora": lora}, {"lora": lora, "soft_prompt": prompt})
         ]
-        self.assertEqual(rates, [2e-5, 1e-2, 3e-4, 3e-4])
+        self.assertEqual(rates, [2e-5, 3e-2, 3e-4, 3e-4])
 
     def test_defaults_are_a_config_and_what_is_missing_is_named_when_it_is_needed(self):
         defaults = TrainConfig()
