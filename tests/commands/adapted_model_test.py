@@ -88,6 +88,7 @@ class AdaptedModelTest(absltest.TestCase):
         ]
         self.assertEqual(shown[0], shown[1])
         self.assertIn("⟦This is the answer", shown[0][0])
+        self.assertIn("<soft prompt: 3 tokens>", shown[0][0])
 
     def test_two_adapters_are_refused(self):
         for command in ("chat", "show"):
