@@ -50,7 +50,11 @@ _KINDS = {
 }
 
 
-FULL_PARAMETERS = ("full", "lora everywhere", "frozen embedding", "norms only", "soft prompt")  # see tests/conftest.py
+# Of the full tier: see tests/conftest.py.
+FULL_PARAMETERS = (
+    *("full", "lora everywhere", "lora on nf4", "int8 attention"),
+    *("frozen embedding", "norms only", "soft prompt"),
+)
 
 
 def make_parameters(config, model):
@@ -174,6 +178,7 @@ class TrainedTest(parameterized.TestCase):
 class RunTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("lora", {"lora": LoraConfig(rank=4, dropout=0.1, learning_rate_ratio=4.0)}, {"ema_decay": 0.9}),
+        ("lora_on_nf4", {"lora": LoraConfig(rank=2), "frozen_dtype": "nf4"}, {}),
         ("muon", {"freeze": ("embedding",)}, {"name": "muon"}),
         ("adafactor", {}, {"name": "adafactor", "moments_dtype": "bfloat16"}),
         ("narrow", {}, {"moments_dtype": "bfloat16"}),
