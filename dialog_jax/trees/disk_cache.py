@@ -40,7 +40,7 @@ from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.teacher_file import TeacherFile
 
-FORMAT = 8  # raise when the same input gives different trees, or different files
+FORMAT = 9  # raise when the same input gives different trees, or different files
 MAX_WORKERS = 16  # by default; one reading process can keep about this many busy
 _TYPES: dict[str, type[np.generic]] = {
     **chunks.TOKEN_COLUMNS,
