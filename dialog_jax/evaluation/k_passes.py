@@ -22,7 +22,6 @@ from dialog_jax.evaluation import escaping, response_text
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.rendering.virtual_tokens import VirtualTokens
 
 _SHORTEST_LENGTH = 128
 
@@ -154,7 +153,7 @@ def score_dialogues(
     Raises:
       UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
     """
-    virtual_tokens = VirtualTokens(model.vocab_size, len(parameters.get(decoder.SOFT_PROMPT, ()))).ids().tolist()
+    virtual_tokens = [model.vocab_size + index for index in range(len(parameters.get(decoder.SOFT_PROMPT, ())))]
     for dialogue in dialogues:
         passes = make_passes(
             dialogue,

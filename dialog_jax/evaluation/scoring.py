@@ -188,7 +188,11 @@ def _score_rows(
     """Yields (the trees of each row, the scores [S, ...] of its targets)."""
     if not scored_trees:
         return
-    trees = dataset.concatenate_trees([scored_tree.tree for scored_tree in scored_trees])
+    # A row has a soft prompt once. None of its tokens is a target, so that the targets of a row are in the trees' order.
+    trees = dataset.concatenate_trees(
+        [scored_tree.tree for scored_tree in scored_trees],
+        shared_prefix_lengths=[scored_tree.sequences[0].virtual for scored_tree in scored_trees],
+    )
 
     def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], TargetScores]:
         return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length))
@@ -216,6 +220,7 @@ def _make_batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iter
     context down to `_PACKED_ROW`. A row that is not full runs at the shortest length that holds it.
     """
     tokens, targets = trees.sizes()
+    shared_prefix = int(trees.shared_prefix_length[0])
     remaining = np.arange(len(trees))
     length = context
     rows_by_length: dict[int, list[list[int]]] = collections.defaultdict(list)
@@ -226,11 +231,14 @@ def _make_batches(trees: dataset.Trees, context: int, batch_tokens: int) -> Iter
             targets[remaining],
             max_length=length,
             rng=np.random.default_rng(0),
+            shared_prefix_length=trees.shared_prefix_length[remaining],
+            shared_prefix_id=trees.shared_prefix_id[remaining],
         )
         rows = [remaining[indices].tolist() for indices in packed]
         rows = [row for row in rows if tokens[row].max() > next_length]
         for row in rows:
-            rows_by_length[_find_row_length(int(tokens[row].sum()), length)].append(row)
+            size = int(tokens[row].sum()) - (len(row) - 1) * shared_prefix
+            rows_by_length[_find_row_length(size, length)].append(row)
         remaining = np.setdiff1d(remaining, list(itertools.chain(*rows)))
         length = next_length
     for length, rows in sorted(rows_by_length.items(), reverse=True):
