@@ -87,7 +87,8 @@ def export_model(
                 )
         for file in model.base.licences:
             shutil.copyfile(file, unfinished / file.name)
-        card = model_card.make_card(run, model.base, number, checkpoint.losses, dtype, is_adapter=is_adapter)
+        kind = f"{dtype}, exponential moving average" if average else dtype
+        card = model_card.make_card(run, model.base, number, checkpoint.losses, kind, is_adapter=is_adapter)
         atomic_files.write_text(unfinished / "README.md", card)
         atomic_files.write_text(unfinished / peft_files.ORIGIN, json.dumps(source, indent=1) + "\n")
     kind = "parameters of an adapter" if is_adapter else "parameters"
@@ -97,7 +98,7 @@ def export_model(
 def _check_kind(run: pathlib.Path, model: RunModel, merge: bool) -> bool:
     """Returns whether the export is an adapter; raises UserError if the run has none to merge, or cannot go without."""
     trains_adapter = bool(model.selection.scales or model.selection.soft_prompt.tokens)
-    if merge and not model.selection.scales:
+    if merge and not model.selection.scales and not (trains_adapter and model.base.added_rows):
         trained = "a soft prompt, which is part of no matrix" if trains_adapter else "no adapter"
         raise UserError(f"{run} trained {trained}, so there is nothing to merge. Leave --merge out.")
     if trains_adapter and not merge and model.base.added_rows:

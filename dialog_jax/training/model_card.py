@@ -19,7 +19,7 @@ def make_card(
     base: BaseModel,
     step: int,
     losses: Mapping[int, float],
-    dtype: str,
+    weights: str,
     *,
     is_adapter: bool = False,
 ) -> str:
@@ -29,7 +29,7 @@ def make_card(
       run: the directory of the run.
       step: of the checkpoint.
       losses: held-out loss by step.
-      dtype: of the exported weights.
+      weights: what they are: their type.
       is_adapter: whether these are those of an adapter for the base model, and not of a model.
     """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -41,11 +41,12 @@ def make_card(
         "base model": base.hub_name or config["model"],
         "training data": ", ".join(filter(None, sets)),
         "held-out data": data["validation"] or f"{100 * data['validation_share']:g}% of the training data",
+        "trained": _describe_trained(config),
         "objective": _list_fields(config["objective"]),
         "steps": f"{step:,} of {steps:,}, each of {rows:,} rows of {data['max_length']:,} tokens",
         "held-out loss": _describe_losses(losses, step),
         "optimizer": f"{optimizer['name']}: {_list_fields({name: optimizer[name] for name in _RATE_FIELDS})}",
-        "weights": f"{dtype} (computed in {run_directory.read_hashes(run).get('compute_dtype', 'float32')})",
+        "weights": f"{weights} (computed in {run_directory.read_hashes(run).get('compute_dtype', 'float32')})",
         "version": f"dialog_jax {_find_version()}",
     }
     licence = f"\nThe licence of the base model is in {_list_names(base)}.\n" if base.licences else ""
@@ -78,6 +79,21 @@ def _list_names(base: BaseModel) -> str:
 def _list_fields(fields: Mapping[str, Any]) -> str:
     """Returns "name conditional, turn_discount 1.0", without empty fields."""
     return ", ".join(f"{name} {value}" for name, value in fields.items() if value not in ("", [], {}))
+
+
+def _describe_trained(config: Mapping[str, Any]) -> str:
+    """Returns "lora: rank 32, alpha 32.0, ...", or what else of the parameters was trained."""
+    parts = [
+        f"{name}: {_list_fields(config[name])}"
+        for name, size in (("lora", "rank"), ("soft_prompt", "tokens"))
+        if config.get(name, {}).get(size)
+    ]
+    parts += [f"{name}: {_list(config[name])}" for name in ("adapter", "freeze", "train_only") if config.get(name)]
+    return "; ".join(parts) or "all parameters"
+
+
+def _list(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ", ".join(value)
 
 
 def _describe_losses(losses: Mapping[int, float], step: int) -> str:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -17,7 +18,7 @@ from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training.config import OptimizerConfig, TrainConfig
 from tests.commands import running
-from tests.training import hand_made
+from tests.training import hand_made, tiny
 
 _LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"), rank_pattern={"down_proj": 2})
 _LOSSES = {0: 1.0, 1: 2.0, 2: 3.0}
@@ -60,6 +61,7 @@ class ExportAdapterTest(parameterized.TestCase):
             },
         )
         self.assertIn("fine-tuned on dialogues: an adapter", (self.out / "README.md").read_text())
+        self.assertIn("| trained | lora: rank 3, alpha 5.0, targets [", (self.out / "README.md").read_text())
         origin = json.loads((self.out / "export.json").read_text())
         self.assertEqual((origin["step"], origin["base"]), (1, model_files.fingerprint(self.base)))
         self.assertTrue(load_tokenizer(self.out).chat_template)
@@ -105,6 +107,7 @@ class ExportAdapterTest(parameterized.TestCase):
         _, error = self.export()
         self.assertRegex(error, "began with the model 'base', which is not here; .*Name it: --base=PATH")
         self.export(f"--base={self.base}")
+        self.assertIn("| trained | freeze: embedding, layers/feed_forward/* |", (self.out / "README.md").read_text())
         loaded = parameter_trees.flatten(pretrained.load_parameters(self.out, self.model))
         expected = parameter_trees.flatten(parameter_trees.merge(parts.trained, parts.frozen))
         for path, leaf in loaded.items():
@@ -117,6 +120,7 @@ class ExportAdapterTest(parameterized.TestCase):
         adapter = peft_reading.read_adapter(self.out, self.model)
         a = parameter_trees.flatten(adapter.factors)["layers/attention/w_query/lora_a"]
         np.testing.assert_array_equal(a, 2 * parts.trained["layers"]["attention"]["w_query"]["lora_a"])
+        self.assertIn("float32, exponential moving average (computed", (self.out / "README.md").read_text())
         self.assertIn("holds no export of step 1", self.export()[1])
 
     def test_soft_prompt_is_a_directory_of_peft_by_itself_or_within_that_of_lora(self):
@@ -145,6 +149,14 @@ class ExportAdapterTest(parameterized.TestCase):
         np.testing.assert_array_equal(beside.soft_prompt, parts.trained["soft_prompt"])
         with self.assertRaisesRegex(UserError, "trained on another model than base"):
             peft_reading.read_adapter(self.out / peft_files.PROMPT, merged, base=self.base)
+
+    def test_rows_that_a_run_added_are_exported_with_its_soft_prompt(self):
+        self.make(TrainConfig(soft_prompt=SoftPromptConfig(tokens=2)), losses={1: 1.0}, added_rows=3)
+        self.assertRegex(self.export()[1], "added 3 rows to the embedding .*--merge")
+        with mock.patch.object(pretrained, "load_parameters", return_value=tiny.parameters(self.model)):
+            self.export("--merge", f"--base={self.base}")
+        merged = pretrained.load_config(self.out)
+        self.assertLen(peft_reading.read_adapter(self.out / peft_files.PROMPT, merged, base=self.out).soft_prompt, 2)
 
     def test_what_cannot_be_exported_is_explained(self):
         self.make(losses={1: 1.0}, added_rows=3)

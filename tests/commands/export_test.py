@@ -116,6 +116,7 @@ class ExportTest(parameterized.TestCase):
             "| base model | owner/some |",
             "| training data | a\\|b.jsonl |",
             "| held-out data | b.jsonl |",
+            "| trained | all parameters |",
             "| objective | name roles, roles ['assistant', 'tool'], turn_discount 1.0, normalize token",
             "| steps | 1 of 6, each of 8 rows of 1,024 tokens |",
             "| held-out loss | 1.0000 before training, 2.0000 after step 1 |",
