@@ -125,9 +125,8 @@ def run(
         for described in trainable.describe(selection):
             console.print(described)
         state = initial_state.restore_or_load(inputs, selection, config.seed, mesh, update_rule, directory, console)
-        line = optimizer.describe_change_of_steps(
-            config.optimizer, planned_steps, steps, int(state.step) - int(state.skipped)
-        )
+        start = int(state.step)  # the first update takes the state
+        line = optimizer.describe_change_of_steps(config.optimizer, planned_steps, steps, start - int(state.skipped))
         if line:
             console.print(line)
         distributed.run_primary_first(lambda: _claim(directory, config, inputs, selection, hashes, changes))
@@ -165,7 +164,7 @@ def run(
         loop.train(training, state, directory, console, startup)
         distributed.run_on_all_hosts(lambda: None)  # wait until process 0 has written everything
     evaluations = metrics.read_records(directory / "evaluation.jsonl")
-    return RunResult(max(steps, int(state.step)), evaluations[0], evaluations[-1])
+    return RunResult(max(steps, start), evaluations[0], evaluations[-1])
 
 
 def _make_console() -> rich.console.Console:
