@@ -10,7 +10,7 @@ objective `conditional`. The output is a table of the largest differences and th
 
 What is trained is what the config says: everything, a part (`freeze`, `train_only`), or an adapter: that of --adapter
 or of a run, or a new one (`lora.rank`, `soft_prompt.tokens`). Factors that are zero, as in a new adapter, have no
-gradient or give none to others, and are drawn at random.
+gradient or give none to others, and are drawn at random. Frozen matrices have the type that `frozen_dtype` says.
 
 Exit code: 0 if the two agree, 2 if they do not or if nothing was compared, 1 if the check could not be run.
 """

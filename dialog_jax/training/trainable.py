@@ -62,14 +62,14 @@ def select(
     """Returns what `config` trains.
 
     Args:
-      adapter: the content of `config.adapter`; None if that is empty.
+      adapter: the content of `config.adapter`, or what a loaded model has in its place; None if there is none.
 
     Raises:
       UserError: a pattern or target matches nothing, a rank is too large, nothing would be trained, or no matrix that
         is to be quantized is frozen.
     """
     paths = sorted(parameter_trees.flatten(decoder.abstract_parameters(model)))
-    assert bool(config.adapter) == (adapter is not None), config.adapter
+    assert adapter or not config.adapter, config.adapter
     scales = adapters.find_scales(model, config.lora) if config.lora.rank else {}
     soft_prompt = config.soft_prompt
     if adapter:
@@ -171,24 +171,47 @@ def divide(
 
     Of a model with an adapter, that is trained; otherwise what `config` says, with new factors and a new soft prompt if
     it asks for them. Factors that are zero are drawn at random, since the gradient of one is a product with the other.
+    Frozen matrices get the type that `config.frozen_dtype` says.
 
     Args:
+      parameters: float32.
       soft_prompt_text: tokens of `soft_prompt.text`.
 
     Raises:
       UserError: what `select` or `make_parameters` raise.
     """
-    if any(map(_is_added, parameter_trees.flatten(parameters))):
+    flat = parameter_trees.flatten(parameters)
+    suffix = f"/{adapters.SCALE}"
+    scales = {path.removesuffix(suffix): np.asarray(leaf) for path, leaf in flat.items() if path.endswith(suffix)}
+    prompt = flat.get(decoder.SOFT_PROMPT)
+    adapter = Adapter(scales, {}, prompt) if scales or prompt is not None else None
+    selection = select(config, model, jnp.float32, adapter)
+    if adapter:
         parts = Parameters(*parameter_trees.split(parameters, _is_added))
     else:
-        selection = select(config, model, jnp.float32)
         parts = make_parameters(selection, parameters, jax.random.key(0), soft_prompt_text=soft_prompt_text)
     trained = parameter_trees.flatten(parts.trained)
     for number, (path, leaf) in enumerate(sorted(trained.items())):
         if _is_added(path) and not leaf.any():
             drawn = jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype)
             trained[path] = _ZERO_FACTOR_SCALE * drawn
-    return parts._replace(trained=parameter_trees.unflatten(trained))
+    return Parameters(parameter_trees.unflatten(trained), _convert_frozen(selection, parts.frozen))
+
+
+def _convert_frozen(selection: Selection, frozen: dict[str, Any]) -> dict[str, Any]:
+    """Returns frozen parameters, float32, in the types and kinds that the selection says."""
+    converted = {}
+    for path, leaf in parameter_trees.flatten(frozen).items():
+        own = path.removesuffix("/weight")
+        if path.endswith(f"/{adapters.SCALE}"):
+            converted[path] = leaf
+        elif kind := selection.find_kind(own):
+            layers = [quantization.quantize(kind, np.asarray(layer))[0] for layer in leaf]
+            for name in layers[0]:
+                converted[f"{path}/{name}"] = jnp.stack([layer[name] for layer in layers])
+        else:
+            converted[path] = leaf.astype(selection.dtype(own))
+    return parameter_trees.unflatten(converted)
 
 
 def _is_added(path: str) -> bool:

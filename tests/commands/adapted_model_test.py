@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from dialog_jax.evaluation import agreement
 from dialog_jax.model import parameter_trees, peft_files
@@ -29,7 +29,7 @@ _MESSAGES = [
 _LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"))
 
 
-class AdaptedModelTest(absltest.TestCase):
+class AdaptedModelTest(parameterized.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -100,6 +100,7 @@ class AdaptedModelTest(absltest.TestCase):
         for flags, trained, count in (
             (self.models["adapter"], "lora_|soft_prompt", 5),
             ([f"--config.model={self.base}", "--config.lora.rank=2"], "lora_", 14),
+            ([f"--config.model={self.base}", "--config.lora.rank=2", "--config.frozen_dtype=nf4"], "lora_", 14),
             ([f"--config.model={self.base}", "--config.train_only=*norm"], "norm", 3),
         ):
             with mock.patch.object(agreement, "compare", side_effect=agreement.compare) as compare:
@@ -111,6 +112,18 @@ class AdaptedModelTest(absltest.TestCase):
             self.assertLen(paths, count)
             for path in paths:
                 self.assertRegex(path, trained)
+
+    @parameterized.parameters("auto", "bfloat16", "int8", "nf4")
+    def test_frozen_matrices_have_the_type_of_training(self, frozen_dtype):
+        model = tiny.config(96)
+        config = TrainConfig(lora=LoraConfig(rank=2), frozen_dtype=frozen_dtype)
+        parts = trainable.divide(config, model, tiny.parameters(model))
+        float32 = trainable.divide(TrainConfig(lora=config.lora), model, tiny.parameters(model))
+        again = trainable.divide(TrainConfig(frozen_dtype=frozen_dtype), model, parameter_trees.merge(*float32))
+        declared = trainable.abstract_parameters(trainable.select(config, model, jnp.float32))
+        for one in (parts, again):
+            described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), one)
+            self.assertEqual(described, jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), declared))
 
     def test_factors_that_are_zero_are_drawn_so_that_all_have_a_gradient(self):
         model = tiny.config(96)
