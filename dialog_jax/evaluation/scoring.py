@@ -188,7 +188,7 @@ def _score_rows(
     """Yields (the trees of each row, the scores [S, ...] of its targets)."""
     if not scored_trees:
         return
-    # A row has a soft prompt once. None of its tokens is a target, so that the targets of a row are in the trees' order.
+    # A row has a soft prompt once. None of its tokens is a target, so the targets of a row are in the trees' order.
     trees = dataset.concatenate_trees(
         [scored_tree.tree for scored_tree in scored_trees],
         shared_prefix_lengths=[scored_tree.sequences[0].virtual for scored_tree in scored_trees],

@@ -53,9 +53,9 @@ class TrainFlagsTest(parameterized.TestCase):
         ("optimizer.lr=1", "config.optimizer has no field 'lr'; it has b1, b2, clip_norm, "),
         (
             "optimzer.learning_rate=1",
-            "config has no field 'optimzer'; it has attention, checkpoint_every, compute_dtype, ",
+            "config has no field 'optimzer'; it has adapter, attention, checkpoint_every, ",
         ),
-        ("lr=1", "config has no field 'lr'; it has attention, checkpoint_every, "),
+        ("lr=1", "config has no field 'lr'; it has adapter, attention, checkpoint_every, "),
         ("rows.x=1", "config.rows has no field 'x'; it has none"),
         ("data.chat_template_kwargs.x=1", "config.data.chat_template_kwargs has no field 'x'; it has none"),
     )
