@@ -129,7 +129,8 @@ def _gigabytes(size: int | float) -> str:
 def _memory_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
     memory, largest = step.memory, step.largest
     yield f"{'Memory of a device':34}          GB"
-    yield f"  parameters                        {_gigabytes(memory.parameters)}"
+    yield f"  trained parameters                {_gigabytes(memory.trained)}"
+    yield f"  frozen parameters                 {_gigabytes(memory.frozen)}"
     yield f"  optimizer's moments               {_gigabytes(memory.moments)}"
     yield f"  batch                             {_gigabytes(memory.batch)}"
     yield f"  gradients                         {_gigabytes(memory.gradients)}"
@@ -172,7 +173,13 @@ def _collective_lines(step: StepPlan, chip: Chip | None) -> Iterator[str]:
 
 def _work_lines(step: StepPlan, config: TrainConfig, model: DecoderConfig, mesh: Mesh, work: Workload) -> Iterator[str]:
     capacity = config.rows * config.gradient_accumulation * config.data.max_length
-    useful = metrics.count_flops(model, tokens=work.tokens, attention_pairs=work.attention_pairs, targets=work.targets)
+    useful = metrics.count_flops(
+        model,
+        tokens=work.tokens,
+        attention_pairs=work.attention_pairs,
+        targets=work.targets,
+        selection=step.selection,
+    )
     executed = step.products.flops * mesh.size
     yield f"Work of a step, all devices ({work.source})"
     yield f"  tokens            {work.tokens:12,} of {capacity:,}: {work.tokens / capacity:.1%} useful"

@@ -47,7 +47,7 @@ def find_scales(model: DecoderConfig, lora: LoraConfig) -> Scales:
         ranks = [lora.find_rank(name) if _is_target(path, name, lora) else 0 for name in path_names]
         if not max(ranks):
             continue
-        limit = min(_matrix_shape(model, path))
+        limit = min(find_matrix_shape(model, path))
         if max(ranks) > limit:
             raise UserError(
                 f"the rank of {path_names[ranks.index(max(ranks))]} is {max(ranks):,}, but its smaller side is "
@@ -160,7 +160,7 @@ def _dequantize(model: DecoderConfig, flat: Mapping[str, Any]) -> dict[str, Any]
         else:
             arrays[path] = leaf
     for path, matrix in quantized.items():
-        inputs, _ = _matrix_shape(model, path.removesuffix("/weight"))
+        inputs, _ = find_matrix_shape(model, path.removesuffix("/weight"))
         arrays[path] = quantization.dequantize(matrix, inputs, jnp.float32)
     return arrays
 
@@ -183,7 +183,7 @@ def _list_kinds(names: list[str]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _matrix_shape(model: DecoderConfig, path: str) -> tuple[int, ...]:
+def find_matrix_shape(model: DecoderConfig, path: str) -> tuple[int, ...]:
     """Returns (in, out) of a parameter; of the embedding (V, D)."""
     if path in ("embedding", "lm_head"):
         return (model.vocab_size, model.width) if path == "embedding" else (model.width, model.vocab_size)
@@ -192,6 +192,6 @@ def _matrix_shape(model: DecoderConfig, path: str) -> tuple[int, ...]:
 
 def _factor_shapes(model: DecoderConfig, path: str, scale: np.ndarray) -> tuple[jax.ShapeDtypeStruct, ...]:
     *lead, rank = scale.shape
-    first, second = _matrix_shape(model, path)
+    first, second = find_matrix_shape(model, path)
     shapes = ((*lead, first, rank), (*lead, rank, second))
     return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)

@@ -29,6 +29,7 @@ from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
 from dialog_jax.training import loss, optimizer, sharding, train_step, trainable
 from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.trainable import Selection
 
 TEACHER_TOKENS = 16  # assumed per target if the config names a teacher; its file is not read
 
@@ -45,7 +46,10 @@ _OPTIONS: dict[str, Any] = {
 class Memory(NamedTuple):
     """Bytes of one device."""
 
-    parameters: int
+    trained: int
+    """Of the trained parameters."""
+    frozen: int
+    """Of the other parameters."""
     moments: int
     batch: int
     gradients: int
@@ -54,6 +58,11 @@ class Memory(NamedTuple):
     """Activations that the forward pass stores for the backward pass, in the types of the program."""
     temporaries: int
     """Everything but state and batch, gradients and activations included, in the layout of the CPU's compiler."""
+
+    @property
+    def parameters(self) -> int:
+        """Bytes of all parameters."""
+        return self.trained + self.frozen
 
     @property
     def lower_bound(self) -> int:
@@ -85,6 +94,8 @@ class StepPlan(NamedTuple):
     """From `sharding.describe_uneven_layouts`."""
     seconds: float
     """Of the compilation on this machine."""
+    selection: Selection
+    """What the step trains."""
 
 
 def compile_step(
@@ -142,7 +153,8 @@ def compile_step(
     counts = hlo.count_runs(program, unknown=functools.partial(_find_trip_count, trip_counts))
     return StepPlan(
         memory=Memory(
-            parameters=_count_device_bytes(state.parameters),
+            trained=_count_device_bytes(state.trained),
+            frozen=_count_device_bytes(state.frozen),
             moments=_count_device_bytes(state.optimizer_state),
             batch=_count_device_bytes(batch),
             gradients=_count_gradient_bytes(config, model, state.trained),
@@ -158,6 +170,7 @@ def compile_step(
         collectives=hlo.find_collectives(program, counts, mesh.size),
         uneven_layouts=sharding.describe_uneven_layouts(mesh, state.parameters),
         seconds=time.monotonic() - start,
+        selection=selection,
     )
 
 

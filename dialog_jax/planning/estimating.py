@@ -78,12 +78,12 @@ def estimate_seconds(step: StepPlan, chip: Chip, *, efficiency: float) -> Second
     """Returns the time of a step by resource.
 
     Memory traffic is that of matrix products, as if everything between them were fused into them, and of the update,
-    which reads gradients twice and reads and writes parameters and moments.
+    which reads gradients twice and reads and writes trained parameters and moments.
 
     Args:
       efficiency: share of the published peak that matrix products reach.
     """
-    update = 4 * step.memory.parameters + 2 * step.memory.moments
+    update = 4 * step.memory.trained + 2 * step.memory.moments
     exchanges = [estimate_exchange(collective, chip) for collective in step.collectives]
     return Seconds(
         compute=step.products.flops / (chip.flops * efficiency),

@@ -23,6 +23,7 @@ from dialog_jax.training.console import Clock, Progress, Startup
 from dialog_jax.training.run_inputs import Inputs
 from dialog_jax.training.signals import Listener, StoppedError
 from dialog_jax.training.train_step import EvaluationSums, StepMetrics, TrainState
+from dialog_jax.training.trainable import Selection
 
 _DIALOGUES_NAMED = 20  # per skipped step
 
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     evaluation_step: Callable[[dict, Batch], EvaluationSums]
     listener: Listener
+    selection: Selection
 
 
 class _Outputs(NamedTuple):
@@ -240,6 +242,7 @@ def _make_figures(run: Run, update: _Update, values: StepMetrics, seconds: float
             tokens=float(values.tokens),
             attention_pairs=float(values.attention_pairs),
             targets=float(values.targets),
+            selection=run.selection,
         )
         figures["mfu"] = flops / seconds / (peak * run.mesh.devices.size)
     if update.startup_seconds is not None:

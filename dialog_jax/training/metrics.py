@@ -16,8 +16,11 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
 from dialog_jax.errors import UserError
+from dialog_jax.model import adapters, decoder, parameter_trees
 from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.training import trainable
 from dialog_jax.training.train_step import EvaluationSums
+from dialog_jax.training.trainable import Selection
 
 # Published peak of dense bfloat16 matmuls in FLOP/s, by the beginning of `jax.Device.device_kind`. NVIDIA's data sheets
 # give the peak with sparsity, which is twice the dense one.
@@ -33,23 +36,46 @@ PEAK_FLOPS = {
 
 
 def count_flops(
-    config: DecoderConfig, *, tokens: int | float, attention_pairs: int | float, targets: int | float
+    config: DecoderConfig,
+    *,
+    tokens: int | float,
+    attention_pairs: int | float,
+    targets: int | float,
+    selection: Selection | None = None,
 ) -> float:
     """Returns the FLOPs that forward and backward pass need, without padding, masked pairs, or logits without a target.
 
-    A multiply-add is two FLOPs; the backward pass costs twice the forward pass; recomputation does not count.
+    A multiply-add is two FLOPs. Each product is needed in the forward pass, again for the gradient of its input if
+    something before it is trained, and again for that of its matrix if that is trained: 6 FLOPs per token and trained
+    weight, 4 per frozen one. Recomputation and dequantization do not count.
 
     Args:
       attention_pairs: pairs of a token and a token that it sees, itself included.
+      selection: what is trained; None for everything.
     """
-    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = config.width * (2 * query + 2 * key + 3 * config.feed_forward)
-    forward = (
-        2 * layer * config.layers * tokens
-        + 4 * query * config.layers * attention_pairs
-        + 2 * config.vocab_size * config.width * targets
+    selection = selection or trainable.select_all(config)
+    trained = selection.trained_paths | selection.scales.keys()
+    through_layers = bool(selection.soft_prompt.tokens) or any(
+        path == "embedding" or path.startswith("layers/") for path in trained
     )
-    return 3.0 * forward
+    unembedding = "embedding" if config.tie_embeddings else "lm_head"
+
+    def count_passes(path: str, *, has_input_gradient: bool) -> int:
+        return 1 + has_input_gradient + (path in selection.trained_paths)
+
+    multiply_adds = 0.0
+    for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(config)).items():
+        if path.startswith("layers/") and len(leaf.shape) == 3:
+            multiply_adds += count_passes(path, has_input_gradient=through_layers) * leaf.size * tokens
+    attention = 2 * config.heads * config.head_dim * config.layers  # of a pair: scores and weighted sum
+    multiply_adds += (3 if through_layers else 1) * attention * attention_pairs
+    passes = count_passes(unembedding, has_input_gradient=through_layers or "final_norm" in trained)
+    multiply_adds += passes * config.vocab_size * config.width * targets
+    for path, scale in selection.scales.items():
+        inputs, outputs = adapters.find_matrix_shape(config, path)
+        sides = outputs if path == "embedding" else inputs + outputs  # rows of `lora_a` of an embedding are looked up
+        multiply_adds += 3 * np.count_nonzero(scale) * sides * (targets if path == "lm_head" else tokens)
+    return 2.0 * multiply_adds
 
 
 def find_peak_flops(device: jax.Device) -> float | None:

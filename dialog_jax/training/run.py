@@ -159,6 +159,7 @@ def run(
                 shapes=shapes,
             ),
             listener=listener,
+            selection=selection,
         )
         startup.done("preparing")
         loop.train(training, state, directory, console, startup)

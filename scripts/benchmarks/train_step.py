@@ -75,7 +75,7 @@ def _measure(command: str) -> None:
     model = opened.config
     trees, plan, figures = _prepare(opened.renderer)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    compiled, state = _compile(model, mesh, plan.batch(0), trees.branching, figures)
+    compiled, state, selection = _compile(model, mesh, plan.batch(0), trees.branching, figures)
     seconds, token_counts, flop_rates = [], [], []
     end = time.perf_counter()
     for step, batch in enumerate(plan.batches(0, _STEPS.value + 1)):
@@ -91,7 +91,11 @@ def _measure(command: str) -> None:
         seconds.append(elapsed)
         token_counts.append((int(values.tokens), int(values.response_tokens)))
         flops = metrics.count_flops(
-            model, tokens=int(values.tokens), attention_pairs=int(values.attention_pairs), targets=int(values.targets)
+            model,
+            tokens=int(values.tokens),
+            attention_pairs=int(values.attention_pairs),
+            targets=int(values.targets),
+            selection=selection,
         )
         flop_rates.append(flops / elapsed)
     figures |= _summarize(seconds, token_counts, flop_rates)
@@ -141,7 +145,7 @@ def _prepare(renderer: Renderer) -> tuple[dataset.Trees, batches.Plan, dict[str,
 
 
 def _compile(model, mesh, batch, branching, figures):
-    """Returns (compiled step, initial state), and adds to `figures` what was compiled and how long that took."""
+    """Returns (compiled step, initial state, what is trained); adds to `figures` what was compiled and how long."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     choice = dispatch.select_kernel(
         mesh,
@@ -160,6 +164,7 @@ def _compile(model, mesh, batch, branching, figures):
         model,
         sharding=lambda path, shape: sharding.parameter_sharding(mesh, path, shape),
         dtype=selection.dtype,
+        find_kind=selection.find_kind,
     )
     parameters = trainable.make_parameters(selection, base, jax.random.key(0))
     state = train_step_lib.initialize_state(mesh, parameters.trained, transform, parameters.frozen)
@@ -179,7 +184,7 @@ def _compile(model, mesh, batch, branching, figures):
     memory = compiled.memory_analysis()
     if memory is not None:
         figures["temporaries_gb"] = round(memory.temp_size_in_bytes / 1e9, 2)
-    return compiled, state
+    return compiled, state, selection
 
 
 def _summarize(seconds: list[float], token_counts: list[tuple[int, int]], flop_rates: list[float]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise
+from dialog_jax.model import quantization
+from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.planning import compiling, workload
 from dialog_jax.training import metrics, optimizer, sharding, train_step
 from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -93,6 +95,23 @@ class MemoryTest(parameterized.TestCase):
         alone = compiled(MeshConfig(), run_config(remat="full"), dtype=jnp.bfloat16, devices=1)
         self.assertEqual(alone.memory.activations, 8 * full.memory.activations)
         self.assertEmpty(alone.collectives)
+
+    @pytest.mark.full
+    def test_quantized_matrices_are_codes_and_nothing_more_is_kept_for_the_backward_pass(self):
+        lora = LoraConfig(rank=2)
+        quantized, plain = (
+            compiled(MeshConfig(), run_config(lora=lora, frozen_dtype=dtype), dtype=jnp.bfloat16, devices=1).memory
+            for dtype in ("nf4", "bfloat16")
+        )
+        self.assertEqual(quantized.activations, plain.activations)
+        self.assertEqual(quantized.trained, plain.trained)
+        self.assertEqual(quantized.gradients, quantized.trained)
+        codes = sum(
+            leaf.size * leaf.dtype.itemsize
+            for sizes in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 48), (64, 48), (48, 64))
+            for leaf in jax.tree.leaves(quantization.abstract_quantized("nf4", (3, *sizes)))
+        )
+        self.assertEqual(plain.frozen - quantized.frozen, 3 * count(_MODEL) * 2 - codes)
 
     @pytest.mark.full
     def test_largest_temporary_is_named(self):

@@ -9,17 +9,19 @@ from dialog_jax.planning import estimating
 from dialog_jax.planning.compiling import LargestArray, Memory, StepPlan
 from dialog_jax.planning.estimating import CHIPS, Chip
 from dialog_jax.planning.hlo import Collective, Products
-from dialog_jax.training import sharding
+from dialog_jax.training import sharding, trainable
 from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
 from dialog_jax.training.metrics import PEAK_FLOPS
+from tests.training import tiny
 
 # 100 FLOP/s, 1,000 bytes, 10 bytes/s to memory, 4 within nodes of 4 devices and 1 between them.
 _CHIP = Chip("round", 100.0, 1000.0, 10.0, 4.0, 1.0, 4)
-_MEMORY = Memory(parameters=100, moments=200, batch=10, gradients=100, activations=90, temporaries=600)
+_MEMORY = Memory(trained=60, frozen=40, moments=200, batch=10, gradients=100, activations=90, temporaries=600)
 
 
 def plan(**fields):
-    empty = StepPlan(_MEMORY, LargestArray(0, "", ""), Products(0.0, 0.0), [], [], 0.0)
+    selection = trainable.select_all(tiny.config(8))
+    empty = StepPlan(_MEMORY, LargestArray(0, "", ""), Products(0.0, 0.0), [], [], 0.0, selection)
     return empty._replace(**fields)
 
 
@@ -56,10 +58,10 @@ class SecondsTest(absltest.TestCase):
         gather = Collective("all-gather", 80, tuple(range(8)), 2.0, "")
         step = plan(products=Products(1000.0, 200.0), collectives=[gather, gather])
         taken = estimating.estimate_seconds(step, _CHIP, efficiency=0.5)
-        # Memory: products, gradients twice, parameters and moments read and written.
-        self.assertEqual(taken, (20.0, (200 + 2 * 100 + 2 * 300) / 10, 60.0, 40.0))
-        self.assertEqual(taken.overlapped, 100.0)
-        self.assertEqual(taken.serialized, 200.0)
+        # Memory: products, gradients twice, trained parameters and moments read and written.
+        self.assertEqual(taken, (20.0, (200 + 2 * 60 + 2 * 260) / 10, 60.0, 40.0))
+        self.assertEqual(taken.overlapped, 84.0)
+        self.assertEqual(taken.serialized, 184.0)
 
 
 class VerdictTest(absltest.TestCase):

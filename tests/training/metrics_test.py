@@ -9,7 +9,9 @@ from absl.testing import absltest
 from tensorboardX.proto import event_pb2
 
 from dialog_jax.errors import UserError
-from dialog_jax.training import metrics
+from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.training import metrics, trainable
+from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.train_step import EvaluationSums
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -43,6 +45,29 @@ class FlopsTest(absltest.TestCase):
                 multiplies += len(tokenizer) * 32 if tree.weight[node] > 0 else 0
         flops = metrics.count_flops(model, tokens=tokens, attention_pairs=attention_pairs, targets=targets)
         self.assertEqual(flops, 3 * 2 * multiplies)
+
+    def test_frozen_matrices_have_no_gradient(self):
+        model = tiny.config(100, tie_embeddings=False)
+        layers, head, attention = 2 * (3 * 32 * 32 + 2 * 32 * 48 + 32 * 48), 100 * 32, 2 * 2 * 32
+        query, factors = 2 * 32 * 32, 2 * 3 * (32 + 32)
+
+        def count(**fields):
+            selection = trainable.select(TrainConfig(**fields), model, np.float32)
+            return metrics.count_flops(model, tokens=10, attention_pairs=55, targets=4, selection=selection) / 2
+
+        everything = 3 * (10 * layers + 55 * attention + 4 * head)
+        self.assertEqual(count(), everything)
+        self.assertEqual(count(freeze=("layers/attention/w_query",)), everything - 10 * query)
+        self.assertEqual(count(freeze=("lm_head",)), everything - 4 * head)
+        only_head = 10 * layers + 55 * attention
+        self.assertEqual(count(train_only=("lm_head",)), only_head + 2 * 4 * head)
+        self.assertEqual(count(train_only=("final_norm",)), only_head + 2 * 4 * head)
+        frozen = everything - 10 * layers - 4 * head
+        lora = LoraConfig(rank=3, targets=("q_proj",), rank_pattern={"layers.1.self_attn.q_proj": 1})
+        self.assertEqual(count(lora=lora), frozen + 3 * 10 * factors * 4 / 6)
+        self.assertEqual(count(lora=lora, frozen_dtype="nf4"), frozen + 3 * 10 * factors * 4 / 6)
+        everywhere = LoraConfig(rank=1, targets=("embed_tokens", "lm_head"))
+        self.assertEqual(count(lora=everywhere), frozen + 3 * (10 * 32 + 4 * (32 + 100)))
 
 
 class EvaluationTest(absltest.TestCase):
