@@ -82,7 +82,7 @@ def quantize(kind: str, matrix: np.ndarray) -> tuple[dict[str, np.ndarray], Roun
     assert kind in KINDS, kind
 
     def quantize_group(start: int) -> tuple[dict[str, np.ndarray], RoundingError]:
-        group = np.asarray(matrix[:, start : start + GROUP], np.float32)
+        group = np.ascontiguousarray(matrix[:, start : start + GROUP], np.float32)
         with np.errstate(invalid="ignore"):
             return _quantize_int8(group) if kind == "int8" else _quantize_nf4(group)
 
