@@ -142,7 +142,7 @@ class ManyProcessesTest(RunTest):
         )
         for name in ("on_1", "on_2", "on_4", "damaged"):
             shutil.copytree(cls.directory / "stopped", cls.directory / name)
-        written = (cls.directory / "damaged" / "checkpoints").glob("*/parameters/ocdbt.process_1/d/*")
+        written = (cls.directory / "damaged" / "checkpoints").glob("*/trained/ocdbt.process_1/d/*")
         max(written, key=lambda file: file.stat().st_size).unlink()
         cls.succeed(1, cls.a_run("one"), cls.a_run("on_1", **long))
         across_two_of_four = _MESHES["tensor_within_processes"]  # which are so with two processes
