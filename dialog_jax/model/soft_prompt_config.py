@@ -9,7 +9,7 @@ INITS = ("vocabulary", "text", "random")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftPromptConfig:
-    """A soft prompt: trains the embeddings of virtual tokens in front of every dialogue; the model itself is frozen."""
+    """Trained embeddings of virtual tokens in front of every dialogue; the model is frozen."""
 
     tokens: int = 0
     """Number of virtual tokens, which count within data.max_length; 0 for no soft prompt."""

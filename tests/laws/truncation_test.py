@@ -101,8 +101,19 @@ class SplitTest(parameterized.TestCase):
         system = int(dialogue.messages[path[0]].role == "system")
         roles = [dialogue.messages[index].role for index in path]
         users = [place for place in range(system, len(path) - 1) if roles[place] == "user"]
-        # The last user message and the last answers to it with tool results; then all from a user message on.
-        starts = [p for p in range(users[-1] + 1, len(path)) if roles[p] == "assistant"] if users else []
+        # The last user message and the last answers to it with tool results; then all from a user message on. Tool
+        # results stay with their calls, and the response with the results before it.
+        last = len(path) - 1
+        messages = [dialogue.messages[index] for index in path]
+        calls = [bool(message.fields.get("tool_calls")) for message in messages]
+        starts = [
+            place
+            for place in range(users[-1] + 1 if users else last + 1, len(path))
+            if roles[place] == "assistant"
+            and not calls[place - 1]
+            and (roles[place - 1] != "tool" or (place < last and calls[place]))
+        ]
+        starts = starts or ([users[-1] + 1] if users else [])
         kept_messages = [[*path[:system], path[users[-1]], *path[start:]] for start in reversed(starts)]
         kept_messages += [path[:system] + path[start:] for start in reversed(users)]
         for kept in [*kept_messages, path]:
