@@ -76,9 +76,9 @@ class CommandsTest(parameterized.TestCase):
         self.assertLess(max(map(len, lines)), 101)
         self.assertIn("  --debug=False", lines)
         has_config = command not in ("export", "plot")
-        self.assertEqual(has_config, "  --config.optimizer.learning_rate=2e-05" in lines)
+        self.assertEqual(has_config, "  --config.optimizer.learning_rate=-1.0" in lines)
         if has_config:
-            self.assertIn("      Peak of the schedule.", lines)
+            self.assertIn("      Passes over the training data; read if steps is 0.", lines)
             for config in _CONFIGS:
                 for field in config_lib.dataclasses.fields(config):
                     if not hasattr(config_lib.TrainConfig, field.name) or field.name not in ("data", "objective"):
