@@ -27,15 +27,23 @@ from dialog_jax.errors import UserError
 
 MAX_LENGTH = 512
 ROWS = 2
-CHOICES: Mapping[str, Sequence[str]] = {
-    "full": ("--config.optimizer.learning_rate=1e-4",),
-    "LoRA, rank 1": ("--config.lora.rank=1",),
-    "LoRA, rank 8": ("--config.lora.rank=8",),
-    "LoRA, rank 64": ("--config.lora.rank=64",),
-    "soft prompt, 8": ("--config.soft_prompt.tokens=8",),
-    "soft prompt, 64": ("--config.soft_prompt.tokens=64",),
+
+
+class Choice(NamedTuple):
+    """What one training trains."""
+
+    flags: Sequence[str]
+    color: str
+
+
+CHOICES = {
+    "full": Choice(["--config.optimizer.learning_rate=1e-4"], report.GREY),
+    "LoRA, rank 1": Choice(["--config.lora.rank=1"], "#9ec3ea"),
+    "LoRA, rank 8": Choice(["--config.lora.rank=8"], "#4f8cc9"),
+    "LoRA, rank 64": Choice(["--config.lora.rank=64"], report.BLUE),
+    "soft prompt, 8": Choice(["--config.soft_prompt.tokens=8"], "#e0a878"),
+    "soft prompt, 64": Choice(["--config.soft_prompt.tokens=64"], report.ORANGE),
 }
-_COLORS = (report.GREY, "#9ec3ea", "#4f8cc9", report.BLUE, "#e0a878", report.ORANGE)
 
 
 class Outcome(NamedTuple):
@@ -115,7 +123,8 @@ def draw(outcomes: Mapping[str, Outcome]) -> Figure:
         turns = outcomes["full"].after["turns"]
         before = next(iter(outcomes.values())).before
         lines = {"before": before, **{name: outcome.after for name, outcome in outcomes.items()}}
-        for (name, figures), color in zip(lines.items(), ("#c9ced3", *_COLORS), strict=True):
+        for name, figures in lines.items():
+            color = CHOICES[name].color if name in CHOICES else "#c9ced3"
             losses = [turn["loss"] for turn in figures["turns"]]
             left.plot(losses, color=color, marker="o", markersize=3.5, linewidth=1.6)
             ends.append((len(losses) - 1.0, losses[-1], name, color))
@@ -126,8 +135,8 @@ def draw(outcomes: Mapping[str, Outcome]) -> Figure:
         )
         left.set_xticks(range(len(turns)), [str(turn["turn"]) for turn in turns])
         report.label_ends(left, ends)
-        for (name, outcome), color in zip(outcomes.items(), _COLORS, strict=True):
-            right.plot([outcome.memory], [outcome.after["loss"]], "o", color=color)
+        for name, outcome in outcomes.items():
+            right.plot([outcome.memory], [outcome.after["loss"]], "o", color=CHOICES[name].color)
             right.annotate(name, (outcome.memory, outcome.after["loss"]), xytext=(6, 4), textcoords="offset points")
         right.set(
             title="Held-out loss against memory",
@@ -144,8 +153,8 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     outcomes = {}
     with tempfile.TemporaryDirectory() as directory:
-        for number, (name, flags) in enumerate(CHOICES.items()):
-            outcomes[name] = train(options, flags, pathlib.Path(directory) / str(number))
+        for number, (name, choice) in enumerate(CHOICES.items()):
+            outcomes[name] = train(options, choice.flags, pathlib.Path(directory) / str(number))
             print(f"{name}: held-out loss {outcomes[name].after['loss']:.4f}", flush=True)
     report.write(
         options,

@@ -10,7 +10,8 @@ Result:    not run yet.
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

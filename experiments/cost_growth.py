@@ -40,7 +40,8 @@ from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import optimizer, sharding, train_step
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.training.trainable import Parameters
 from dialog_jax.trees import dataset, prefix_tree
 from dialog_jax.trees.dataset import Trees

@@ -37,7 +37,8 @@ from dialog_jax.inference.loading import Model
 from dialog_jax.rendering.tokenizers import fingerprint
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
+from dialog_jax.training.config import LossConfig, MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.trees import dataset, teacher_file
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.dialogue_trees import TreeConfig

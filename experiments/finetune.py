@@ -13,7 +13,8 @@ A field that is left out has its default; `dialog_jax train --help` lists all of
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 

@@ -20,7 +20,8 @@ from dialog_jax.errors import UserError
 from dialog_jax.inference.loading import Model
 from dialog_jax.training import optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.trees import prefix_tree
 from dialog_jax.trees.dataset import Trees
 

@@ -12,7 +12,8 @@ The published shape of the model is in dialog_jax/planning/shapes; weights and d
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,8 @@ Result:    held-out loss 3.999 -> 3.663 nats per token, accuracy 27.9 % -> 29.9 
 import ml_collections
 
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 
 
 def get_config() -> ml_collections.ConfigDict:

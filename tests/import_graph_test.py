@@ -20,7 +20,7 @@ _ROOMS = {
     "rendering": (
         "rendered_text", "reasoning", "written", "call_arguments", "template_rendering", "template_process",
         "tokenizers", "special_tokens", "refused_fields", "chat_template", "encoder", "responses", "token_spans",
-        "virtual_tokens", "sequences",
+        "virtual_tokens", "rendered_sequence", "sequences",
     ),
     "trees": (
         "prefix_tree", "division", "objectives", "histories", "fitting", "weighting", "teacher_file", "teacher",
@@ -32,13 +32,13 @@ _ROOMS = {
     "model": (
         "lora_config", "soft_prompt_config", "rotary", "quantization", "matrices", "parameter_trees", "decoder",
         "decoding", "tensor_names", "adapters", "soft_prompts", "tensor_files", "hf_config", "model_files",
-        "pretrained", "peft_files", "peft_reading",
+        "pretrained", "saving", "peft_files", "peft_reading",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
-        "config_fields", "config", "data_sources", "optimizer", "sharding", "trainable", "loss", "train_step",
-        "distributed", "signals", "checkpoints", "metrics", "run_inputs", "run_directory", "initial_state",
-        "model_card", "trained_models", "export", "compilation_cache", "console", "loop", "run",
+        "config_fields", "optimizer_config", "config", "data_sources", "optimizer", "sharding", "trainable", "loss",
+        "train_step", "distributed", "signals", "checksums", "checkpoints", "metrics", "run_inputs", "run_directory",
+        "initial_state", "model_card", "trained_models", "export", "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": ("scoring", "escaping", "response_text", "k_passes", "differences", "agreement"),
     "planning": ("hlo", "compiling", "workload", "estimating"),
@@ -49,7 +49,8 @@ _ROOMS = {
 }
 # fmt: on
 _WITHOUT_JAX = ("errors", "atomic_files", "formats", "dialogues", "rendering", "trees", "batching", "audit")
-_CONFIGS = ("model.lora_config", "model.soft_prompt_config")  # of rooms that import JAX
+# In rooms that import JAX.
+_CONFIGS = ("model.lora_config", "model.soft_prompt_config", "training.optimizer_config")
 _JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 _OF_OUR_ROOMS = {"attention": ("errors", "formats"), "model": ("errors", "atomic_files", "formats", "attention")}
 
@@ -107,10 +108,21 @@ class ImportGraphTest(absltest.TestCase):
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)], module)
 
     def test_config_and_the_data_it_names_import_no_jax(self):
-        for module in ("training.config_fields", "training.config", "training.data_sources", *_CONFIGS):
+        for module in (
+            "training.config_fields",
+            "training.optimizer_config",
+            "training.config",
+            "training.data_sources",
+            *_CONFIGS,
+        ):
             names = _graph()[module]
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)])
-            ours = names.intersection(_graph()) - {"training.config", "training.config_fields", *_CONFIGS}
+            ours = names.intersection(_graph()) - {
+                "training.config",
+                "training.optimizer_config",
+                "training.config_fields",
+                *_CONFIGS,
+            }
             self.assertEmpty([name for name in ours if not any(_is_within(name, room) for room in _WITHOUT_JAX)])
 
     def test_attention_and_model_import_no_room_of_the_data(self):

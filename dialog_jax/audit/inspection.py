@@ -17,7 +17,8 @@ from jaxtyping import Bool
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.rendering.sequences import RenderedSequence, Renderer
+from dialog_jax.rendering.rendered_sequence import RenderedSequence
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import largest_token
 from dialog_jax.trees import fitting, prefix_tree, weighting
 from dialog_jax.trees.fitting import Excerpt

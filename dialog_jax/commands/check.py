@@ -108,7 +108,6 @@ def main() -> int:
     source = data_sources.find_source(config, _DATA.value)
     skipped: list[str] = []
     dialogues = list(source.read(skipped))
-    options = config_inputs.renderer_options(config)
     model = trained_models.load_model(config.model, base=_BASE.value, **config_inputs.model_options(config))
     loading.check_context(model.config, config.data.max_length)
     parameters = trainable.divide(
@@ -118,14 +117,9 @@ def main() -> int:
     with console.status("rendering") as status:
         outcome = agreement.compare(
             sample,
-            model.tokenizer,
+            model.renderer,
             model.config,
-            parameters.trained,
-            frozen=parameters.frozen,
-            chat_template_kwargs=options["chat_template_kwargs"],
-            allow_special_tokens=options["allow_special_tokens"],
-            template_time=options["template_time"],
-            responses=options["responses"],
+            parameters,
             max_length=config.data.max_length,
             report_progress=status.update,
         )

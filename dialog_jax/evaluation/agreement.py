@@ -9,14 +9,13 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import transformers
 
 from dialog_jax.batching import batches, row_stream
 from dialog_jax.dialogues.dialogue import Dialogue
@@ -25,7 +24,7 @@ from dialog_jax.evaluation import differences, k_passes
 from dialog_jax.evaluation.differences import Agreement, Target
 from dialog_jax.evaluation.k_passes import Pass
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.decoder import DecoderConfig
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
@@ -46,43 +45,32 @@ _REMAT = "dots"  # the default of TrainConfig
 
 def compare(
     dialogues: Sequence[Dialogue],
-    tokenizer: transformers.PreTrainedTokenizerFast,
+    renderer: Renderer,
     model: DecoderConfig,
-    parameters: dict,
+    parameters: Parameters,
     *,
-    frozen: dict | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    allow_special_tokens: bool = False,
-    template_time: str = "",
-    responses: str = "rendered",
     max_length: int,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> Agreement:
     """Returns how far one pass and K passes differ under the objective `conditional`, in rows of several dialogues.
 
     Args:
-      parameters: those that are trained; donated. A soft prompt among them or among `frozen` precedes each dialogue.
-      frozen: the others, if there are any; donated.
+      renderer: of one pass. K passes share its settings, not its code.
+      parameters: donated. A soft prompt among them precedes each dialogue.
       max_length: tokens of a row; responses that do not fit are left out and named.
       report_progress: called with a line of text.
     """
     agreement = Agreement()
-    soft_prompt = {**(frozen or {}), **parameters}.get(decoder.SOFT_PROMPT, ())
+    soft_prompt = parameter_trees.merge(*parameters).get(decoder.SOFT_PROMPT, ())
     virtual_tokens = VirtualTokens(model.vocab_size, len(soft_prompt))
-    renderer = Renderer(
-        tokenizer,
-        chat_template_kwargs=chat_template_kwargs,
-        allow_special_tokens=allow_special_tokens,
-        template_time=template_time,
-        responses=responses,
-        virtual_tokens=virtual_tokens,
-    )
+    renderer = renderer.with_virtual_tokens(virtual_tokens)
+    tokenizer = tokenizer_files.reopen_tokenizer(renderer.tokenizer)
     make_passes = functools.partial(
         k_passes.make_passes,
-        tokenizer=template_process.limit_template(tokenizer_files.reopen_tokenizer(tokenizer), renderer.template_time),
-        chat_template_kwargs=chat_template_kwargs,
-        allow_special_tokens=allow_special_tokens,
-        responses=responses,
+        tokenizer=template_process.limit_template(tokenizer, renderer.template_time),
+        chat_template_kwargs=renderer.chat_template_kwargs,
+        allow_special_tokens=renderer.allow_special_tokens,
+        responses=renderer.responses,
         stop_tokens=renderer.stop_tokens,
         virtual_tokens=virtual_tokens.ids().tolist(),
     )
@@ -106,7 +94,7 @@ def compare(
     length = min(max_length, -(-trees.report.tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     agreement.row_length = length
     with jax.default_matmul_precision("highest"):
-        _compare_rows(pairs, trees, renderer, model, Parameters(parameters, frozen or {}), agreement, report_progress)
+        _compare_rows(pairs, trees, renderer, model, parameters, agreement, report_progress)
     return agreement
 
 

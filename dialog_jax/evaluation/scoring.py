@@ -20,7 +20,8 @@ from dialog_jax.batching import batches, packing
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.rendering.sequences import RenderedSequence, Renderer
+from dialog_jax.rendering.rendered_sequence import RenderedSequence
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import train_step
 from dialog_jax.training.loss import TargetScores
 from dialog_jax.trees import dataset, division, fitting, prefix_tree, refusals, teacher_file

@@ -4,11 +4,12 @@ transformers 5 replaces parts of some tokenizers by those of a Python class with
 tokenizer.json than it has read. Here the file decides: it is read as it is and saved byte for byte.
 """
 
+import contextlib
 import copy
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -84,15 +85,35 @@ def apply_file(tokenizer: transformers.PreTrainedTokenizerFast, content: str, ba
     setattr(tokenizer, _ADDED, _list_added(backend))
 
 
+def read_backend(text: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that the text of a tokenizer.json describes.
+
+    Raises:
+      ValueError: it describes none.
+    """
+    with _library_errors():
+        return tokenizers.Tokenizer.from_str(text)
+
+
 def find_failure(backend: tokenizers.Tokenizer) -> str:
     """Returns why a tokenizer cannot encode any text, such as a missing unknown token; empty if it can."""
     try:
-        backend.encode_batch([*_PROBES, _ALL_BYTES], add_special_tokens=False)
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises plain ones for what a file contains
-            raise
+        with _library_errors():
+            backend.encode_batch([*_PROBES, _ALL_BYTES], add_special_tokens=False)
+    except ValueError as error:
         return str(error)
     return ""
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """Turns what tokenizers raises for the content of a file into a ValueError: it is a plain Exception there."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(str(error)) from error
 
 
 def _switch_off_settings(backend: tokenizers.Tokenizer) -> list[str]:

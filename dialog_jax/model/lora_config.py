@@ -56,6 +56,12 @@ class LoraConfig:
             except re.error as error:
                 raise UserError(f"lora.{field} has {pattern!r}, which is no regular expression: {error}.") from None
 
+    def list_changed(self) -> list[str]:
+        """Returns the fields, other than the rank, that differ from their defaults."""
+        default = LoraConfig()
+        names = [field.name for field in dataclasses.fields(self) if field.name != "rank"]
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
     def find_rank(self, module: str) -> int:
         """Returns the rank of the update of a module, such as "model.layers.0.self_attn.q_proj"."""
         return int(_find(self.rank_pattern, module, self.rank))

@@ -24,6 +24,11 @@ class SoftPromptConfig:
             raise UserError(f"soft_prompt.tokens is {self.tokens}; it must be at least 1, or 0 for no soft prompt.")
         if self.init not in INITS:
             raise UserError(f"soft_prompt.init is {self.init!r}; it must be one of {', '.join(INITS)}.")
+        if not self.tokens and (self.text or self.init != "vocabulary"):
+            raise UserError(
+                f"soft_prompt.init is {self.init!r} and soft_prompt.text {self.text!r}, which have no effect without "
+                "soft_prompt.tokens. Set it too."
+            )
         if (self.init == "text") != bool(self.text):
             raise UserError(
                 f"soft_prompt.init is {self.init!r} and soft_prompt.text is {self.text!r}; text is read with "

@@ -12,7 +12,7 @@ Knows templates and tokenizers; knows no objective, tree or row.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import transformers
@@ -24,39 +24,15 @@ from dialog_jax.rendering import tokenizers, written
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
 from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
+from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.rendering.responses import ResponseFinder
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
-from dialog_jax.rendering.written import Unwritten
 
 _SHARED_PREFIXES_KEPT = 4096
 _CHARACTERS_PER_TOKEN = 6  # of max_length: how much of a text is tokenized at once; the rest is tokenized turn by turn
-
-
-class RenderedSequence(NamedTuple):
-    """prompt ++ response as inference sees them; `tokens[start:]` is the response."""
-
-    tokens: Int32[np.ndarray, " n"]
-    start: int
-    message_index: int
-    """Index of the response in the messages of the rendered dialogue; -1 in a full rendering, which has none."""
-    turn: int
-    """Index of the response among the dialogue's assistant messages; -1 in a full rendering."""
-    message_spans: tuple[MessageSpan, ...] = ()
-    """The messages selected by `locate` in the prompt, without those in the tokens shared with the sequence before."""
-    part_spans: tuple[tuple[int, int], ...] = ()
-    """Start and stop of each of the response's `parts`, as in `MessageSpan`."""
-    changes_history: bool = False
-    """Whether the rendering with the response does not begin with its prompt."""
-    is_verbatim: bool = True
-    """Whether the response is what is recorded."""
-    unwritten: tuple[Unwritten, ...] = ()
-    """What the template does not write: of the response in its text, of the tools and of messages that come after the
-    sequence before in the prompt."""
-    virtual: int = 0
-    """Number of leading tokens that are those of a soft prompt."""
 
 
 class Renderer:
@@ -185,7 +161,7 @@ class Renderer:
             self._sequences(dialogue, text, beginning, max_length, full, locate)
             for dialogue, text, beginning in zip(dialogues, texts, beginnings, strict=True)
         ]
-        return [map(self._prepend_virtual_tokens, one) for one in sequences] if virtual else sequences
+        return [(one.prepend(self.virtual_tokens) for one in each) for each in sequences] if virtual else sequences
 
     def encode_prompt(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Returns the token ids of all messages and the generation prompt, which a reply to the dialogue continues.
@@ -223,24 +199,6 @@ class Renderer:
             before, probe, _ = text.partition(PROBE)
             self._shared_prefixes[key] = self._encoder.encode(before if probe else "")
         return self._shared_prefixes[key]
-
-    def _prepend_virtual_tokens(self, sequence: RenderedSequence) -> RenderedSequence:
-        """Returns a sequence behind the tokens of the soft prompt."""
-        count = self.virtual_tokens.count
-
-        def shift(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-            return tuple((start + count, stop + count) for start, stop in spans)
-
-        return sequence._replace(
-            tokens=self.virtual_tokens.prepend(sequence.tokens),
-            start=sequence.start + count,
-            message_spans=tuple(
-                MessageSpan(span.message_index, span.start + count, span.stop + count, shift(span.part_spans))
-                for span in sequence.message_spans
-            ),
-            part_spans=shift(sequence.part_spans),
-            virtual=count,
-        )
 
     def _sequences(
         self,

@@ -161,10 +161,8 @@ def _read_tokenizer_file(file: pathlib.Path | None) -> tuple[str, tokenizers.Tok
     if not isinstance(value, dict) or not isinstance(value.get("added_tokens"), list):
         raise UserError(f"{name}: not a JSON object with a list of added_tokens. {remedy}")
     try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises plain ones for what a file contains
-            raise
+        backend = tokenizer_files.read_backend(text)
+    except ValueError as error:
         raise UserError(f"{name}: not a tokenizer ({error}). {remedy}") from None
     if failure := tokenizer_files.find_failure(backend):
         raise UserError(f"{name}: it cannot tokenize every text ({failure}). {remedy}")

@@ -15,12 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, UInt32
 
 from dialog_jax.errors import UserError
-from dialog_jax.training import distributed, optimizer
+from dialog_jax.training import checksums, distributed, optimizer
 from dialog_jax.training.train_step import TrainState
 
 _COUNTS = ("step", "skipped", "skipped_in_a_row")  # of TrainState: kept in the record, with the checksums
@@ -109,9 +107,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, *, keep: int, losses
     counts = {name: int(getattr(state, name)) for name in _COUNTS}
     record = {
         **counts,
-        "trained": compute_checksums(state.trained),
-        "optimizer_state": compute_checksums(state.optimizer_state),
-        "frozen": compute_checksums(state.frozen),
+        "trained": checksums.compute_checksums(state.trained),
+        "optimizer_state": checksums.compute_checksums(state.optimizer_state),
+        "frozen": checksums.compute_checksums(state.frozen),
     }
     with _save_errors():
         saved = manager.save(
@@ -176,7 +174,7 @@ def restore(directory: pathlib.Path, step: int, like: TrainState) -> TrainState:
     """
     trees_like = {"trained": like.trained, "optimizer_state": like.optimizer_state}
     record, trees = _restore(directory, step, trees_like, ocp.args.StandardRestore)
-    changed = sorted(set(record.get("frozen", {}).items()) ^ set(compute_checksums(like.frozen).items()))
+    changed = sorted(set(record.get("frozen", {}).items()) ^ set(checksums.compute_checksums(like.frozen).items()))
     if changed:
         raise UserError(
             f"the frozen parameters are not those of checkpoint {step}: {changed[0][0]} differs. Resume with the model "
@@ -277,8 +275,8 @@ def _restore(
             raise DamagedError(text)
     record = content["record"]
     for name in like:
-        checksums = compute_checksums(content[name])
-        changed = [path for path, value in checksums.items() if record[name][path] != value]
+        sums = checksums.compute_checksums(content[name])
+        changed = [path for path, value in sums.items() if record[name][path] != value]
         if changed:
             raise DamagedError(
                 f"checkpoint {step} is not what was written: {name}{changed[0]} has another checksum "
@@ -311,34 +309,3 @@ def _check_record(record: Any, step: int, like: Mapping[str, Any]) -> str:
         if differing := sorted(needed ^ set(record.get(name) or ())):
             return f"checkpoint {step} holds other arrays than this run: {name}{differing[0]} is in only one of the two"
     return ""
-
-
-def compute_checksums(tree: Any) -> dict[str, int]:
-    """Returns {path: checksum of the array}. It depends on every bit of the array and not on its layout over devices.
-
-    Leaves that are `ocp.PLACEHOLDER` have none. All processes call it together. Source: the finalizer of MurmurHash3
-    (Appleby, public domain) of each word mixed with its index, summed modulo 2**32, so that the order of summation does
-    not matter.
-    """
-    leaves = [entry for entry in jax.tree_util.tree_leaves_with_path(tree) if entry[1] is not ocp.PLACEHOLDER]
-    sums = _checksums([leaf for _, leaf in leaves])
-    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
-
-
-@jax.jit
-def _checksums(arrays: Sequence[Array]) -> list[UInt32[Array, ""]]:
-    return [_checksum(array) for array in arrays]
-
-
-def _checksum(array: Array) -> UInt32[Array, ""]:
-    if array.dtype.itemsize < 4:
-        array = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
-    assert array.dtype.itemsize == 4, array.dtype
-    index, stride = jnp.zeros(array.shape, jnp.uint32), 1
-    for axis in reversed(range(array.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(stride % 2**32)
-        stride *= array.shape[axis]
-    word = jax.lax.bitcast_convert_type(array, jnp.uint32) ^ (index * np.uint32(0x9E3779B9))
-    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
-    return jnp.sum(word ^ (word >> 16), dtype=jnp.uint32)

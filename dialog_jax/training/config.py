@@ -1,7 +1,7 @@
 """`TrainConfig`, everything that determines a run, as a frozen dataclass and as the ConfigDict that flags override.
 
-Imports no JAX, so that commands which only look at data start quickly. This is why the configs of loss, optimizer and
-mesh are here and not beside what they configure.
+Imports no JAX, so that commands which only look at data start quickly. This is why the configs of data, loss and mesh
+are here and not beside what they configure.
 """
 
 import dataclasses
@@ -18,15 +18,18 @@ from dialog_jax.errors import UserError
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config_fields
+from dialog_jax.training.optimizer_config import (
+    LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    SOFT_PROMPT_LEARNING_RATE,
+    OptimizerConfig,
+)
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
-OPTIMIZERS = ("adamw", "adafactor", "muon")
-SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 REMAT = ("none", "attention", "dots", "full")
 RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
-LEARNING_RATE, LORA_LEARNING_RATE, SOFT_PROMPT_LEARNING_RATE = 2e-5, 3e-4, 3e-2  # defaults
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 
@@ -104,64 +107,6 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """An optimizer after clipping by the global norm."""
-
-    name: str = "adamw"
-    """adamw; adafactor, whose second moments are a row and a column per matrix; or muon, which orthogonalizes the
-    updates of the layers' matrices, with AdamW for other parameters."""
-    learning_rate: float = -1.0
-    """Peak of the schedule; -1 for 2e-5, or 3e-4 with LoRA, or 3e-2 for a soft prompt alone."""
-    schedule: str = "cosine"
-    """`cosine` and `linear` fall to `final_fraction` of the peak after the warm-up; `warmup_stable_decay` stays, then
-    falls linearly in the last `decay_fraction` of the steps; `constant` stays."""
-    warmup_steps: int = -1
-    """Steps in which the learning rate rises to its peak; -1 for 3% of the steps."""
-    final_fraction: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak; read by `cosine` and `linear`."""
-    decay_fraction: float = 0.2
-    """Fraction of the steps in which `warmup_stable_decay` decays."""
-    weight_decay: float = 0.0
-    """Applies to matrices; not to norms, biases, the embedding, adapters and a soft prompt."""
-    b1: float = 0.9
-    """Decay of AdamW's first moment; with muon, for what AdamW updates."""
-    b2: float = 0.99
-    """Decay of AdamW's second moment; with muon, for what AdamW updates."""
-    epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
-    clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 for no clipping."""
-    moments_dtype: str = "float32"
-    """Type in which moments are stored: float32 or bfloat16."""
-    ema_decay: float = 0.0
-    """In [0, 1). Decay of an exponential moving average of the trained parameters, for export --ema; 0 for none."""
-
-    def __post_init__(self):
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"optimizer.name is {self.name!r}; it must be one of {', '.join(OPTIMIZERS)}.")
-        if self.moments_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"optimizer.moments_dtype is {self.moments_dtype!r}; it must be float32 or bfloat16.")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"optimizer.ema_decay is {self.ema_decay}; it must be at least 0 and below 1.")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
-        if not 0 < self.epsilon < math.inf:
-            raise UserError(f"optimizer.epsilon is {self.epsilon}; it must be above 0, and finite.")
-        if self.warmup_steps < -1:
-            raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0, or -1 for 3%.")
-        if not 0 < self.learning_rate < math.inf and self.learning_rate != -1:
-            raise UserError(
-                f"optimizer.learning_rate is {self.learning_rate}; it must be above 0, or -1 for the default."
-            )
-        for field in ("weight_decay", "clip_norm"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be at least 0, and finite.")
-        for field in ("final_fraction", "decay_fraction", "b1", "b2"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise UserError(f"optimizer.{field} is {getattr(self, field)}; it must be between 0 and 1.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Sizes of the axes of the device mesh; one may be -1, for all devices that the others leave.
 
@@ -222,7 +167,7 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the training data; read if steps is 0."""
     compute_dtype: str = "auto"
-    """auto (bfloat16 on accelerators, float32 on CPU), float32 or bfloat16. Parameters and moments are float32."""
+    """auto (bfloat16 on accelerators, float32 on CPU), float32 or bfloat16. Trained parameters are float32."""
     attention: str = "auto"
     """auto (the fastest kernel that the devices support), blockwise (any device), pallas (NVIDIA GPUs) or splash (TPUs,
     rows whose trees are all paths). A kernel named here that does not work is an error."""
@@ -239,7 +184,7 @@ class TrainConfig:
     max_bad_steps: int = 5
     """Consecutive steps with a loss or gradient that is not finite, each skipped, after which a run stops."""
     seed: int = 0
-    """Of the order of the data."""
+    """Of the order of the data, of new adapters, and of dropout."""
 
     def __post_init__(self):
         if self.data.mix and (self.data.train or self.data.teacher):
@@ -301,6 +246,14 @@ class TrainConfig:
             raise UserError(
                 f"adapter is {self.adapter!r} and lora.rank is {self.lora.rank}; the adapter has its own ranks, scales "
                 "and targets. Leave lora.rank at 0 to continue it, or leave adapter empty to start a new one."
+            )
+        # What an adapter brings itself, or what has no effect without a rank, is not left unread.
+        applied = ("dropout", "learning_rate_ratio") if self.adapter else ()
+        unread = [] if self.lora.rank else [name for name in self.lora.list_changed() if name not in applied]
+        if unread:
+            raise UserError(
+                f"lora.{unread[0]} is {getattr(self.lora, unread[0])!r}, which has no effect "
+                + ("on an adapter that is continued. Leave it out." if self.adapter else "without lora.rank. Set both.")
             )
         for field, value in (
             ("adapter", self.adapter),

@@ -13,7 +13,7 @@ import numpy as np
 
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, decoder, model_files, peft_files, pretrained
+from dialog_jax.model import adapters, decoder, model_files, peft_files, saving
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, model_card, run_directory, trained_models
 from dialog_jax.training.run_directory import RunModel
@@ -114,7 +114,7 @@ def _write_model(
 ) -> int:
     """Writes the model with its adapter merged, if it has one; returns the number of its parameters."""
     config, merged = adapters.merge_factors(model.decoder, parameters)
-    pretrained.write_model(
+    saving.write_model(
         directory,
         config,
         merged,
@@ -144,7 +144,7 @@ def _write_adapter(
     if model.selection.soft_prompt.tokens:
         place = directory / peft_files.PROMPT if model.selection.scales else directory
         _write_prompt(place, run, model, trained[decoder.SOFT_PROMPT], base_name)
-    pretrained.write_tokenizer(
+    saving.write_tokenizer(
         directory,
         load_tokenizer(run / "tokenizer"),
         stop_tokens=model.stop_tokens,

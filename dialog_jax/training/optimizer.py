@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, BFloat16, Float32, Int, Key
 
 from dialog_jax.errors import UserError
-from dialog_jax.training.config import LEARNING_RATE, OptimizerConfig
+from dialog_jax.training.optimizer_config import LEARNING_RATE, OptimizerConfig
 
 _WARMUP_FRACTION = 0.03  # of the steps, for warmup_steps = -1
 

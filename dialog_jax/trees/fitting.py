@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.rendering.chat_template import TemplateRefused
-from dialog_jax.rendering.sequences import RenderedSequence, Renderer
+from dialog_jax.rendering.rendered_sequence import RenderedSequence
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.trees import histories
 from dialog_jax.trees.objectives import ObjectiveConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.schemas import ROLES
 from dialog_jax.errors import UserError
-from dialog_jax.rendering.sequences import RenderedSequence
+from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.rendering.token_spans import MessageSpan
 from dialog_jax.trees.prefix_tree import Span, common_prefix_length
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue
-from dialog_jax.rendering.sequences import RenderedSequence
+from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.trees import fitting, objectives, prefix_tree
 from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig

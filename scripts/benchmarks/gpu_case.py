@@ -25,7 +25,8 @@ from dialog_jax.attention import blockwise, dispatch, pallas_gpu
 from dialog_jax.model import decoder
 from dialog_jax.training import metrics, optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 
 _CASES = flags.DEFINE_string("cases", None, "JSON list of the cases to measure.", required=True)
 

@@ -15,7 +15,8 @@ from dialog_jax.batching import batches
 from dialog_jax.model import decoder
 from dialog_jax.planning import hlo
 from dialog_jax.training import loss, optimizer, sharding, train_step
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.rendering import chat_templates
 from tests.scripts import running
 from tests.training import tiny

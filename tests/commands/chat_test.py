@@ -15,7 +15,7 @@ from absl.testing import absltest
 
 from dialog_jax.dialogues.dialogue import Message
 from dialog_jax.inference import chat, generation, loading
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.model import decoder, saving
 from tests.commands import running
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -42,7 +42,7 @@ class ChatTest(absltest.TestCase):
         cls.path = pathlib.Path(directory.name) / "model"
         tokenizer = chat_templates.train_tokenizer("chatml")
         config = tiny.config(len(tokenizer), max_length=96)
-        pretrained.save_pretrained(cls.path, config, tiny.parameters(config), tokenizer=tokenizer)
+        saving.save_pretrained(cls.path, config, tiny.parameters(config), tokenizer=tokenizer)
         cls.model = loading.load_model(cls.path)
 
     def greedy(self, tokens, count):

@@ -8,7 +8,7 @@ from unittest import mock
 from absl.testing import absltest
 
 from dialog_jax.batching import batches
-from dialog_jax.model import pretrained
+from dialog_jax.model import saving
 from tests.commands import running
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -34,7 +34,7 @@ class CheckTest(absltest.TestCase):
         if not (self.directory / "model").exists():
             tokenizer = chat_templates.train_tokenizer(family)
             model = tiny.config(len(tokenizer), max_length=512)
-            pretrained.save_pretrained(self.directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
+            saving.save_pretrained(self.directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
         data = self.directory / "data.jsonl"
         data.write_text("".join(json.dumps(each) + "\n" for each in records))
         told, error = running.run(

@@ -6,7 +6,7 @@ import tempfile
 
 from absl.testing import absltest
 
-from dialog_jax.model import pretrained
+from dialog_jax.model import saving
 from tests.commands import running
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -31,7 +31,7 @@ class CompareTest(absltest.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         config = tiny.config(len(tokenizer))
         for name, seed in (("before", 0), ("twin", 0), ("after", 1)):
-            pretrained.save_pretrained(
+            saving.save_pretrained(
                 self.directory / name, config, tiny.parameters(config, seed=seed), tokenizer=tokenizer
             )
         (self.directory / "data.jsonl").write_text(

@@ -16,7 +16,8 @@ from dialog_jax.model import model_files, parameter_trees, peft_files, peft_read
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.rendering.tokenizers import load_tokenizer
-from dialog_jax.training.config import OptimizerConfig, TrainConfig
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.commands import running
 from tests.training import hand_made, tiny
 

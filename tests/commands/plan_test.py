@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import decoder, hf_config, pretrained
+from dialog_jax.model import decoder, hf_config, saving
 from dialog_jax.training.config import MeshConfig
 from tests.commands import running
 from tests.rendering import chat_templates
@@ -30,9 +30,7 @@ class PlanTest(absltest.TestCase):
         cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         tokenizer = chat_templates.train_tokenizer("chatml")
         cls.config = tiny.config(len(tokenizer))
-        pretrained.save_pretrained(
-            cls.directory / "model", cls.config, tiny.parameters(cls.config), tokenizer=tokenizer
-        )
+        saving.save_pretrained(cls.directory / "model", cls.config, tiny.parameters(cls.config), tokenizer=tokenizer)
         (cls.directory / "model" / "model.safetensors").unlink()  # a plan needs no weights
         rng = np.random.default_rng(0)
         dialogues = [chat_templates.random_dialogue(rng, turns=2) for _ in range(12)]

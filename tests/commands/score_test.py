@@ -18,7 +18,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from dialog_jax.evaluation import scoring
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.model import decoder, saving
 from dialog_jax.trees import dataset, prefix_tree
 from tests.commands import running
 from tests.rendering import chat_templates
@@ -121,7 +121,7 @@ class ScoreTest(parameterized.TestCase):
         tokenizer = chat_templates.train_tokenizer(family)
         model = tiny.config(len(tokenizer), **({"max_length": 512} | changes))
         parameters = tiny.parameters(model)
-        pretrained.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
+        saving.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
         return model, parameters, tokenizer
 
     def score(self, records, *flags):
@@ -333,7 +333,7 @@ class ScoreTest(parameterized.TestCase):
         model, parameters, tokenizer = self.save_model("chatml")
         parameters["final_norm"] = parameters["final_norm"].at[3].set(jnp.nan)
         shutil.rmtree(self.directory / "model")
-        pretrained.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
+        saving.save_pretrained(self.directory / "model", model, parameters, tokenizer=tokenizer)
         written, _, error = self.score(_DIALOGUES[:1], f"--passes={passes}")
         self.assertIsNone(written)
         self.assertRegex(error, r"dialogue text \(data.jsonl:1\): the loss of message 1 is nan")

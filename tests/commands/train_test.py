@@ -81,14 +81,14 @@ class TrainFlagsTest(parameterized.TestCase):
 
     def model(self):
         """A model directory whose weights are never read here."""
-        from dialog_jax.model import pretrained
+        from dialog_jax.model import saving
         from tests.rendering import chat_templates
         from tests.training import tiny
 
         path = self.output_dir.with_name("model")
         tokenizer = chat_templates.train_tokenizer("chatml")
         config = tiny.config(len(tokenizer))
-        pretrained.save_pretrained(path, config, tiny.parameters(config), tokenizer=tokenizer)
+        saving.save_pretrained(path, config, tiny.parameters(config), tokenizer=tokenizer)
         return path
 
     def test_value_of_the_wrong_type_is_an_error_that_says_what_was_needed(self):

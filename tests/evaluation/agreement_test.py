@@ -13,7 +13,9 @@ from dialog_jax.batching import batches
 from dialog_jax.dialogues import parsing
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.evaluation import agreement, differences
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss, train_step
+from dialog_jax.training.trainable import Parameters
 from dialog_jax.trees import dataset, prefix_tree
 from tests.rendering import chat_templates, unwritten_records
 from tests.training import tiny
@@ -60,7 +62,8 @@ def compare(family="chatml", which=None, *, max_length=768):
     tokenizer = chat_templates.train_tokenizer(family)
     model = tiny.config(len(tokenizer))
     which = dialogues() if which is None else which
-    return agreement.compare(which, tokenizer, model, tiny.parameters(model), max_length=max_length)
+    parameters = Parameters(tiny.parameters(model), {})
+    return agreement.compare(which, Renderer(tokenizer), model, parameters, max_length=max_length)
 
 
 def compare_again(family):
@@ -268,7 +271,7 @@ class AgreementTest(parameterized.TestCase):
         model = tiny.config(len(tokenizer))
         parameters = tiny.parameters(model)
         parameters["final_norm"] = parameters["final_norm"].at[0].set(math.nan)
-        outcome = agreement.compare(dialogues(), tokenizer, model, parameters, max_length=768)
+        outcome = agreement.compare(dialogues(), Renderer(tokenizer), model, Parameters(parameters, {}), max_length=768)
         self.assertFalse(outcome.passed)
         self.assertEqual(outcome.findings["loss of a response"].largest.size, math.inf)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dialog_jax.inference import loading
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.model import decoder, saving
 from tests.laws import oracles
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -25,7 +25,7 @@ def save_model(directory, **changes):
     """A tiny model with a ChatML tokenizer, saved in `directory` / "model", and loaded from there."""
     tokenizer = chat_templates.train_tokenizer("chatml")
     model = tiny.config(len(tokenizer), **changes)
-    pretrained.save_pretrained(directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
+    saving.save_pretrained(directory / "model", model, tiny.parameters(model), tokenizer=tokenizer)
     return loading.load_model(directory / "model")
 
 

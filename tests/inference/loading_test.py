@@ -14,7 +14,7 @@ from absl.testing import absltest
 
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
-from dialog_jax.model import pretrained
+from dialog_jax.model import saving
 from dialog_jax.training import export, run
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -30,7 +30,7 @@ class ResizeEmbeddingTest(absltest.TestCase):
         self.model = tiny.config(self.size - 2, tie_embeddings=False)
         self.parameters = tiny.parameters(self.model)
         self.small = self.directory / "small"
-        pretrained.save_pretrained(self.small, self.model, self.parameters, tokenizer=tokenizer)
+        saving.save_pretrained(self.small, self.model, self.parameters, tokenizer=tokenizer)
 
     def test_tokens_beyond_the_embedding_are_an_error_that_names_the_option(self):
         with self.assertRaisesRegex(
@@ -76,7 +76,7 @@ class SoftPromptTest(absltest.TestCase):
         tokenizer = chat_templates.train_tokenizer("chatml")
         model = tiny.config(len(tokenizer), max_length=64)
         directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        pretrained.save_pretrained(directory, model, tiny.parameters(model), tokenizer=tokenizer)
+        saving.save_pretrained(directory, model, tiny.parameters(model), tokenizer=tokenizer)
         self.assertEqual(loading.open_model(directory, soft_prompt_tokens=62).renderer.virtual_tokens.count, 62)
         with self.assertRaisesRegex(UserError, "the soft prompt has 63 tokens and the model's context is 64, which"):
             loading.open_model(directory, soft_prompt_tokens=63)

@@ -14,7 +14,8 @@ from dialog_jax.batching import batches
 from dialog_jax.inference import generation
 from dialog_jax.model import decoder
 from dialog_jax.training import optimizer, sharding, train_step
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.laws import budget, oracles, strategies
 from tests.laws.targets_test import prepare
 from tests.laws.truncation_test import fitting

@@ -23,6 +23,7 @@ from dialog_jax.inference import generation
 from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.training import loop, run, sharding, train_step, trainable
 from dialog_jax.training.config import MeshConfig, TrainConfig
@@ -112,7 +113,7 @@ class TrainedTest(parameterized.TestCase):
         model = tiny.config(len(tokenizer))
         parts = make_parameters(_KINDS[kind], model)
         dialogues = [*agreement_test.dialogues(), *([message_trees_test.random_tree(0)] if family == "chatml" else [])]
-        outcome = agreement.compare(dialogues, tokenizer, model, parts.trained, frozen=parts.frozen, max_length=768)
+        outcome = agreement.compare(dialogues, Renderer(tokenizer), model, parts, max_length=768)
         self.assertTrue(outcome.passed, {k: v for k, v in outcome.findings.items() if v.beyond})
         self.assertGreater(outcome.responses, 5)
 

@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies
 
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.model import decoder, model_files, parameter_trees, pretrained, quantization
+from dialog_jax.model import decoder, model_files, parameter_trees, pretrained, quantization, saving
 from dialog_jax.training import sharding
 from dialog_jax.training.config import MeshConfig
 from tests.training import tiny
@@ -201,7 +201,7 @@ class SaveTest(_TemporaryTest):
     @parameterized.parameters(*_TINY)
     def test_save_gives_back_the_same_tensors_and_config(self, name):
         config, parameters = _load(_REFERENCES / f"tiny_{name}")
-        pretrained.save_pretrained(self.directory / "saved", config, parameters)
+        saving.save_pretrained(self.directory / "saved", config, parameters)
         self.assertEqual(pretrained.load_config(self.directory / "saved"), config)
         _assert_equal_bits(pretrained.load_parameters(self.directory / "saved", config), parameters)
         first = safetensors.numpy.load_file(_REFERENCES / f"tiny_{name}" / "model.safetensors")
@@ -212,7 +212,7 @@ class SaveTest(_TemporaryTest):
     def test_save_in_shards_reads_back_the_same(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, parameters, shard_bytes=50_000)
+        saving.save_pretrained(saved, config, parameters, shard_bytes=50_000)
         shards = sorted(file.name for file in saved.glob("*.safetensors"))
         index = json.loads((saved / "model.safetensors.index.json").read_text())
         self.assertGreater(len(shards), 2)
@@ -225,7 +225,7 @@ class SaveTest(_TemporaryTest):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         parameters["final_norm"] = parameters["final_norm"].at[0].set(1e5)
         with self.assertRaisesRegex(ValueError, "final_norm has numbers up to 1e.05, which are too large for float16"):
-            pretrained.save_pretrained(self.directory / "saved", config, parameters, dtype="float16")
+            saving.save_pretrained(self.directory / "saved", config, parameters, dtype="float16")
         self.assertEmpty(list(self.directory.iterdir()))
 
     def test_stop_tokens_replace_those_of_the_generation_config_only_if_they_differ(self):
@@ -238,7 +238,7 @@ class SaveTest(_TemporaryTest):
             ]
         ):
             saved = self.directory / str(number)
-            pretrained.save_pretrained(saved, config, parameters, generation=fields, stop_tokens=stop_tokens)
+            saving.save_pretrained(saved, config, parameters, generation=fields, stop_tokens=stop_tokens)
             got = json.loads((saved / "generation_config.json").read_text())
             self.assertEqual(got["eos_token_id"], expected)
 
@@ -264,9 +264,9 @@ class SaveTest(_TemporaryTest):
     def test_save_into_a_directory_that_is_not_empty_is_an_error_and_leaves_it(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, parameters)
+        saving.save_pretrained(saved, config, parameters)
         with self.assertRaisesRegex(ValueError, "saved exists already; give a new directory"):
-            pretrained.save_pretrained(saved, config, jax.tree.map(jnp.zeros_like, parameters))
+            saving.save_pretrained(saved, config, jax.tree.map(jnp.zeros_like, parameters))
         _assert_equal_bits(_load(saved)[1], parameters)
 
     def test_save_interrupted_leaves_no_model_and_is_no_obstacle(self):
@@ -275,9 +275,9 @@ class SaveTest(_TemporaryTest):
 
         stop = mock.patch.object(tokenizer_files, "save_tokenizer", side_effect=KeyboardInterrupt)
         with stop, self.assertRaises(KeyboardInterrupt):
-            pretrained.save_pretrained(saved, config, parameters, tokenizer=object())
+            saving.save_pretrained(saved, config, parameters, tokenizer=object())
         self.assertFalse(saved.exists())
-        pretrained.save_pretrained(saved, config, parameters)
+        saving.save_pretrained(saved, config, parameters)
         names = {file.name for file in saved.iterdir()}
         self.assertEqual(names, {"config.json", "generation_config.json", "model.safetensors"})
         self.assertEqual([file.name for file in self.directory.iterdir()], ["saved"])
@@ -285,9 +285,9 @@ class SaveTest(_TemporaryTest):
     def test_save_with_parameters_of_another_config_is_an_error_and_writes_nothing(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         with self.assertRaisesRegex(ValueError, "embedding"):
-            pretrained.save_pretrained(self.directory / "saved", dataclasses.replace(config, vocab_size=5), parameters)
+            saving.save_pretrained(self.directory / "saved", dataclasses.replace(config, vocab_size=5), parameters)
         with self.assertRaisesRegex(ValueError, "lm_head"):
-            pretrained.save_pretrained(
+            saving.save_pretrained(
                 self.directory / "saved", dataclasses.replace(config, tie_embeddings=True), parameters
             )
         self.assertEmpty(list(self.directory.iterdir()))
@@ -346,7 +346,7 @@ class LoadTest(_TemporaryTest):
     @parameterized.parameters(*quantization.KINDS)
     def test_load_quantized_never_holds_the_matrices_as_they_are_published(self, kind):
         config = dataclasses.replace(_TINY_CONFIG, layers=16, width=128, feed_forward=512)
-        pretrained.save_pretrained(self.directory / "deep", config, decoder.init_parameters(config, jax.random.key(0)))
+        saving.save_pretrained(self.directory / "deep", config, decoder.init_parameters(config, jax.random.key(0)))
         layer = 4 * 128 * 512
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
@@ -401,7 +401,7 @@ class LoadTest(_TemporaryTest):
         (note,) = model_files.describe_weights(directory, config).notes
         self.assertRegex(note, "config.json ties the embeddings, but lm_head.weight differs")
         self.assertEmpty(model_files.describe_weights(_REFERENCES / "tiny_qwen2", tied).notes)
-        pretrained.save_pretrained(self.directory / "saved", config, parameters)
+        saving.save_pretrained(self.directory / "saved", config, parameters)
         self.assertFalse(json.loads((self.directory / "saved" / "config.json").read_text())["tie_word_embeddings"])
         _assert_equal_bits(_load(self.directory / "saved")[1], parameters)
 
@@ -496,7 +496,7 @@ class LoadTest(_TemporaryTest):
     def test_load_of_shards_with_other_names_gives_the_same_parameters(self):
         config, needed = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, needed, shard_bytes=100_000)
+        saving.save_pretrained(saved, config, needed, shard_bytes=100_000)
         (saved / "model.safetensors.index.json").rename(saved / "weights [1].safetensors.index.json")
         _assert_equal_bits(_load(saved)[1], needed)
         index = saved / "weights [1].safetensors.index.json"
@@ -512,7 +512,7 @@ class LoadTest(_TemporaryTest):
     def test_load_without_index_reads_one_file_or_all_numbered_ones(self):
         config, needed = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, needed, shard_bytes=100_000)
+        saving.save_pretrained(saved, config, needed, shard_bytes=100_000)
         (saved / "model.safetensors.index.json").unlink()
         _assert_equal_bits(_load(saved)[1], needed)
         shutil.copy(_REFERENCES / "tiny_qwen3" / "model.safetensors", saved / "other.safetensors")
@@ -628,7 +628,7 @@ class LoadTest(_TemporaryTest):
     def test_load_with_missing_shard_or_listed_tensor_is_an_error(self):
         config, parameters = _load(_REFERENCES / "tiny_qwen3")
         saved = self.directory / "saved"
-        pretrained.save_pretrained(saved, config, parameters, shard_bytes=100_000)
+        saving.save_pretrained(saved, config, parameters, shard_bytes=100_000)
         index = saved / "model.safetensors.index.json"
         fields = json.loads(index.read_text())
         index.write_text(

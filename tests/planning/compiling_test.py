@@ -14,7 +14,8 @@ from dialog_jax.model import quantization
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.planning import compiling, workload
 from dialog_jax.training import metrics, optimizer, sharding, train_step
-from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import tiny
 
 _MODEL = tiny.config(512, width=64, layers=3, heads=8, kv_heads=4, tie_embeddings=False)

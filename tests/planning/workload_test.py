@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import pretrained
+from dialog_jax.model import saving
 from dialog_jax.planning import workload
 from dialog_jax.training.config import DataConfig, TrainConfig
 from tests.rendering import chat_templates
@@ -21,7 +21,7 @@ class MeasuredTest(parameterized.TestCase):
         cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.tokenizer = chat_templates.train_tokenizer("chatml")
         config = tiny.config(len(cls.tokenizer))
-        pretrained.save_pretrained(cls.directory / "model", config, tiny.parameters(config), tokenizer=cls.tokenizer)
+        saving.save_pretrained(cls.directory / "model", config, tiny.parameters(config), tokenizer=cls.tokenizer)
         rng = np.random.default_rng(0)
         cls.dialogues = [chat_templates.random_dialogue(rng, turns=2) for _ in range(40)]
         records = [{"messages": [message.as_dict() for message in dialogue.messages]} for dialogue in cls.dialogues]

@@ -15,12 +15,13 @@ from absl.testing import absltest
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
 from dialog_jax.inference import loading
-from dialog_jax.model import adapters, peft_files, peft_reading, pretrained
+from dialog_jax.model import adapters, peft_files, peft_reading, pretrained, saving
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config as config_lib
 from dialog_jax.training import data_sources, export, run, run_directory, run_inputs, trainable
-from dialog_jax.training.config import OptimizerConfig, TrainConfig
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import hand_made, tiny
 
 _LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj", "embed_tokens"), rank_pattern={"down_proj": 2})
@@ -90,7 +91,7 @@ class AdapterRunTest(absltest.TestCase):
         base = self.directory / "base" / "model"
         tensors = pretrained.load_parameters(self.config.model, self.model)
         tensors["final_norm"] = tensors["final_norm"] * 2
-        pretrained.save_pretrained(base, self.model, tensors, tokenizer=adapted.tokenizer)
+        saving.save_pretrained(base, self.model, tensors, tokenizer=adapted.tokenizer)
         with self.assertRaisesRegex(UserError, r"another config or data \(model: \w+ before, \w+ now\)"):
             self.run_training(adapter=self.adapter, lora=lora, model=str(base))
 

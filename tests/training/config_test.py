@@ -11,7 +11,8 @@ from dialog_jax.model import decoder
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config
-from dialog_jax.training.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, LossConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 
 
 def example(**changes):
@@ -52,6 +53,7 @@ class ConfigTest(parameterized.TestCase):
 
     def test_names_can_be_separated_by_commas(self):
         overridden = config.to_config_dict(TrainConfig())
+        overridden.lora.rank = 4
         overridden.lora.targets = ("q_proj,v_proj",)  # as a flag gives it
         self.assertEqual(config.from_config_dict(overridden).lora.targets, ("q_proj", "v_proj"))
 
@@ -117,6 +119,8 @@ class ConfigTest(parameterized.TestCase):
             "data.template_time is 'July'; it must be a date or time",
         ),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
+        ({"lora": LoraConfig(targets=("q_proj",))}, "lora.targets is .*no effect without lora.rank"),
+        ({"lora": LoraConfig(alpha=16.0), "adapter": "a"}, "lora.alpha is 16.0, .*on an adapter that is continued"),
         (
             {"soft_prompt": SoftPromptConfig(tokens=1023)},
             "as long as the row leaves no room for a prompt and a response",
@@ -133,6 +137,7 @@ class ConfigTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ({"tokens": -1}, "soft_prompt.tokens is -1; it must be at least 1, or 0 for no soft prompt"),
+        ({"text": "Hi", "init": "text"}, "soft_prompt.text 'Hi', which have no effect without soft_prompt.tokens"),
         ({"tokens": 8, "init": "zeros"}, "soft_prompt.init is 'zeros'; it must be one of vocabulary, text, random"),
         ({"tokens": 8, "init": "text"}, "soft_prompt.text is ''; text is read with init = text, which needs it"),
         ({"tokens": 8, "text": "Hi"}, "soft_prompt.init is 'vocabulary' and soft_prompt.text is 'Hi'"),

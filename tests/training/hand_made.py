@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dialog_jax.model import model_files, pretrained
+from dialog_jax.model import model_files, pretrained, saving
 from dialog_jax.training import checkpoints, optimizer, run_directory, trainable
 from dialog_jax.training.train_step import make_state
 from tests.rendering import chat_templates
@@ -17,7 +17,7 @@ def save_model(directory, **changes):
     """Writes a tiny model with a tokenizer and random parameters; returns its config."""
     tokenizer = chat_templates.train_tokenizer("chatml")
     model = tiny.config(len(tokenizer), **changes)
-    pretrained.save_pretrained(directory, model, tiny.parameters(model), tokenizer=tokenizer)
+    saving.save_pretrained(directory, model, tiny.parameters(model), tokenizer=tokenizer)
     return model
 
 

@@ -25,7 +25,7 @@ from dialog_jax.commands import entry
 from dialog_jax.model import decoder
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory
 from dialog_jax.training import train_step as step_lib
-from dialog_jax.training.config import OptimizerConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]

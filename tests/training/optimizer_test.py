@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.model import decoder
 from dialog_jax.training import optimizer
-from dialog_jax.training.config import OptimizerConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import tiny
 
 

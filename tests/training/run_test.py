@@ -24,7 +24,7 @@ from dialog_jax.dialogues import holdout
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
-from dialog_jax.model import decoder, pretrained
+from dialog_jax.model import decoder, saving
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
@@ -32,7 +32,8 @@ from dialog_jax.training import checkpoints, metrics, run_directory, run_inputs
 from dialog_jax.training import loop as loop_lib
 from dialog_jax.training import run as run_lib
 from dialog_jax.training import train_step as step_lib
-from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
+from dialog_jax.training.config import LossConfig, MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.training.signals import StoppedError
 from dialog_jax.trees import disk_cache, teacher_file
 from tests.rendering import chat_templates
@@ -545,7 +546,7 @@ class RunTest(parameterized.TestCase):
         model = tiny.config(520)
         other = self.directory / "elsewhere" / "model"
         tokenizer = chat_templates.train_tokenizer("chatml")
-        pretrained.save_pretrained(other, model, tiny.parameters(model), tokenizer=tokenizer)
+        saving.save_pretrained(other, model, tiny.parameters(model), tokenizer=tokenizer)
         with self.assertRaisesRegex(ValueError, r"another config or data \(model: [0-9a-f]+ before, [0-9a-f]+ now\)"):
             self.run_in("run", steps=2, model=str(other))
 
@@ -613,7 +614,7 @@ class RunTest(parameterized.TestCase):
     def test_tokenizer_larger_than_the_vocabulary_is_refused(self):
         model = tiny.config(100)
         tokenizer = chat_templates.train_tokenizer("chatml")
-        pretrained.save_pretrained(self.directory / "small", model, tiny.parameters(model), tokenizer=tokenizer)
+        saving.save_pretrained(self.directory / "small", model, tiny.parameters(model), tokenizer=tokenizer)
         with self.assertRaisesRegex(ValueError, r"token ids up to 511 .*embedding has 100 rows"):
             self.run_in("run", model=str(self.directory / "small"))
 

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from dialog_jax.batching import batches
-from dialog_jax.model import decoder, pretrained, quantization
+from dialog_jax.model import decoder, quantization, saving
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
-from dialog_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.trees import dataset
 from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
@@ -61,7 +62,7 @@ def run_config(directory, **changes):
     """The config of a run of 6 steps on 8 devices; its model, 24 dialogues and 4 held out are written there."""
     tokenizer = chat_templates.train_tokenizer("chatml")
     model = config(len(tokenizer))
-    pretrained.save_pretrained(directory / "model", model, parameters(model), tokenizer=tokenizer)
+    saving.save_pretrained(directory / "model", model, parameters(model), tokenizer=tokenizer)
     rng = np.random.default_rng(0)
     for name, count in (("train", 24), ("validation", 4)):
         dialogues = [chat_templates.random_dialogue(rng, turns=1 + i % 3) for i in range(count)]

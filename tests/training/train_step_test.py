@@ -14,7 +14,8 @@ from absl.testing import absltest, parameterized
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder
 from dialog_jax.training import loss, optimizer, sharding, train_step
-from dialog_jax.training.config import LossConfig, MeshConfig, OptimizerConfig
+from dialog_jax.training.config import LossConfig, MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.training.trainable import Parameters
 from tests.rendering import chat_templates
 from tests.training import tiny

@@ -12,7 +12,8 @@ from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, parameter_trees, pretrained
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.training import export, run_directory, trained_models
-from dialog_jax.training.config import OptimizerConfig, TrainConfig
+from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import hand_made
 
 _LOSSES = {0: 1.0, 1: 2.0, 2: 3.0}

@@ -26,7 +26,8 @@ from absl.testing import absltest, parameterized
 import tests
 from dialog_jax.model import decoder
 from dialog_jax.training import checkpoints, config, metrics, run, run_directory
-from dialog_jax.training.config import MeshConfig, OptimizerConfig
+from dialog_jax.training.config import MeshConfig
+from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import tiny
 
 _LAUNCHER = pathlib.Path(__file__).parents[3] / "experiments" / "launch" / "local.py"

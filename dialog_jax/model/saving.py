@@ -1,0 +1,152 @@
+"""Parameters to a directory that Hugging Face transformers and vLLM open. The other direction is `model.pretrained`."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from dialog_jax import atomic_files
+from dialog_jax.errors import UserError
+from dialog_jax.formats import tokenizer_files
+from dialog_jax.model import (
+    decoder,
+    hf_config,
+    model_files,
+    parameter_trees,
+    tensor_names,
+)
+from dialog_jax.model.tensor_names import NAMES
+
+_SHARD_BYTES = 5 * 10**9
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str], config: decoder.DecoderConfig, parameters: Mapping[str, Any], **options: Any
+) -> None:
+    """Writes what `write_model` writes to a directory that appears when it is complete.
+
+    Args:
+      options: those of `write_model`.
+
+    Raises:
+      UserError: `directory` exists and is not empty, or what `write_model` raises.
+    """
+    directory = pathlib.Path(os.path.abspath(directory))
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists already; give a new directory, or remove this one")
+    with atomic_files.new_directory(directory) as unfinished:
+        write_model(unfinished, config, parameters, **options)
+
+
+def write_model(
+    directory: pathlib.Path,
+    config: decoder.DecoderConfig,
+    parameters: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    stop_tokens: Collection[int] = (),
+    generation: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes files that Hugging Face transformers and vLLM open: weights, config, generation config and tokenizer.
+
+    Args:
+      directory: empty.
+      stop_tokens: ids at which generation ends; empty for those of `generation`, or else the tokenizer's end token.
+      generation: further fields of generation_config.json.
+      dtype: of the weights: float32, float16 or bfloat16.
+
+    Raises:
+      UserError: parameters and config do not fit, or a parameter is too large for float16.
+    """
+    flat, needed = parameter_trees.flatten(parameters), parameter_trees.flatten(decoder.abstract_parameters(config))
+    for key in sorted(flat.keys() | needed.keys()):
+        got = tuple(flat[key].shape) if key in flat else None
+        if key not in needed or got != needed[key].shape:
+            raise UserError(
+                f"parameter {key} has shape {got}, but its config needs {needed[key].shape if key in needed else None}"
+            )
+    _save_weights(directory, config, flat, np.dtype(dtype), shard_bytes)
+    _write_json(directory / "config.json", hf_config.to_json(config, dtype) | _list_token_ids(tokenizer))
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)  # safetensors makes its files readable only by their owner
+    write_tokenizer(directory, tokenizer, stop_tokens=stop_tokens, generation=generation)
+
+
+def write_tokenizer(
+    directory: pathlib.Path,
+    tokenizer: Any,
+    *,
+    stop_tokens: Collection[int] = (),
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a tokenizer, if it is not None, and generation_config.json.
+
+    Args:
+      stop_tokens: ids at which generation ends; empty for those of `generation`, or else the tokenizer's end token.
+      generation: further fields of generation_config.json.
+    """
+    ids = {name: value for name, value in _list_token_ids(tokenizer).items() if value is not None}
+    fields = ids | dict(generation or {})
+    if stop_tokens and {*stop_tokens} != model_files.list_ids(fields.get("eos_token_id")):
+        fields["eos_token_id"] = sorted(stop_tokens)
+    _write_json(directory / "generation_config.json", fields)
+    if tokenizer is not None:
+        tokenizer_files.save_tokenizer(tokenizer, directory)
+
+
+def _list_token_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
+
+
+def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save_weights(
+    directory: pathlib.Path, config: decoder.DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
+) -> None:
+    plan = [
+        (name, key, layer) for key in flat for layer, name in enumerate(tensor_names.list_names(key, config.layers))
+    ]
+    sizes = {
+        key: dtype.itemsize * math.prod(leaf.shape) // len(tensor_names.list_names(key, config.layers))
+        for key, leaf in flat.items()
+    }
+    shards: list[list[tuple[str, str, int]]] = [[]]
+    filled = 0
+    for entry in sorted(plan):
+        if shards[-1] and filled + sizes[entry[1]] > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += sizes[entry[1]]
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, entries in zip(files, shards, strict=True):
+        arrays = {name: _to_published(flat[key], key, layer, dtype) for name, key, layer in entries}
+        safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, entries in zip(files, shards, strict=True) for name, _, _ in entries}
+        index = {"metadata": {"total_size": sum(sizes[key] for _, key, _ in plan)}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _to_published(leaf: Any, key: str, layer: int, dtype: np.dtype) -> np.ndarray:
+    array = np.asarray(leaf[layer] if key.startswith("layers/") else leaf)
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if np.isfinite(array).all() and not np.isfinite(converted).all():
+        raise UserError(
+            f"parameter {key} has numbers up to {np.abs(array).max():.3g}, which are too large for {dtype.name}. "
+            "Choose bfloat16 or float32."
+        )
+    return np.ascontiguousarray(converted.T if NAMES[key].transposed else converted)

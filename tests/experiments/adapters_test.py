@@ -1,0 +1,35 @@
+"""The experiment on adapters on a tiny model: three of its trainings, to table and picture."""
+
+import pathlib
+import tempfile
+from unittest import mock
+
+import adapters
+from absl.testing import absltest
+from report import Options
+
+from tests.experiments import tiny_run
+
+
+class AdaptersTest(absltest.TestCase):
+    def test_experiment_writes_table_and_picture(self):
+        directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        tiny_run.save_model(directory)
+        tiny_run.save_dialogues(directory)
+        choices = {name: adapters.CHOICES[name] for name in ("full", "LoRA, rank 1", "soft prompt, 8")}
+        files = {field: str(directory / f"{field}.jsonl") for field in ("train", "validation")}
+        options = Options(
+            name="adapters", model=str(directory / "model"), results_dir=str(directory / "results"), steps=2, **files
+        )
+        with mock.patch.object(adapters, "CHOICES", choices):
+            adapters.main(options)
+        page = (directory / "results" / "adapters.md").read_text(encoding="utf-8")
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+        losses = {row[0].removeprefix("| "): row[1] for row in rows}
+        self.assertContainsSubset(["before training", *choices], losses)
+        self.assertLess(float(losses["full"]), float(losses["before training"]))
+        self.assertGreater((directory / "results" / "adapters.png").stat().st_size, 10_000)
+
+
+if __name__ == "__main__":
+    absltest.main()
