@@ -229,11 +229,12 @@ def describe(selection: Selection) -> list[str]:
     parameters = abstract_parameters(selection._replace(frozen_kind=""))  # whose sizes are those of the matrices
     lines = []
     for part, tree in zip(("trained", "frozen"), parameters, strict=True):
-        flat = parameter_trees.flatten(tree)
+        leaves = parameter_trees.flatten(tree).items()
+        flat = {path.removesuffix("/weight"): leaf for path, leaf in leaves if not path.endswith(f"/{adapters.SCALE}")}
         if not flat:
             continue
         lines.append(f"{part}: {sum(leaf.size for leaf in flat.values()):,} parameters")
         for path, leaf in sorted(flat.items()) if parameters.frozen else ():
-            kind = selection.find_kind(path.removesuffix("/weight")) or leaf.dtype
+            kind = selection.find_kind(path) or leaf.dtype
             lines.append(f"  {path} {'x'.join(map(str, leaf.shape))} {kind}")
     return lines

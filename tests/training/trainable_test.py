@@ -1,5 +1,6 @@
 """What a config trains and freezes, and in which type."""
 
+import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
@@ -43,7 +44,9 @@ class FrozenDtypeTest(parameterized.TestCase):
         self.assertEqual(
             [line for line in plain if "parameters" in line], [line for line in quantized if "parameters" in line]
         )
-        self.assertIn("  layers/attention/w_query/weight 2x32x32 nf4", quantized)
+        self.assertIn("  layers/attention/w_query 2x32x32 nf4", quantized)
+        size = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_parameters(_MODEL)))
+        self.assertIn(f"frozen: {size:,} parameters", plain)
 
     @parameterized.parameters({}, {"freeze": ("embedding",)}, {"train_only": ("layers/*",)})
     def test_quantization_of_nothing_is_an_error(self, **fields):
