@@ -7,6 +7,7 @@ Source: `LoraConfig`, `PromptTuningConfig` and `set_peft_model_state_dict` of PE
 """
 
 import hashlib
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -216,20 +217,26 @@ def _parse_lora(file: pathlib.Path, fields: Mapping[str, Any]) -> LoraConfig:
             f"{file}: init_lora_weights is {initialization!r}, which changes the model's own weights. Convert it to "
             "plain LoRA: path_initial_model_for_weight_conversion in PEFT's save_pretrained."
         )
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    for name, value in (("r", rank), ("lora_alpha", alpha)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or (name == "r" and value != int(value)):
-            raise UserError(f"{file}: {name} is {value!r}; a number is needed.")
+    rank, alpha = _read_number(file, fields, "r"), _read_number(file, fields, "lora_alpha")
+    if rank != int(rank):
+        raise UserError(f"{file}: r is {rank}; a whole number is needed.")
     try:
         return LoraConfig(
-            rank=int(rank),  # type: ignore[arg-type]  # checked above
-            alpha=float(alpha),  # type: ignore[arg-type]
+            rank=int(rank),
+            alpha=alpha,
             rslora=bool(fields.get("use_rslora")),
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
         )
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _read_number(file: pathlib.Path, fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{file}: {name} is {value!r}; a number is needed.")
+    return float(value)
 
 
 def _take_pair(
