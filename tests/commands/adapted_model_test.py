@@ -108,7 +108,7 @@ class AdaptedModelTest(parameterized.TestCase):
                     "check", *flags, f"--config.data.train={self.data}", "--config.data.max_length=256"
                 )
             self.assertIn("PASSED", told, error)
-            paths = parameter_trees.flatten(compare.call_args.args[3])
+            paths = parameter_trees.flatten(compare.call_args.args[3].trained)
             self.assertLen(paths, count)
             for path in paths:
                 self.assertRegex(path, trained)

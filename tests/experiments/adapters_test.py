@@ -1,5 +1,6 @@
 """The experiment on adapters on a tiny model: three of its trainings, to table and picture."""
 
+import os
 import pathlib
 import tempfile
 from unittest import mock
@@ -8,6 +9,7 @@ import adapters
 from absl.testing import absltest
 from report import Options
 
+import tests
 from tests.experiments import tiny_run
 
 
@@ -21,7 +23,8 @@ class AdaptersTest(absltest.TestCase):
         options = Options(
             name="adapters", model=str(directory / "model"), results_dir=str(directory / "results"), steps=2, **files
         )
-        with mock.patch.object(adapters, "CHOICES", choices):
+        environment = {"XLA_FLAGS": tests.xla_flags(devices=1)}
+        with mock.patch.object(adapters, "CHOICES", choices), mock.patch.dict(os.environ, environment):
             adapters.main(options)
         page = (directory / "results" / "adapters.md").read_text(encoding="utf-8")
         rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]

@@ -86,8 +86,8 @@ class AdapterRunTest(absltest.TestCase):
         other = write_adapter(self.directory / "other", self.model, seed=1)
         with self.assertRaisesRegex(UserError, r"another config or data \(adapter: \w+ before, \w+ now\)"):
             self.run_training(adapter=other, lora=lora)
-        with self.assertRaisesRegex(UserError, r"adapter: \w+ before, None now"):
-            self.run_training(lora=lora)
+        with self.assertRaisesRegex(UserError, r"lora.rank: 0 before, 3 now"):
+            self.run_training(lora=dataclasses.replace(lora, rank=3))
         base = self.directory / "base" / "model"
         tensors = pretrained.load_parameters(self.config.model, self.model)
         tensors["final_norm"] = tensors["final_norm"] * 2
