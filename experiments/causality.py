@@ -42,7 +42,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
 from dialog_jax.inference.loading import Model
 from dialog_jax.model import decoder
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import loss, train_step

@@ -36,7 +36,8 @@ from dialog_jax.batching import batches
 from dialog_jax.batching.batches import Batch
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.model import decoder
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.rotary import Rotary
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import optimizer, sharding, train_step
@@ -82,7 +83,7 @@ class Sizes:
             head_dim=self.width // 4,
             feed_forward=3 * self.width,
             max_length=max(*self.lengths, self.dialogue, self.rows[1]),
-            rope_theta=10000.0,
+            rotary=(Rotary(theta=10000.0),),
             tie_embeddings=True,
         )
 

@@ -41,7 +41,7 @@ from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
 from dialog_jax.model import decoder
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.training import loss
 from dialog_jax.trees import dataset
 from dialog_jax.trees.dataset import Trees

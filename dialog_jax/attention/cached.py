@@ -12,10 +12,13 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     visible: Bool[Array, "#B Q S"],
+    sinks: Float[Array, "N"] | None = None,
+    *,
+    cap: float | None = None,
 ) -> Float[Array, "B Q N H"]:
     """Returns softmax attention over the `visible` keys; N / K query heads share each key/value head.
 
-    Every query must see at least one key.
+    Every query must see at least one key. For `sinks` and `cap` see `attention.blockwise`.
     """
     batch, queries, heads, head_dim = q.shape
     kv_heads, keys = k.shape[2:0:-1]
@@ -26,10 +29,17 @@ def attend(
     rows = rows.reshape(batch, kv_heads, group * queries, head_dim)  # [B, K, G Q, H]
     s = jnp.matmul(rows, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
     s = s.reshape(batch, kv_heads, group, queries, keys)
+    if cap is not None:
+        s = cap * jnp.tanh(s / cap)
     s = s + jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
     m = jnp.max(s, axis=-1, keepdims=True)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+    if sink is not None:
+        m = jnp.maximum(m, sink)
     p = jnp.exp(s - m)
     l = jnp.sum(p, axis=-1, keepdims=True)  # [B, K, G, Q, 1]
+    if sink is not None:
+        l = l + jnp.exp(sink - m)
     p = p.astype(v.dtype).reshape(batch, kv_heads, group * queries, keys)
     acc = jnp.matmul(p, v.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
     output = acc.reshape(batch, kv_heads, group, queries, head_dim) / l

@@ -1,7 +1,8 @@
 """Selects the attention kernel for the devices of a mesh.
 
-In: the mesh, the shape and type of queries and keys, whether trees branch, and the name of a kernel or "auto". Out: a
-`Kernel`, a function of q, k, v and `subtree_end` to be called under `jax.jit` on arrays laid out over the mesh.
+In: the mesh, the shape and type of queries and keys, whether trees branch, what the model adds to attention, and the
+name of a kernel or "auto". Out: a `Kernel`, a function of q, k, v and a `Mask` to be called under `jax.jit` on arrays
+laid out over the mesh.
 
 A kernel other than blockwise attention is used only after a probe on one device: on a small random forest, with the
 run's heads, type and blocks, its output and its three gradients must equal NumPy's in float64 to rounding. A kernel
@@ -9,7 +10,7 @@ that the device, the version of JAX or the shape does not support is passed over
 Everything else that goes wrong is an error, never a slower path.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -19,9 +20,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dialog_jax.attention import blockwise
+from dialog_jax.attention.mask import Mask
 from dialog_jax.errors import UserError
 
-Attend = Callable[[Array, Array, Array, Array], Array]
+Attend = Callable[
+    ..., Array
+]  # of q, k, v and a mask; and of `sinks` and `cap`, as blockwise.attend, where a model has them
 
 _TENSOR = "tensor"
 # Three of splash's largest blocks, the last one partly filled: longer rows have no larger blocks, and queries of the
@@ -94,6 +98,7 @@ def select_kernel(
     dtype: jax.typing.DTypeLike,
     branching: bool,
     shares_root: bool = False,
+    additions: Collection[str] = (),
     name: str = "auto",
 ) -> Kernel:
     """Returns the kernel for rows that are divided over the devices of `mesh`.
@@ -106,6 +111,8 @@ def select_kernel(
       branching: whether a tree of some row may branch; if not, all trees are paths.
       shares_root: whether the trees of a row are to share a root, and so become one tree that branches, if the kernel
         supports that (`Kernel.branching`). With a kernel for paths each tree has the root for itself.
+      additions: what the model adds to attention, of "windows", "caps" and "sinks" (see `blockwise.attend`). The
+        kernels for GPU and TPU have none of these.
       name: "auto" for the fastest that the devices support, "blockwise", "pallas" or "splash".
 
     Raises:
@@ -122,6 +129,8 @@ def select_kernel(
     reasons = []
     for candidate in candidates:
         try:
+            if additions:
+                raise _UnsupportedError(f"{candidate.name} has no {' and no '.join(additions)}, as the model needs")
             attend, error = _try(candidate, device, shape, dtype, branching or (shares_root and candidate.branching))
         except (_UnsupportedError, jax.errors.JaxRuntimeError) as failure:
             if name != "auto":
@@ -149,17 +158,23 @@ def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
         return attend
     row_axes = tuple(axis for axis in mesh.axis_names if axis != _TENSOR)
 
-    def over_devices(q, k, v, subtree_end):
-        divisor = _head_divisor(mesh, q.shape[2], k.shape[2])
-        heads = PartitionSpec(row_axes, None, _TENSOR if divisor > 1 else None, None)
+    def over_devices(q, k, v, mask, sinks=None, **settings):
+        tensor = _TENSOR if _head_divisor(mesh, q.shape[2], k.shape[2]) > 1 else None
+        heads, rows = PartitionSpec(row_axes, None, tensor, None), PartitionSpec(row_axes, None)
+        mask = mask if mask.window is None else mask._replace(window=jnp.asarray(mask.window, jnp.int32))
+        specs = {"subtree_end": rows, "position": rows, "window": PartitionSpec()}
+        given = {name: array for name, array in mask._asdict().items() if array is not None}
+        arguments, in_specs = [q, k, v, given], [heads, heads, heads, {name: specs[name] for name in given}]
+        if sinks is not None:
+            arguments, in_specs = [*arguments, sinks], [*in_specs, PartitionSpec(tensor)]
         # Pallas does not declare over which axes its outputs vary, so that cannot be checked.
         return jax.shard_map(
-            attend,
+            lambda q, k, v, mask, *sinks: attend(q, k, v, Mask(**mask), *sinks, **settings),
             mesh=mesh,
-            in_specs=(heads, heads, heads, PartitionSpec(row_axes, None)),
+            in_specs=tuple(in_specs),
             out_specs=heads,
             check_vma=False,
-        )(q, k, v, subtree_end)
+        )(*arguments)
 
     return over_devices
 
@@ -237,7 +252,7 @@ def probe(
 
     @jax.jit
     def run(q, k, v, subtree_end, d_output):
-        output, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+        output, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(subtree_end)), q, k, v)
         return output, *vjp(d_output)
 
     arrays = q, k, v, subtree_end, d_output

@@ -1,8 +1,8 @@
 """Attention on NVIDIA GPUs that skips blocks in which no query sees a key: our own kernels, for any tree.
 
-In: queries, keys and values of packed rows, and their `subtree_end`. Out: the attention output. Three kernels in the
-Triton dialect of Pallas compute the output, dq, and dk with dv, each on blocks that stay in the fast memory of one
-multiprocessor.
+In: queries, keys and values of packed rows, and their mask, without a window. Out: the attention output. Three kernels
+in the Triton dialect of Pallas compute the output, dq, and dk with dv, each on blocks that stay in the fast memory of
+one multiprocessor.
 
 The blocks to visit are computed from `subtree_end` before the kernels start, exactly: block J of keys is visited from
 block I of queries if and only if some query of I sees some key of J. For a key at or before the first query f of I this
@@ -33,6 +33,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.attention import blockwise
+from dialog_jax.attention.mask import Mask
 
 HEAD_DIMS = (64, 128)
 
@@ -77,7 +78,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    subtree_end: Int[Array, "B T"],
+    mask: Mask,
     *,
     blocks: Tiling | None = None,
     interpret: bool = False,
@@ -94,8 +95,8 @@ def attend(
     length = q.shape[1]
     blocks = tiling(q.shape[-1], q.dtype) if blocks is None else blocks
     largest = max(max(part.queries, part.keys) for part in blocks)  # all are powers of 2
-    q, k, v, subtree_end = blockwise.pad_to_multiple(largest, q, k, v, subtree_end)
-    return _attend(q, k, v, subtree_end, blocks, interpret)[:, :length]
+    q, k, v = (blockwise.pad_to_multiple(largest, x) for x in (q, k, v))
+    return _attend(q, k, v, mask.pad_to_multiple(largest).subtree_end, blocks, interpret)[:, :length]
 
 
 def list_visible_blocks(

@@ -1,6 +1,6 @@
 """Attention on TPUs for packed rows whose trees are all paths, by the splash attention kernels that come with JAX.
 
-In: queries, keys and values of such rows, and their `subtree_end`. Out: the attention output. Every token of a path is
+In: queries, keys and values of such rows, and their mask. Out: the attention output. Every token of a path is
 visible up to the path's end, so two tokens are on one path if and only if their `subtree_end` is equal: it serves as
 the segment id. Blocks on and below the diagonal in which no two tokens share a path are disabled row by row.
 
@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.attention import blockwise
+from dialog_jax.attention.mask import Mask
 
 LARGEST_BLOCK = 512
 _SMALLEST_BLOCK = 128
@@ -26,14 +27,14 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    subtree_end: Int[Array, "B T"],
+    mask: Mask,
     *,
     largest_block: int = LARGEST_BLOCK,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Returns the attention output of each query over its path up to itself, in the type of `q`.
 
-    Wrong for a row in which a tree branches.
+    Wrong for a row in which a tree branches, and for windows.
 
     Args:
       largest_block: tokens per block of rows that are at least as long; shorter rows have blocks of 128.
@@ -41,7 +42,8 @@ def attend(
     """
     length, heads, head_dim = q.shape[1:]
     block = block_length(length, largest_block)
-    q, k, v, subtree_end = blockwise.pad_to_multiple(block, q, k, v, subtree_end)
+    q, k, v = (blockwise.pad_to_multiple(block, x) for x in (q, k, v))
+    subtree_end = mask.pad_to_multiple(block).subtree_end
     kernel = _make_kernel(q.shape[1], heads, block, interpret)
 
     def attend_row(q, k, v, subtree_end):  # [N, T, H], [K, T, H], [K, T, H], [T]

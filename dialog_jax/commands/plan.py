@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dialog_jax.commands import config_flag, entry
 from dialog_jax.errors import UserError
 from dialog_jax.model import hf_config, pretrained, tensor_files
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.planning import compiling, estimating, hlo, workload
 from dialog_jax.planning.compiling import StepPlan
 from dialog_jax.planning.estimating import Chip

@@ -25,7 +25,7 @@ from dialog_jax.evaluation.differences import Agreement, Target
 from dialog_jax.evaluation.k_passes import Pass
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.model import decoder, parameter_trees
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.virtual_tokens import VirtualTokens

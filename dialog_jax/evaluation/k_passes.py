@@ -21,7 +21,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.evaluation import escaping, response_text
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder, parameter_trees
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 
 _SHORTEST_LENGTH = 128
 
@@ -292,6 +292,7 @@ def _compute_token_nll(
     )
     unembedding = decoder.unembedding(model, parameters)
     logits = hidden[0, :-1].astype(jnp.float32) @ unembedding.astype(jnp.float32).T  # [T-1, V]
+    logits = decoder.cap_logits(model, logits)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
 
 

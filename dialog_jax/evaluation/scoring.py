@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from dialog_jax.batching import batches, packing
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import train_step

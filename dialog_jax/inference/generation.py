@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, decoding
+from dialog_jax.model.decoder_config import DecoderConfig
 
 # Prompts are processed in chunks of these lengths, the last one padded: one compilation each for prompts of any length.
 _CHUNKS = (8, 32, 128, 512)
@@ -27,9 +28,7 @@ class Session:
     correct too.
     """
 
-    def __init__(
-        self, config: decoder.DecoderConfig, parameters: dict, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
-    ):
+    def __init__(self, config: DecoderConfig, parameters: dict, *, compute_dtype: jax.typing.DTypeLike = jnp.float32):
         self.config = config
         self.parameters = parameters
         self.tokens: list[int] = []  # the tokens in the first len(tokens) slots of the cache
@@ -72,7 +71,7 @@ class Session:
 
 
 def generate(
-    config: decoder.DecoderConfig,
+    config: DecoderConfig,
     parameters: dict,
     tokens: Sequence[int],
     *,
@@ -143,7 +142,7 @@ def sample_token(
     return jnp.where(temperature > 0, sample, jnp.argmax(logits))
 
 
-def _check_prompt(config: decoder.DecoderConfig, parameters: dict, tokens: Sequence[int]) -> None:
+def _check_prompt(config: DecoderConfig, parameters: dict, tokens: Sequence[int]) -> None:
     vocabulary = config.vocab_size + len(parameters.get(decoder.SOFT_PROMPT, ()))
     if not tokens:
         raise UserError("the prompt has no tokens; it needs at least one")
@@ -169,4 +168,5 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def _extend(config, parameters, cache, tokens, start, last):
     hidden, cache = decoding.extend(config, parameters, cache, tokens, start)
     unembedding = decoder.unembedding(config, parameters)
-    return jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), unembedding.astype(jnp.float32)), cache
+    logits = jnp.einsum("d,vd->v", hidden[0, last].astype(jnp.float32), unembedding.astype(jnp.float32))
+    return decoder.cap_logits(config, logits), cache

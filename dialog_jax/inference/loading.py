@@ -19,7 +19,7 @@ from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.model import adapters, decoder, model_files, parameter_trees, peft_reading, pretrained
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import check_vocabulary, largest_token, load_tokenizer

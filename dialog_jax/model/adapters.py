@@ -15,7 +15,7 @@ from jaxtyping import Array, Float32, Key
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, matrices, parameter_trees, quantization, tensor_names
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.lora_config import ALL_LINEAR, LoraConfig
 
 TRAINED, SCALE = ("lora_a", "lora_b"), "lora_scale"
@@ -69,7 +69,7 @@ def list_modules(model: DecoderConfig) -> dict[str, list[str]]:
         if tensor_names.NAMES[path].transposed
     ]
     return {
-        path: [name.removesuffix(".weight") for name in tensor_names.list_names(path, model.layers)]
+        path: [name.removesuffix(".weight") for name in tensor_names.list_names(model, path)]
         for path in (*paths, "embedding", "lm_head")
     }
 

@@ -1,38 +1,36 @@
-"""The decoder of the llama, qwen2 and qwen3 families: tokens to hidden states.
+"""The decoder: tokens to hidden states. What differs between families is in its `DecoderConfig`.
 
 In: a config, parameters (a nested dict of arrays, those of the layers stacked on a leading axis L) and rows of tokens.
 Out: hidden states after the final norm; the loss and generation multiply by the unembedding, where it is needed.
 Flax NNX declares the modules; outside this file parameters are plain arrays. Knows no files and no devices.
 
-    x = embedding[tokens]                                                   # [B, T, D]
+    x = embedding[tokens]                    # [B, T, D]
     for layer in layers:
-        x = x + attention(norm(x))           # q, k, v: project, norm (qwen3), rotate; attend; project
-        x = x + feed_forward(norm(x))        # SwiGLU
+        x = x + attention(norm(x))           # q, k, v: project, norm (some families), rotate; attend; project
+        x = x + feed_forward(norm(x))        # down(activation(gate(x)) * up(x))
     return norm(x)
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from dialog_jax.attention import blockwise
+from dialog_jax.attention.mask import Mask
 from dialog_jax.errors import UserError
-from dialog_jax.model import matrices, rotary
-
-FAMILIES = ("llama", "qwen2", "qwen3")
+from dialog_jax.model import layers, matrices, rotary
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.layers import Decoder, Rotate, normalize
 
 SOFT_PROMPT = "soft_prompt"  # name of the parameter [P, D] whose rows are the embeddings of the ids from V on
 LAYERS = "layers"  # name of the loop over layers in compiled programs and profiles
-_PRODUCT = "product"  # name of the products with weights, for remat
-
-Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
+_ALL_ANCESTORS = np.iinfo(np.int32).max  # a window that reaches every token
 
 # Each attention kernel names its own residuals; naming them here as well would save them twice.
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.OUTPUT)
@@ -41,170 +39,32 @@ _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.OUTPUT
 REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
     "none": (None, None),
     "attention": (_SAVE_ATTENTION, None),
-    "dots": (None, jax.checkpoint_policies.save_only_these_names(_PRODUCT, blockwise.OUTPUT)),
+    "dots": (None, jax.checkpoint_policies.save_only_these_names(layers.PRODUCT, blockwise.OUTPUT)),
     "full": (None, jax.checkpoint_policies.nothing_saveable),
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The structure of a decoder. `max_length` is its context in tokens, `rope_theta` the base of its RoPE."""
+class LayerSettings(NamedTuple):
+    """What may differ from layer to layer; an array [L] if it does, to be scanned with the layers."""
 
-    family: str
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    feed_forward: int
-    max_length: int
-    rope_theta: float
-    rope_scaling: rotary.Llama3Scaling | None = None
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
+    window: Any
+    """None if no layer has a window."""
+    rotary: Any
+    """Index of the layer's kind of RoPE."""
 
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise UserError(f"model family is {self.family!r}; known families are {', '.join(FAMILIES)}")
-        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "max_length"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for name in ("rope_theta", "norm_epsilon"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.heads % self.kv_heads:
-            raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
-        if self.qk_norm != (self.family == "qwen3"):
-            raise UserError(f"qk_norm is {self.qk_norm}, but qwen3 has q/k norms and no other family has")
-        if self.family == "qwen2" and not (self.qkv_bias and not self.output_bias):
-            raise UserError("qwen2 has biases on q, k and v and none on the output: qkv_bias=True, output_bias=False")
-        if self.family != "qwen2" and self.qkv_bias != self.output_bias:
-            raise UserError(
-                f"{self.family} has biases on all attention projections or on none, got qkv_bias={self.qkv_bias}, "
-                f"output_bias={self.output_bias}"
-            )
+    def scanned(self) -> dict[str, np.ndarray]:
+        """Returns those that differ."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
 
 
-def rms_norm(x: Float[Array, "..."], weight: Float[Array, "D"], epsilon: float) -> Float[Array, "..."]:
-    """Returns `x` divided by its root mean square, times `weight`; float32 inside, in the type of `x` outside."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * scale * jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
+def layer_settings(config: DecoderConfig) -> LayerSettings:
+    """Returns the settings of all layers."""
 
+    def reduce(values):
+        return values[0] if len(set(values)) == 1 else np.asarray(values, np.int32)
 
-def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
-
-
-def _ones(size: int) -> nnx.Param:
-    return nnx.Param(jnp.ones((size,), jnp.float32))
-
-
-def _zeros(size: int) -> nnx.Param:
-    return nnx.Param(jnp.zeros((size,), jnp.float32))
-
-
-class Attention(nnx.Module):
-    """Projections, q/k norms and RoPE around an attention kernel."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.w_query = _normal(rngs, config.width, query)
-        self.w_key = _normal(rngs, config.width, key)
-        self.w_value = _normal(rngs, config.width, key)
-        self.w_output = _normal(rngs, query, config.width)
-        if config.qkv_bias:
-            self.b_query, self.b_key, self.b_value = _zeros(query), _zeros(key), _zeros(key)
-        if config.output_bias:
-            self.b_output = _zeros(config.width)
-        if config.qk_norm:
-            self.query_norm, self.key_norm = _ones(config.head_dim), _ones(config.head_dim)
-
-    def __call__(self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable) -> tuple[Float[Array, "B T D"], Any]:
-        config = self.config
-        q = _project(x, self.w_query, self.b_query if config.qkv_bias else None)
-        k = _project(x, self.w_key, self.b_key if config.qkv_bias else None)
-        v = _project(x, self.w_value, self.b_value if config.qkv_bias else None)
-        q = q.reshape(*x.shape[:2], config.heads, config.head_dim)  # [B, T, N, H]
-        k = k.reshape(*x.shape[:2], config.kv_heads, config.head_dim)  # [B, T, K, H]
-        v = v.reshape(*x.shape[:2], config.kv_heads, config.head_dim)
-        if config.qk_norm:
-            q = rms_norm(q, self.query_norm[...], config.norm_epsilon)
-            k = rms_norm(k, self.key_norm[...], config.norm_epsilon)
-        output, cache = attend(rotate(q), rotate(k), v)
-        output = output.reshape(*x.shape[:2], config.heads * config.head_dim)  # [B, T, N * H]
-        return _project(output, self.w_output, self.b_output if config.output_bias else None), cache
-
-
-class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.w_gate = _normal(rngs, config.width, config.feed_forward)
-        self.w_up = _normal(rngs, config.width, config.feed_forward)
-        self.w_down = _normal(rngs, config.feed_forward, config.width)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return _project(jax.nn.silu(_project(x, self.w_gate)) * _project(x, self.w_up), self.w_down)
-
-
-class Layer(nnx.Module):
-    """Attention, then feed-forward, each on the normalized residual stream."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.epsilon = config.norm_epsilon
-        self.attention_norm = _ones(config.width)
-        self.attention = Attention(config, rngs=rngs)
-        self.feed_forward_norm = _ones(config.width)
-        self.feed_forward = FeedForward(config, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable, policy: Callable[..., Any] | None = None
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the residual stream after this layer, and the cache that `attend` returns.
-
-        Args:
-          rotate: RoPE at the positions of `x`.
-          attend: (q, k, v) to (attention output, cache or None). Training and decoding differ only here.
-          policy: what the backward pass saves of attention and its projections; None for everything.
-        """
-
-        def attention(x):
-            return self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), rotate, attend)
-
-        if policy is not None:
-            attention = jax.checkpoint(attention, policy=policy, prevent_cse=False)
-        output, cache = attention(x)
-        x = x + output
-        return x + self.feed_forward(rms_norm(x, self.feed_forward_norm[...], self.epsilon)), cache
-
-
-class Decoder(nnx.Module):
-    """Embedding, layers and final norm; `layers` is one `Layer` whose parameters have a leading axis L."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.embedding = _normal(rngs, config.vocab_size, config.width)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Layer(config, rngs=nnx.Rngs(0))))
-        keys = jax.random.split(rngs.params(), config.layers)
-        self.layers = nnx.merge(graph, jax.vmap(lambda key: nnx.state(Layer(config, rngs=nnx.Rngs(key))))(keys))
-        self.final_norm = _ones(config.width)
-        if not config.tie_embeddings:
-            self.lm_head = _normal(rngs, config.vocab_size, config.width)
-
-
-def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
-    # As one matrix of all tokens: with a batch axis XLA:CPU transposes the inputs of the weight's gradient, which takes
-    # a third of the feed-forward's time.
-    flat = checkpoint_name(matrices.multiply(x.reshape(-1, x.shape[-1]), weight.get_value()), _PRODUCT)
-    y = flat.reshape(*x.shape[:-1], flat.shape[-1])
-    return y if bias is None else y + jnp.expand_dims(bias[...].astype(x.dtype), range(y.ndim - 1))
+    windows = [window or _ALL_ANCESTORS for window in config.windows] if any(config.windows) else [None]
+    return LayerSettings(reduce(windows), reduce(config.layer_rotary or [0]))
 
 
 @functools.lru_cache(maxsize=16)
@@ -251,7 +111,8 @@ def hidden_states(
         kernel saves; "attention": also queries, keys and values; "dots": everything but products with weights and the
         attention output; "full": everything but each layer's input.
       constrain: sharding constraint on the residual stream, applied before, between and after the layers.
-      attend_trees: (q, k, v, subtree_end) to the attention output; all kernels agree to rounding.
+      attend_trees: (q, k, v, mask) and, by name, the model's `cap` to the attention output; all kernels agree to
+        rounding.
 
     Raises:
       UserError: `remat` is unknown.
@@ -259,39 +120,58 @@ def hidden_states(
     if remat not in REMAT:
         raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
     model = bind(config, parameters)
-    graph, layers = nnx.split(model.layers)
-    rotate = make_rotate(config, position)
-
-    def attend(q, k, v):
-        return attend_trees(q, k, v, subtree_end), None
-
+    graph, stacked = nnx.split(model.layers)
+    settings = layer_settings(config)
+    make_rotate = rotations(config, position)
     attention_policy, layer_policy = REMAT[remat]
 
-    def body(x, layer):
-        return nnx.merge(graph, layer)(x, rotate, attend, attention_policy)
+    def body(x, layer_and_settings):
+        layer, own = layer_and_settings
+        window, kind = settings._replace(**own)
+        mask = Mask(subtree_end) if window is None else Mask(subtree_end, position, window)
+
+        def attend(q, k, v, **additions):
+            return attend_trees(q, k, v, mask, **additions), None
+
+        return nnx.merge(graph, layer)(x, make_rotate(kind), attend, attention_policy)
 
     if layer_policy is not None:
         # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
         body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
     x = embed(config, parameters, tokens, compute_dtype)  # [B, T, D]
     with jax.named_scope(LAYERS):
-        x, _ = jax.lax.scan(lambda x, layer: body(constrain(x), layer), constrain(x), layers)
-    x = constrain(x)
-    return rms_norm(x, model.final_norm[...], config.norm_epsilon)
+        x, _ = jax.lax.scan(lambda x, layer: body(constrain(x), layer), constrain(x), (stacked, settings.scanned()))
+    return finish(config, model, constrain(x))
+
+
+def finish(config: DecoderConfig, model: Decoder, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Returns the hidden states, whose product with the unembedding is the logits before a cap."""
+    x = normalize(x, model.final_norm[...], config)
+    return x if config.logit_scale == 1.0 else x * config.logit_scale
+
+
+def cap_logits(config: DecoderConfig, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the logits as the model caps them; the loss does so itself, tile by tile."""
+    return logits if config.logit_cap is None else config.logit_cap * jnp.tanh(logits / config.logit_cap)
 
 
 def embed(
     config: DecoderConfig, parameters: dict, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "B T D"]:
-    """Returns the embeddings of `tokens`; id V + i is row i of the soft prompt, if the parameters have one.
+    """Returns the scaled embeddings of `tokens`; id V + i is row i of the soft prompt, if the parameters have one.
 
     V = 4, P = 2:  tokens [4, 5, 0, 3]   ->   [soft_prompt[0], soft_prompt[1], embedding[0], embedding[3]]
     """
+
+    def look_up(tokens):
+        words = matrices.look_up(parameters["embedding"], tokens, dtype)
+        return words if config.embedding_scale == 1.0 else words * jnp.asarray(config.embedding_scale, words.dtype)
+
     if SOFT_PROMPT not in parameters:
-        return matrices.look_up(parameters["embedding"], tokens, dtype)
+        return look_up(tokens)
     prompt = parameters[SOFT_PROMPT]
     is_virtual = tokens >= config.vocab_size
-    words = matrices.look_up(parameters["embedding"], jnp.where(is_virtual, 0, tokens), dtype)
+    words = look_up(jnp.where(is_virtual, 0, tokens))
     # Index P is beyond the rows: it reads zeros, and the backward pass adds nothing for it.
     index = jnp.where(is_virtual, tokens - config.vocab_size, len(prompt))
     virtual = prompt.at[index].get(mode="fill", fill_value=0).astype(dtype)
@@ -308,8 +188,24 @@ def unembedding(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
     return matrices.add_update(weight.T, factors).T
 
 
-def make_rotate(config: DecoderConfig, position: Int[Array, "B T"]) -> Rotate:
-    """Returns the function that rotates heads [B, T, N, H] by their `position`."""
-    frequency = rotary.rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    cosine, sine = rotary.rotation(position, frequency)
-    return lambda x: rotary.rotate(x, cosine, sine)
+def rotations(config: DecoderConfig, position: Int[Array, "B T"]) -> Callable[[Any], Rotate]:
+    """Returns a function of the index of a kind of RoPE, to the function that rotates queries and keys."""
+    kinds = [kind for kind in config.rotary if kind is not None]
+    if not kinds:
+        return lambda index: lambda q, k: (q, k)
+    found = {kind: kind.rotation(position, config.head_dim) for kind in kinds}
+    nothing = jnp.ones_like(found[kinds[0]][0]), jnp.zeros_like(found[kinds[0]][1])
+    angles = [found[kind] if kind is not None else nothing for kind in config.rotary]
+    cosines, sines = (jnp.stack(arrays) if len(arrays) > 1 else arrays for arrays in zip(*angles, strict=True))
+    growing = next((kind for kind in kinds if kind.query_growth), None)
+
+    def make_rotate(index):
+        def rotate(q, k):
+            q, k = (rotary.rotate(x, cosines[index], sines[index]) for x in (q, k))
+            if growing is not None:
+                q = q * growing.query_scale(position)[:, :, None, None].astype(q.dtype)
+            return q, k
+
+        return rotate
+
+    return make_rotate

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dialog_jax.attention import cached
 from dialog_jax.model import decoder
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 
 
 class Cache(NamedTuple):
@@ -41,25 +41,28 @@ def extend(
       start: at most capacity - T, which the caller ensures; beyond it, XLA would shift the write.
     """
     model = decoder.bind(config, parameters)
-    graph, layers = nnx.split(model.layers)
+    graph, stacked = nnx.split(model.layers)
+    settings = decoder.layer_settings(config)
     position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
-    visible = jnp.arange(cache.keys.shape[2])[None, None, :] <= position[:, :, None]  # [1, T, C]
-    rotate = decoder.make_rotate(config, jnp.broadcast_to(position, tokens.shape))
+    distance = position[:, :, None] - jnp.arange(cache.keys.shape[2])[None, None, :]  # [1, T, C]
+    make_rotate = decoder.rotations(config, jnp.broadcast_to(position, tokens.shape))
 
-    def body(carry, layer_and_index):
+    def body(carry, layer_and_settings):
         x, cache = carry
-        layer, index = layer_and_index
+        layer, index, own = layer_and_settings
+        window, kind = settings._replace(**own)
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
-        def attend(q, k, v):
+        def attend(q, k, v, **additions):
             corner = (index, 0, start, 0, 0)
             extended = Cache(
                 keys=jax.lax.dynamic_update_slice(cache.keys, k[None], corner),
                 values=jax.lax.dynamic_update_slice(cache.values, v[None], corner),
             )
-            return cached.attend(q, extended.keys[index], extended.values[index], visible), extended
+            return cached.attend(q, extended.keys[index], extended.values[index], visible, **additions), extended
 
-        return nnx.merge(graph, layer)(x, rotate, attend), None
+        return nnx.merge(graph, layer)(x, make_rotate(kind), attend), None
 
     x = decoder.embed(config, parameters, tokens, cache.keys.dtype)  # [B, T, D]
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(config.layers)))
-    return decoder.rms_norm(x, model.final_norm[...], config.norm_epsilon), cache
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, jnp.arange(config.layers), settings.scanned()))
+    return decoder.finish(config, model, x), cache

@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 
 from dialog_jax.formats import gguf_file
-from dialog_jax.model import decoder, hf_config, tensor_files, tensor_names
+from dialog_jax.model import hf_config, tensor_files, tensor_names
+from dialog_jax.model.decoder_config import DecoderConfig
 
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 DOCUMENTS = (*LICENCES, "README.md")
@@ -30,7 +31,7 @@ def is_untied(path: pathlib.Path) -> bool:
 
 
 def open_tensors(
-    path: pathlib.Path, config: decoder.DecoderConfig | None = None
+    path: pathlib.Path, config: DecoderConfig | None = None
 ) -> contextlib.AbstractContextManager[tensor_files.Tensors]:
     """Returns a context manager that yields the tensors of a model.
 
@@ -58,7 +59,7 @@ class Weights(NamedTuple):
     """In what they differ from what config.json leads one to expect; for the user."""
 
 
-def describe_weights(path: pathlib.Path, config: decoder.DecoderConfig) -> Weights:
+def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
     """Returns what the files say; reads only their headers.
 
     Raises:

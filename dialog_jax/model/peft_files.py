@@ -19,7 +19,7 @@ from jaxtyping import Float32
 
 from dialog_jax.model import adapters, parameter_trees
 from dialog_jax.model.adapters import Scales
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "export.json"
 PROMPT = "soft_prompt"

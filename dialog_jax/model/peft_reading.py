@@ -22,7 +22,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
 from dialog_jax.model import adapters, model_files, parameter_trees, peft_files, tensor_files, tensor_names
 from dialog_jax.model.adapters import Scales
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.peft_files import CONFIG, ORIGIN, PREFIX, PROMPT, WEIGHTS
 
@@ -273,7 +273,7 @@ def _take_embeddings(
             if base is None:
                 continue
             with model_files.open_tensors(base, model) as published:
-                (name,) = tensor_names.list_names(path, 1, gguf_file.is_gguf(base))
+                (name,) = tensor_names.list_names(model, path, gguf_file.is_gguf(base))
                 if name not in published.shapes:  # of two tied embeddings, files may have either
                     name = tensor_names.EMBEDDING if path == "lm_head" else tensor_names.UNEMBEDDING
                 own = published.read(name)

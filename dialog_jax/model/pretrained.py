@@ -19,6 +19,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
 from dialog_jax.model import (
     decoder,
+    gguf_config,
     hf_config,
     model_files,
     parameter_trees,
@@ -26,6 +27,7 @@ from dialog_jax.model import (
     tensor_files,
     tensor_names,
 )
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.quantization import RoundingError
 from dialog_jax.model.tensor_names import NAMES
 
@@ -55,7 +57,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> pathlib.Path:
         ) from error
 
 
-def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
+def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
     """Returns the structure of the model in a Hugging Face directory or a .gguf file.
 
     Raises:
@@ -63,7 +65,7 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
     """
     path = pathlib.Path(path)
     if gguf_file.is_gguf(path):
-        return hf_config.from_gguf(path, gguf_file.open_gguf(path))
+        return gguf_config.from_gguf(path, gguf_file.open_gguf(path))
     if (path / "model.json").exists():
         raise UserError(
             f"{path} is a run, not a model. Export it first: dialog_jax export --run={path} --out={path}/model"
@@ -76,7 +78,7 @@ def load_config(path: str | os.PathLike[str]) -> decoder.DecoderConfig:
 
 def load_parameters(
     path: str | os.PathLike[str],
-    config: decoder.DecoderConfig,
+    config: DecoderConfig,
     *,
     sharding: Sharding | None = None,
     dtype: jax.typing.DTypeLike | Callable[[str], jax.typing.DTypeLike] = np.float32,
@@ -108,7 +110,7 @@ def load_parameters(
                 f"{config.layers:,} layers; they belong to different models"
             )
         flat = parameter_trees.flatten(decoder.abstract_parameters(config))
-        published = {key: tensor_names.list_names(key, config.layers, from_gguf) for key in flat}
+        published = {key: tensor_names.list_names(config, key, from_gguf) for key in flat}
         if config.tie_embeddings and not tensors.shapes.keys() & set(published["embedding"]) and not from_gguf:
             published["embedding"] = [tensor_names.UNEMBEDDING]  # one of the two is enough
         _check_tensors(tensors, config, flat, published, added_rows)
@@ -131,7 +133,7 @@ def load_parameters(
 
 def _check_tensors(
     tensors: tensor_files.Tensors,
-    config: decoder.DecoderConfig,
+    config: DecoderConfig,
     flat: Mapping,
     published: Mapping[str, list[str]],
     added_rows: int,

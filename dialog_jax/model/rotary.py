@@ -1,6 +1,9 @@
 """Rotary position embeddings (RoPE): queries and keys rotated by their position in their own context.
 
-In: a base and an optional scaling, positions, queries or keys. Out: the same, rotated. Knows no model.
+In: a base, an optional scaling, positions, queries or keys. Out: the same, rotated. Knows no model.
+
+Sources: RoPE (arXiv 2104.09864); YaRN (arXiv 2309.00071, sections 3.2 and 3.4); LongRoPE (arXiv 2402.13753); all as
+`modeling_rope_utils.py` of Hugging Face transformers computes them from a config.json.
 """
 
 import dataclasses
@@ -14,11 +17,33 @@ from dialog_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling of RoPE: low frequencies are divided by `factor`, high ones kept, those between interpolated.
+class LinearScaling:
+    """All frequencies are divided by `factor`."""
 
-    Source: the Llama 3.1 reference implementation, as in Hugging Face transformers' `rope_type: llama3`.
-    """
+    factor: float
+
+    def __post_init__(self):
+        _check_range("linear", "factor", self.factor >= 1, "at least 1", self.factor)
+
+    def scale(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the frequencies that are used instead of `frequency`."""
+        return frequency / self.factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicScaling:
+    """Changes nothing up to the model's `max_length`, which no row exceeds; `factor` says how far beyond it goes."""
+
+    factor: float
+
+    def scale(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the frequencies that are used instead of `frequency`."""
+        return frequency
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's: low frequencies are divided by `factor`, high ones kept, those between interpolated."""
 
     factor: float
     low_frequency_factor: float
@@ -30,39 +55,130 @@ class Llama3Scaling:
             raise UserError(
                 f"rope scaling needs factor >= 1 and 0 < low_frequency_factor < high_frequency_factor, got {self}"
             )
-        if self.original_max_length < 1:
-            raise UserError(f"rope scaling needs original_max_length >= 1, got {self.original_max_length}")
+        _check_range("llama3", "original_max_length", self.original_max_length >= 1, "1 or more", self)
+
+    def scale(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the frequencies that are used instead of `frequency`."""
+        rotations = self.original_max_length * frequency / (2 * math.pi)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+        return frequency * (kept + (1.0 - kept) / self.factor)
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> np.ndarray:
-    """Returns radians per position for each of the `head_dim / 2` rotated pairs, highest frequency first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN's: pairs that rotate less than `beta_slow` times within the original length are divided by `factor`, those
+    that rotate more than `beta_fast` times are kept, those between interpolated; cosine and sine are multiplied by a
+    number that makes the softmax sharper."""
 
-    With head_dim 4 and theta 10000: [1, 0.01].
-    """
-    frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        rotations = scaling.original_max_length * frequency / (2 * math.pi)
-        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-        unscaled = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-        frequency = frequency * (unscaled + (1.0 - unscaled) / scaling.factor)
-    return frequency.astype(np.float32)
+    factor: float
+    original_max_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """What cosine and sine are multiplied by; None for what the next two say."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Whether the bounds of the interpolation are rounded to whole pairs."""
+
+    def __post_init__(self):
+        _check_range("yarn", "factor", self.factor >= 1, "at least 1", self.factor)
+        _check_range("yarn", "original_max_length", self.original_max_length >= 1, "1 or more", self)
+        _check_range("yarn", "beta_slow", 0 < self.beta_slow < self.beta_fast, "between 0 and beta_fast", self)
+
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._sharpness(self.mscale) / self._sharpness(self.mscale_all_dim)
+        return self._sharpness(1.0)
+
+    def _sharpness(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def scale(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the frequencies that are used instead of `frequency`."""
+
+        def find_pair(rotations):  # the index at which a pair rotates so often within the original length
+            return len(frequency) * math.log(self.original_max_length / (2 * math.pi * rotations)) / math.log(theta)
+
+        low, high = find_pair(self.beta_fast), find_pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * len(frequency) - 1)
+        interpolated = np.clip((np.arange(len(frequency)) - low) / max(high - low, 0.001), 0.0, 1.0)
+        return frequency * (1.0 - interpolated + interpolated / self.factor)
 
 
-def rotation(
-    position: Int[Array, "B T"], frequency: Float[np.ndarray, "P"]
-) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
-    """Returns cosine and sine, float32, of every token's angles."""
-    angle = position.astype(jnp.float32)[:, :, None] * jnp.asarray(frequency)[None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """One kind of RoPE: `theta` is its base, and the first `fraction` of a head's dimensions are rotated."""
+
+    theta: float
+    scaling: Scaling | None = None
+    fraction: float = 1.0
+    query_growth: float = 0.0
+    """Queries at position p are multiplied by 1 + query_growth * log(1 + floor(p / original length of the scaling))."""
+
+    def __post_init__(self):
+        if not self.theta > 0:
+            raise UserError(f"rope theta is {self.theta}; it must be above 0")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"the rotated fraction of a head is {self.fraction}; it must be above 0 and at most 1")
+
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied by."""
+        return getattr(self.scaling, "amplitude", 1.0)
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Returns radians per position for each of the P rotated pairs, float32, highest frequency first.
+
+        With head_dim 4 and theta 10000: [1, 0.01].
+        """
+        rotated = int(head_dim * self.fraction)
+        frequency = 1.0 / self.theta ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+        if self.scaling is not None:
+            frequency = self.scaling.scale(frequency, self.theta)
+        return frequency.astype(np.float32)
+
+    def query_scale(self, position: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        """Returns what queries are multiplied by after they are rotated, float32."""
+        original = getattr(self.scaling, "original_max_length", 1)
+        return 1.0 + self.query_growth * jnp.log1p((position // original).astype(jnp.float32))
+
+    def rotation(
+        self, position: Int[Array, "B T"], head_dim: int
+    ) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
+        """Returns cosine and sine, float32, of every token's angles, times the amplitude."""
+        angle = position.astype(jnp.float32)[:, :, None] * jnp.asarray(self.frequencies(head_dim))[None, None, :]
+        if self.amplitude == 1.0:
+            return jnp.cos(angle), jnp.sin(angle)
+        return jnp.cos(angle) * self.amplitude, jnp.sin(angle) * self.amplitude
 
 
 def rotate(
     x: Float[Array, "B T N H"], cosine: Float[Array, "B T P"], sine: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
-    """Returns `x` rotated by its position. Component i is paired with i + H/2, as in Hugging Face's checkpoints.
+    """Returns `x` rotated by its position. Component i is paired with i + P, as in Hugging Face's checkpoints; those
+    from 2 P on stay as they are.
 
     With H = 2, the angle 90 degrees (cosine 0, sine 1) maps [3, 4] to [-4, 3].
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    pairs = cosine.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second = wide[..., :pairs], wide[..., pairs : 2 * pairs]
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+    parts = [first * cosine - second * sine, second * cosine + first * sine, wide[..., 2 * pairs :]]
+    return jnp.concatenate(parts[: 2 if 2 * pairs == x.shape[-1] else 3], axis=-1).astype(x.dtype)
+
+
+def _check_range(kind: str, name: str, holds: bool, needed: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"rope scaling {kind} needs {name} to be {needed}, got {got}")

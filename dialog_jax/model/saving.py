@@ -21,13 +21,14 @@ from dialog_jax.model import (
     parameter_trees,
     tensor_names,
 )
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.tensor_names import NAMES
 
 _SHARD_BYTES = 5 * 10**9
 
 
 def save_pretrained(
-    directory: str | os.PathLike[str], config: decoder.DecoderConfig, parameters: Mapping[str, Any], **options: Any
+    directory: str | os.PathLike[str], config: DecoderConfig, parameters: Mapping[str, Any], **options: Any
 ) -> None:
     """Writes what `write_model` writes to a directory that appears when it is complete.
 
@@ -46,7 +47,7 @@ def save_pretrained(
 
 def write_model(
     directory: pathlib.Path,
-    config: decoder.DecoderConfig,
+    config: DecoderConfig,
     parameters: Mapping[str, Any],
     *,
     tokenizer: Any = None,
@@ -111,13 +112,11 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 
 
 def _save_weights(
-    directory: pathlib.Path, config: decoder.DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
+    directory: pathlib.Path, config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    plan = [
-        (name, key, layer) for key in flat for layer, name in enumerate(tensor_names.list_names(key, config.layers))
-    ]
+    plan = [(name, key, layer) for key in flat for layer, name in enumerate(tensor_names.list_names(config, key))]
     sizes = {
-        key: dtype.itemsize * math.prod(leaf.shape) // len(tensor_names.list_names(key, config.layers))
+        key: dtype.itemsize * math.prod(leaf.shape) // len(tensor_names.list_names(config, key))
         for key, leaf in flat.items()
     }
     shards: list[list[tuple[str, str, int]]] = [[]]

@@ -19,7 +19,8 @@ import safetensors
 
 from dialog_jax.errors import UserError
 from dialog_jax.formats import gguf_file
-from dialog_jax.model import decoder, tensor_names
+from dialog_jax.model import tensor_names
+from dialog_jax.model.decoder_config import DecoderConfig
 
 _SINGLE, _INDEX_SUFFIX = "model.safetensors", ".safetensors.index.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -145,7 +146,7 @@ def _read_weight_map(index: pathlib.Path) -> Mapping[str, str]:
 
 
 @contextlib.contextmanager
-def gguf_tensors(path: pathlib.Path, config: decoder.DecoderConfig) -> Iterator[Tensors]:
+def gguf_tensors(path: pathlib.Path, config: DecoderConfig) -> Iterator[Tensors]:
     """Yields the tensors of a .gguf file, dequantized, with rotary components paired as Hugging Face does."""
     tensors = {tensor.name: tensor for tensor in gguf_file.open_gguf(path).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}

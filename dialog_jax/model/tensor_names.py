@@ -7,6 +7,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from dialog_jax.errors import UserError
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.families import FAMILIES
 
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -32,19 +34,26 @@ NAMES: dict[str, _Name] = {
     "layers/attention/b_output": _Name("model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
     "layers/attention/query_norm": _Name("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
     "layers/attention/key_norm": _Name("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
+    "layers/attention_post_norm": _Name(
+        "model.layers.{}.post_attention_layernorm.weight", "blk.{}.post_attention_norm.weight"
+    ),
+    "layers/feed_forward_post_norm": _Name(
+        "model.layers.{}.post_feedforward_layernorm.weight", "blk.{}.post_ffw_norm.weight"
+    ),
     "layers/feed_forward_norm": _Name("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
     "layers/feed_forward/w_gate": _Name("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
     "layers/feed_forward/w_up": _Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
     "layers/feed_forward/w_down": _Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
 }
 
-_ANCHOR = "layers.0.input_layernorm.weight"  # every decoder of our families has it, and no vision or audio tower
+# Every decoder of our families has it, and no vision or audio tower; norms have other names in some.
+_ANCHOR = "layers.0.self_attn.o_proj.weight"
 
 
-def list_names(key: str, layers: int, from_gguf: bool = False) -> list[str]:
+def list_names(config: DecoderConfig, key: str, from_gguf: bool = False) -> list[str]:
     """Returns the published names of a parameter: one per layer if it is stacked, otherwise one."""
-    name = NAMES[key].gguf if from_gguf else NAMES[key].published
-    return [name.format(layer) for layer in range(layers)] if "{}" in name else [name]
+    name = NAMES[key].gguf if from_gguf else FAMILIES[config.family].names.get(key, NAMES[key].published)
+    return [name.format(layer) for layer in range(config.layers)] if "{}" in name else [name]
 
 
 def standardize_names(names: Collection[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
 from dialog_jax.model import peft_reading
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
 from dialog_jax.training import loss, optimizer, sharding, train_step, trainable

@@ -83,6 +83,7 @@ def weighted_loss(
     mesh: Mesh | None = None,
     *,
     trains_unembedding: bool = True,
+    logit_cap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns (sum(weight * loss), sum(weight * -log p(target | hidden[source]))), in nats, float32.
 
@@ -95,6 +96,7 @@ def weighted_loss(
       mesh: the devices over which rows and unembedding are sharded; None for one device.
       trains_unembedding: whether the unembedding has a gradient. A frozen one has none, which saves a third of the work
         and an array of its size.
+      logit_cap: logits z become cap * tanh(z / cap).
 
     Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2);
     differs in gathering targets first, tiling over them alone, and accumulating the gradient of the unembedding in
@@ -105,7 +107,7 @@ def weighted_loss(
     assert targets.teacher is not None or not config.distillation, "distillation without a teacher"
 
     def local_sums(hidden, unembedding, targets):
-        sums = _weighted_loss(config, trains_unembedding, hidden, unembedding, _pad_to_tiles(targets))
+        sums = _weighted_loss(config, trains_unembedding, logit_cap, hidden, unembedding, _pad_to_tiles(targets))
         return tuple(x[None] for x in sums)
 
     value, nll = sharding.map_local_rows(mesh, local_sums)(hidden, unembedding, targets)  # [devices] each
@@ -119,24 +121,26 @@ def score_targets(
     *,
     top_k: int = 0,
     mesh: Mesh | None = None,
+    logit_cap: float | None = None,
 ) -> TargetScores:
     """Returns the scores of every target; weights only tell padding. Not differentiable.
 
     Args:
       top_k: number of likeliest tokens to return for each target, at most V.
       mesh: the devices over which rows and unembedding are sharded; None for one device.
+      logit_cap: logits z become cap * tanh(z / cap).
     """
-    score = sharding.map_local_rows(mesh, functools.partial(_score_targets, top_k=top_k))
+    score = sharding.map_local_rows(mesh, functools.partial(_score_targets, top_k=top_k, logit_cap=logit_cap))
     return score(hidden, unembedding, targets._replace(teacher=None))
 
 
-def _score_targets(hidden, unembedding, targets, top_k):
+def _score_targets(hidden, unembedding, targets, top_k, logit_cap):
     count = targets.source.shape[1]
     targets = _pad_to_tiles(targets)
 
     def add_tile(start, scores, gathered, size):
         part = _slice(targets, start, size)
-        logits, log_normalizer, nll = _tile_logits(_slice(gathered, start, size), unembedding, part.token)
+        logits, log_normalizer, nll = _tile_logits(_slice(gathered, start, size), unembedding, part.token, logit_cap)
         valid = part.weight > 0
         tile = TargetScores(jnp.where(valid, nll, 0), (jnp.argmax(logits, axis=-1) == part.token) & valid)
         if top_k:
@@ -154,25 +158,27 @@ def _score_targets(hidden, unembedding, targets, top_k):
     return jax.tree.map(lambda x: x[:, :count], _fold_tiles(hidden, targets, add_tile, empty))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weighted_loss(config, trains_unembedding, hidden, unembedding, targets):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _weighted_loss(config, trains_unembedding, logit_cap, hidden, unembedding, targets):
     del trains_unembedding  # the value does not depend on it
 
     def add_tile(start, sums, gathered, size):
         part = _slice(targets, start, size)
-        logits, log_normalizer, nll = _tile_logits(_slice(gathered, start, size), unembedding, part.token)
+        logits, log_normalizer, nll = _tile_logits(_slice(gathered, start, size), unembedding, part.token, logit_cap)
         value, _ = _loss_and_gradient(config, logits, log_normalizer, nll, part)
         return _add_weighted(sums, part.weight, value, nll)
 
     return _fold_tiles(hidden, targets, add_tile, (jnp.zeros((), jnp.float32),) * 2)
 
 
-def _forward(config, trains_unembedding, hidden, unembedding, targets):
+def _forward(config, trains_unembedding, logit_cap, hidden, unembedding, targets):
     def add_tile(start, carry, gathered, size):
         sums, d_gathered, d_unembedding = carry
         h, part = _slice(gathered, start, size), _slice(targets, start, size)
-        logits, log_normalizer, nll = _tile_logits(h, unembedding, part.token)
+        logits, log_normalizer, nll = _tile_logits(h, unembedding, part.token, logit_cap)
         value, d_logits = _loss_and_gradient(config, logits, log_normalizer, nll, part)
+        if logit_cap is not None:
+            d_logits *= 1 - (logits / logit_cap) ** 2
         d_logits = (d_logits * part.weight[..., None]).astype(hidden.dtype)  # [B, C, V]
         d_h = jnp.einsum("bcv,vd->bcd", d_logits, unembedding.astype(hidden.dtype))
         if trains_unembedding:
@@ -197,8 +203,8 @@ def _forward(config, trains_unembedding, hidden, unembedding, targets):
     return sums, (d_hidden.astype(hidden.dtype), d_unembedding.astype(unembedding.dtype))
 
 
-def _backward(config, trains_unembedding, gradients, cotangents):
-    del config
+def _backward(config, trains_unembedding, logit_cap, gradients, cotangents):
+    del config, logit_cap
     scale = cotangents[0].astype(jnp.float32)
     d_hidden, d_unembedding = ((x * scale).astype(x.dtype) for x in gradients)
     return d_hidden, d_unembedding if trains_unembedding else None, None
@@ -273,9 +279,11 @@ def _fold_tiles(hidden, targets, body, initial):
         )
 
 
-def _tile_logits(h, unembedding, token):
+def _tile_logits(h, unembedding, token, cap):
     """Returns (logits [B, C, V], log of their normalizer [B, C], nll [B, C]) of a tile."""
     logits = jnp.einsum("bcd,vd->bcv", h, unembedding.astype(h.dtype), preferred_element_type=jnp.float32)
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return logits, log_normalizer, log_normalizer - target_logit

@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, parameter_trees
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.training import trainable
 from dialog_jax.training.train_step import EvaluationSums
 from dialog_jax.training.trainable import Selection

@@ -264,6 +264,7 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
         dtype=dtype,
         branching=config.data.share_prefixes or inputs.train.branching or inputs.held_out.branching,
         shares_root=shares_root,
+        additions=inputs.model.attention_additions,
         name=config.attention,
     )
     distributed.check_same("attention", {"name": kernel.name})

@@ -36,8 +36,8 @@ import transformers
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
-from dialog_jax.model.decoder import DecoderConfig
-from dialog_jax.model.rotary import Llama3Scaling
+from dialog_jax.model import hf_config
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config_fields, trainable
 from dialog_jax.training.config import TrainConfig, set_template_time
@@ -228,7 +228,7 @@ def claim(
             with atomic_files.replace(directory / SCALES) as unfinished:
                 safetensors.numpy.save_file(dict(selection.scales), unfinished)
         record = {
-            "decoder": dataclasses.asdict(model),
+            "decoder": hf_config.to_json(model),
             "trained": sorted(selection.trained_paths),
             "soft_prompt": selection.soft_prompt.tokens,
             "stop_tokens": sorted(stop_tokens),
@@ -268,11 +268,8 @@ def read_model(directory: pathlib.Path) -> RunModel:
     if not file.exists():
         raise UserError(f"{directory} holds no run: model.json is missing. Name the --output_dir of dialog_jax train.")
     record = json.loads(file.read_text(encoding="utf-8"))
-    decoder_fields = record["decoder"]
-    if decoder_fields["rope_scaling"] is not None:
-        decoder_fields["rope_scaling"] = Llama3Scaling(**decoder_fields["rope_scaling"])
     base = record["base"] | {"licences": [directory / "licences" / name for name in record["base"]["licences"]]}
-    model = DecoderConfig(**decoder_fields)
+    model = hf_config.from_json(file, record["decoder"])
     selection = trainable.select_all(model)
     if "trained" in record:
         file = directory / SCALES

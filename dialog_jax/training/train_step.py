@@ -21,7 +21,7 @@ from dialog_jax.attention import blockwise, dispatch
 from dialog_jax.attention.dispatch import Attend
 from dialog_jax.batching.batches import Batch
 from dialog_jax.model import adapters, decoder, parameter_trees
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.training import loss, sharding
 from dialog_jax.training.config import LossConfig
 from dialog_jax.training.trainable import Parameters
@@ -164,7 +164,13 @@ def make_train_step(
         )
         unembedding = decoder.unembedding(model, parameters)
         value, nll = loss.weighted_loss(
-            hidden, unembedding, _make_targets(batch), loss_config, mesh, trains_unembedding=trains_unembedding
+            hidden,
+            unembedding,
+            _make_targets(batch),
+            loss_config,
+            mesh,
+            trains_unembedding=trains_unembedding,
+            logit_cap=model.logit_cap,
         )
         return value / total_weight, nll / total_weight
 
@@ -244,7 +250,7 @@ def make_evaluation_step(
     """
     shapes = shapes or Parameters(decoder.abstract_parameters(model), {})
     attend = attend or dispatch.shard_attention(blockwise.attend, mesh)
-    score = functools.partial(loss.score_targets, mesh=mesh)
+    score = functools.partial(loss.score_targets, mesh=mesh, logit_cap=model.logit_cap)
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
@@ -279,7 +285,7 @@ def make_score_step(
     Args:
       top_k: number of likeliest tokens to return for each target.
     """
-    score = functools.partial(loss.score_targets, top_k=top_k)
+    score = functools.partial(loss.score_targets, top_k=top_k, logit_cap=model.logit_cap)
     return jax.jit(
         lambda parameters, batch: _compute_scores(model, parameters, batch, compute_dtype, blockwise.attend, score)
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, parameter_trees, quantization, soft_prompts
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training.config import TrainConfig

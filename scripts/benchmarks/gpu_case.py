@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from dialog_jax.attention import blockwise, dispatch, pallas_gpu
+from dialog_jax.attention.mask import Mask
 from dialog_jax.model import decoder
 from dialog_jax.training import metrics, optimizer, sharding
 from dialog_jax.training import train_step as train_step_lib
@@ -59,7 +60,7 @@ def measure_attention(
     count = tokens // length
     forest = [gpu_inputs.random_row(rng, length, rows) for _ in range(count)]
     pairs = sum(float(np.sum(position + 1.0)) for position, _, _ in forest)
-    subtree_end = jnp.asarray(np.stack([ends for _, ends, _ in forest]))
+    mask = Mask(jnp.asarray(np.stack([ends for _, ends, _ in forest])))
     sizes = (heads, kv_heads, kv_heads, heads)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (
@@ -67,11 +68,11 @@ def measure_attention(
     )
     attend = attention_path(path)
 
-    def gradients(q, k, v, subtree_end, d_out):
-        return jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)[1](d_out)
+    def gradients(q, k, v, mask, d_out):
+        return jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)[1](d_out)
 
-    forward = median_seconds(jax.jit(attend), q, k, v, subtree_end)
-    both = median_seconds(jax.jit(gradients), q, k, v, subtree_end, d_out)
+    forward = median_seconds(jax.jit(attend), q, k, v, mask)
+    both = median_seconds(jax.jit(gradients), q, k, v, mask, d_out)
     flops = 4.0 * heads * head_dim * pairs  # two products of 2 FLOPs per multiply-add; the backward pass has twice that
     return {
         "forward_ms": 1e3 * forward,
@@ -180,14 +181,14 @@ def attention_path(name: str) -> dispatch.Attend:
     return paths[name]
 
 
-def cudnn_causal(q, k, v, subtree_end):
+def cudnn_causal(q, k, v, mask):
     """Causal attention through JAX's public cuDNN interface."""
-    del subtree_end
+    del mask
     implementation: Literal["xla", "cudnn"] = "xla" if jax.default_backend() == "cpu" else "cudnn"
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
-def cudnn_packed(q, k, v, subtree_end):
+def cudnn_packed(q, k, v, mask):
     """cuDNN's packed layout for full rows of paths. It is private in JAX, so training does not use it."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -198,11 +199,11 @@ def cudnn_packed(q, k, v, subtree_end):
         starts = jnp.nonzero(first, size=max_segments, fill_value=-1)[0].astype(jnp.int32)
         return jnp.where(starts >= 0, ends[starts] - starts, -1), jnp.append(starts, -1)
 
-    lengths, starts = jax.vmap(segments)(subtree_end)
-    mask = cudnn.MaskType.PADDING_CAUSAL
+    lengths, starts = jax.vmap(segments)(mask.subtree_end)
+    kind = cudnn.MaskType.PADDING_CAUSAL
     scale = q.shape[-1] ** -0.5
     return cudnn.dot_product_attention(
-        q, k, v, None, None, lengths, lengths, starts, starts, scale=scale, mask_type=mask
+        q, k, v, None, None, lengths, lengths, starts, starts, scale=scale, mask_type=kind
     )
 
 

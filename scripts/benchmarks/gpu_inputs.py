@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from dialog_jax.batching.batches import Batch
-from dialog_jax.model import decoder, hf_config
+from dialog_jax.model import hf_config
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.rotary import Rotary
 
 _SHAPES = pathlib.Path(__file__).parents[2] / "dialog_jax" / "planning" / "shapes"
 
@@ -19,20 +21,20 @@ MEAN_LENGTH, LOG_DEVIATION, MIN_LENGTH, MAX_LENGTH = 400.0, 0.8, 16, 2048
 _OTHER_MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": dict(
         family="llama", vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, feed_forward=1536,
-        max_length=8192, rope_theta=100000.0, tie_embeddings=True,
+        max_length=8192, rotary=(Rotary(theta=100000.0),), tie_embeddings=True,
     ),
     "tiny": dict(
         family="llama", vocab_size=128, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feed_forward=48,
-        max_length=512, rope_theta=10000.0, tie_embeddings=True,
+        max_length=512, rotary=(Rotary(theta=10000.0),), tie_embeddings=True,
     ),
 }
 # fmt: on
 
 
-def model_config(name: str) -> decoder.DecoderConfig:
+def model_config(name: str) -> DecoderConfig:
     """Returns the shape of a published model in dialog_jax/planning/shapes, of SmolLM2-135M, or of a tiny one."""
     if name in _OTHER_MODELS:
-        return decoder.DecoderConfig(**_OTHER_MODELS[name])
+        return DecoderConfig(**_OTHER_MODELS[name])
     file = _SHAPES / f"{name}.json"
     return hf_config.from_json(file, json.loads(file.read_text(encoding="utf-8")))
 
@@ -75,7 +77,7 @@ def branching_tree(length: int, turns: int) -> tuple[np.ndarray, np.ndarray]:
     return position, subtree_end
 
 
-def random_batch(rng: np.random.Generator, config: decoder.DecoderConfig, rows: int, length: int) -> Batch:
+def random_batch(rng: np.random.Generator, config: DecoderConfig, rows: int, length: int) -> Batch:
     """Returns a step of one micro-batch of full rows of paths, with targets in every second run of 24 tokens."""
     forest = [random_row(rng, length, "paths") for _ in range(rows)]
     position, subtree_end, segment = (np.stack(parts)[None] for parts in zip(*forest, strict=True))  # [1, B, T]

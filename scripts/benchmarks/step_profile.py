@@ -24,7 +24,7 @@ import jax
 from dialog_jax.attention import blockwise
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder
-from dialog_jax.model.decoder import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Instruction, Program
 from dialog_jax.training import loss, train_step

@@ -8,6 +8,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise
+from dialog_jax.attention.mask import Mask
 from tests.attention import oracle
 from tests.model import forests
 
@@ -45,7 +46,7 @@ class AttentionTest(parameterized.TestCase):
         subtree_end = np.stack([forests.arrays(parents)[1] for parents in rows])
         q = _random(rng, 2, length, heads, 8)
         k, v = _random(rng, 2, length, kv_heads, 8), _random(rng, 2, length, kv_heads, 8)
-        got = jax.jit(blockwise.attend)(q, k, v, subtree_end)
+        got = jax.jit(blockwise.attend)(q, k, v, Mask(subtree_end))
         np.testing.assert_allclose(got, _oracle(q, k, v, rows), atol=2e-6)
 
     def test_attention_reads_the_pictured_mask(self):
@@ -63,7 +64,7 @@ class AttentionTest(parameterized.TestCase):
         ]
         # fmt: on
         zeros = jnp.zeros((1, 8, 1, 8))  # equal scores: each query reads the mean of what it sees
-        got = blockwise.attend(zeros, zeros, jnp.eye(8)[None, :, None], jnp.asarray([subtree_end]))
+        got = blockwise.attend(zeros, zeros, jnp.eye(8)[None, :, None], Mask(jnp.asarray([subtree_end])))
         np.testing.assert_allclose(got[0, :, 0], np.array(seen) / np.sum(seen, axis=1, keepdims=True), atol=1e-6)
 
     def test_gradient_reaches_ancestors_and_no_other_token(self):
@@ -76,7 +77,7 @@ class AttentionTest(parameterized.TestCase):
         for query in (0, 100, 255, 256, 299):
 
             def component(k, v, query=query):
-                return jnp.sum(blockwise.attend(q, k, v, subtree_end)[0, query] * direction)
+                return jnp.sum(blockwise.attend(q, k, v, Mask(subtree_end))[0, query] * direction)
 
             to_key, to_value = jax.jit(jax.grad(component, argnums=(0, 1)))(k, v)
             seen = forests.lineage(parents, query)
@@ -95,7 +96,9 @@ class AttentionTest(parameterized.TestCase):
             np.sum(_oracle(*(x + sign * 1e-5 * step for x, step in zip((q, k, v), steps, strict=True)), rows) * out)
             for sign in (1, -1)
         )
-        gradient = jax.grad(lambda q, k, v: jnp.sum(blockwise.attend(q, k, v, subtree_end) * out), argnums=(0, 1, 2))
+        gradient = jax.grad(
+            lambda q, k, v: jnp.sum(blockwise.attend(q, k, v, Mask(subtree_end)) * out), argnums=(0, 1, 2)
+        )
         found = gradient(*(jnp.asarray(x) for x in (q, k, v)))
         got = sum(np.sum(np.asarray(g) * step) for g, step in zip(found, steps, strict=True))
         np.testing.assert_allclose(got, (ahead - behind) / 2e-5, rtol=1e-4)
@@ -105,7 +108,7 @@ class AttentionTest(parameterized.TestCase):
         subtree_end = jnp.arange(1, length + 1)[None]  # all padding
         q = jnp.full((1, length, 2, 4), 1e4)
         v = jnp.asarray(_random(np.random.default_rng(2), 1, length, 2, 4))
-        got, gradient = jax.value_and_grad(lambda q: jnp.sum(blockwise.attend(q, q, v, subtree_end)))(q)
+        got, gradient = jax.value_and_grad(lambda q: jnp.sum(blockwise.attend(q, q, v, Mask(subtree_end))))(q)
         np.testing.assert_allclose(got, jnp.sum(v), rtol=1e-5)
         self.assertTrue(bool(jnp.all(jnp.isfinite(gradient))))
 
@@ -120,7 +123,7 @@ class AttentionTest(parameterized.TestCase):
             return max(own + [largest(sub) for sub in inner if hasattr(sub, "eqns")], default=0)
 
         def loss(q, subtree_end):
-            return jnp.sum(blockwise.attend(q, q, q, subtree_end, block=128))
+            return jnp.sum(blockwise.attend(q, q, q, Mask(subtree_end), block=128))
 
         got = largest(jax.make_jaxpr(jax.grad(loss))(q, subtree_end).jaxpr)
         self.assertEqual(got, heads * length * 8)  # queries: the walk did see them
@@ -140,7 +143,7 @@ class AttentionTest(parameterized.TestCase):
         subtree_end = jnp.asarray(np.stack([forests.arrays(parents)[1] for parents in rows]))
         q, k, v, out = (jnp.asarray(_random(rng, 2, 300, heads, 8)) for heads in (4, 2, 2, 4))
         np.testing.assert_allclose(
-            blockwise.attend(q, k, v, subtree_end, block=block), _oracle(q, k, v, rows), atol=2e-6
+            blockwise.attend(q, k, v, Mask(subtree_end), block=block), _oracle(q, k, v, rows), atol=2e-6
         )
 
         def of(attend):
@@ -153,7 +156,7 @@ class AttentionTest(parameterized.TestCase):
             score = jnp.einsum("bqnh,bknh->bnqk", q, k) / math.sqrt(8)
             return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(seen[:, None], score, -jnp.inf)), v)
 
-        got = of(lambda q, k, v: blockwise.attend(q, k, v, subtree_end, block=block))
+        got = of(lambda q, k, v: blockwise.attend(q, k, v, Mask(subtree_end), block=block))
         for ours, needed in zip(got, of(dense), strict=True):
             np.testing.assert_allclose(ours, needed, atol=2e-5)
 
@@ -164,7 +167,7 @@ class AttentionTest(parameterized.TestCase):
         rng = np.random.default_rng(4)
         q, k, v = (_random(rng, 1, 256, 2, 4) for _ in range(3))
         k[:, 64:192] = np.nan
-        attend = functools.partial(blockwise.attend, subtree_end=jnp.asarray(subtree_end)[None], block=32)
+        attend = functools.partial(blockwise.attend, mask=Mask(jnp.asarray(subtree_end)[None]), block=32)
         got = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
         finite = np.all(np.isfinite(got[0]), axis=(1, 2))
         np.testing.assert_array_equal(finite, np.repeat([True, False, True], (64, 128, 64)))
@@ -181,7 +184,9 @@ class AttentionTest(parameterized.TestCase):
         rng = np.random.default_rng(5)
         q, k, v = (_random(rng, 1, 160, 2, 4) for _ in range(3))
         k[:, 32:96] = np.nan
-        got = blockwise.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(subtree_end)[None], block=32)
+        got = blockwise.attend(
+            jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), Mask(jnp.asarray(subtree_end)[None]), block=32
+        )
         finite = np.all(np.isfinite(got[0]), axis=(1, 2))
         np.testing.assert_array_equal(finite, np.repeat([True, False, True], (32, 64, 64)))
 
@@ -190,7 +195,7 @@ class AttentionTest(parameterized.TestCase):
         parents = forests.random_parents(rng, 200, root=0.02)
         subtree_end = jnp.asarray(forests.arrays(parents)[1])[None]
         q, k, v = (jnp.asarray(_random(rng, 1, 200, 2, 16), jnp.bfloat16) for _ in range(3))
-        got = blockwise.attend(q, k, v, subtree_end, block=64)
+        got = blockwise.attend(q, k, v, Mask(subtree_end), block=64)
         self.assertEqual(got.dtype, jnp.bfloat16)
         np.testing.assert_allclose(got.astype(jnp.float32), _oracle(q, k, v, [parents]), atol=2e-2)
 
@@ -206,7 +211,7 @@ class AttentionTest(parameterized.TestCase):
         rows = [list(range(-1, 299)), forests.random_parents(rng, 300, root=0.01, branch=0.02)]
         given = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=16, dtype=jnp.bfloat16)
         q, k, v, subtree_end, d_output = map(jnp.asarray, given)
-        _, pull = jax.vjp(lambda q, k, v: blockwise.attend(q, k, v, subtree_end, block=block), q, k, v)
+        _, pull = jax.vjp(lambda q, k, v: blockwise.attend(q, k, v, Mask(subtree_end), block=block), q, k, v)
         for gradient, needed in zip(pull(d_output), oracle.attention(*given[:3], rows, given[4])[1:], strict=True):
             self.assertEqual(gradient.dtype, jnp.bfloat16)
             apart = np.linalg.norm(np.asarray(gradient, np.float64) - needed) / np.linalg.norm(needed)

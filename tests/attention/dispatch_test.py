@@ -7,6 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise, dispatch, pallas_gpu, splash
+from dialog_jax.attention.mask import Mask
 from dialog_jax.attention.pallas_gpu import Blocks, Tiling
 from dialog_jax.errors import UserError
 from dialog_jax.training import sharding
@@ -17,9 +18,9 @@ _SMALL = Blocks(32, 32, 4, 1)
 _SHAPE = dict(heads=4, kv_heads=2, head_dim=16, length=64, dtype=jnp.float32)
 
 
-def _interpreted(q, k, v, subtree_end):
+def _interpreted(q, k, v, mask):
     blocks = Tiling(_SMALL, _SMALL, _SMALL)
-    return pallas_gpu.attend(q, k, v, subtree_end, blocks=blocks, interpret=True)
+    return pallas_gpu.attend(q, k, v, mask, blocks=blocks, interpret=True)
 
 
 def _select(*candidates, branching=True, for_trees=True, name="auto", **changes):
@@ -31,7 +32,7 @@ def _select(*candidates, branching=True, for_trees=True, name="auto", **changes)
 
 
 def _value_and_gradients(attend, q, k, v, subtree_end, d_output):
-    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(subtree_end)), q, k, v)
     return output, *pull(d_output)
 
 
@@ -90,31 +91,31 @@ class WrongNumbersTest(parameterized.TestCase):
                 self.assertRegex(str(caught.exception), pattern)
 
     def test_causal_attention_over_the_whole_row_is_an_error(self):
-        def blind(q, k, v, subtree_end):
-            return blockwise.attend(q, k, v, jnp.full_like(subtree_end, q.shape[1]))
+        def blind(q, k, v, mask):
+            return blockwise.attend(q, k, v, Mask(jnp.full_like(mask.subtree_end, q.shape[1])))
 
         self.assert_wrong(blind, r"\S+ \(output\), \S+ \(dq\), \S+ \(dk\), \S+ \(dv\)")
 
     def test_attention_that_takes_trees_for_paths_is_an_error_for_trees_only(self):
-        def paths(q, k, v, subtree_end):  # every token in between belongs to the token's own path
-            return blockwise.attend(q, k, v, jax.lax.cummax(subtree_end, axis=1))
+        def paths(q, k, v, mask):  # every token in between belongs to the token's own path
+            return blockwise.attend(q, k, v, Mask(jax.lax.cummax(mask.subtree_end, axis=1)))
 
         self.assertEqual(_select(("paths", paths), branching=False).name, "paths")
         self.assert_wrong(paths, branching=True)
 
     @parameterized.parameters("gradient", "nan")
     def test_right_output_with_wrong_gradient_or_nan_is_an_error(self, kind):
-        def wrong(q, k, v, subtree_end):
+        def wrong(q, k, v, mask):
             if kind == "nan":
-                return blockwise.attend(q, k, v, subtree_end).at[0, 3].set(jnp.nan)
-            return blockwise.attend(q, jax.lax.stop_gradient(k), v, subtree_end)
+                return blockwise.attend(q, k, v, mask).at[0, 3].set(jnp.nan)
+            return blockwise.attend(q, jax.lax.stop_gradient(k), v, mask)
 
         self.assert_wrong(wrong, r"1\.0e\+00 \(dk\)" if kind == "gradient" else r"nan \(output\)")
 
     def test_bfloat16_products_are_an_error_for_float32_only(self):
-        def coarse(q, k, v, subtree_end):
+        def coarse(q, k, v, mask):
             q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-            return blockwise.attend(q, k, v, subtree_end).astype(jnp.float32)
+            return blockwise.attend(q, k, v, mask).astype(jnp.float32)
 
         self.assert_wrong(coarse)
         self.assertEqual(_select(("coarse", blockwise.attend), dtype=jnp.bfloat16).name, "coarse")
@@ -144,7 +145,7 @@ _RUNTIME_ERRORS = (
 
 
 def _raiser(error):
-    def attend(q, k, v, subtree_end):
+    def attend(q, k, v, mask):
         raise error
 
     return attend
@@ -230,14 +231,14 @@ class ShardedTest(parameterized.TestCase):
     def test_each_device_attends_with_its_own_rows_and_heads(self):
         seen = []
 
-        def attend(q, k, v, subtree_end):
-            seen.append((q.shape, k.shape, subtree_end.shape))
+        def attend(q, k, v, mask):
+            seen.append((q.shape, k.shape, mask.subtree_end.shape))
             return q
 
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         for heads, kv_heads in ((4, 2), (9, 3)):
             q, k = jnp.zeros((4, 8, heads, 2)), jnp.zeros((4, 8, kv_heads, 2))
-            jax.eval_shape(dispatch.shard_attention(attend, mesh), q, k, k, jnp.ones((4, 8), jnp.int32))
+            jax.eval_shape(dispatch.shard_attention(attend, mesh), q, k, k, Mask(jnp.ones((4, 8), jnp.int32)))
         self.assertEqual(seen, [((1, 8, 2, 2), (1, 8, 1, 2), (1, 8)), ((1, 8, 9, 2), (1, 8, 3, 2), (1, 8))])
 
     def test_one_device_is_left_alone(self):

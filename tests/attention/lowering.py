@@ -4,6 +4,8 @@ import contextlib
 
 import jax
 
+from dialog_jax.attention.mask import Mask
+
 
 def lowered(function, *shapes, kind, platform):
     """The text of the program of `function` for a device of `kind`, such as "NVIDIA H200" on "cuda"."""
@@ -29,7 +31,7 @@ def with_gradients(attend):
 
     def function(q, k, v, subtree_end):
         def total(q, k, v):
-            return jax.numpy.sum(attend(q, k, v, subtree_end).astype(jax.numpy.float32))
+            return jax.numpy.sum(attend(q, k, v, Mask(subtree_end)).astype(jax.numpy.float32))
 
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 

@@ -6,6 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import pallas_gpu
+from dialog_jax.attention.mask import Mask
 from dialog_jax.attention.pallas_gpu import Blocks, Tiling
 from tests.attention import lowering, oracle
 
@@ -17,7 +18,7 @@ _UNEVEN = Tiling(Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1
 def _attend(q, k, v, subtree_end, d_output, blocks):
     """(output, dq, dk, dv), the gradients of sum(output * d_output)."""
     attend = functools.partial(pallas_gpu.attend, blocks=blocks, interpret=True)
-    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(subtree_end)), q, k, v)
     return output, *pull(d_output)
 
 
@@ -49,7 +50,7 @@ class PallasGpuTest(parameterized.TestCase):
         rng = np.random.default_rng(0)
         rows = oracle.rows_of(rng, 64, branching=True, padding=20)
         q, k, v, subtree_end, d_output = oracle.inputs(rng, rows, heads=2, kv_heads=1, head_dim=16)
-        for got in _attend(300 * q, 300 * k, v, subtree_end, d_output, _EVEN):
+        for got in _attend(300 * q, 300 * k, v, Mask(subtree_end), d_output, _EVEN):
             self.assertTrue(np.all(np.isfinite(got)))
 
     def test_blocks_without_a_visible_pair_are_not_read(self):
@@ -63,7 +64,7 @@ class PallasGpuTest(parameterized.TestCase):
             given = [x.copy() for x in (q, k, v)]
             for array in given:
                 array[:, spoilt] = np.nan
-            got = _attend(*given, subtree_end, d_output, _UNEVEN)
+            got = _attend(*given, Mask(subtree_end), d_output, _UNEVEN)
             exact = oracle.attention(q, k, v, [parents], d_output)
             for array, needed in zip(map(np.asarray, got), exact, strict=True):
                 np.testing.assert_allclose(array[:, fine], needed[:, fine], atol=3e-6)
@@ -100,7 +101,7 @@ class PallasGpuTest(parameterized.TestCase):
     def test_shape_or_type_without_blocks_is_an_error(self, head_dim, dtype=jnp.bfloat16):
         x = jnp.zeros((1, 16, 1, head_dim), dtype)
         with self.assertRaisesRegex(NotImplementedError, "head_dim is 80" if head_dim == 80 else "the type is float16"):
-            pallas_gpu.attend(x, x, x, jnp.ones((1, 16), jnp.int32))
+            pallas_gpu.attend(x, x, x, Mask(jnp.ones((1, 16), jnp.int32)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import splash
+from dialog_jax.attention.mask import Mask
 from tests.attention import lowering, oracle
 
 
@@ -13,7 +14,7 @@ from tests.attention import lowering, oracle
 def _attend(q, k, v, subtree_end, d_output, largest_block):
     """(output, dq, dk, dv), the gradients of sum(output * d_output)."""
     attend = functools.partial(splash.attend, largest_block=largest_block, interpret=True)
-    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, subtree_end), q, k, v)
+    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(subtree_end)), q, k, v)
     return output, *pull(d_output)
 
 
@@ -38,7 +39,7 @@ class SplashTest(parameterized.TestCase):
         needed = oracle.attention(q, k, v, [parents], d_output)
         for array in (q, k, v):
             array[:, :128] = np.nan
-        for got, exact in zip(_attend(q, k, v, subtree_end, d_output, 512), needed, strict=True):
+        for got, exact in zip(_attend(q, k, v, Mask(subtree_end), d_output, 512), needed, strict=True):
             np.testing.assert_allclose(got[:, 128:], exact[:, 128:], atol=1e-5)
             self.assertTrue(np.all(np.isnan(got[:, :128])))
 

@@ -7,8 +7,10 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.inference import generation
 from dialog_jax.model import decoder
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.rotary import Rotary
 
-_CONFIG = decoder.DecoderConfig(
+_CONFIG = DecoderConfig(
     family="qwen3",
     vocab_size=61,
     width=24,
@@ -18,7 +20,7 @@ _CONFIG = decoder.DecoderConfig(
     head_dim=8,
     feed_forward=40,
     max_length=700,
-    rope_theta=1e4,
+    rotary=(Rotary(theta=1e4),),
     qk_norm=True,
 )
 

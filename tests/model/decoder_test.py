@@ -8,10 +8,13 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise
-from dialog_jax.model import decoder, rotary
+from dialog_jax.model import decoder
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.rotary import Llama3Scaling, Rotary
 from tests.model import forests
 
-_LLAMA = decoder.DecoderConfig(
+_PLAIN = (Rotary(theta=1e4),)
+_LLAMA = DecoderConfig(
     family="llama",
     vocab_size=64,
     width=24,
@@ -21,13 +24,17 @@ _LLAMA = decoder.DecoderConfig(
     head_dim=8,
     feed_forward=40,
     max_length=64,
-    rope_theta=1e4,
-    rope_scaling=rotary.Llama3Scaling(
-        factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=16
+    rotary=(
+        Rotary(
+            theta=1e4,
+            scaling=Llama3Scaling(
+                factor=4.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_length=16
+            ),
+        ),
     ),
 )
-_QWEN2 = dataclasses.replace(_LLAMA, family="qwen2", rope_scaling=None, qkv_bias=True, tie_embeddings=True)
-_QWEN3 = dataclasses.replace(_LLAMA, family="qwen3", rope_scaling=None, qk_norm=True)
+_QWEN2 = dataclasses.replace(_LLAMA, family="qwen2", rotary=_PLAIN, qkv_bias=True, tie_embeddings=True)
+_QWEN3 = dataclasses.replace(_LLAMA, family="qwen3", rotary=_PLAIN, qk_norm="head")
 _FAMILIES = dict(llama=_LLAMA, qwen2=_QWEN2, qwen3=_QWEN3)
 
 
@@ -173,14 +180,17 @@ class DecoderTest(parameterized.TestCase):
         self.assertIs(decoder.unembedding(_QWEN3, untied), untied["lm_head"])
 
     @parameterized.parameters(
-        dict(family="gpt2"),
         dict(vocab_size=0),
         dict(kv_heads=3),
         dict(head_dim=7),
-        dict(rope_theta=0.0),
+        dict(rotary=()),
+        dict(layer_rotary=(0, 1)),
+        dict(windows=(4,)),
+        dict(windows=(4, -1)),
+        dict(norms="before"),
+        dict(attention_cap=0.0),
         dict(norm_epsilon=0.0),
-        dict(qk_norm=True),
-        dict(qkv_bias=True),
+        dict(qk_norm="heads"),
     )
     def test_config_out_of_range_is_an_error_that_names_it(self, **wrong):
         with self.assertRaisesRegex(ValueError, next(iter(wrong))):

@@ -1,5 +1,6 @@
 """The fused loss against NumPy in float64, which writes out every logit."""
 
+import functools
 import itertools
 
 import jax
@@ -59,11 +60,12 @@ def teacher_of(seed, *, vocabulary=53, slots=6, shape=(2, 40), taught=0.7, mass=
     return loss.Teacher(token, log_probability)
 
 
-def reference_loss(config, hidden, unembedding, source, target, weight, teacher=None):
+def reference_loss(config, hidden, unembedding, source, target, weight, teacher=None, cap=None):
     """sum(weight * loss) in float64, by the definition: whole distributions, outcome by outcome."""
     total = 0.0
     for b, s in zip(*np.nonzero(weight), strict=True):
         logits = unembedding @ hidden[b, source[b, s]]
+        logits = logits if cap is None else cap * np.tanh(logits / cap)
         log_z = np.log(np.sum(np.exp(logits)))
         log_q = logits - log_z
         goal = np.full(len(logits), config.label_smoothing / len(logits))
@@ -108,8 +110,9 @@ def on_device(arrays):
     return jax.tree.map(jnp.asarray, arrays)
 
 
-def weighted_loss(hidden, unembedding, source, target, weight, teacher=None, config=loss.PLAIN):
-    return loss.weighted_loss(hidden, unembedding, loss.Targets(source, target, weight, teacher), config)
+def weighted_loss(hidden, unembedding, source, target, weight, teacher=None, config=loss.PLAIN, cap=None):
+    targets = loss.Targets(source, target, weight, teacher)
+    return loss.weighted_loss(hidden, unembedding, targets, config, logit_cap=cap)
 
 
 def weighted_nll(*arrays):
@@ -120,10 +123,10 @@ def score_targets(hidden, unembedding, source, target, weight, *, top_k=0):
     return loss.score_targets(hidden, unembedding, loss.Targets(source, target, weight), top_k=top_k)
 
 
-def value_and_gradient(arrays, teacher, config):
+def value_and_gradient(arrays, teacher, config, cap=None):
     """((loss, cross-entropy), (gradient for hidden, gradient for unembedding))."""
-    run = jax.jit(jax.value_and_grad(weighted_loss, argnums=(0, 1), has_aux=True), static_argnums=6)
-    return jax.device_get(run(*on_device(arrays), on_device(teacher), config))
+    run = jax.jit(jax.value_and_grad(weighted_loss, argnums=(0, 1), has_aux=True), static_argnums=(6, 7))
+    return jax.device_get(run(*on_device(arrays), on_device(teacher), config, cap))
 
 
 class LossConfigTest(parameterized.TestCase):
@@ -144,22 +147,23 @@ class LossConfigTest(parameterized.TestCase):
 class ExtrasTest(parameterized.TestCase):
     """Every extra alone and with the others."""
 
-    @parameterized.product(config=EXTRAS, tile=(7, 256))
-    def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile):
+    @parameterized.product(config=EXTRAS, tile=(7, 256), cap=(None, 1.5))
+    def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile, cap):
         arrays, teacher = problem(7), teacher_of(8)
         self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
-        (value, nll), (d_hidden, d_unembedding) = value_and_gradient(arrays, teacher, config)
+        (value, nll), (d_hidden, d_unembedding) = value_and_gradient(arrays, teacher, config, cap)
         hidden, unembedding, *targets = arrays
         hidden, unembedding = hidden.astype(np.float64), unembedding.astype(np.float64)
-        np.testing.assert_allclose(value, reference_loss(config, hidden, unembedding, *targets, teacher), rtol=2e-6)
-        np.testing.assert_allclose(nll, reference(*arrays)[0], rtol=1e-6)
+        exact = functools.partial(reference_loss, cap=cap)
+        np.testing.assert_allclose(value, exact(config, hidden, unembedding, *targets, teacher), rtol=2e-6)
+        np.testing.assert_allclose(nll, exact(loss.PLAIN, hidden, unembedding, *targets), rtol=1e-6)
 
         rng = np.random.default_rng(9)
         places = [(row, targets[0][row, rng.integers(12)], rng.integers(8)) for row in (0, 1) * 6]
-        wanted = slopes(lambda moved: reference_loss(config, moved, unembedding, *targets, teacher), hidden, places)
+        wanted = slopes(lambda moved: exact(config, moved, unembedding, *targets, teacher), hidden, places)
         np.testing.assert_allclose([d_hidden[place] for place in places], wanted, atol=3e-5)
         places = [(rng.integers(53), rng.integers(8)) for _ in range(12)]
-        wanted = slopes(lambda moved: reference_loss(config, hidden, moved, *targets, teacher), unembedding, places)
+        wanted = slopes(lambda moved: exact(config, hidden, moved, *targets, teacher), unembedding, places)
         np.testing.assert_allclose([d_unembedding[place] for place in places], wanted, atol=3e-5)
 
     @parameterized.parameters(*EXTRAS)

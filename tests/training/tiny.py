@@ -8,6 +8,8 @@ import numpy as np
 
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder, quantization, saving
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.rotary import Rotary
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import loss
@@ -31,10 +33,10 @@ def config(vocab_size, **changes):
         "head_dim": 8,
         "feed_forward": 48,
         "max_length": 2048,
-        "rope_theta": 10000.0,
+        "rotary": (Rotary(theta=10000.0),),
         "tie_embeddings": True,
     }
-    return decoder.DecoderConfig(**(fields | changes))
+    return DecoderConfig(**(fields | changes))
 
 
 def parameters(model, seed=0):

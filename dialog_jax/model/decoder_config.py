@@ -1,0 +1,88 @@
+"""The structure of a decoder: sizes, and how one family's layers differ from another's. Knows no family and no file."""
+
+import dataclasses
+
+from dialog_jax.errors import UserError
+from dialog_jax.model.rotary import Rotary
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+NORMS = ("pre", "post", "both")
+QK_NORMS = ("none", "head", "width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The structure of a decoder. The defaults are those of llama."""
+
+    family: str
+    """The record of `model.families` that reads and writes it; the decoder itself does not look at it."""
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    max_length: int
+    """Context in tokens."""
+    rotary: tuple[Rotary | None, ...]
+    """The kinds of RoPE; a layer whose kind is None rotates nothing."""
+    layer_rotary: tuple[int, ...] = ()
+    """The index of each layer's kind in `rotary`; empty if there is one kind."""
+    windows: tuple[int, ...] = ()
+    """How many tokens of its own context a query of each layer sees, itself included; 0 for all. Empty: all 0."""
+    norm_epsilon: float = 1e-6
+    norms: str = "pre"
+    """Where RMS norms are: "pre", before attention and feed-forward; "post", after them on the branch; "both"."""
+    norm_offset: float = 0.0
+    """Added to the weights of RMS norms: 1 for families that store the weight minus one."""
+    qk_norm: str = "none"
+    """Norms of queries and keys before they are rotated: "head", each head; "width", all heads together."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    attention_scale: float | None = None
+    """What scores are multiplied by; None for head_dim ** -0.5."""
+    attention_cap: float | None = None
+    """Scores s become cap * tanh(s / cap)."""
+    activation: str = "silu"
+    """Of the gate: "silu" or "gelu_tanh"."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What attention and feed-forward are multiplied by before they are added to the residual stream."""
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    """Logits z become cap * tanh(z / cap)."""
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "max_length"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if not self.norm_epsilon > 0:
+            raise UserError(f"norm_epsilon is {self.norm_epsilon}; it must be above 0")
+        for field in ("attention_scale", "attention_cap", "logit_cap"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise UserError(f"{field} is {value}; it must be above 0")
+        for field, choices in (("norms", NORMS), ("qk_norm", QK_NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, field) not in choices:
+                raise UserError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
+        if self.heads % self.kv_heads:
+            raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
+        for field in ("layer_rotary", "windows"):
+            if getattr(self, field) and len(getattr(self, field)) != self.layers:
+                raise UserError(f"{field} has {len(getattr(self, field))} values for {self.layers} layers")
+        if min(self.windows, default=0) < 0:
+            raise UserError(f"windows has {min(self.windows)}; a window is a number of tokens, or 0 for none")
+        if not {0, *self.layer_rotary} <= set(range(len(self.rotary))):
+            raise UserError(f"layer_rotary names kinds that rotary, with {len(self.rotary)} kinds, does not have")
+        if len({kind.fraction for kind in self.rotary if kind is not None}) > 1:
+            raise UserError("the kinds of RoPE rotate different fractions of a head; they must rotate the same")
+
+    @property
+    def attention_additions(self) -> tuple[str, ...]:
+        """What its attention has beyond a softmax over all ancestors: of "windows" and "caps"."""
+        additions = {"windows": any(self.windows), "caps": self.attention_cap is not None}
+        return tuple(name for name, present in additions.items() if present)

@@ -1,0 +1,253 @@
+"""Model families as data: how each reads and writes its config.json, and the names of its tensors.
+
+A family is a record: `read` turns the fields of config.json, with every default of transformers' configuration class
+filled in, into the structural settings of a `DecoderConfig`; `write` is the inverse. Sizes, RoPE and everything that
+all families share is in `model.hf_config`.
+
+Source: the configuration and modeling files of each family in Hugging Face transformers 5.24.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dialog_jax.errors import UserError
+from dialog_jax.model.decoder_config import DecoderConfig
+
+Fields = Mapping[str, Any]
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+class Family(NamedTuple):
+    """How a family is published."""
+
+    architecture: str
+    """The class of transformers that serves it."""
+    read: Callable[[Fields], dict[str, Any]]
+    """Fields of config.json to arguments of `DecoderConfig`, beyond those of `hf_config`."""
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    """The inverse."""
+    fields: frozenset[str]
+    """The fields that `read` reads."""
+    needed: Mapping[str, Sequence[Any]]
+    """Fields that would change the computation: the values with which they do not."""
+    rope_kinds: tuple[str, ...] = ()
+    """The types of layers that have a RoPE of their own, in the order of `DecoderConfig.rotary`; empty for one RoPE."""
+    layer_rotary: Callable[[Fields], tuple[int, ...]] | None = None
+    """Returns the index of each layer's RoPE; an index beyond `rope_kinds` stands for none."""
+    names: Mapping[str, str] = {}
+    """Published names of parameters where they are not those of llama; {} is the layer."""
+
+
+def _read_windows(fields: Fields) -> dict[str, Any]:
+    """Returns the windows by type of layer."""
+    types = fields["layer_types"]
+    if unknown := sorted(set(types) - {SLIDING, FULL}):
+        raise UserError(f"layer_types has {unknown[0]!r}; supported are {SLIDING!r} and {FULL!r}")
+    window = fields.get("sliding_window")
+    if SLIDING in types and not window:
+        raise UserError(f"layer_types has {SLIDING!r} and sliding_window is {window!r}; a number of tokens is needed")
+    return {"windows": tuple(window if kind == SLIDING else 0 for kind in types) if SLIDING in types else ()}
+
+
+def _write_windows(config: DecoderConfig) -> dict[str, Any]:
+    windows = config.windows or (0,) * config.layers
+    return {
+        "sliding_window": max(windows) or None,
+        "layer_types": [SLIDING if window else FULL for window in windows],
+    }
+
+
+def _tidy(number: float) -> float:
+    """Returns the short decimal that a computed number stands for: 10.000000000000002 -> 10.0."""
+    return float(f"{number:.12g}")
+
+
+_BIAS = frozenset({"attention_bias"})
+_NO_BIAS = {"mlp_bias": (False, None)}
+
+
+def _read_bias(fields: Fields) -> dict[str, Any]:
+    bias = bool(fields["attention_bias"])
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def _write_bias(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_bias": config.qkv_bias}
+
+
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    read=_read_bias,
+    write=lambda config: {**_write_bias(config), "mlp_bias": False},
+    fields=_BIAS,
+    needed=_NO_BIAS,
+)
+
+
+def _write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:
+    return {"use_sliding_window": any(config.windows), **_write_windows(config)}
+
+
+_QWEN_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    read=lambda fields: {"qkv_bias": True, **_read_windows(fields)},
+    write=_write_qwen_windows,
+    fields=_QWEN_WINDOWS,
+    needed={"attention_bias": (True,)},
+)
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    read=lambda fields: {"qk_norm": "head", **_read_bias(fields), **_read_windows(fields)},
+    write=lambda config: {**_write_bias(config), **_write_qwen_windows(config)},
+    fields=_BIAS | _QWEN_WINDOWS,
+    needed=_NO_BIAS,
+)
+
+MISTRAL = Family(
+    architecture="MistralForCausalLM",
+    read=lambda fields: {"windows": (fields["sliding_window"] or 0,) * fields["num_hidden_layers"]},
+    write=lambda config: {"sliding_window": max(config.windows, default=0) or None},
+    fields=frozenset({"sliding_window"}),
+    needed={},
+)
+
+
+def _read_gemma(fields: Fields) -> dict[str, Any]:
+    return {
+        "norms": "both",
+        "norm_offset": 1.0,
+        "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
+        "attention_cap": fields["attn_logit_softcapping"],
+        "logit_cap": fields["final_logit_softcapping"],
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        **_read_bias(fields),
+        **_read_windows(fields),
+    }
+
+
+def _write_gemma(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "query_pre_attn_scalar": round((config.attention_scale or config.head_dim**-0.5) ** -2),
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "use_bidirectional_attention": False,
+        **_write_bias(config),
+        **_write_windows(config),
+    }
+
+
+_NAMES_OF_BOTH_NORMS = {"layers/feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
+_GEMMA_FIELDS = _BIAS | {
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("sliding_window", "layer_types", "_sliding_window_pattern"),
+}
+_GEMMA_NEEDED = {"use_bidirectional_attention": (False, None)}
+
+GEMMA2 = Family(
+    architecture="Gemma2ForCausalLM",
+    read=_read_gemma,
+    write=_write_gemma,
+    fields=_GEMMA_FIELDS,
+    needed=_GEMMA_NEEDED,
+    names=_NAMES_OF_BOTH_NORMS,
+)
+GEMMA3 = Family(
+    architecture="Gemma3ForCausalLM",
+    read=lambda fields: {
+        **_read_gemma(fields),
+        "qk_norm": "head",
+    },
+    write=_write_gemma,
+    fields=_GEMMA_FIELDS,
+    needed=_GEMMA_NEEDED,
+    rope_kinds=(SLIDING, FULL),
+    layer_rotary=lambda fields: tuple(int(kind == FULL) for kind in fields["layer_types"]),
+    names=_NAMES_OF_BOTH_NORMS,
+)
+
+
+def _read_granite(fields: Fields) -> dict[str, Any]:
+    return {
+        "attention_scale": fields["attention_multiplier"],
+        "embedding_scale": fields["embedding_multiplier"],
+        "residual_scale": fields["residual_multiplier"],
+        "logit_scale": 1 / fields["logits_scaling"],
+        **_read_bias(fields),
+    }
+
+
+def _write_granite(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
+        "embedding_multiplier": config.embedding_scale,
+        "residual_multiplier": config.residual_scale,
+        "logits_scaling": _tidy(1 / config.logit_scale),
+        "mlp_bias": False,
+        **_write_bias(config),
+    }
+
+
+GRANITE = Family(
+    architecture="GraniteForCausalLM",
+    read=_read_granite,
+    write=_write_granite,
+    fields=_BIAS | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"},
+    needed=_NO_BIAS,
+)
+
+_UNROTATED = 1  # the index of no RoPE in a family with one kind
+
+SMOLLM3 = Family(
+    architecture="SmolLM3ForCausalLM",
+    read=lambda fields: {**_read_bias(fields), **_read_windows(fields)},
+    write=lambda config: {
+        "no_rope_layers": [int(kind != _UNROTATED) for kind in config.layer_rotary or (0,) * config.layers],
+        "mlp_bias": False,
+        **_write_bias(config),
+        **_write_qwen_windows(config),
+    },
+    fields=_BIAS | _QWEN_WINDOWS | {"no_rope_layers", "no_rope_layer_interval"},
+    needed=_NO_BIAS,
+    layer_rotary=lambda fields: tuple(0 if rotates else _UNROTATED for rotates in fields["no_rope_layers"]),
+)
+
+_OLMO = {"norms": "post", "qk_norm": "width"}
+
+OLMO2 = Family(
+    architecture="Olmo2ForCausalLM",
+    read=lambda fields: {**_OLMO, **_read_bias(fields)},
+    write=_write_bias,
+    fields=_BIAS,
+    needed={},
+)
+OLMO3 = Family(
+    architecture="Olmo3ForCausalLM",
+    read=lambda fields: {**_OLMO, **_read_bias(fields), **_read_windows(fields)},
+    write=lambda config: {**_write_bias(config), **_write_windows(config)},
+    fields=_BIAS | {"sliding_window", "layer_types"},
+    needed={},
+    rope_kinds=(SLIDING, FULL),
+    layer_rotary=lambda fields: tuple(int(kind == FULL) for kind in fields["layer_types"]),
+)
+
+MINISTRAL3 = MISTRAL._replace(architecture="Ministral3ForCausalLM")
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+    "ministral3": MINISTRAL3,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "granite": GRANITE,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+}

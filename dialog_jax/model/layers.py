@@ -1,0 +1,165 @@
+"""The modules of the decoder: attention around a kernel, feed-forward, a layer of both, and the stack of layers.
+
+Flax NNX declares them; `model.decoder` runs them. What differs between families is in their `DecoderConfig`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dialog_jax.model import matrices
+from dialog_jax.model.decoder_config import DecoderConfig
+
+PRODUCT = "product"  # name of the products with weights, for remat
+
+# Rotates queries [B, T, N, H] and keys [B, T, K, H].
+Rotate = Callable[[Array, Array], tuple[Array, Array]]
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def normalize(x: Float[Array, "..."], weight: Float[Array, "D"], config: DecoderConfig) -> Float[Array, "..."]:
+    """Returns `x` divided by its root mean square, times `weight`; float32 inside, in the type of `x` outside."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_epsilon)
+    weight = weight.astype(jnp.float32)
+    if config.norm_offset:
+        weight = weight + config.norm_offset
+    return (wide * scale * jnp.expand_dims(weight, range(x.ndim - 1))).astype(x.dtype)
+
+
+def _normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _norm(size: int, config: DecoderConfig) -> nnx.Param:
+    return nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, jnp.float32))
+
+
+def _zeros(size: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros((size,), jnp.float32))
+
+
+class Attention(nnx.Module):
+    """Projections, q/k norms and RoPE around an attention kernel."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.w_query = _normal(rngs, config.width, query)
+        self.w_key = _normal(rngs, config.width, key)
+        self.w_value = _normal(rngs, config.width, key)
+        self.w_output = _normal(rngs, query, config.width)
+        if config.qkv_bias:
+            self.b_query, self.b_key, self.b_value = _zeros(query), _zeros(key), _zeros(key)
+        if config.output_bias:
+            self.b_output = _zeros(config.width)
+        if config.qk_norm == "head":
+            self.query_norm, self.key_norm = _norm(config.head_dim, config), _norm(config.head_dim, config)
+        elif config.qk_norm == "width":
+            self.query_norm, self.key_norm = _norm(query, config), _norm(key, config)
+
+    def __call__(self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable) -> tuple[Float[Array, "B T D"], Any]:
+        config = self.config
+        q = _project(x, self.w_query, self.b_query if config.qkv_bias else None)
+        k = _project(x, self.w_key, self.b_key if config.qkv_bias else None)
+        v = _project(x, self.w_value, self.b_value if config.qkv_bias else None)
+        if config.qk_norm == "width":
+            q, k = normalize(q, self.query_norm[...], config), normalize(k, self.key_norm[...], config)
+        q = q.reshape(*x.shape[:2], config.heads, config.head_dim)  # [B, T, N, H]
+        k = k.reshape(*x.shape[:2], config.kv_heads, config.head_dim)  # [B, T, K, H]
+        v = v.reshape(*x.shape[:2], config.kv_heads, config.head_dim)
+        if config.qk_norm == "head":
+            q, k = normalize(q, self.query_norm[...], config), normalize(k, self.key_norm[...], config)
+        q, k = rotate(q, k)
+        if config.attention_scale is not None:  # kernels multiply by head_dim ** -0.5
+            q = q * (config.attention_scale * config.head_dim**0.5)
+        settings = {} if config.attention_cap is None else {"cap": config.attention_cap}
+        output, cache = attend(q, k, v, **settings)
+        output = output.reshape(*x.shape[:2], config.heads * config.head_dim)  # [B, T, N * H]
+        return _project(output, self.w_output, self.b_output if config.output_bias else None), cache
+
+
+class FeedForward(nnx.Module):
+    """A gated linear unit: down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.activation = _ACTIVATIONS[config.activation]
+        self.w_gate = _normal(rngs, config.width, config.feed_forward)
+        self.w_up = _normal(rngs, config.width, config.feed_forward)
+        self.w_down = _normal(rngs, config.feed_forward, config.width)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return _project(self.activation(_project(x, self.w_gate)) * _project(x, self.w_up), self.w_down)
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward, each added to the residual stream, with norms before, after, or both."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = Attention(config, rngs=rngs)
+        self.feed_forward = FeedForward(config, rngs=rngs)
+        if config.norms != "post":
+            self.attention_norm, self.feed_forward_norm = _norm(config.width, config), _norm(config.width, config)
+        if config.norms != "pre":
+            self.attention_post_norm = _norm(config.width, config)
+            self.feed_forward_post_norm = _norm(config.width, config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable, policy: Callable[..., Any] | None = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns the residual stream after this layer, and the cache that `attend` returns.
+
+        Args:
+          rotate: RoPE at the positions of `x`.
+          attend: (q, k, v) and, by name, the model's `cap` to (attention output, cache or None). Training and
+            decoding differ only here.
+          policy: what the backward pass saves of attention and its projections; None for everything.
+        """
+
+        def attention(x):
+            return self.attention(self._normalize(x, "attention_norm"), rotate, attend)
+
+        if policy is not None:
+            attention = jax.checkpoint(attention, policy=policy, prevent_cse=False)
+        output, cache = attention(x)
+        x = x + self._scale(self._normalize(output, "attention_post_norm"))
+        output = self.feed_forward(self._normalize(x, "feed_forward_norm"))
+        return x + self._scale(self._normalize(output, "feed_forward_post_norm")), cache
+
+    def _normalize(self, x: Array, name: str) -> Array:
+        return normalize(x, getattr(self, name)[...], self.config) if hasattr(self, name) else x
+
+    def _scale(self, x: Array) -> Array:
+        return x if self.config.residual_scale == 1.0 else x * self.config.residual_scale
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and final norm; `layers` is one `Layer` whose parameters have a leading axis L."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.embedding = _normal(rngs, config.vocab_size, config.width)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Layer(config, rngs=nnx.Rngs(0))))
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.layers = nnx.merge(graph, jax.vmap(lambda key: nnx.state(Layer(config, rngs=nnx.Rngs(key))))(keys))
+        self.final_norm = _norm(config.width, config)
+        if not config.tie_embeddings:
+            self.lm_head = _normal(rngs, config.vocab_size, config.width)
+
+
+def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
+    # As one matrix of all tokens: with a batch axis XLA:CPU transposes the inputs of the weight's gradient, which takes
+    # a third of the feed-forward's time.
+    flat = checkpoint_name(matrices.multiply(x.reshape(-1, x.shape[-1]), weight.get_value()), PRODUCT)
+    y = flat.reshape(*x.shape[:-1], flat.shape[-1])
+    return y if bias is None else y + jnp.expand_dims(bias[...].astype(x.dtype), range(y.ndim - 1))

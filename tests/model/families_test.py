@@ -1,0 +1,139 @@
+"""Every family against its reference: logits and gradients of transformers, the same files back, and the laws of trees.
+
+The references are tiny random models (see tests/references/make_references.py): rows of 96 tokens, longer than the
+windows, and the gradient of the mean loss of the next token, of which each tensor has up to 64 values and its norm.
+"""
+
+import functools
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+from absl.testing import absltest, parameterized
+
+from dialog_jax.model import decoder, decoding, families, pretrained, saving, tensor_names
+from tests.model import forests
+
+_REFERENCES = pathlib.Path(__file__).parents[1] / "references"
+
+
+def _model_type(directory):
+    fields = json.loads((directory / "config.json").read_text())
+    return fields.get("text_config", fields)["model_type"]
+
+
+_NAMES = sorted(
+    directory.name.removeprefix("tiny_")
+    for directory in _REFERENCES.glob("tiny_*/")
+    if _model_type(directory) in families.FAMILIES
+)
+
+
+@functools.cache
+def load(name):
+    """(config, parameters, arrays of the reference)."""
+    directory = _REFERENCES / f"tiny_{name}"
+    config = pretrained.load_config(directory)
+    return config, pretrained.load_parameters(directory, config), np.load(directory / "reference.npz")
+
+
+def compute_logits(config, parameters, tokens):
+    """[B, T, V], by one pass over rows that are paths."""
+    batch, length = tokens.shape
+    position = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    ends = jnp.full((batch, length), length)
+    hidden = decoder.hidden_states(config, parameters, jnp.asarray(tokens), position, ends)
+    return _logits(config, parameters, hidden)
+
+
+def _logits(config, parameters, hidden):
+    return decoder.cap_logits(config, hidden @ decoder.unembedding(config, parameters).T)
+
+
+def _relative_error(got, needed):
+    got, needed = np.asarray(got, np.float64), np.asarray(needed, np.float64)
+    return np.linalg.norm(got - needed) / np.linalg.norm(needed)
+
+
+class FamiliesTest(parameterized.TestCase):
+    @parameterized.parameters(*_NAMES)
+    def test_logits_and_gradients_are_those_of_transformers(self, name):
+        config, parameters, reference = load(name)
+        tokens = reference["tokens"]
+
+        def loss(parameters):
+            logits = compute_logits(config, parameters, tokens)
+            nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+            return jnp.mean(nll), logits
+
+        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+        self.assertLess(_relative_error(logits, reference["logits"]), 4e-6)
+        # Written as if they were the parameters, gradients have the published names and layouts.
+        with tempfile.TemporaryDirectory() as directory:
+            saving.save_pretrained(pathlib.Path(directory) / "gradient", config, gradient)
+            published = safetensors.numpy.load_file(pathlib.Path(directory) / "gradient" / "model.safetensors")
+        compared = [key.removeprefix("gradient/") for key in reference if key.startswith("gradient/")]
+        names = tensor_names.standardize_names(compared)
+        for tensor in compared:
+            values = published[names[tensor]].reshape(-1)
+            needed, norm = reference[f"gradient/{tensor}"], float(reference[f"norm/{tensor}"])
+            stride = max(1, -(-values.size // 64))
+            self.assertLess(np.abs(values[::stride] - needed).max(), 2e-5 * norm, tensor)
+            self.assertAlmostEqual(np.linalg.norm(values.astype(np.float64)), norm, delta=2e-5 * norm, msg=tensor)
+        self.assertGreater(len(compared), 10)
+
+    @parameterized.parameters(*_NAMES)
+    def test_saved_files_have_the_same_tensors_and_config(self, name):
+        config, parameters, _ = load(name)
+        with tempfile.TemporaryDirectory() as directory:
+            saved = pathlib.Path(directory) / "saved"
+            saving.save_pretrained(saved, config, parameters)
+            self.assertEqual(pretrained.load_config(saved), config)
+            tensors = safetensors.numpy.load_file(saved / "model.safetensors")
+        first = safetensors.numpy.load_file(_REFERENCES / f"tiny_{name}" / "model.safetensors")
+        names = tensor_names.standardize_names(first.keys())
+        self.assertEqual(tensors.keys(), set(names.values()))
+        for tensor, standard in names.items():
+            np.testing.assert_array_equal(tensors[standard], first[tensor], err_msg=tensor)
+
+    @parameterized.parameters(*_NAMES)
+    def test_tokens_one_by_one_with_a_cache_give_the_hidden_states_of_one_pass(self, name):
+        config, parameters, reference = load(name)
+        tokens = jnp.asarray(reference["tokens"])
+        cache = decoding.empty_cache(config, 2, 96)
+        extend = jax.jit(functools.partial(decoding.extend, config))
+        pieces, start = [], 0
+        for size in [60, *[1] * 36]:
+            hidden, cache = extend(parameters, cache, tokens[:, start : start + size], jnp.int32(start))
+            pieces.append(hidden)
+            start += size
+        got = _logits(config, parameters, jnp.concatenate(pieces, axis=1))
+        self.assertLess(_relative_error(got, reference["logits"]), 4e-6)
+
+    @parameterized.parameters(*_NAMES)
+    def test_tree_gives_each_path_what_it_gives_alone(self, name):
+        config, parameters, _ = load(name)
+        rng = np.random.default_rng(0)
+        parents = forests.random_parents(rng, 96, root=0.0, branch=0.05)
+        tokens = rng.integers(0, config.vocab_size, 96)
+        position, ends = map(jnp.asarray, forests.arrays(parents))
+        run = jax.jit(functools.partial(decoder.hidden_states, config, parameters))
+        got = run(jnp.asarray(tokens)[None], position[None], ends[None])[0]
+        longest = 0
+        for leaf in sorted(set(range(96)) - set(parents)):
+            path = np.array(forests.lineage(parents, leaf))
+            row = np.zeros((1, 96), np.int32)
+            row[0, : len(path)] = tokens[path]
+            alone = run(jnp.asarray(row), jnp.arange(96)[None], jnp.full((1, 96), 96))[0, : len(path)]
+            self.assertLess(_relative_error(got[path], alone), 4e-6)
+            longest = max(longest, len(path))
+        self.assertGreater(longest, 40)  # longer than the windows
+
+
+if __name__ == "__main__":
+    absltest.main()
