@@ -28,11 +28,11 @@ _ROOMS = {
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
     "audit": ("inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures"),
-    "attention": ("cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
+    "attention": ("mask", "cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
-        "lora_config", "soft_prompt_config", "rotary", "quantization", "matrices", "parameter_trees", "decoder",
-        "decoding", "tensor_names", "adapters", "soft_prompts", "tensor_files", "hf_config", "model_files",
-        "pretrained", "saving", "peft_files", "peft_reading",
+        "lora_config", "soft_prompt_config", "rotary", "decoder_config", "quantization", "matrices", "parameter_trees",
+        "layers", "decoder", "decoding", "families", "tensor_names", "adapters", "soft_prompts", "tensor_files",
+        "hf_config", "gguf_config", "model_files", "pretrained", "saving", "peft_files", "peft_reading",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (

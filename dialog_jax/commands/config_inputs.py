@@ -115,6 +115,7 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
         "adapter": config.adapter,
         "tokenizer": config.tokenizer,
         "resize_embedding": config.resize_embedding,
+        "row_length": config.data.max_length,
         "report": entry.print_message,
         **renderer_options(config),
     }

@@ -70,15 +70,15 @@ def _simulate(devices: int) -> None:
 
 
 def _plan(config: TrainConfig, kind: str) -> None:
-    model = _load_shape(config.model)
+    model = _load_shape(config.model).for_length(config.data.max_length)
     mesh = sharding.make_mesh(config.mesh)
     chip = estimating.CHIPS.get(kind)
     if chip:  # slices may be smaller than the largest
         chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
     narrow = config.compute_dtype == "bfloat16" or (config.compute_dtype == "auto" and chip is not None)
-    work = workload.measure_workload(config, dialogues=_DIALOGUES.value)
+    work = workload.measure_workload(config, model, dialogues=_DIALOGUES.value)
     if work is None:
-        work = workload.assume_workload(config, tokens=_TOKENS.value, targets=_TARGETS.value)
+        work = workload.assume_workload(config, model, tokens=_TOKENS.value, targets=_TARGETS.value)
     step = compiling.compile_step(
         config,
         model,

@@ -56,6 +56,7 @@ def open_model(
     responses: str = "rendered",
     resize_embedding: bool = False,
     soft_prompt_tokens: int = 0,
+    row_length: int = 1,
     report: Callable[[str], None] = print,
 ) -> Model:
     """Returns the model without its parameters.
@@ -71,13 +72,14 @@ def open_model(
       responses: `rendered` to train responses as the template renders them, `verbatim` as they are recorded.
       resize_embedding: add rows to the embedding for tokens beyond it; otherwise they are an error.
       soft_prompt_tokens: length of a new soft prompt; 0 for that of the adapter, or none.
+      row_length: tokens of the rows that it is for, which decides between the two RoPEs of a LongRoPE model.
       report: called with a line of text for everything that is done otherwise than the model's files say.
 
     Raises:
       UserError: a part is missing or broken, or tokenizer or adapter do not belong to the model.
     """
     path = pretrained.resolve(name_or_path)
-    config = pretrained.load_config(path)
+    config = pretrained.load_config(path).for_length(row_length)
     source = tokenizer or tokenizer_files.find_tokenizer(path, adapter)
     fast_tokenizer = load_tokenizer(source, chat_template=chat_template, model=path)
     weights = model_files.describe_weights(path, config)

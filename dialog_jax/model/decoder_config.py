@@ -1,9 +1,10 @@
 """The structure of a decoder: sizes, and how one family's layers differ from another's. Knows no family and no file."""
 
+import collections
 import dataclasses
 
 from dialog_jax.errors import UserError
-from dialog_jax.model.rotary import Rotary
+from dialog_jax.model.rotary import LongRopeScaling, Rotary
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORMS = ("pre", "post", "both")
@@ -80,6 +81,21 @@ class DecoderConfig:
             raise UserError(f"layer_rotary names kinds that rotary, with {len(self.rotary)} kinds, does not have")
         if len({kind.fraction for kind in self.rotary if kind is not None}) > 1:
             raise UserError("the kinds of RoPE rotate different fractions of a head; they must rotate the same")
+
+    def for_length(self, length: int) -> "DecoderConfig":
+        """Returns the structure for rows of up to `length` tokens: LongRoPE has two lists of factors."""
+        kinds = list(self.rotary)
+        for index, kind in enumerate(kinds):
+            if kind is not None and isinstance(kind.scaling, LongRopeScaling):
+                scaling = dataclasses.replace(kind.scaling, uses_long=length > kind.scaling.original_max_length)
+                kinds[index] = dataclasses.replace(kind, scaling=scaling)
+        return dataclasses.replace(self, rotary=tuple(kinds))
+
+    @property
+    def window_shares(self) -> dict[int, float]:
+        """The share of the layers with each window; for layers without one, under the model's context."""
+        counts = collections.Counter(window or self.max_length for window in self.windows or (0,))
+        return {window: count / counts.total() for window, count in counts.items()}
 
     @property
     def attention_additions(self) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ class Family(NamedTuple):
     """Returns the index of each layer's RoPE; an index beyond `rope_kinds` stands for none."""
     names: Mapping[str, str] = {}
     """Published names of parameters where they are not those of llama; {} is the layer."""
+    fused: Mapping[str, tuple[str, ...]] = {}
+    """Published tensors that hold several parameters, one below the other: the parameters, from the top."""
 
 
 def _read_windows(fields: Fields) -> dict[str, Any]:
@@ -200,6 +202,41 @@ GRANITE = Family(
     needed=_NO_BIAS,
 )
 
+_GATE_AND_UP = ("layers/feed_forward/w_gate", "layers/feed_forward/w_up")
+
+GRANITE_HYBRID = Family(
+    architecture="GraniteMoeHybridForCausalLM",
+    read=lambda fields: {**_read_granite(fields), "feed_forward": fields["shared_intermediate_size"]},
+    write=lambda config: {
+        **_write_granite(config),
+        "shared_intermediate_size": config.feed_forward,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope" if config.rotary[0] else None,
+        "layer_types": ["attention"] * config.layers,
+        # Of layers that the model does not have; the class of transformers 4 checks that these fit.
+        "mamba_n_heads": 1,
+        "mamba_d_head": 2 * config.width,
+    },
+    fields=GRANITE.fields | {"shared_intermediate_size", "position_embedding_type"},
+    needed={"num_local_experts": (0,), "layer_types": (["attention"], [FULL])},
+    layer_rotary=lambda fields: (int(fields["position_embedding_type"] != "rope"),) * fields["num_hidden_layers"],
+    names={"layers/feed_forward/w_down": "model.layers.{}.shared_mlp.output_linear.weight"},
+    fused={"model.layers.{}.shared_mlp.input_linear.weight": _GATE_AND_UP},
+)
+
+PHI3 = MISTRAL._replace(
+    architecture="Phi3ForCausalLM",
+    needed={"resid_pdrop": (0,), "embd_pdrop": (0,)},
+    fields=MISTRAL.fields | {"partial_rotary_factor", "original_max_position_embeddings"},
+    fused={
+        "model.layers.{}.self_attn.qkv_proj.weight": tuple(
+            f"layers/attention/w_{name}" for name in ("query", "key", "value")
+        ),
+        "model.layers.{}.mlp.gate_up_proj.weight": _GATE_AND_UP,
+    },
+)
+
 _UNROTATED = 1  # the index of no RoPE in a family with one kind
 
 SMOLLM3 = Family(
@@ -246,7 +283,9 @@ FAMILIES: dict[str, Family] = {
     "ministral3": MINISTRAL3,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "phi3": PHI3,
     "granite": GRANITE,
+    "granitemoehybrid": GRANITE_HYBRID,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,
     "olmo3": OLMO3,

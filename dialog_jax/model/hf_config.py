@@ -16,7 +16,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from dialog_jax.errors import UserError
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.families import FAMILIES, FULL, Family, Fields
-from dialog_jax.model.rotary import DynamicScaling, LinearScaling, Llama3Scaling, Rotary, Scaling, YarnScaling
+from dialog_jax.model.rotary import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rotary,
+    Scaling,
+    YarnScaling,
+)
 
 # A whole config.json has them; a text_config is often saved without.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -59,13 +67,14 @@ def from_json(file: pathlib.Path, fields: Fields) -> DecoderConfig:
             heads=heads,
             kv_heads=full.get("num_key_value_heads") or heads,
             head_dim=full.get("head_dim") or full["hidden_size"] // heads,
-            feed_forward=full["intermediate_size"],
             max_length=full["max_position_embeddings"],
             norm_epsilon=full["rms_norm_eps"],
             tie_embeddings=bool(full.get("tie_word_embeddings")),
-            activation=_ACTIVATIONS[full.get("hidden_activation") or full["hidden_act"]],
-            **_read_rotary(record, full),
-            **record.read(full),
+            **(
+                {"feed_forward": full["intermediate_size"], "activation": _read_activation(full)}
+                | _read_rotary(record, full)
+                | record.read(full)
+            ),
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error
@@ -96,7 +105,7 @@ def _unwrap(file: pathlib.Path, fields: Fields) -> tuple[Fields, str]:
 
 def _fill_defaults(file: pathlib.Path, family: str, fields: Fields) -> Fields:
     """Returns the fields as transformers 5 spells them, with its defaults where `fields` has none."""
-    given = {name: value for name, value in fields.items() if name != "quantization_config"}
+    given = {name: _decode_floats(value) for name, value in fields.items() if name != "quantization_config"}
     logger = logging.getLogger("transformers.modeling_rope_utils")  # warns of what we check ourselves
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -106,6 +115,13 @@ def _fill_defaults(file: pathlib.Path, family: str, fields: Fields) -> Fields:
         raise UserError(f"{file}: transformers does not read it: {type(error).__name__}: {error}") from error
     finally:
         logger.setLevel(level)
+
+
+def _decode_floats(value: Any) -> Any:
+    """Returns a field with floats for {"__float__": "Infinity"}, which transformers writes as JSON has no such number."""
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return [_decode_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_unsupported(file: pathlib.Path, family: Family, fields: Fields) -> None:
@@ -125,6 +141,10 @@ def _refuse_unsupported(file: pathlib.Path, family: Family, fields: Fields) -> N
             raise UserError(f"{file}: {name} is {fields[name]!r}, which is not supported")
 
 
+def _read_activation(fields: Fields) -> str:
+    return _ACTIVATIONS[fields.get("hidden_activation") or fields["hidden_act"]]
+
+
 def _read_rotary(family: Family, fields: Fields) -> dict[str, Any]:
     """Returns the kinds of RoPE, and that of each layer if the family has several."""
     parameters = fields["rope_parameters"]
@@ -134,7 +154,9 @@ def _read_rotary(family: Family, fields: Fields) -> dict[str, Any]:
     indices = family.layer_rotary(fields) if family.layer_rotary else ()
     if len(kinds) in indices:
         kinds = (*kinds, None)
-    return {"rotary": kinds, "layer_rotary": indices if len(set(indices)) > 1 else ()}
+    if len(set(indices)) == 1:
+        return {"rotary": (kinds[indices[0]],)}
+    return {"rotary": kinds, "layer_rotary": indices}
 
 
 def _parse_rotary(parameters: Fields, fields: Fields) -> Rotary:
@@ -164,12 +186,28 @@ def _parse_rotary(parameters: Fields, fields: Fields) -> Rotary:
                 truncate=bool(parameters.get("truncate", True)),
                 **optional,
             )
+        elif kind == "longrope":
+            longest = fields["max_position_embeddings"]
+            original = fields.get("original_max_position_embeddings") or original
+            factor = parameters.get("attention_factor")
+            scaling = LongRopeScaling(
+                short_factors=tuple(map(float, parameters["short_factor"])),
+                long_factors=tuple(map(float, parameters["long_factor"])),
+                factor=float(parameters.get("factor") or longest / original),
+                original_max_length=int(original),
+                attention_factor=None if factor is None else float(factor),
+            )
         elif kind != "default":
             raise UserError(f"rope_type is {kind!r}, which is not supported")
     except KeyError as error:
         raise UserError(f"rope scaling of type {kind} lacks {error.args[0]}") from None
     growth = float(parameters.get("llama_4_scaling_beta") or 0.0)
-    return Rotary(theta=float(parameters["rope_theta"]), scaling=scaling, query_growth=growth)
+    return Rotary(
+        theta=float(parameters["rope_theta"]),
+        scaling=scaling,
+        fraction=float(parameters.get("partial_rotary_factor") or 1.0),
+        query_growth=growth,
+    )
 
 
 def _describe_rotary(rotary: Rotary) -> dict[str, Any]:
@@ -198,6 +236,18 @@ def _describe_rotary(rotary: Rotary) -> dict[str, Any]:
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             if getattr(scaling, name) is not None:
                 described[name] = getattr(scaling, name)
+    elif isinstance(scaling, LongRopeScaling):
+        described = {
+            "rope_type": "longrope",
+            "factor": scaling.factor,
+            "short_factor": list(scaling.short_factors),
+            "long_factor": list(scaling.long_factors),
+            "original_max_position_embeddings": scaling.original_max_length,
+        }
+        if scaling.attention_factor is not None:
+            described["attention_factor"] = scaling.attention_factor
+    if rotary.fraction != 1.0:
+        described["partial_rotary_factor"] = rotary.fraction
     if rotary.query_growth:
         described["llama_4_scaling_beta"] = rotary.query_growth
     return described
@@ -211,6 +261,7 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
     """
     family = FAMILIES[config.family]
     kinds = [_describe_rotary(kind) | {"rope_theta": kind.theta} for kind in config.rotary if kind is not None]
+    kinds = kinds or [{"rope_type": "default", "rope_theta": 10000.0}]  # of a model without RoPE
     fields = {
         "architectures": [family.architecture],
         "model_type": config.family,
@@ -235,7 +286,12 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
         "rope_scaling": None if len(kinds[-1]) == 2 else {k: v for k, v in kinds[-1].items() if k != "rope_theta"},
         **{"hidden_act": config.activation, **family.write(config)},
     }
-    again = from_json(pathlib.Path("config.json"), fields)
+    if "partial_rotary_factor" in kinds[-1]:
+        fields["partial_rotary_factor"] = kinds[-1]["partial_rotary_factor"]
+    for kind in config.rotary:
+        if kind is not None and isinstance(kind.scaling, LongRopeScaling):
+            fields["original_max_position_embeddings"] = kind.scaling.original_max_length
+    again, config = from_json(pathlib.Path("config.json"), fields), config.for_length(1)
     if again != config:
         names = [
             field.name

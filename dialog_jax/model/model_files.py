@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -11,7 +12,7 @@ import numpy as np
 import yaml
 
 from dialog_jax.formats import gguf_file
-from dialog_jax.model import hf_config, tensor_files, tensor_names
+from dialog_jax.model import decoder, hf_config, parameter_trees, tensor_files, tensor_names
 from dialog_jax.model.decoder_config import DecoderConfig
 
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
@@ -41,7 +42,27 @@ def open_tensors(
     if gguf_file.is_gguf(path):
         assert config is not None
         return tensor_files.gguf_tensors(path, config)
-    return tensor_files.open_safetensors(path, wrapped=is_wrapped(path))
+    return _open_safetensors(path, config)
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: pathlib.Path, config: DecoderConfig | None) -> Iterator[tensor_files.Tensors]:
+    with tensor_files.open_safetensors(path, wrapped=is_wrapped(path)) as tensors:
+        if config is None or not (fused := tensor_names.find_fused(config)):
+            yield tensors
+        else:
+            yield tensors.split(fused, _count_rows(config))
+
+
+def _count_rows(config: DecoderConfig) -> dict[str, int]:
+    """Returns the rows of each published matrix of all layers, by its name."""
+    flat = parameter_trees.flatten(decoder.abstract_parameters(config))
+    return {
+        name: leaf.shape[-1]
+        for key, leaf in flat.items()
+        if tensor_names.NAMES[key].transposed
+        for name in tensor_names.list_names(config, key)
+    }
 
 
 def is_wrapped(path: pathlib.Path) -> bool:

@@ -113,7 +113,43 @@ class YarnScaling:
         return frequency * (1.0 - interpolated + interpolated / self.factor)
 
 
-Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE's: each frequency is divided by a factor of its own, from one of two lists; cosine and sine are
+    multiplied by a number that makes the softmax sharper."""
+
+    short_factors: tuple[float, ...]
+    """For rows of up to `original_max_length` tokens."""
+    long_factors: tuple[float, ...]
+    factor: float
+    """How many times longer than the original length sequences may be."""
+    original_max_length: int
+    attention_factor: float | None = None
+    """What cosine and sine are multiplied by; None for what `factor` implies."""
+    uses_long: bool = False
+    """Whether rows are longer than the original length. It holds for all rows alike: with factors chosen sequence by
+    sequence, as in transformers, tokens of a history would change when it grows, and rows could not be packed."""
+
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_length)) if self.factor > 1 else 1.0
+
+    def scale(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the frequencies that are used instead of `frequency`.
+
+        Raises:
+          UserError: there is not a factor for each.
+        """
+        factors = self.long_factors if self.uses_long else self.short_factors
+        if len(factors) != len(frequency):
+            raise UserError(f"rope scaling longrope has {len(factors)} factors for {len(frequency)} rotated pairs")
+        return frequency / np.asarray(factors)
+
+
+Scaling = LongRopeScaling | LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,29 +114,48 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 def _save_weights(
     directory: pathlib.Path, config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    plan = [(name, key, layer) for key in flat for layer, name in enumerate(tensor_names.list_names(config, key))]
+    plan = _list_tensors(config, flat)
     sizes = {
-        key: dtype.itemsize * math.prod(leaf.shape) // len(tensor_names.list_names(config, key))
-        for key, leaf in flat.items()
+        name: sum(dtype.itemsize * math.prod(flat[key].shape) // _count_layers(config, key) for key, _ in parts)
+        for name, parts in plan.items()
     }
-    shards: list[list[tuple[str, str, int]]] = [[]]
+    shards: list[list[str]] = [[]]
     filled = 0
-    for entry in sorted(plan):
-        if shards[-1] and filled + sizes[entry[1]] > shard_bytes:
+    for name in sorted(plan):
+        if shards[-1] and filled + sizes[name] > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(entry)
-        filled += sizes[entry[1]]
+        shards[-1].append(name)
+        filled += sizes[name]
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    for file, entries in zip(files, shards, strict=True):
-        arrays = {name: _to_published(flat[key], key, layer, dtype) for name, key, layer in entries}
+    for file, names in zip(files, shards, strict=True):
+        arrays = {
+            name: _join([_to_published(flat[key], key, layer, dtype) for key, layer in plan[name]]) for name in names
+        }
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        weight_map = {name: file for file, entries in zip(files, shards, strict=True) for name, _, _ in entries}
-        index = {"metadata": {"total_size": sum(sizes[key] for _, key, _ in plan)}, "weight_map": weight_map}
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _list_tensors(config: DecoderConfig, keys: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
+    """Returns {published name: the (parameter, layer) that it holds, one below the other}."""
+    places = {name: (key, layer) for key in keys for layer, name in enumerate(tensor_names.list_names(config, key))}
+    fused = tensor_names.find_fused(config)
+    alone = places.keys() - {part for parts in fused.values() for part in parts}
+    joined = {name: [places[part] for part in parts] for name, parts in fused.items()}
+    return joined | {name: [places[name]] for name in alone}
+
+
+def _count_layers(config: DecoderConfig, key: str) -> int:
+    return len(tensor_names.list_names(config, key))
+
+
+def _join(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _to_published(leaf: Any, key: str, layer: int, dtype: np.dtype) -> np.ndarray:

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gguf
@@ -38,6 +38,39 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
     others: tuple[str, ...] = ()
     """Names of tensors that belong to other parts than the decoder."""
+
+    def split(self, fused: Mapping[str, Sequence[str]], rows: Mapping[str, int]) -> "Tensors":
+        """Returns the tensors with parts in the place of those that hold several parameters, one below the other.
+
+        Args:
+          fused: {name of such a tensor: names of its parts, from the top}; a tensor that is missing is skipped.
+          rows: of each part.
+        """
+        places = {}  # of each part: (tensor, first row)
+        for name, parts in fused.items():
+            first = 0
+            for part in parts if name in self.shapes else ():
+                places[part] = (name, first)
+                first += rows[part]
+            if name in self.shapes and first != self.shapes[name][0]:
+                raise UserError(
+                    f"{self.files[name]}: tensor {name} has {self.shapes[name][0]} rows, but its config needs {first}; "
+                    "config.json and weights belong to different models"
+                )
+
+        def pick(table):
+            kept = {name: value for name, value in table.items() if name not in fused}
+            return kept | {part: table[name] for part, (name, _) in places.items()}
+
+        def read(name):
+            if name not in places:
+                return self.read(name)
+            whole, first = places[name]
+            return self.read(whole)[first : first + rows[name]]
+
+        shapes = pick(self.shapes)
+        shapes |= {part: (rows[part], *shapes[part][1:]) for part in places}
+        return self._replace(shapes=shapes, files=pick(self.files), dtypes=pick(self.dtypes), read=read)
 
     def find_dtype(self) -> str:
         """Returns the type of most of the numbers: float32, float16 or bfloat16; float32 if they are quantized."""

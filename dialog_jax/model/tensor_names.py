@@ -56,6 +56,16 @@ def list_names(config: DecoderConfig, key: str, from_gguf: bool = False) -> list
     return [name.format(layer) for layer in range(config.layers)] if "{}" in name else [name]
 
 
+def find_fused(config: DecoderConfig) -> dict[str, list[str]]:
+    """Returns {name of a published tensor that holds several parameters: the names of tensors for each of them}."""
+    fused = FAMILIES[config.family].fused
+    return {
+        name.format(layer): [NAMES[key].published.format(layer) for key in keys]
+        for name, keys in fused.items()
+        for layer in range(config.layers)
+    }
+
+
 def standardize_names(names: Collection[str]) -> dict[str, str]:
     """Returns {name in the file: Hugging Face's name in a causal language model} of the decoder's tensors.
 

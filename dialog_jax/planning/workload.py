@@ -8,6 +8,7 @@ import numpy as np
 
 from dialog_jax.batching import batches
 from dialog_jax.formats import tokenizer_files
+from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import largest_token, load_tokenizer
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
@@ -24,7 +25,7 @@ class Workload(NamedTuple):
     tokens: int
     """Tokens that are not padding."""
     attention_pairs: int
-    """Pairs of a token and a token that it sees."""
+    """Pairs of a token and a token that it sees; the mean over the layers."""
     targets: int
     steps: int | None
     """Steps of the whole run; None if unknown."""
@@ -32,7 +33,7 @@ class Workload(NamedTuple):
     """Sentence that says where these figures come from."""
 
 
-def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
+def measure_workload(config: TrainConfig, model: DecoderConfig, *, dialogues: int) -> Workload | None:
     """Returns the workload of data.train; None if it or the tokenizer is not a local file, or the data is too large.
 
     Args:
@@ -77,7 +78,7 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
         batch = plan.batch(step)
         used = batch.segment > 0
         tokens += int(used.sum())
-        attention_pairs += int(np.sum(batch.position[used].astype(np.int64) + 1))
+        attention_pairs += _count_pairs(model, batch.position[used])
         targets += int(np.sum(batch.weight > 0))
     prepared = -(-count // stride)
     run_steps = math.ceil(config.epochs * plan.rows_per_epoch * count / prepared / rows)
@@ -90,7 +91,7 @@ def measure_workload(config: TrainConfig, *, dialogues: int) -> Workload | None:
     )
 
 
-def assume_workload(config: TrainConfig, *, tokens: float, targets: float) -> Workload:
+def assume_workload(config: TrainConfig, model: DecoderConfig, *, tokens: float, targets: float) -> Workload:
     """Returns the workload of rows with one dialogue each.
 
     Args:
@@ -102,8 +103,13 @@ def assume_workload(config: TrainConfig, *, tokens: float, targets: float) -> Wo
     row_targets = round(targets * length)
     return Workload(
         rows * length,
-        rows * length * (length + 1) // 2,
+        rows * _count_pairs(model, np.arange(length)),
         rows * row_targets,
         config.steps or None,
         f"ASSUMED: one dialogue per row, {tokens:.0%} of the row used, {targets:.0%} of that trained on",
     )
+
+
+def _count_pairs(model: DecoderConfig, position: np.ndarray) -> int:
+    visible = position.astype(np.int64) + 1
+    return round(sum(share * int(np.minimum(visible, window).sum()) for window, share in model.window_shares.items()))

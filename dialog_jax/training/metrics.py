@@ -50,7 +50,7 @@ def count_flops(
     weight, 4 per frozen one. Recomputation and dequantization do not count.
 
     Args:
-      attention_pairs: pairs of a token and a token that it sees, itself included.
+      attention_pairs: pairs of a token and a token that it sees, itself included; the mean over the layers.
       selection: what is trained; None for everything.
     """
     selection = selection or trainable.select_all(config)

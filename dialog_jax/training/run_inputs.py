@@ -99,6 +99,7 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
         responses=config.data.responses,
         resize_embedding=config.resize_embedding,
         soft_prompt_tokens=config.soft_prompt.tokens,
+        row_length=config.data.max_length,
         report=console.print,
     )
     if model.renderer.template_time:

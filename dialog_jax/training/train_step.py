@@ -67,7 +67,7 @@ class StepMetrics(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
     """As in the state after this step; 0 if it made an update."""
     attention_pairs: Float[Array, ""]
-    """Pairs of a token and a token that it sees, itself included."""
+    """Pairs of a token and a token that it sees, itself included; the mean over the layers."""
 
 
 class EvaluationSums(NamedTuple):
@@ -222,7 +222,10 @@ def make_train_step(
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
             skipped=next_state.skipped,
             skipped_in_a_row=next_state.skipped_in_a_row,
-            attention_pairs=jnp.sum(jnp.where(batch.segment > 0, batch.position + 1.0, 0.0)),
+            attention_pairs=sum(
+                share * jnp.sum(jnp.where(batch.segment > 0, jnp.minimum(batch.position + 1.0, window), 0.0))
+                for window, share in model.window_shares.items()
+            ),
         )
 
     return jax.jit(

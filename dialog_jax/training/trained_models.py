@@ -169,6 +169,7 @@ def _load_run(
     tokenizer: str = "",
     chat_template: str = "",
     resize_embedding: bool = False,  # the run's model has its rows
+    row_length: int = 1,  # that of the run counts
     **options: Any,
 ) -> loading.Model:
     model = run_directory.read_model(run)
@@ -179,7 +180,7 @@ def _load_run(
     source = tokenizer or tokenizer_files.find_tokenizer(run)
     return loading.make_model(
         run,
-        model.decoder,
+        model.decoder.for_length(run_directory.read_config(run).data.max_length),
         load_tokenizer(source, chat_template=chat_template),
         stop_tokens=model.stop_tokens,
         dtype=model.base.dtype,

@@ -65,6 +65,7 @@ class FamiliesTest(parameterized.TestCase):
     def test_logits_and_gradients_are_those_of_transformers(self, name):
         config, parameters, reference = load(name)
         tokens = reference["tokens"]
+        config = config.for_length(tokens.shape[1])
 
         def loss(parameters):
             logits = compute_logits(config, parameters, tokens)
@@ -87,6 +88,13 @@ class FamiliesTest(parameterized.TestCase):
             self.assertAlmostEqual(np.linalg.norm(values.astype(np.float64)), norm, delta=2e-5 * norm, msg=tensor)
         self.assertGreater(len(compared), 10)
 
+    def test_longrope_has_other_factors_for_rows_up_to_the_original_length(self):
+        config, parameters, reference = load("phi3")
+        tokens = reference["tokens"][:, :32]
+        got = compute_logits(config.for_length(32), parameters, tokens)
+        self.assertLess(_relative_error(got, reference["short_logits"]), 4e-6)
+        self.assertGreater(_relative_error(got, reference["logits"][:, :32]), 1e-2)
+
     @parameterized.parameters(*_NAMES)
     def test_saved_files_have_the_same_tensors_and_config(self, name):
         config, parameters, _ = load(name)
@@ -105,6 +113,7 @@ class FamiliesTest(parameterized.TestCase):
     def test_tokens_one_by_one_with_a_cache_give_the_hidden_states_of_one_pass(self, name):
         config, parameters, reference = load(name)
         tokens = jnp.asarray(reference["tokens"])
+        config = config.for_length(tokens.shape[1])
         cache = decoding.empty_cache(config, 2, 96)
         extend = jax.jit(functools.partial(decoding.extend, config))
         pieces, start = [], 0

@@ -125,7 +125,7 @@ class MemoryTest(parameterized.TestCase):
 class FlopsTest(parameterized.TestCase):
     def test_flops_of_assumed_full_rows_equal_those_of_a_full_batch(self):
         config = run_config(gradient_accumulation=2)
-        work = workload.assume_workload(config, tokens=1.0, targets=1.0)
+        work = workload.assume_workload(config, _MODEL, tokens=1.0, targets=1.0)
         planned = metrics.count_flops(
             _MODEL, tokens=work.tokens, attention_pairs=work.attention_pairs, targets=work.targets
         )

@@ -1,5 +1,6 @@
 """Workloads against the trees themselves."""
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -12,6 +13,8 @@ from dialog_jax.planning import workload
 from dialog_jax.training.config import DataConfig, TrainConfig
 from tests.rendering import chat_templates
 from tests.training import tiny
+
+_MODEL = tiny.config(64)
 
 
 class MeasuredTest(parameterized.TestCase):
@@ -34,7 +37,7 @@ class MeasuredTest(parameterized.TestCase):
 
     def test_sums_over_an_epoch_are_those_of_its_trees(self):
         trees = tiny.trees(self.dialogues, self.tokenizer, max_length=256)
-        work = workload.measure_workload(self.config(rows=64, gradient_accumulation=1), dialogues=1000)
+        work = workload.measure_workload(self.config(rows=64, gradient_accumulation=1), _MODEL, dialogues=1000)
         # 64 rows hold all of them at least once, and the last epochs in part: means by row are compared.
         self.assertBetween(work.tokens / 64 / 256, 0.6, 1.0)
         tokens, targets = (int(sizes.sum()) for sizes in trees.sizes())
@@ -44,24 +47,27 @@ class MeasuredTest(parameterized.TestCase):
         self.assertEqual(work.source, "measured on 40 of the 40 dialogues of train.jsonl")
 
     def test_updates_of_a_part_are_scaled_to_the_whole(self):
-        whole = workload.measure_workload(self.config(), dialogues=1000)
-        part = workload.measure_workload(self.config(), dialogues=20)
+        whole = workload.measure_workload(self.config(), _MODEL, dialogues=1000)
+        part = workload.measure_workload(self.config(), _MODEL, dialogues=20)
         self.assertEqual(part.source, "measured on 20 of the 40 dialogues of train.jsonl")
         self.assertAlmostEqual(part.steps / whole.steps, 1, delta=0.2)
-        self.assertEqual(workload.measure_workload(self.config(steps=7), dialogues=20).steps, 7)
+        self.assertEqual(workload.measure_workload(self.config(steps=7), _MODEL, dialogues=20).steps, 7)
 
     def test_nothing_is_measured_without_tokenizer_or_data(self):
-        self.assertIsNone(workload.measure_workload(self.config(model="somebody/something"), dialogues=5))
+        self.assertIsNone(workload.measure_workload(self.config(model="somebody/something"), _MODEL, dialogues=5))
         data = DataConfig(train="somebody/dialogues", validation="v.jsonl")
-        self.assertIsNone(workload.measure_workload(self.config(data=data), dialogues=5))
+        self.assertIsNone(workload.measure_workload(self.config(data=data), _MODEL, dialogues=5))
 
 
 class AssumedTest(absltest.TestCase):
     def test_rows_are_one_dialogue_each(self):
         data = DataConfig(train="t.jsonl", validation="v.jsonl", max_length=10)
         config = TrainConfig(model="m", data=data, rows=2, gradient_accumulation=3)
-        work = workload.assume_workload(config, tokens=0.8, targets=0.5)
+        work = workload.assume_workload(config, _MODEL, tokens=0.8, targets=0.5)
         self.assertEqual(work[:4], (6 * 8, 6 * 36, 6 * 4, None))
+        # Half of the layers see four tokens at most: 1 + 2 + 3 + 4 * 5 = 26 pairs of a row, where others have 36.
+        windows = dataclasses.replace(_MODEL, windows=(4, 0))
+        self.assertEqual(workload.assume_workload(config, windows, tokens=0.8, targets=0.5)[1], 6 * 31)
         self.assertStartsWith(work.source, "ASSUMED: one dialogue per row, 80% of the row used, 50%")
 
 
