@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dialog_jax.errors import UserError
-from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.decoder_config import DecoderConfig, Experts
 
 Fields = Mapping[str, Any]
 
@@ -39,6 +39,8 @@ class Family(NamedTuple):
     """Published names of parameters where they are not those of llama; {} is the layer."""
     fused: Mapping[str, tuple[str, ...]] = {}
     """Published tensors that hold several parameters, one below the other: the parameters, from the top."""
+    not_transposed: frozenset[str] = frozenset()
+    """Parameters published as [in, out], where others are published as [out, in]."""
 
 
 def _read_windows(fields: Fields) -> dict[str, Any]:
@@ -274,11 +276,67 @@ OLMO3 = Family(
 
 MINISTRAL3 = MISTRAL._replace(architecture="Ministral3ForCausalLM")
 
+_NO_AUXILIARY_LOSS = {"output_router_logits": (False, None)}
+
+
+def _read_qwen_experts(fields: Fields) -> dict[str, Any]:
+    """Returns the experts of qwen3_moe; a model in which all layers are dense has none."""
+    layers = fields["num_hidden_layers"]
+    count = fields["num_local_experts"]
+    sparse = {
+        layer
+        for layer in range(layers)
+        if count and (layer + 1) % fields["decoder_sparse_step"] == 0 and layer not in fields["mlp_only_layers"]
+    }
+    if not sparse:
+        return {}
+    return {
+        "experts": Experts(
+            count=count,
+            active=fields["num_experts_per_tok"],
+            width=fields["moe_intermediate_size"],
+            dense_layers=tuple(sorted(set(range(layers)) - sparse)),
+            normalize=bool(fields["norm_topk_prob"]),
+        )
+    }
+
+
+def _write_qwen_experts(config: DecoderConfig) -> dict[str, Any]:
+    experts = config.experts
+    fields: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+    if experts is not None:
+        fields |= {
+            "num_experts": experts.count,
+            "num_experts_per_tok": experts.active,
+            "moe_intermediate_size": experts.width,
+            "norm_topk_prob": experts.normalize,
+        }
+    return fields | {"output_router_logits": False}
+
+
+def _write_window_of_all(config: DecoderConfig) -> dict[str, Any]:
+    return {"use_sliding_window": any(config.windows), "sliding_window": max(config.windows, default=0) or None}
+
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    read=lambda fields: {
+        "qk_norm": "head",
+        **_read_bias(fields),
+        **MISTRAL.read(fields),
+        **_read_qwen_experts(fields),
+    },
+    write=lambda config: {**_write_bias(config), **_write_window_of_all(config), **_write_qwen_experts(config)},
+    fields=_BIAS | {"use_sliding_window", "sliding_window"},
+    needed=_NO_BIAS | _NO_AUXILIARY_LOSS,
+)
+
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "mistral": MISTRAL,
     "ministral3": MINISTRAL3,
     "gemma2": GEMMA2,

@@ -60,7 +60,7 @@ def _count_rows(config: DecoderConfig) -> dict[str, int]:
     return {
         name: leaf.shape[-1]
         for key, leaf in flat.items()
-        if tensor_names.NAMES[key].transposed
+        if tensor_names.is_transposed(config, key)
         for name in tensor_names.list_names(config, key)
     }
 
