@@ -39,6 +39,8 @@ class Family(NamedTuple):
     """Published names of parameters where they are not those of llama; {} is the layer."""
     fused: Mapping[str, tuple[str, ...]] = {}
     """Published tensors that hold several parameters, one below the other: the parameters, from the top."""
+    interleaved: Mapping[str, tuple[str, ...]] = {}
+    """Published tensors in whose last axis several parameters alternate: the parameters."""
     not_transposed: frozenset[str] = frozenset()
     """Parameters published as [in, out], where others are published as [out, in]."""
 
@@ -331,6 +333,58 @@ QWEN3_MOE = Family(
     needed=_NO_BIAS | _NO_AUXILIARY_LOSS,
 )
 
+_GPT_OSS_EXPERTS = "model.layers.{}.mlp.experts."
+
+
+def _write_gpt_oss_experts(config: DecoderConfig) -> dict[str, Any]:
+    experts = config.experts
+    assert experts is not None
+    return {
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.active,
+        "swiglu_limit": experts.clamp,
+        "swiglu_alpha": experts.gate_slope,
+        "output_router_logits": False,
+    }
+
+
+GPT_OSS = Family(
+    architecture="GptOssForCausalLM",
+    read=lambda fields: {
+        **_read_bias(fields),
+        **_read_windows(fields),
+        "sinks": True,
+        "experts": Experts(
+            count=fields["num_local_experts"],
+            active=fields["num_experts_per_tok"],
+            width=fields["intermediate_size"],
+            scoring="softmax_of_top",
+            router_bias=True,
+            biases=True,
+            clamp=float(fields["swiglu_limit"]),
+            gate_slope=float(fields["swiglu_alpha"]),
+        ),
+    },
+    write=lambda config: {
+        **_write_bias(config),
+        **_write_windows(config),
+        **_write_gpt_oss_experts(config),
+    },
+    fields=_BIAS | {"sliding_window", "layer_types"},
+    needed=_NO_AUXILIARY_LOSS,
+    names={
+        "layers/experts/w_router": "model.layers.{}.mlp.router.weight",
+        "layers/experts/w_gate": f"{_GPT_OSS_EXPERTS}gate_proj",
+        "layers/experts/w_up": f"{_GPT_OSS_EXPERTS}up_proj",
+        "layers/experts/w_down": f"{_GPT_OSS_EXPERTS}down_proj",
+    },
+    interleaved={
+        f"{_GPT_OSS_EXPERTS}gate_up_proj": ("layers/experts/w_gate", "layers/experts/w_up"),
+        f"{_GPT_OSS_EXPERTS}gate_up_proj_bias": ("layers/experts/b_gate", "layers/experts/b_up"),
+    },
+    not_transposed=frozenset(f"layers/experts/{name}" for name in ("w_gate", "w_up", "w_down")),
+)
+
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -343,6 +397,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
     "granite": GRANITE,
+    "gpt_oss": GPT_OSS,
     "granitemoehybrid": GRANITE_HYBRID,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,

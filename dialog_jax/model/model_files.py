@@ -48,10 +48,12 @@ def open_tensors(
 @contextlib.contextmanager
 def _open_safetensors(path: pathlib.Path, config: DecoderConfig | None) -> Iterator[tensor_files.Tensors]:
     with tensor_files.open_safetensors(path, wrapped=is_wrapped(path)) as tensors:
-        if config is None or not (fused := tensor_names.find_fused(config)):
+        if config is None:
             yield tensors
-        else:
-            yield tensors.split(fused, _count_rows(config))
+            return
+        if fused := tensor_names.find_fused(config):
+            tensors = tensors.split(fused, _count_rows(config))
+        yield tensors.deinterleave(tensor_names.find_interleaved(config))
 
 
 def _count_rows(config: DecoderConfig) -> dict[str, int]:

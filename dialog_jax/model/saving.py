@@ -113,7 +113,7 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 def _save_weights(
     directory: pathlib.Path, config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    plan = _list_tensors(config, flat)
+    plan, interleaved = _list_tensors(config, flat), tensor_names.find_interleaved(config)
     sizes = {
         name: sum(dtype.itemsize * math.prod(flat[key].shape) // _count_parts(config, key) for key, _ in parts)
         for name, parts in plan.items()
@@ -131,7 +131,10 @@ def _save_weights(
         files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         arrays = {
-            name: _join([_to_published(config, flat[key], key, index, dtype) for key, index in plan[name]])
+            name: _join(
+                [_to_published(config, flat[key], key, index, dtype) for key, index in plan[name]],
+                interleaved=name in interleaved,
+            )
             for name in names
         }
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
@@ -142,11 +145,11 @@ def _save_weights(
 
 
 def _list_tensors(config: DecoderConfig, keys: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
-    """Returns {published name: the (parameter, index of its part) that it holds, one below the other}."""
+    """Returns {published name: the (parameter, index of its part) that it holds, in order}."""
     places = {name: (key, index) for key in keys for index, name in enumerate(tensor_names.list_names(config, key))}
-    fused = tensor_names.find_fused(config)
-    alone = places.keys() - {part for parts in fused.values() for part in parts}
-    joined = {name: [places[part] for part in parts] for name, parts in fused.items()}
+    shared = tensor_names.find_fused(config) | tensor_names.find_interleaved(config)
+    alone = places.keys() - {part for parts in shared.values() for part in parts}
+    joined = {name: [places[part] for part in parts] for name, parts in shared.items()}
     return joined | {name: [places[name]] for name in alone}
 
 
@@ -154,7 +157,9 @@ def _count_parts(config: DecoderConfig, key: str) -> int:
     return len(tensor_names.list_names(config, key))
 
 
-def _join(arrays: list[np.ndarray]) -> np.ndarray:
+def _join(arrays: list[np.ndarray], *, interleaved: bool) -> np.ndarray:
+    if interleaved:
+        return np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 

@@ -72,6 +72,36 @@ class Tensors(NamedTuple):
         shapes |= {part: (rows[part], *shapes[part][1:]) for part in places}
         return self._replace(shapes=shapes, files=pick(self.files), dtypes=pick(self.dtypes), read=read)
 
+    def deinterleave(self, interleaved: Mapping[str, Sequence[str]]) -> "Tensors":
+        """Returns the tensors with parts in the place of those in whose last axis several parameters alternate.
+
+        Args:
+          interleaved: {name of such a tensor: names of its parts}; a tensor that is missing is skipped.
+        """
+        places = {  # of each part: (tensor, first index, number of parts)
+            part: (name, first, len(parts))
+            for name, parts in interleaved.items()
+            if name in self.shapes
+            for first, part in enumerate(parts)
+        }
+        if not places:
+            return self
+
+        def pick(table):
+            kept = {name: value for name, value in table.items() if name not in interleaved}
+            return kept | {part: table[name] for part, (name, *_) in places.items()}
+
+        def read(name):
+            if name not in places:
+                return self.read(name)
+            whole, first, count = places[name]
+            return self.read(whole)[..., first::count]
+
+        shapes = pick(self.shapes)
+        for part, (_, first, count) in places.items():
+            shapes[part] = (*shapes[part][:-1], len(range(first, shapes[part][-1], count)))
+        return self._replace(shapes=shapes, files=pick(self.files), dtypes=pick(self.dtypes), read=read)
+
     def find_dtype(self) -> str:
         """Returns the type of most of the numbers: float32, float16 or bfloat16; float32 if they are quantized."""
         counts: collections.Counter[str] = collections.Counter()

@@ -44,10 +44,15 @@ NAMES: dict[str, _Name] = {
     "layers/feed_forward/w_gate": _Name("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
     "layers/feed_forward/w_up": _Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
     "layers/feed_forward/w_down": _Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
+    "layers/attention/sinks": _Name("model.layers.{}.self_attn.sinks", ""),
     "layers/experts/w_router": _Name("model.layers.{}.mlp.gate.weight", "", True),
     "layers/experts/w_gate": _Name("model.layers.{}.mlp.experts.{}.gate_proj.weight", "", True),
     "layers/experts/w_up": _Name("model.layers.{}.mlp.experts.{}.up_proj.weight", "", True),
     "layers/experts/w_down": _Name("model.layers.{}.mlp.experts.{}.down_proj.weight", "", True),
+    "layers/experts/b_router": _Name("model.layers.{}.mlp.router.bias", ""),
+    "layers/experts/b_gate": _Name("model.layers.{}.mlp.experts.gate_proj_bias", ""),
+    "layers/experts/b_up": _Name("model.layers.{}.mlp.experts.up_proj_bias", ""),
+    "layers/experts/b_down": _Name("model.layers.{}.mlp.experts.down_proj_bias", ""),
 }
 # [layers, experts, in, out]
 EXPERT_MATRICES = ("layers/experts/w_gate", "layers/experts/w_up", "layers/experts/w_down")
@@ -104,6 +109,15 @@ def find_fused(config: DecoderConfig) -> dict[str, list[str]]:
         name.format(layer): [NAMES[key].published.format(layer) for key in keys]
         for name, keys in fused.items()
         for layer in range(config.layers)
+    }
+
+
+def find_interleaved(config: DecoderConfig) -> dict[str, list[str]]:
+    """Returns {name of a published tensor in whose last axis parameters alternate: names, had they their own}."""
+    return {
+        name.format(layer): [_find_name(config, key).format(layer) for key in keys]
+        for name, keys in FAMILIES[config.family].interleaved.items()
+        for layer in config.sparse_layers
     }
 
 
