@@ -43,6 +43,8 @@ class Family(NamedTuple):
     """Published tensors in whose last axis several parameters alternate: the parameters."""
     not_transposed: frozenset[str] = frozenset()
     """Parameters published as [in, out], where others are published as [out, in]."""
+    has_extra_layers: bool = False
+    """Whether files may have layers behind the decoder's own, which are not read."""
 
 
 def _read_windows(fields: Fields) -> dict[str, Any]:
@@ -325,7 +327,7 @@ QWEN3_MOE = Family(
     read=lambda fields: {
         "qk_norm": "head",
         **_read_bias(fields),
-        **MISTRAL.read(fields),
+        "windows": (fields["sliding_window"],) * fields["num_hidden_layers"] if fields["sliding_window"] else (),
         **_read_qwen_experts(fields),
     },
     write=lambda config: {**_write_bias(config), **_write_window_of_all(config), **_write_qwen_experts(config)},
@@ -386,6 +388,63 @@ GPT_OSS = Family(
 )
 
 
+def _read_glm(fields: Fields) -> dict[str, Any]:
+    """Returns the settings of glm4_moe; its output projection never has a bias."""
+    settings: dict[str, Any] = {
+        "qkv_bias": bool(fields["attention_bias"]),
+        "qk_norm": "head" if fields["use_qk_norm"] else "none",
+    }
+    dense = min(fields["first_k_dense_replace"], fields["num_hidden_layers"])
+    if dense < fields["num_hidden_layers"]:
+        settings["experts"] = Experts(
+            count=fields["n_routed_experts"],
+            active=fields["num_experts_per_tok"],
+            width=fields["moe_intermediate_size"],
+            dense_layers=tuple(range(dense)),
+            shared_width=fields["moe_intermediate_size"] * fields["n_shared_experts"],
+            scoring="sigmoid",
+            normalize=bool(fields["norm_topk_prob"]),
+            scale=float(fields["routed_scaling_factor"]),
+            groups=fields["n_group"],
+            active_groups=fields["topk_group"],
+            router_bias=True,
+        )
+    return settings
+
+
+def _write_glm(config: DecoderConfig) -> dict[str, Any]:
+    fields = {
+        **_write_bias(config),
+        "use_qk_norm": config.qk_norm == "head",
+        "first_k_dense_replace": len(config.dense_layers),
+        "num_nextn_predict_layers": 0,
+        "output_router_logits": False,
+    }
+    if experts := config.experts:
+        fields |= {
+            "n_routed_experts": experts.count,
+            "num_experts_per_tok": experts.active,
+            "moe_intermediate_size": experts.width,
+            "n_shared_experts": experts.shared_width // experts.width,
+            "norm_topk_prob": experts.normalize,
+            "routed_scaling_factor": experts.scale,
+            "n_group": experts.groups,
+            "topk_group": experts.active_groups,
+        }
+    return fields
+
+
+GLM4_MOE = Family(
+    architecture="Glm4MoeForCausalLM",
+    read=_read_glm,
+    write=_write_glm,
+    fields=_BIAS | {"partial_rotary_factor"},
+    needed=_NO_AUXILIARY_LOSS,
+    names={"layers/experts/b_router": "model.layers.{}.mlp.gate.e_score_correction_bias"},
+    has_extra_layers=True,
+)
+
+
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "qwen2": QWEN2,
@@ -397,6 +456,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
     "granite": GRANITE,
+    "glm4_moe": GLM4_MOE,
     "gpt_oss": GPT_OSS,
     "granitemoehybrid": GRANITE_HYBRID,
     "smollm3": SMOLLM3,

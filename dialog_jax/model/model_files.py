@@ -51,6 +51,7 @@ def _open_safetensors(path: pathlib.Path, config: DecoderConfig | None) -> Itera
         if config is None:
             yield tensors
             return
+        tensors = tensors.leave_out(tensor_names.find_extra_layers(config, tensors.shapes))
         if fused := tensor_names.find_fused(config):
             tensors = tensors.split(fused, _count_rows(config))
         yield tensors.deinterleave(tensor_names.find_interleaved(config))
@@ -91,7 +92,7 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
     with open_tensors(path, config) as tensors:
         notes = []
         if tensors.others:
-            parts = sorted({name.partition(".")[0] for name in tensors.others})
+            parts = sorted({_name_part(name) for name in tensors.others})
             notes.append(
                 f"holds more than a language model: {len(tensors.others):,} tensors ({', '.join(parts)}) are not read, "
                 "and an export has the language model alone"
@@ -104,6 +105,12 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
                     "matrices here, as in transformers 5"
                 )
         return Weights(tensors.find_dtype(), tuple(notes))
+
+
+def _name_part(tensor: str) -> str:
+    """Returns the part of a model to which a tensor belongs: vision_tower, or model.layers.46."""
+    names = tensor.split(".")
+    return ".".join(names[:3] if names[:2] == ["model", "layers"] else names[:1])
 
 
 def stop_tokens(path: pathlib.Path) -> set[int]:

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gguf
@@ -38,6 +38,17 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
     others: tuple[str, ...] = ()
     """Names of tensors that belong to other parts than the decoder."""
+
+    def leave_out(self, names: Collection[str]) -> "Tensors":
+        """Returns the tensors without some, which are listed in `others`."""
+        if not names:
+            return self
+        return self._replace(
+            shapes={name: shape for name, shape in self.shapes.items() if name not in names},
+            files={name: file for name, file in self.files.items() if name not in names},
+            dtypes={name: dtype for name, dtype in self.dtypes.items() if name not in names},
+            others=(*self.others, *sorted(names)),
+        )
 
     def split(self, fused: Mapping[str, Sequence[str]], rows: Mapping[str, int]) -> "Tensors":
         """Returns the tensors with parts in the place of those that hold several parameters, one below the other.

@@ -3,6 +3,7 @@
 One table serves loading and saving. Knows no file and no array.
 """
 
+import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -49,6 +50,9 @@ NAMES: dict[str, _Name] = {
     "layers/experts/w_gate": _Name("model.layers.{}.mlp.experts.{}.gate_proj.weight", "", True),
     "layers/experts/w_up": _Name("model.layers.{}.mlp.experts.{}.up_proj.weight", "", True),
     "layers/experts/w_down": _Name("model.layers.{}.mlp.experts.{}.down_proj.weight", "", True),
+    "layers/experts/shared/w_gate": _Name("model.layers.{}.mlp.shared_experts.gate_proj.weight", "", True),
+    "layers/experts/shared/w_up": _Name("model.layers.{}.mlp.shared_experts.up_proj.weight", "", True),
+    "layers/experts/shared/w_down": _Name("model.layers.{}.mlp.shared_experts.down_proj.weight", "", True),
     "layers/experts/b_router": _Name("model.layers.{}.mlp.router.bias", ""),
     "layers/experts/b_gate": _Name("model.layers.{}.mlp.experts.gate_proj_bias", ""),
     "layers/experts/b_up": _Name("model.layers.{}.mlp.experts.up_proj_bias", ""),
@@ -60,6 +64,7 @@ _NOT_ADAPTED = (*EXPERT_MATRICES, "layers/experts/w_router")
 
 # Every decoder of our families has it, and no vision or audio tower; norms have other names in some.
 _ANCHOR = "layers.0.self_attn.o_proj.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def list_names(config: DecoderConfig, key: str, from_gguf: bool = False) -> list[str]:
@@ -119,6 +124,14 @@ def find_interleaved(config: DecoderConfig) -> dict[str, list[str]]:
         for name, keys in FAMILIES[config.family].interleaved.items()
         for layer in config.sparse_layers
     }
+
+
+def find_extra_layers(config: DecoderConfig, names: Iterable[str]) -> set[str]:
+    """Returns which tensors belong to layers behind the decoder's own, which predict further tokens."""
+    if not FAMILIES[config.family].has_extra_layers:
+        return set()
+    layers = {name: _LAYER.match(name) for name in names}
+    return {name for name, layer in layers.items() if layer and int(layer[1]) >= config.layers}
 
 
 def standardize_names(names: Collection[str]) -> dict[str, str]:
