@@ -36,6 +36,11 @@ def find_scales(model: DecoderConfig, lora: LoraConfig) -> Scales:
     modules = list_modules(model)
     names = [name for path in modules for name in modules[path]]
     for target in lora.targets:
+        if any(_matches(name, target) for name in _list_expert_names(model)):
+            raise UserError(
+                f"lora.targets names {target!r}, which matches matrices of experts; LoRA does not adapt them. Name "
+                f"others, or {ALL_LINEAR} for the matrices of attention and of feed-forwards that compute every token."
+            )
         if target != ALL_LINEAR and not any(_matches(name, target) for name in names):
             raise UserError(f"lora.targets names {target!r}, which matches none of {_list_kinds(names)}.")
     for field in ("rank_pattern", "alpha_pattern"):
@@ -63,11 +68,7 @@ def find_scales(model: DecoderConfig, lora: LoraConfig) -> Scales:
 
 def list_modules(model: DecoderConfig) -> dict[str, list[str]]:
     """Returns Hugging Face's name of each module that LoRA can adapt, by path: one per layer, or one."""
-    paths = [
-        path
-        for path in parameter_trees.flatten(decoder.abstract_parameters(model))
-        if tensor_names.NAMES[path].transposed
-    ]
+    paths = tensor_names.list_adaptable(parameter_trees.flatten(decoder.abstract_parameters(model)))
     return {
         path: [name.removesuffix(".weight") for name in tensor_names.list_names(model, path)]
         for path in (*paths, "embedding", "lm_head")
@@ -163,6 +164,12 @@ def _dequantize(model: DecoderConfig, flat: Mapping[str, Any]) -> dict[str, Any]
         inputs, _ = find_matrix_shape(model, path.removesuffix("/weight"))
         arrays[path] = quantization.dequantize(matrix, inputs, jnp.float32)
     return arrays
+
+
+def _list_expert_names(model: DecoderConfig) -> list[str]:
+    """Returns Hugging Face's names of the matrices of experts."""
+    paths = tensor_names.EXPERT_MATRICES if model.experts else ()
+    return [name.removesuffix(".weight") for path in paths for name in tensor_names.list_names(model, path)]
 
 
 def _untie(model: DecoderConfig) -> DecoderConfig:

@@ -7,7 +7,7 @@ Flax NNX declares the modules; outside this file parameters are plain arrays. Kn
     x = embedding[tokens]                    # [B, T, D]
     for layer in layers:
         x = x + attention(norm(x))           # q, k, v: project, norm (some families), rotate; attend; project
-        x = x + feed_forward(norm(x))        # down(activation(gate(x)) * up(x))
+        x = x + feed_forward(norm(x))        # down(activation(gate(x)) * up(x)), or a mixture of experts of that form
     return norm(x)
 """
 
@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int, Key
 from dialog_jax.attention import blockwise
 from dialog_jax.attention.mask import Mask
 from dialog_jax.errors import UserError
-from dialog_jax.model import layers, matrices, rotary
+from dialog_jax.model import experts, matrices, rotary
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.model.layers import Decoder, Rotate, normalize
+from dialog_jax.model.layers import Decoder, Rotate, declare_layer, normalize
 
 SOFT_PROMPT = "soft_prompt"  # name of the parameter [P, D] whose rows are the embeddings of the ids from V on
 LAYERS = "layers"  # name of the loop over layers in compiled programs and profiles
@@ -39,7 +39,7 @@ _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.OUTPUT
 REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
     "none": (None, None),
     "attention": (_SAVE_ATTENTION, None),
-    "dots": (None, jax.checkpoint_policies.save_only_these_names(layers.PRODUCT, blockwise.OUTPUT)),
+    "dots": (None, jax.checkpoint_policies.save_only_these_names(matrices.PRODUCT, blockwise.OUTPUT)),
     "full": (None, jax.checkpoint_policies.nothing_saveable),
 }
 
@@ -52,9 +52,9 @@ class LayerSettings(NamedTuple):
     rotary: Any
     """Index of the layer's kind of RoPE."""
 
-    def scanned(self) -> dict[str, np.ndarray]:
-        """Returns those that differ."""
-        return {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
+    def scanned(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Returns those that differ, of the layers from `start` to `stop`."""
+        return {name: value[start:stop] for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
 
 
 def layer_settings(config: DecoderConfig) -> LayerSettings:
@@ -65,6 +65,39 @@ def layer_settings(config: DecoderConfig) -> LayerSettings:
 
     windows = [window or _ALL_ANCESTORS for window in config.windows] if any(config.windows) else [None]
     return LayerSettings(reduce(windows), reduce(config.layer_rotary or [0]))
+
+
+class LayerRun(NamedTuple):
+    """Consecutive layers of one kind, with feed-forwards or with experts, to be scanned together."""
+
+    graph: nnx.GraphDef
+    parameters: nnx.State
+    """Stacked, of these layers."""
+    start: int
+    stop: int
+
+
+def layer_runs(config: DecoderConfig, model: Decoder) -> list[LayerRun]:
+    """Returns the layers as runs; one of all layers is not copied."""
+    graph, stacked = nnx.split(model.layers)
+    kinds = ("feed_forward", config.dense_layers), ("experts", config.sparse_layers)
+    if not all(layers for _, layers in kinds):
+        return [LayerRun(graph, stacked, 0, config.layers)]
+    runs = []
+    start = 0
+    while start < config.layers:
+        kind, layers = next((kind, layers) for kind, layers in kinds if start in layers)
+        stop = next((layer for layer in range(start, config.layers) if layer not in layers), config.layers)
+        parameters = {name: part for name, part in stacked.items() if name == kind or name not in dict(kinds)}
+        first = {name: layers.index(start) if name == kind else start for name in parameters}
+        sliced = {name: _slice(part, first[name], stop - start) for name, part in parameters.items()}
+        runs.append(LayerRun(declare_layer(config, sparse=kind == "experts"), nnx.State(sliced), start, stop))
+        start = stop
+    return runs
+
+
+def _slice(stacked: Any, start: int, size: int) -> Any:
+    return jax.tree.map(lambda array: array[start : start + size], stacked)
 
 
 @functools.lru_cache(maxsize=16)
@@ -101,6 +134,7 @@ def hidden_states(
     remat: str = "none",
     constrain: Callable[[Array], Array] = lambda x: x,
     attend_trees: Callable[..., Array] = blockwise.attend,
+    run_experts: Callable[..., Array] = experts.run,
 ) -> Float[Array, "B T D"]:
     """Returns hidden states after the final norm, in `compute_dtype`.
 
@@ -111,8 +145,9 @@ def hidden_states(
         kernel saves; "attention": also queries, keys and values; "dots": everything but products with weights and the
         attention output; "full": everything but each layer's input.
       constrain: sharding constraint on the residual stream, applied before, between and after the layers.
-      attend_trees: (q, k, v, mask) and, by name, the model's `cap` to the attention output; all kernels agree to
-        rounding.
+      attend_trees: (q, k, v, mask) and, by name, the model's `cap` and `sinks` to the attention output; all kernels
+        agree to rounding.
+      run_experts: as `experts.run`, which is for one device.
 
     Raises:
       UserError: `remat` is unknown.
@@ -120,12 +155,11 @@ def hidden_states(
     if remat not in REMAT:
         raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
     model = bind(config, parameters)
-    graph, stacked = nnx.split(model.layers)
     settings = layer_settings(config)
     make_rotate = rotations(config, position)
     attention_policy, layer_policy = REMAT[remat]
 
-    def body(x, layer_and_settings):
+    def body(graph, x, layer_and_settings):
         layer, own = layer_and_settings
         window, kind = settings._replace(**own)
         mask = Mask(subtree_end) if window is None else Mask(subtree_end, position, window)
@@ -133,14 +167,20 @@ def hidden_states(
         def attend(q, k, v, **additions):
             return attend_trees(q, k, v, mask, **additions), None
 
-        return nnx.merge(graph, layer)(x, make_rotate(kind), attend, attention_policy)
+        return nnx.merge(graph, layer)(x, make_rotate(kind), attend, attention_policy, run_experts)
 
-    if layer_policy is not None:
-        # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
-        body = jax.checkpoint(body, policy=layer_policy, prevent_cse=False)
+    def make_body(graph):
+        run_layer: Callable = functools.partial(body, graph)
+        if layer_policy is not None:
+            # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
+            run_layer = jax.checkpoint(run_layer, policy=layer_policy, prevent_cse=False)
+        return lambda x, layer_and_settings: run_layer(constrain(x), layer_and_settings)
+
     x = embed(config, parameters, tokens, compute_dtype)  # [B, T, D]
     with jax.named_scope(LAYERS):
-        x, _ = jax.lax.scan(lambda x, layer: body(constrain(x), layer), constrain(x), (stacked, settings.scanned()))
+        for run in layer_runs(config, model):
+            scanned = (run.parameters, settings.scanned(run.start, run.stop))
+            x, _ = jax.lax.scan(make_body(run.graph), constrain(x), scanned)
     return finish(config, model, constrain(x))
 
 

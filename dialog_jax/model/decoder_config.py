@@ -9,6 +9,53 @@ from dialog_jax.model.rotary import LongRopeScaling, Rotary
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORMS = ("pre", "post", "both")
 QK_NORMS = ("none", "head", "width")
+SCORINGS = ("softmax", "softmax_of_top", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The structure of the mixtures of experts that some layers have in place of a feed-forward."""
+
+    count: int
+    active: int
+    """How many compute each token."""
+    width: int
+    """Of each expert, as `DecoderConfig.feed_forward` of a dense layer."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have a feed-forward, in order."""
+    shared_width: int = 0
+    """Of a feed-forward that computes every token beside the experts; 0 for none."""
+    scoring: str = "softmax"
+    """How scores become weights: "softmax", over all experts; "softmax_of_top", over the active ones; "sigmoid"."""
+    normalize: bool = False
+    """Whether the weights of a token's experts are divided by their sum."""
+    scale: float = 1.0
+    """What the weights are multiplied by."""
+    groups: int = 1
+    """Experts are chosen from the best `active_groups` of so many groups of consecutive experts."""
+    active_groups: int = 1
+    router_bias: bool = False
+    """Whether a bias is added to the scores; with `scoring` "sigmoid", for the choice only, and it has no gradient."""
+    biases: bool = False
+    """Whether the products with the experts' matrices have biases."""
+    clamp: float = 0.0
+    """0, or the limit c of the experts' activation (min(max(u, -c), c) + 1) * h * sigmoid(gate_slope * h), with
+    h = min(g, c), of the products g with the gate and u with up."""
+    gate_slope: float = 1.0
+
+    def __post_init__(self):
+        for field in ("count", "active", "width", "groups", "active_groups"):
+            if getattr(self, field) < 1:
+                raise UserError(f"experts.{field} is {getattr(self, field)}; it must be at least 1")
+        if self.scoring not in SCORINGS:
+            raise UserError(f"experts.scoring is {self.scoring!r}; choose one of {', '.join(SCORINGS)}")
+        if self.count % self.groups or self.active_groups > self.groups:
+            raise UserError(
+                f"there are {self.count} experts, {self.groups} groups and {self.active_groups} active groups; groups "
+                "must be equal, and no more of them active than there are"
+            )
+        if self.active > self.count // self.groups * self.active_groups:
+            raise UserError(f"experts.active is {self.active}, more than there are to choose from")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +101,10 @@ class DecoderConfig:
     logit_cap: float | None = None
     """Logits z become cap * tanh(z / cap)."""
     tie_embeddings: bool = False
+    sinks: bool = False
+    """Whether each head has a learned score that takes part in the softmax and stands for no token."""
+    experts: Experts | None = None
+    """None if every layer has a feed-forward."""
 
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "max_length"):
@@ -81,6 +132,24 @@ class DecoderConfig:
             raise UserError(f"layer_rotary names kinds that rotary, with {len(self.rotary)} kinds, does not have")
         if len({kind.fraction for kind in self.rotary if kind is not None}) > 1:
             raise UserError("the kinds of RoPE rotate different fractions of a head; they must rotate the same")
+        if self.experts is not None:
+            dense = self.experts.dense_layers
+            if list(dense) != sorted({*dense} & {*range(self.layers)}):
+                raise UserError(
+                    f"experts.dense_layers is {dense}; indices of {self.layers} layers, in order, are needed"
+                )
+            if len(dense) == self.layers:
+                raise UserError("no layer has experts; a model without them has experts = None")
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers that have a feed-forward; the others have experts."""
+        return tuple(range(self.layers)) if self.experts is None else self.experts.dense_layers
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.dense_layers)
 
     def for_length(self, length: int) -> "DecoderConfig":
         """Returns the structure for rows of up to `length` tokens: LongRoPE has two lists of factors."""
@@ -99,6 +168,6 @@ class DecoderConfig:
 
     @property
     def attention_additions(self) -> tuple[str, ...]:
-        """What its attention has beyond a softmax over all ancestors: of "windows" and "caps"."""
-        additions = {"windows": any(self.windows), "caps": self.attention_cap is not None}
+        """What its attention has beyond a softmax over all ancestors: of "windows", "caps" and "sinks"."""
+        additions = {"windows": any(self.windows), "caps": self.attention_cap is not None, "sinks": self.sinks}
         return tuple(name for name, present in additions.items() if present)

@@ -4,6 +4,7 @@ In: parameters, a cache, new tokens. Out: their hidden states and the extended c
 `model.decoder`; only attention differs. Knows no sampling.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,13 +42,12 @@ def extend(
       start: at most capacity - T, which the caller ensures; beyond it, XLA would shift the write.
     """
     model = decoder.bind(config, parameters)
-    graph, stacked = nnx.split(model.layers)
     settings = decoder.layer_settings(config)
     position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
     distance = position[:, :, None] - jnp.arange(cache.keys.shape[2])[None, None, :]  # [1, T, C]
     make_rotate = decoder.rotations(config, jnp.broadcast_to(position, tokens.shape))
 
-    def body(carry, layer_and_settings):
+    def body(graph, carry, layer_and_settings):
         x, cache = carry
         layer, index, own = layer_and_settings
         window, kind = settings._replace(**own)
@@ -64,5 +64,7 @@ def extend(
         return nnx.merge(graph, layer)(x, make_rotate(kind), attend), None
 
     x = decoder.embed(config, parameters, tokens, cache.keys.dtype)  # [B, T, D]
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, jnp.arange(config.layers), settings.scanned()))
+    for run in decoder.layer_runs(config, model):
+        scanned = (run.parameters, jnp.arange(run.start, run.stop), settings.scanned(run.start, run.stop))
+        (x, cache), _ = jax.lax.scan(functools.partial(body, run.graph), (x, cache), scanned)
     return decoder.finish(config, model, x), cache

@@ -13,10 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dialog_jax.model import matrices
+from dialog_jax.model import experts, matrices
 from dialog_jax.model.decoder_config import DecoderConfig
-
-PRODUCT = "product"  # name of the products with weights, for remat
 
 # Rotates queries [B, T, N, H] and keys [B, T, K, H].
 Rotate = Callable[[Array, Array], tuple[Array, Array]]
@@ -45,8 +43,8 @@ def _norm(size: int, config: DecoderConfig) -> nnx.Param:
     return nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, jnp.float32))
 
 
-def _zeros(size: int) -> nnx.Param:
-    return nnx.Param(jnp.zeros((size,), jnp.float32))
+def _zeros(*shape: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 class Attention(nnx.Module):
@@ -67,6 +65,8 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = _norm(config.head_dim, config), _norm(config.head_dim, config)
         elif config.qk_norm == "width":
             self.query_norm, self.key_norm = _norm(query, config), _norm(key, config)
+        if config.sinks:
+            self.sinks = _zeros(config.heads)
 
     def __call__(self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable) -> tuple[Float[Array, "B T D"], Any]:
         config = self.config
@@ -83,7 +83,9 @@ class Attention(nnx.Module):
         q, k = rotate(q, k)
         if config.attention_scale is not None:  # kernels multiply by head_dim ** -0.5
             q = q * (config.attention_scale * config.head_dim**0.5)
-        settings = {} if config.attention_cap is None else {"cap": config.attention_cap}
+        settings: dict[str, Any] = {} if config.attention_cap is None else {"cap": config.attention_cap}
+        if config.sinks:
+            settings["sinks"] = self.sinks[...]
         output, cache = attend(q, k, v, **settings)
         output = output.reshape(*x.shape[:2], config.heads * config.head_dim)  # [B, T, N * H]
         return _project(output, self.w_output, self.b_output if config.output_bias else None), cache
@@ -92,23 +94,53 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """A gated linear unit: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, width: int, *, rngs: nnx.Rngs):
         self.activation = _ACTIVATIONS[config.activation]
-        self.w_gate = _normal(rngs, config.width, config.feed_forward)
-        self.w_up = _normal(rngs, config.width, config.feed_forward)
-        self.w_down = _normal(rngs, config.feed_forward, config.width)
+        self.w_gate = _normal(rngs, config.width, width)
+        self.w_up = _normal(rngs, config.width, width)
+        self.w_down = _normal(rngs, width, config.width)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return _project(self.activation(_project(x, self.w_gate)) * _project(x, self.w_up), self.w_down)
 
 
-class Layer(nnx.Module):
-    """Attention, then feed-forward, each added to the residual stream, with norms before, after, or both."""
+class ExpertMixture(nnx.Module):
+    """A router, the experts among which it chooses, and in some families a feed-forward beside them."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        assert config.experts is not None
+        self.config = config.experts
+        count, width = self.config.count, self.config.width
+        self.w_router = _normal(rngs, config.width, count)
+        self.w_gate = _normal(rngs, count, config.width, width)
+        self.w_up = _normal(rngs, count, config.width, width)
+        self.w_down = _normal(rngs, count, width, config.width)
+        if self.config.router_bias:
+            self.b_router = _zeros(count)
+        if self.config.biases:
+            self.b_gate, self.b_up, self.b_down = (_zeros(count, size) for size in (width, width, config.width))
+        if self.config.shared_width:
+            self.shared = FeedForward(config, self.config.shared_width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], run_experts: Callable) -> Float[Array, "B T D"]:
+        bias = self.b_router[...] if self.config.router_bias else None
+        choice, weights = experts.route(self.config, x, self.w_router[...], bias)  # [B, T, k]
+        names = experts.MATRICES + (experts.BIASES if self.config.biases else ())
+        parameters = {name: getattr(self, name)[...] for name in names}
+        output = run_experts(self.config, x, choice, weights, parameters)
+        return output + self.shared(x) if self.config.shared_width else output
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward or experts, each added to the residual stream, with norms before, after, or both."""
+
+    def __init__(self, config: DecoderConfig, *, sparse: bool = False, rngs: nnx.Rngs):
         self.config = config
         self.attention = Attention(config, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        if sparse:
+            self.experts = ExpertMixture(config, rngs=rngs)
+        else:
+            self.feed_forward = FeedForward(config, config.feed_forward, rngs=rngs)
         if config.norms != "post":
             self.attention_norm, self.feed_forward_norm = _norm(config.width, config), _norm(config.width, config)
         if config.norms != "pre":
@@ -116,15 +148,21 @@ class Layer(nnx.Module):
             self.feed_forward_post_norm = _norm(config.width, config)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotate: Rotate, attend: Callable, policy: Callable[..., Any] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        rotate: Rotate,
+        attend: Callable,
+        policy: Callable[..., Any] | None = None,
+        run_experts: Callable = experts.run,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the residual stream after this layer, and the cache that `attend` returns.
 
         Args:
           rotate: RoPE at the positions of `x`.
-          attend: (q, k, v) and, by name, the model's `cap` to (attention output, cache or None). Training and
-            decoding differ only here.
+          attend: (q, k, v) and, by name, the model's `cap` and `sinks` to (attention output, cache or None). Training
+            and decoding differ only here.
           policy: what the backward pass saves of attention and its projections; None for everything.
+          run_experts: as `experts.run`.
         """
 
         def attention(x):
@@ -134,7 +172,8 @@ class Layer(nnx.Module):
             attention = jax.checkpoint(attention, policy=policy, prevent_cse=False)
         output, cache = attention(x)
         x = x + self._scale(self._normalize(output, "attention_post_norm"))
-        output = self.feed_forward(self._normalize(x, "feed_forward_norm"))
+        own = self._normalize(x, "feed_forward_norm")
+        output = self.experts(own, run_experts) if hasattr(self, "experts") else self.feed_forward(own)
         return x + self._scale(self._normalize(output, "feed_forward_post_norm")), cache
 
     def _normalize(self, x: Array, name: str) -> Array:
@@ -145,21 +184,38 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers and final norm; `layers` is one `Layer` whose parameters have a leading axis L."""
+    """Embedding, layers and final norm; `layers` is one `Layer` whose parameters have a leading axis L.
+
+    Where some layers are dense and others sparse, it has both a `feed_forward`, of the former, and `experts`, of the
+    latter.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.embedding = _normal(rngs, config.vocab_size, config.width)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Layer(config, rngs=nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), config.layers)
-        self.layers = nnx.merge(graph, jax.vmap(lambda key: nnx.state(Layer(config, rngs=nnx.Rngs(key))))(keys))
+        self.layers = _stack_layers(config, keys, sparse=not config.dense_layers)
+        if config.dense_layers and config.sparse_layers:
+            dense, sparse = jnp.array(config.dense_layers), jnp.array(config.sparse_layers)
+            self.layers.feed_forward = _stack_layers(config, keys[dense], sparse=False).feed_forward
+            self.layers.experts = _stack_layers(config, keys[sparse], sparse=True).experts
         self.final_norm = _norm(config.width, config)
         if not config.tie_embeddings:
             self.lm_head = _normal(rngs, config.vocab_size, config.width)
 
 
+def declare_layer(config: DecoderConfig, *, sparse: bool) -> nnx.GraphDef:
+    """Returns the module of a layer with a feed-forward, or with experts, without its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Layer(config, sparse=sparse, rngs=nnx.Rngs(0))))[0]
+
+
+def _stack_layers(config: DecoderConfig, keys: Array, *, sparse: bool) -> Layer:
+    make = jax.vmap(lambda key: nnx.state(Layer(config, sparse=sparse, rngs=nnx.Rngs(key))))
+    return nnx.merge(declare_layer(config, sparse=sparse), make(keys))
+
+
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None = None) -> Array:
     # As one matrix of all tokens: with a batch axis XLA:CPU transposes the inputs of the weight's gradient, which takes
     # a third of the feed-forward's time.
-    flat = checkpoint_name(matrices.multiply(x.reshape(-1, x.shape[-1]), weight.get_value()), PRODUCT)
+    flat = checkpoint_name(matrices.multiply(x.reshape(-1, x.shape[-1]), weight.get_value()), matrices.PRODUCT)
     y = flat.reshape(*x.shape[:-1], flat.shape[-1])
     return y if bias is None else y + jnp.expand_dims(bias[...].astype(x.dtype), range(y.ndim - 1))

@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from dialog_jax.model import quantization
 
+PRODUCT = "product"  # checkpoint name of the products with weights
+
 Matrix = Array | Mapping[str, Any]
 
 

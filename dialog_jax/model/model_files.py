@@ -48,10 +48,13 @@ def open_tensors(
 @contextlib.contextmanager
 def _open_safetensors(path: pathlib.Path, config: DecoderConfig | None) -> Iterator[tensor_files.Tensors]:
     with tensor_files.open_safetensors(path, wrapped=is_wrapped(path)) as tensors:
-        if config is None or not (fused := tensor_names.find_fused(config)):
+        if config is None:
             yield tensors
-        else:
-            yield tensors.split(fused, _count_rows(config))
+            return
+        tensors = tensors.leave_out(tensor_names.find_extra_layers(config, tensors.shapes))
+        if fused := tensor_names.find_fused(config):
+            tensors = tensors.split(fused, _count_rows(config))
+        yield tensors.deinterleave(tensor_names.find_interleaved(config))
 
 
 def _count_rows(config: DecoderConfig) -> dict[str, int]:
@@ -60,7 +63,7 @@ def _count_rows(config: DecoderConfig) -> dict[str, int]:
     return {
         name: leaf.shape[-1]
         for key, leaf in flat.items()
-        if tensor_names.NAMES[key].transposed
+        if tensor_names.is_transposed(config, key)
         for name in tensor_names.list_names(config, key)
     }
 
@@ -89,7 +92,7 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
     with open_tensors(path, config) as tensors:
         notes = []
         if tensors.others:
-            parts = sorted({name.partition(".")[0] for name in tensors.others})
+            parts = sorted({_name_part(name) for name in tensors.others})
             notes.append(
                 f"holds more than a language model: {len(tensors.others):,} tensors ({', '.join(parts)}) are not read, "
                 "and an export has the language model alone"
@@ -102,6 +105,12 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
                     "matrices here, as in transformers 5"
                 )
         return Weights(tensors.find_dtype(), tuple(notes))
+
+
+def _name_part(tensor: str) -> str:
+    """Returns the part of a model to which a tensor belongs: vision_tower, or model.layers.46."""
+    names = tensor.split(".")
+    return ".".join(names[:3] if names[:2] == ["model", "layers"] else names[:1])
 
 
 def stop_tokens(path: pathlib.Path) -> set[int]:

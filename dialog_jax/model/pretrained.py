@@ -29,7 +29,6 @@ from dialog_jax.model import (
 )
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.quantization import RoundingError
-from dialog_jax.model.tensor_names import NAMES
 
 _BY_TOKEN = ("embedding", "lm_head")  # parameters with a row for each token
 
@@ -126,7 +125,9 @@ def load_parameters(
                 arrays = _read_quantized(tensors, kind, flat[key].shape, published[key], report_error)
                 return {name: place(f"{key}/{name}", array) for name, array in arrays.items()}
             key_dtype = dtype(key) if callable(dtype) and not isinstance(dtype, type) else dtype
-            return place(key, _read_parameter(tensors, key, flat[key].shape, published[key], key_dtype, added_rows))
+            return place(
+                key, _read_parameter(tensors, config, key, flat[key].shape, published[key], key_dtype, added_rows)
+            )
 
         return parameter_trees.unflatten({key: load(key) for key in flat})
 
@@ -140,10 +141,10 @@ def _check_tensors(
 ) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for key, names in published.items():
-        shape = flat[key].shape[1:] if key.startswith("layers/") else flat[key].shape
+        shape = flat[key].shape[tensor_names.count_stacked_axes(config, key) :]
         if key in _BY_TOKEN:
             shape = (shape[0] - added_rows, *shape[1:])
-        expected.update(dict.fromkeys(names, shape[::-1] if NAMES[key].transposed else shape))
+        expected.update(dict.fromkeys(names, shape[::-1] if tensor_names.is_transposed(config, key) else shape))
     # Redundant: a copy of a tied unembedding, and the rotary buffers that old releases of transformers wrote.
     known = expected.keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
     unexpected = sorted(name for name in tensors.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq"))
@@ -168,6 +169,7 @@ def _check_tensors(
 
 def _read_parameter(
     tensors: tensor_files.Tensors,
+    config: DecoderConfig,
     key: str,
     shape: tuple[int, ...],
     names: list[str],
@@ -175,13 +177,13 @@ def _read_parameter(
     added_rows: int,
 ) -> np.ndarray:
     parameter = np.empty(shape, dtype)
-    slots = parameter if key.startswith("layers/") else parameter[None]
+    slots = parameter.reshape(-1, *shape[tensor_names.count_stacked_axes(config, key) :])
     for slot, name in zip(slots, names, strict=True):
         array = _read_tensor(tensors, name)
         if key in _BY_TOKEN and added_rows:
             slot[-added_rows:] = array.mean(axis=0, dtype=np.float64)
             slot = slot[:-added_rows]
-        slot[...] = array.T if NAMES[key].transposed else array
+        slot[...] = array.T if tensor_names.is_transposed(config, key) else array
     return parameter
 
 

@@ -22,7 +22,6 @@ from dialog_jax.model import (
     tensor_names,
 )
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.model.tensor_names import NAMES
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -114,9 +113,9 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
 def _save_weights(
     directory: pathlib.Path, config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    plan = _list_tensors(config, flat)
+    plan, interleaved = _list_tensors(config, flat), tensor_names.find_interleaved(config)
     sizes = {
-        name: sum(dtype.itemsize * math.prod(flat[key].shape) // _count_layers(config, key) for key, _ in parts)
+        name: sum(dtype.itemsize * math.prod(flat[key].shape) // _count_parts(config, key) for key, _ in parts)
         for name, parts in plan.items()
     }
     shards: list[list[str]] = [[]]
@@ -132,7 +131,11 @@ def _save_weights(
         files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         arrays = {
-            name: _join([_to_published(flat[key], key, layer, dtype) for key, layer in plan[name]]) for name in names
+            name: _join(
+                [_to_published(config, flat[key], key, index, dtype) for key, index in plan[name]],
+                interleaved=name in interleaved,
+            )
+            for name in names
         }
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -142,24 +145,27 @@ def _save_weights(
 
 
 def _list_tensors(config: DecoderConfig, keys: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
-    """Returns {published name: the (parameter, layer) that it holds, one below the other}."""
-    places = {name: (key, layer) for key in keys for layer, name in enumerate(tensor_names.list_names(config, key))}
-    fused = tensor_names.find_fused(config)
-    alone = places.keys() - {part for parts in fused.values() for part in parts}
-    joined = {name: [places[part] for part in parts] for name, parts in fused.items()}
+    """Returns {published name: the (parameter, index of its part) that it holds, in order}."""
+    places = {name: (key, index) for key in keys for index, name in enumerate(tensor_names.list_names(config, key))}
+    shared = tensor_names.find_fused(config) | tensor_names.find_interleaved(config)
+    alone = places.keys() - {part for parts in shared.values() for part in parts}
+    joined = {name: [places[part] for part in parts] for name, parts in shared.items()}
     return joined | {name: [places[name]] for name in alone}
 
 
-def _count_layers(config: DecoderConfig, key: str) -> int:
+def _count_parts(config: DecoderConfig, key: str) -> int:
     return len(tensor_names.list_names(config, key))
 
 
-def _join(arrays: list[np.ndarray]) -> np.ndarray:
+def _join(arrays: list[np.ndarray], *, interleaved: bool) -> np.ndarray:
+    if interleaved:
+        return np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _to_published(leaf: Any, key: str, layer: int, dtype: np.dtype) -> np.ndarray:
-    array = np.asarray(leaf[layer] if key.startswith("layers/") else leaf)
+def _to_published(config: DecoderConfig, leaf: Any, key: str, index: int, dtype: np.dtype) -> np.ndarray:
+    stacked = leaf.shape[: tensor_names.count_stacked_axes(config, key)]
+    array = np.asarray(leaf[np.unravel_index(index, stacked)] if stacked else leaf)
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
     if np.isfinite(array).all() and not np.isfinite(converted).all():
@@ -167,4 +173,4 @@ def _to_published(leaf: Any, key: str, layer: int, dtype: np.dtype) -> np.ndarra
             f"parameter {key} has numbers up to {np.abs(array).max():.3g}, which are too large for {dtype.name}. "
             "Choose bfloat16 or float32."
         )
-    return np.ascontiguousarray(converted.T if NAMES[key].transposed else converted)
+    return np.ascontiguousarray(converted.T if tensor_names.is_transposed(config, key) else converted)

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gguf
@@ -38,6 +38,17 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
     others: tuple[str, ...] = ()
     """Names of tensors that belong to other parts than the decoder."""
+
+    def leave_out(self, names: Collection[str]) -> "Tensors":
+        """Returns the tensors without some, which are listed in `others`."""
+        if not names:
+            return self
+        return self._replace(
+            shapes={name: shape for name, shape in self.shapes.items() if name not in names},
+            files={name: file for name, file in self.files.items() if name not in names},
+            dtypes={name: dtype for name, dtype in self.dtypes.items() if name not in names},
+            others=(*self.others, *sorted(names)),
+        )
 
     def split(self, fused: Mapping[str, Sequence[str]], rows: Mapping[str, int]) -> "Tensors":
         """Returns the tensors with parts in the place of those that hold several parameters, one below the other.
@@ -70,6 +81,36 @@ class Tensors(NamedTuple):
 
         shapes = pick(self.shapes)
         shapes |= {part: (rows[part], *shapes[part][1:]) for part in places}
+        return self._replace(shapes=shapes, files=pick(self.files), dtypes=pick(self.dtypes), read=read)
+
+    def deinterleave(self, interleaved: Mapping[str, Sequence[str]]) -> "Tensors":
+        """Returns the tensors with parts in the place of those in whose last axis several parameters alternate.
+
+        Args:
+          interleaved: {name of such a tensor: names of its parts}; a tensor that is missing is skipped.
+        """
+        places = {  # of each part: (tensor, first index, number of parts)
+            part: (name, first, len(parts))
+            for name, parts in interleaved.items()
+            if name in self.shapes
+            for first, part in enumerate(parts)
+        }
+        if not places:
+            return self
+
+        def pick(table):
+            kept = {name: value for name, value in table.items() if name not in interleaved}
+            return kept | {part: table[name] for part, (name, *_) in places.items()}
+
+        def read(name):
+            if name not in places:
+                return self.read(name)
+            whole, first, count = places[name]
+            return self.read(whole)[..., first::count]
+
+        shapes = pick(self.shapes)
+        for part, (_, first, count) in places.items():
+            shapes[part] = (*shapes[part][:-1], len(range(first, shapes[part][-1], count)))
         return self._replace(shapes=shapes, files=pick(self.files), dtypes=pick(self.dtypes), read=read)
 
     def find_dtype(self) -> str:

@@ -3,7 +3,8 @@
 One table serves loading and saving. Knows no file and no array.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from dialog_jax.errors import UserError
@@ -14,8 +15,8 @@ EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class _Name(NamedTuple):
-    published: str  # Hugging Face's name; {} is the layer
-    gguf: str
+    published: str  # Hugging Face's name; {} is the layer, and a second one the expert
+    gguf: str  # empty where no family that has it is read from GGUF
     transposed: bool = False  # published matrices are [out, in], ours [in, out]
 
 
@@ -44,16 +45,66 @@ NAMES: dict[str, _Name] = {
     "layers/feed_forward/w_gate": _Name("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
     "layers/feed_forward/w_up": _Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
     "layers/feed_forward/w_down": _Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
+    "layers/attention/sinks": _Name("model.layers.{}.self_attn.sinks", ""),
+    "layers/experts/w_router": _Name("model.layers.{}.mlp.gate.weight", "", True),
+    "layers/experts/w_gate": _Name("model.layers.{}.mlp.experts.{}.gate_proj.weight", "", True),
+    "layers/experts/w_up": _Name("model.layers.{}.mlp.experts.{}.up_proj.weight", "", True),
+    "layers/experts/w_down": _Name("model.layers.{}.mlp.experts.{}.down_proj.weight", "", True),
+    "layers/experts/shared/w_gate": _Name("model.layers.{}.mlp.shared_experts.gate_proj.weight", "", True),
+    "layers/experts/shared/w_up": _Name("model.layers.{}.mlp.shared_experts.up_proj.weight", "", True),
+    "layers/experts/shared/w_down": _Name("model.layers.{}.mlp.shared_experts.down_proj.weight", "", True),
+    "layers/experts/b_router": _Name("model.layers.{}.mlp.router.bias", ""),
+    "layers/experts/b_gate": _Name("model.layers.{}.mlp.experts.gate_proj_bias", ""),
+    "layers/experts/b_up": _Name("model.layers.{}.mlp.experts.up_proj_bias", ""),
+    "layers/experts/b_down": _Name("model.layers.{}.mlp.experts.down_proj_bias", ""),
 }
+# [layers, experts, in, out]
+EXPERT_MATRICES = ("layers/experts/w_gate", "layers/experts/w_up", "layers/experts/w_down")
+_NOT_ADAPTED = (*EXPERT_MATRICES, "layers/experts/w_router")
 
 # Every decoder of our families has it, and no vision or audio tower; norms have other names in some.
 _ANCHOR = "layers.0.self_attn.o_proj.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def list_names(config: DecoderConfig, key: str, from_gguf: bool = False) -> list[str]:
-    """Returns the published names of a parameter: one per layer if it is stacked, otherwise one."""
-    name = NAMES[key].gguf if from_gguf else FAMILIES[config.family].names.get(key, NAMES[key].published)
-    return [name.format(layer) for layer in range(config.layers)] if "{}" in name else [name]
+    """Returns the published names of a parameter, one for each part of which it is stacked.
+
+    final_norm                  [model.norm.weight]
+    layers/feed_forward/w_up    [model.layers.0.mlp.up_proj.weight, ...], of the layers that have one
+    layers/experts/w_up         [model.layers.0.mlp.experts.0.up_proj.weight, ...], of the experts of all layers
+    """
+    name = NAMES[key].gguf if from_gguf else _find_name(config, key)
+    if name.count("{}") == 2:
+        assert config.experts is not None
+        return [name.format(layer, i) for layer in list_layers(config, key) for i in range(config.experts.count)]
+    return [name.format(layer) for layer in list_layers(config, key)] if "{}" in name else [name]
+
+
+def list_layers(config: DecoderConfig, key: str) -> tuple[int, ...]:
+    """Returns the layers that have a parameter, in the order in which it is stacked."""
+    if key.startswith("layers/experts/"):
+        return config.sparse_layers
+    return config.dense_layers if key.startswith("layers/feed_forward/") else tuple(range(config.layers))
+
+
+def list_adaptable(keys: Iterable[str]) -> list[str]:
+    """Returns which of the parameters are matrices of layers that LoRA adapts and that can be quantized."""
+    return [key for key in keys if NAMES[key].transposed and key not in _NOT_ADAPTED]
+
+
+def count_stacked_axes(config: DecoderConfig, key: str) -> int:
+    """Returns the number of leading axes along which a parameter is stacked: 0, 1 (layers) or 2 (and experts)."""
+    return _find_name(config, key).count("{}")
+
+
+def is_transposed(config: DecoderConfig, key: str) -> bool:
+    """Returns whether the published parts of a parameter are its own transposed."""
+    return NAMES[key].transposed and key not in FAMILIES[config.family].not_transposed
+
+
+def _find_name(config: DecoderConfig, key: str) -> str:
+    return FAMILIES[config.family].names.get(key, NAMES[key].published)
 
 
 def find_fused(config: DecoderConfig) -> dict[str, list[str]]:
@@ -64,6 +115,23 @@ def find_fused(config: DecoderConfig) -> dict[str, list[str]]:
         for name, keys in fused.items()
         for layer in range(config.layers)
     }
+
+
+def find_interleaved(config: DecoderConfig) -> dict[str, list[str]]:
+    """Returns {name of a published tensor in whose last axis parameters alternate: names, had they their own}."""
+    return {
+        name.format(layer): [_find_name(config, key).format(layer) for key in keys]
+        for name, keys in FAMILIES[config.family].interleaved.items()
+        for layer in config.sparse_layers
+    }
+
+
+def find_extra_layers(config: DecoderConfig, names: Iterable[str]) -> set[str]:
+    """Returns which tensors belong to layers behind the decoder's own, which predict further tokens."""
+    if not FAMILIES[config.family].has_extra_layers:
+        return set()
+    layers = {name: _LAYER.match(name) for name in names}
+    return {name for name, layer in layers.items() if layer and int(layer[1]) >= config.layers}
 
 
 def standardize_names(names: Collection[str]) -> dict[str, str]:

@@ -23,8 +23,8 @@ from dialog_jax.attention import blockwise
 from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
-from dialog_jax.model import peft_reading
-from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model import grouped_products, peft_reading
+from dialog_jax.model.decoder_config import DecoderConfig, Experts
 from dialog_jax.planning import hlo
 from dialog_jax.planning.hlo import Collective, Products, Program
 from dialog_jax.training import loss, optimizer, sharding, train_step, trainable
@@ -150,6 +150,9 @@ def compile_step(
         blockwise.PAIRS: _estimate_block_pairs(config.data.max_length, attention_pairs),
         loss.TILES: float(-(-targets // tile)),
     }
+    if model.experts is not None:
+        tokens = config.rows // sharding.count_row_shards(mesh) * config.data.max_length
+        trip_counts[grouped_products.BLOCKS] = _estimate_expert_blocks(model.experts, tokens, mesh.shape["tensor"])
     counts = hlo.count_runs(program, unknown=functools.partial(_find_trip_count, trip_counts))
     return StepPlan(
         memory=Memory(
@@ -202,6 +205,13 @@ def _estimate_block_pairs(length: int, pairs: int) -> float:
     block = min(blockwise.BLOCK, length)
     blocks = -(-length // block)
     return min(max(pairs / block**2 + blocks / 2, 1.0 * blocks), blocks * (blocks + 1) / 2)
+
+
+def _estimate_expert_blocks(experts: Experts, tokens: int, tensor: int) -> float:
+    """Returns an estimate of the blocks of rows that an expert computes, of `tokens` tokens of each device."""
+    rows = tokens * experts.active
+    groups = experts.count // tensor if experts.count % tensor == 0 else experts.count
+    return rows / experts.count / grouped_products.find_block(rows, groups) + 0.5
 
 
 def _make_abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

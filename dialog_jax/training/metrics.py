@@ -16,7 +16,7 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, decoder, parameter_trees
+from dialog_jax.model import adapters, decoder, parameter_trees, tensor_names
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.training import trainable
 from dialog_jax.training.train_step import EvaluationSums
@@ -47,7 +47,7 @@ def count_flops(
 
     A multiply-add is two FLOPs. Each product is needed in the forward pass, again for the gradient of its input if
     something before it is trained, and again for that of its matrix if that is trained: 6 FLOPs per token and trained
-    weight, 4 per frozen one. Recomputation and dequantization do not count.
+    weight, 4 per frozen one; of experts, those that are active count. Recomputation and dequantization do not count.
 
     Args:
       attention_pairs: pairs of a token and a token that it sees, itself included; the mean over the layers.
@@ -65,8 +65,12 @@ def count_flops(
 
     multiply_adds = 0.0
     for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(config)).items():
-        if path.startswith("layers/") and len(leaf.shape) == 3:
-            multiply_adds += count_passes(path, has_input_gradient=through_layers) * leaf.size * tokens
+        if path.startswith("layers/") and path.rpartition("/")[2].startswith("w_"):
+            weights = leaf.size
+            if path in tensor_names.EXPERT_MATRICES:
+                assert config.experts is not None
+                weights = weights * config.experts.active / config.experts.count
+            multiply_adds += count_passes(path, has_input_gradient=through_layers) * weights * tokens
     attention = 2 * config.heads * config.head_dim * config.layers  # of a pair: scores and weighted sum
     multiply_adds += (3 if through_layers else 1) * attention * attention_pairs
     passes = count_passes(unembedding, has_input_gradient=through_layers or "final_norm" in trained)

@@ -63,14 +63,14 @@ def describe_change_of_steps(config: OptimizerConfig, before: int, now: int, upd
 def decay_mask(parameters: dict) -> dict:
     """Returns True for the parameters that weight decay applies to: all matrices of the model but the embedding.
 
-    Parameters of layers are stacked, so a norm or a bias has two axes there and a matrix has three.
+    Parameters of layers are stacked, so a norm or a bias has two axes there and a matrix has three. Those of experts
+    have one axis more.
     """
 
     def decays(path: tuple[jax.tree_util.DictKey, ...], parameter: jax.Array) -> bool:
         names = [key.key for key in path]
-        return names[-1] not in ("embedding", "lora_a", "lora_b", "soft_prompt") and parameter.ndim >= (
-            3 if names[0] == "layers" else 2
-        )
+        is_matrix = parameter.ndim >= (3 if names[0] == "layers" else 2) and not names[-1].startswith("b_")
+        return is_matrix and names[-1] not in ("embedding", "lora_a", "lora_b", "soft_prompt")
 
     return jax.tree_util.tree_map_with_path(decays, parameters)
 
@@ -131,15 +131,15 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
     """
 
     def is_matrix(path, leaf):
-        return path[0].key == "layers" and leaf.ndim == 3
+        return path[0].key == "layers" and leaf.ndim >= 3 and not path[-1].key.startswith("b_")
 
     def make_labels(parameters):
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: "muon" if is_matrix(path, leaf) else "adamw", parameters
         )
 
-    def find_axes(parameters):  # of each matrix [L, in, out], by which it is multiplied
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), parameters)
+    def find_axes(parameters):  # of each matrix [L, in, out] or [L, E, in, out], by which it is multiplied
+        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), parameters)
 
     muon = optax.contrib.muon(
         schedule,

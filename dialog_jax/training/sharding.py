@@ -4,16 +4,19 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import quantization
+from dialog_jax.model import experts, quantization
 from dialog_jax.training.config import MESH_AXES, MeshConfig
 
 ROW_AXES = MESH_AXES[:3]
 
+_GATHERED = "gathered_experts"  # checkpoint name of matrices of experts that were divided over `fsdp`
 _Rule = tuple[str | tuple[str, ...] | None, ...]
 
 # Mesh axes for the trailing axes of each parameter; leading axes, such as that of layers, are not divided. The first
@@ -39,6 +42,12 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     "w_gate": _INTO_TENSOR,
     "w_up": _INTO_TENSOR,
     "w_down": _FROM_TENSOR,
+}
+# Of experts [E, in, out]: whole experts over `tensor` where their number allows, then parts of each.
+_EXPERT_RULES: dict[str, tuple[_Rule, ...]] = {
+    "w_gate": (("tensor", "fsdp", None), ("tensor", None, "fsdp"), *((None, *rule) for rule in _INTO_TENSOR)),
+    "w_up": (("tensor", "fsdp", None), ("tensor", None, "fsdp"), *((None, *rule) for rule in _INTO_TENSOR)),
+    "w_down": (("tensor", None, "fsdp"), ("tensor", "fsdp", None), *((None, *rule) for rule in _FROM_TENSOR)),
 }
 _REPLICATED: tuple[_Rule, ...] = ((),)
 
@@ -98,6 +107,8 @@ def _find_rules(path: Sequence[str]) -> tuple[_Rule, ...]:
     if path[-1] in quantization.CODES:
         return _find_rules(path[:-1])
     name = path[-1]
+    if path[-2:-1] == ["experts"] and name in _EXPERT_RULES:
+        return _EXPERT_RULES[name]
     if len(path) > 1 and path[-2] in _RULES and name in ("weight", "lora_a", "lora_b"):
         rules = _RULES[path[-2]]
         if name == "weight":
@@ -229,3 +240,66 @@ def map_local_rows(mesh: Mesh | None, function: Callable) -> Callable:
         )(hidden, unembedding, rows)
 
     return over_devices
+
+
+def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
+    """Returns `experts.run` for arrays over all devices of `mesh`: each computes its own rows, with its own experts.
+
+    Under automatic partitioning the tokens of all rows would be sorted as one array, on every device. Experts are
+    divided over `tensor` if their number is divisible by it, otherwise the width of each if that is, and otherwise each
+    of its devices computes all of them. What the devices of `tensor` compute of a row is added.
+    """
+    if mesh.size == 1:
+        return run
+    tensor = mesh.shape["tensor"]
+
+    def over_devices(config, x, choice, weights, parameters):
+        by_expert, by_width = config.count % tensor == 0, config.width % tensor == 0
+        layouts = {name: _find_expert_layout(name, by_expert, by_width) for name in parameters}
+        gathers = {}
+        for name, layout in layouts.items():
+            stored = tuple(parameter_sharding(mesh, ("experts", name), parameters[name].shape).spec)
+            if stored and tuple(axis if axis == "tensor" else None for axis in stored) == layout and "fsdp" in stored:
+                layouts[name], gathers[name] = stored, stored.index("fsdp")
+
+        def on_device(x, choice, weights, parameters):
+            # An explicit gather, so that the gradient is scattered as it is reduced; named, so that the backward pass
+            # does not keep gathered matrices of all layers.
+            gathered = {
+                name: checkpoint_name(jax.lax.all_gather(parameters[name], "fsdp", axis=axis, tiled=True), _GATHERED)
+                for name, axis in gathers.items()
+            }
+            parameters = {**parameters, **gathered}
+            index = jax.lax.axis_index("tensor")
+            if by_expert:
+                return run(config, x, choice, weights, parameters, first=index * (config.count // tensor))[None]
+            if "b_down" in parameters:  # once, not on each device
+                parameters["b_down"] = jnp.where(index == 0, parameters["b_down"], 0)
+            output = run(config, x, choice, weights, parameters)
+            return (output if by_width else jnp.where(index == 0, output, 0))[None]
+
+        rows = PartitionSpec(ROW_AXES)
+        policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+        parts = jax.shard_map(
+            jax.checkpoint(on_device, policy=policy, prevent_cse=False),
+            mesh=mesh,
+            in_specs=(rows, rows, rows, {name: PartitionSpec(*layout) for name, layout in layouts.items()}),
+            out_specs=PartitionSpec("tensor", ROW_AXES),
+            check_vma=False,
+        )(x, choice, weights, parameters)
+        return jnp.sum(parts, axis=0)
+
+    return over_devices
+
+
+def _find_expert_layout(name: str, by_expert: bool, by_width: bool) -> tuple[str | None, ...]:
+    """Returns the mesh axes of a matrix [E, in, out] or a bias [E, out] as it is used."""
+    axes = 3 if name.startswith("w_") else 2
+    layout: list[str | None] = [None] * axes
+    if by_expert:
+        layout[0] = "tensor"
+    elif by_width and name == "w_down":
+        layout[1] = "tensor"
+    elif by_width and name != "b_down":
+        layout[-1] = "tensor"
+    return tuple(layout)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from dialog_jax.attention import blockwise, dispatch
 from dialog_jax.attention.dispatch import Attend
 from dialog_jax.batching.batches import Batch
-from dialog_jax.model import adapters, decoder, parameter_trees
+from dialog_jax.model import adapters, decoder, experts, parameter_trees
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.training import loss, sharding
 from dialog_jax.training.config import LossConfig
@@ -161,6 +161,7 @@ def make_train_step(
             remat=remat,
             constrain=lambda x: jax.lax.with_sharding_constraint(x, activation_sharding),
             attend_trees=attend,
+            run_experts=sharding.shard_experts(mesh),
         )
         unembedding = decoder.unembedding(model, parameters)
         value, nll = loss.weighted_loss(
@@ -254,7 +255,8 @@ def make_evaluation_step(
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
-        scores = _compute_scores(model, parameters, batch, compute_dtype, attend, score)
+        run_experts = sharding.shard_experts(mesh)
+        scores = _compute_scores(model, parameters, batch, compute_dtype, attend, run_experts, score)
         bins = jnp.clip(batch.turn, -1, turns) + 1
 
         def sum_by_turn(values):
@@ -287,7 +289,9 @@ def make_score_step(
     """
     score = functools.partial(loss.score_targets, top_k=top_k, logit_cap=model.logit_cap)
     return jax.jit(
-        lambda parameters, batch: _compute_scores(model, parameters, batch, compute_dtype, blockwise.attend, score)
+        lambda parameters, batch: _compute_scores(
+            model, parameters, batch, compute_dtype, blockwise.attend, experts.run, score
+        )
     )
 
 
@@ -297,6 +301,7 @@ def _compute_scores(
     batch: Batch,
     compute_dtype: jax.typing.DTypeLike,
     attend: Attend,
+    run_experts: Callable[..., Array],
     score: Callable[..., loss.TargetScores],
 ) -> loss.TargetScores:
     hidden = decoder.hidden_states(
@@ -307,6 +312,7 @@ def _compute_scores(
         batch.subtree_end,
         compute_dtype=compute_dtype,
         attend_trees=attend,
+        run_experts=run_experts,
     )
     return score(hidden, decoder.unembedding(model, parameters), _make_targets(batch))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, decoder, parameter_trees, quantization, soft_prompts
+from dialog_jax.model import adapters, decoder, parameter_trees, quantization, soft_prompts, tensor_names
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
@@ -42,18 +42,17 @@ class Selection(NamedTuple):
     """Of frozen matrices that are not quantized. Norms and biases stay float32."""
     soft_prompt: SoftPromptConfig
     frozen_kind: str = ""
-    """Of `model.quantization`, for the frozen matrices of the layers; empty if they are not quantized."""
+    """Of `model.quantization`, for the frozen matrices of the layers but those of experts; empty if not quantized."""
 
     def dtype(self, path: str) -> np.dtype:
         """Returns the type of one of the model's own parameters."""
-        return self.frozen_dtype if self._is_frozen_matrix(path) else np.dtype(np.float32)
+        is_matrix = path in adapters.list_modules(self.model) or path in tensor_names.EXPERT_MATRICES
+        return self.frozen_dtype if is_matrix and path not in self.trained_paths else np.dtype(np.float32)
 
     def find_kind(self, path: str) -> str:
         """Returns the kind of `model.quantization` of one of the model's own parameters; empty if not quantized."""
-        return self.frozen_kind if path.startswith("layers/") and self._is_frozen_matrix(path) else ""
-
-    def _is_frozen_matrix(self, path: str) -> bool:
-        return path in adapters.list_modules(self.model) and path not in self.trained_paths
+        is_matrix = path.startswith("layers/") and path in adapters.list_modules(self.model)
+        return self.frozen_kind if is_matrix and path not in self.trained_paths else ""
 
 
 def select(

@@ -84,7 +84,8 @@ class FamiliesTest(parameterized.TestCase):
             values = published[names[tensor]].reshape(-1)
             needed, norm = reference[f"gradient/{tensor}"], float(reference[f"norm/{tensor}"])
             stride = max(1, -(-values.size // 64))
-            self.assertLess(np.abs(values[::stride] - needed).max(), 2e-5 * norm, tensor)
+            # Of an expert that no token chose, both are 0.
+            self.assertLessEqual(np.abs(values[::stride] - needed).max(), 2e-5 * norm, tensor)
             self.assertAlmostEqual(np.linalg.norm(values.astype(np.float64)), norm, delta=2e-5 * norm, msg=tensor)
         self.assertGreater(len(compared), 10)
 

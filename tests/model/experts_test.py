@@ -1,0 +1,155 @@
+"""Mixtures of experts: products of groups against NumPy, padding, and what is read, adapted and refused."""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from absl.testing import absltest, parameterized
+
+from dialog_jax.errors import UserError
+from dialog_jax.model import adapters, decoder, experts, grouped_products, hf_config, model_files, pretrained, saving
+from dialog_jax.model.decoder_config import Experts
+from dialog_jax.model.lora_config import LoraConfig
+from dialog_jax.model.rotary import Rotary
+from tests.training import tiny
+
+_EXPERTS = Experts(count=4, active=2, width=24, dense_layers=(1,))
+_MODEL = tiny.config(61, family="qwen3_moe", qk_norm="head", layers=3, tie_embeddings=False, experts=_EXPERTS)
+_GLM = tiny.config(
+    61,
+    family="glm4_moe",
+    rotary=(Rotary(theta=10000.0, fraction=0.5),),
+    layers=2,
+    tie_embeddings=False,
+    experts=Experts(
+        count=4, active=2, width=24, dense_layers=(0,), shared_width=24, scoring="sigmoid", router_bias=True
+    ),
+)
+
+
+class GroupedProductsTest(parameterized.TestCase):
+    @parameterized.parameters(([3, 0, 40, 50, 7],), ([100, 0, 0, 0, 0],), ([0, 0, 0, 0, 60],), ([9, 8, 7, 1, 0],))
+    def test_products_and_gradients_are_those_of_each_group(self, sizes):
+        rng = np.random.default_rng(0)
+        x, matrices, out = (
+            rng.standard_normal(shape).astype(np.float32) for shape in [(100, 12), (5, 12, 7), (100, 7)]
+        )
+        used = sum(sizes)
+        out[used:] = 0  # of rows beyond the groups, whose product is unspecified
+
+        def total(x, matrices):
+            product = grouped_products.multiply(x, matrices, jnp.asarray(sizes, jnp.int32))[:used]
+            return jnp.sum(product * out[:used]), product
+
+        (dx, dm), product = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(x, matrices)
+        start = 0
+        for group, size in enumerate(sizes):
+            rows = slice(start, start + size)
+            own, own_out, matrix = (array.astype(np.float64) for array in (x[rows], out[rows], matrices[group]))
+            np.testing.assert_allclose(product[rows], own @ matrix, atol=1e-5)
+            np.testing.assert_allclose(dx[rows], own_out @ matrix.T, atol=1e-5)
+            np.testing.assert_allclose(dm[group], own.T @ own_out, atol=2e-5)
+            start += size
+
+    def test_blocks_are_a_quarter_of_a_group_within_limits(self):
+        sizes = [grouped_products.find_block(rows, 8) for rows in (1, 1024, 4096, 1 << 20)]
+        self.assertEqual(sizes, [8, 32, 128, 256])
+
+
+class PaddingTest(absltest.TestCase):
+    def test_padding_changes_no_other_token(self):
+        parameters = tiny.parameters(_MODEL)
+        tokens = np.random.default_rng(0).integers(0, 61, 40)
+
+        def run(padding):
+            row = jnp.asarray(np.append(tokens, padding))[None]
+            position = jnp.asarray(np.append(np.arange(40), np.zeros(len(padding), np.int64)))[None]
+            ends = jnp.asarray(np.append(np.full(40, 40), np.arange(40, 40 + len(padding)) + 1))[None]
+            return decoder.hidden_states(_MODEL, parameters, row, position, ends)[0, :40]
+
+        alone = run(np.zeros(0, np.int64))
+        for padding in (np.zeros(24, np.int64), np.full(24, 7), np.arange(24)):
+            np.testing.assert_allclose(run(padding), alone, atol=1e-5)
+
+
+class RouterTest(absltest.TestCase):
+    def test_groups_leave_out_experts_with_higher_scores(self):
+        config = Experts(count=4, active=2, width=8, scoring="sigmoid", groups=2, scale=2.5, normalize=True)
+        scores = jnp.array([[3.0, -9.0, 2.0, 1.0]])  # the best expert is in the worse group
+        choice, weights = experts.route(config, scores, jnp.eye(4), None)
+        self.assertEqual(choice.tolist(), [[2, 3]])
+        chances = 1 / (1 + np.exp([-2.0, -1.0]))
+        np.testing.assert_allclose(weights[0], 2.5 * chances / chances.sum(), rtol=1e-6)
+
+    def test_a_bias_of_the_choice_has_no_gradient(self):
+        config = Experts(count=4, active=2, width=8, scoring="sigmoid", router_bias=True)
+
+        def total(x, bias):
+            return jnp.sum(experts.route(config, x, jnp.eye(4), bias)[1])
+
+        by_x, by_bias = jax.grad(total, argnums=(0, 1))(jnp.array([[3.0, 2.0, 1.0, 0.0]]), jnp.array([0.0, 0, 9, 0]))
+        self.assertEqual(np.flatnonzero(by_x[0]).tolist(), [0, 2])
+        self.assertEqual(np.abs(by_bias).max(), 0)
+
+
+class ConfigTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ({"active": 5}, "experts.active is 5"), ({"count": 0}, "experts.count"), ({"groups": 3}, "3 groups"),
+        ({"scoring": "max"}, "experts.scoring is 'max'"), ({"active_groups": 2}, "2 active groups"),
+    )  # fmt: skip
+    def test_values_out_of_range_are_refused(self, fields, message):
+        with self.assertRaisesRegex(UserError, message):
+            Experts(**({"count": 4, "active": 2, "width": 8} | fields))
+
+    @parameterized.parameters((1, 0), (3,), (0, 0), (0, 1, 2))
+    def test_dense_layers_that_do_not_fit_are_refused(self, *dense):
+        with self.assertRaisesRegex(UserError, "dense_layers|no layer has experts"):
+            dataclasses.replace(_MODEL, experts=dataclasses.replace(_EXPERTS, dense_layers=dense))
+
+    def test_an_auxiliary_loss_is_refused(self):
+        fields = hf_config.to_json(_MODEL) | {"output_router_logits": True}
+        with self.assertRaisesRegex(UserError, "output_router_logits is True"):
+            hf_config.from_json(pathlib.Path("config.json"), fields)
+
+
+class FilesTest(absltest.TestCase):
+    def test_layers_that_predict_further_tokens_are_not_read(self):
+        parameters = tiny.parameters(_GLM)
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory) / "model"
+            saving.save_pretrained(path, _GLM, parameters)
+            tensors = safetensors.numpy.load_file(path / "model.safetensors")
+            tensors["model.layers.2.eh_proj.weight"] = np.zeros((32, 64), np.float32)
+            safetensors.numpy.save_file(tensors, path / "model.safetensors")
+            fields = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps(fields | {"num_nextn_predict_layers": 1}))
+            config = pretrained.load_config(path)
+            loaded = pretrained.load_parameters(path, config)
+            notes = model_files.describe_weights(path, config).notes
+        self.assertEqual(config, _GLM)
+        jax.tree.map(np.testing.assert_array_equal, loaded, parameters)
+        self.assertRegex(notes[0], r"1 tensors \(model.layers.2\) are not read")
+
+
+class LoraTest(parameterized.TestCase):
+    def test_all_linear_is_what_computes_every_token(self):
+        scales = adapters.find_scales(_GLM, LoraConfig(rank=2))
+        feed_forwards = {path: len(scale) for path, scale in scales.items() if "attention" not in path}
+        names = ("w_gate", "w_up", "w_down")
+        needed = [f"layers/feed_forward/{name}" for name in names] + [f"layers/experts/shared/{name}" for name in names]
+        self.assertEqual(feed_forwards, dict.fromkeys(needed, 1))  # one dense layer, one with experts
+        self.assertLen(scales, 10)
+
+    @parameterized.parameters("gate_proj", "mlp.experts.3.up_proj", "layers.2.mlp.experts.0.down_proj")
+    def test_naming_matrices_of_experts_is_an_error(self, target):
+        with self.assertRaisesRegex(UserError, f"names '{target}', which matches matrices of experts"):
+            adapters.find_scales(_MODEL, LoraConfig(rank=2, targets=(target,)))
+
+
+if __name__ == "__main__":
+    absltest.main()
