@@ -118,7 +118,7 @@ def _fill_defaults(file: pathlib.Path, family: str, fields: Fields) -> Fields:
 
 
 def _decode_floats(value: Any) -> Any:
-    """Returns a field with floats for {"__float__": "Infinity"}, which transformers writes as JSON has no such number."""
+    """Returns a field with the float for {"__float__": "Infinity"}, as transformers writes it; JSON has no such number."""
     if isinstance(value, Mapping) and value.keys() == {"__float__"}:
         return float(value["__float__"])
     return [_decode_floats(item) for item in value] if isinstance(value, list) else value

@@ -223,10 +223,7 @@ def make_train_step(
             response_tokens=jnp.sum((batch.weight > 0) & (batch.turn >= 0)),
             skipped=next_state.skipped,
             skipped_in_a_row=next_state.skipped_in_a_row,
-            attention_pairs=sum(
-                share * jnp.sum(jnp.where(batch.segment > 0, jnp.minimum(batch.position + 1.0, window), 0.0))
-                for window, share in model.window_shares.items()
-            ),
+            attention_pairs=jnp.sum(jnp.where(batch.segment > 0, _count_visible(model, batch.position), 0.0)),
         )
 
     return jax.jit(
@@ -318,6 +315,14 @@ def _compute_scores(
         run_experts=run_experts,
     )
     return score(hidden, decoder.unembedding(model, parameters), _make_targets(batch))
+
+
+def _count_visible(model: DecoderConfig, position: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Returns how many tokens a token sees, itself included: the mean over the layers."""
+    visible = jnp.zeros(position.shape, jnp.float32)
+    for window, share in model.window_shares.items():
+        visible += share * jnp.minimum(position + 1.0, window)
+    return visible
 
 
 def _make_targets(batch: Batch) -> loss.Targets:

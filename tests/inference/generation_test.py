@@ -21,7 +21,7 @@ _CONFIG = DecoderConfig(
     feed_forward=40,
     max_length=700,
     rotary=(Rotary(theta=1e4),),
-    qk_norm=True,
+    qk_norm="head",
 )
 
 
