@@ -1,6 +1,6 @@
 """Time of a train step of a mixture of experts relative to that of a dense model that computes as much.
 
-    python -m scripts.benchmarks.mixture_step --layers=30 --rows=2 --length=512
+    python scripts/benchmarks/mixture_step.py --layers=30 --rows=2 --length=512
 
 Both models have the widths of SmolLM2-135M. The mixture has 8 experts of half the feed-forward's width, of which 2 are
 active. Parameters and tokens are random, all tokens are targets, products are float32.
