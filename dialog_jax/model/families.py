@@ -130,7 +130,6 @@ def _read_gemma(fields: Fields) -> dict[str, Any]:
         "norms": "both",
         "norm_offset": 1.0,
         "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
-        "attention_cap": fields["attn_logit_softcapping"],
         "logit_cap": fields["final_logit_softcapping"],
         "embedding_scale": fields["hidden_size"] ** 0.5,
         **_read_bias(fields),
@@ -153,28 +152,25 @@ def _write_gemma(config: DecoderConfig) -> dict[str, Any]:
 
 _NAMES_OF_BOTH_NORMS = {"layers/feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
 _GEMMA_FIELDS = _BIAS | {
-    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("query_pre_attn_scalar", "final_logit_softcapping"),
     *("sliding_window", "layer_types", "_sliding_window_pattern"),
 }
 _GEMMA_NEEDED = {"use_bidirectional_attention": (False, None)}
 
 GEMMA2 = Family(
     architecture="Gemma2ForCausalLM",
-    read=_read_gemma,
+    read=lambda fields: {**_read_gemma(fields), "attention_cap": fields["attn_logit_softcapping"]},
     write=_write_gemma,
-    fields=_GEMMA_FIELDS,
+    fields=_GEMMA_FIELDS | {"attn_logit_softcapping"},
     needed=_GEMMA_NEEDED,
     names=_NAMES_OF_BOTH_NORMS,
 )
 GEMMA3 = Family(
     architecture="Gemma3ForCausalLM",
-    read=lambda fields: {
-        **_read_gemma(fields),
-        "qk_norm": "head",
-    },
+    read=lambda fields: {**_read_gemma(fields), "qk_norm": "head"},
     write=_write_gemma,
     fields=_GEMMA_FIELDS,
-    needed=_GEMMA_NEEDED,
+    needed={**_GEMMA_NEEDED, "attn_logit_softcapping": (None,)},
     rope_kinds=(SLIDING, FULL),
     layer_rotary=lambda fields: tuple(int(kind == FULL) for kind in fields["layer_types"]),
     names=_NAMES_OF_BOTH_NORMS,

@@ -28,8 +28,16 @@ from dialog_jax.model.rotary import (
 
 # A whole config.json has them; a text_config is often saved without.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Fields that are read of every family, in the spelling of transformers 5.
+READ = frozenset(
+    {
+        *_SIZES,
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+        *("hidden_act", "hidden_activation", "rope_parameters", "original_max_position_embeddings"),
+    }
+)
 # Fields that change the computation of some family: the values with which they change nothing.
-_NEEDED: dict[str, tuple] = {
+NEEDED: dict[str, tuple] = {
     "mlp_bias": (False, None),
     "attention_bias": (False, None),
     "attention_dropout": (0, None),
@@ -118,7 +126,7 @@ def _fill_defaults(file: pathlib.Path, family: str, fields: Fields) -> Fields:
 
 
 def _decode_floats(value: Any) -> Any:
-    """Returns a field with the float for {"__float__": "Infinity"}, as transformers writes it; JSON has no such number."""
+    """Returns a field with the float for {"__float__": "Infinity"}, transformers' spelling of what JSON cannot say."""
     if isinstance(value, Mapping) and value.keys() == {"__float__"}:
         return float(value["__float__"])
     return [_decode_floats(item) for item in value] if isinstance(value, list) else value
@@ -128,7 +136,7 @@ def _refuse_unsupported(file: pathlib.Path, family: Family, fields: Fields) -> N
     rope = fields.get("rope_parameters") or {}
     if "partial_rotary_factor" in rope:
         fields = {"partial_rotary_factor": rope["partial_rotary_factor"], **fields}
-    for name, values in {**_NEEDED, **family.needed}.items():
+    for name, values in {**NEEDED, **family.needed}.items():
         if name in family.fields or name not in fields:
             continue
         got = fields[name]
@@ -154,9 +162,9 @@ def _read_activation(fields: Fields) -> str:
 def _read_rotary(family: Family, fields: Fields) -> dict[str, Any]:
     """Returns the kinds of RoPE, and that of each layer if the family has several."""
     parameters = fields["rope_parameters"]
-    kinds: tuple[Rotary | None, ...] = tuple(
-        _parse_rotary(one, fields) for one in ([parameters[kind] for kind in family.rope_kinds] or [parameters])
-    )
+    # transformers reads `truncate` of all kinds at the top.
+    parts = [parameters[kind] | {"truncate": parameters.get("truncate")} for kind in family.rope_kinds]
+    kinds: tuple[Rotary | None, ...] = tuple(_parse_rotary(part, fields) for part in parts or [parameters])
     indices = family.layer_rotary(fields) if family.layer_rotary else ()
     if len(kinds) in indices:
         kinds = (*kinds, None)
@@ -189,7 +197,7 @@ def _parse_rotary(parameters: Fields, fields: Fields) -> Rotary:
                 original_max_length=int(original),
                 beta_fast=float(parameters.get("beta_fast") or 32),
                 beta_slow=float(parameters.get("beta_slow") or 1),
-                truncate=bool(parameters.get("truncate", True)),
+                truncate=parameters.get("truncate") is not False,
                 **optional,
             )
         elif kind == "longrope":

@@ -17,9 +17,11 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float32
 
+from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, parameter_trees
 from dialog_jax.model.adapters import Scales
 from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.families import FAMILIES
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "export.json"
 PROMPT = "soft_prompt"
@@ -47,7 +49,16 @@ def write_lora(
       base_name: the model's name on the Hub, or its path.
       dtype: of the factors: float32, bfloat16 or float16.
       wrapped: whether the model is served as a part of one that also reads images.
+
+    Raises:
+      UserError: the family's files hold several of the adapted matrices in one tensor, which has one adapter in PEFT.
     """
+    if fused := FAMILIES[model.family].fused:
+        names = ", ".join(name.rpartition(".weight")[0].rpartition(".")[2] for name in fused)
+        raise UserError(
+            f"{model.family} models hold several matrices in {names}, and PEFT adapts these as one. Export the merged "
+            "model: dialog_jax export --merge."
+        )
     modules = adapters.list_modules(model)
     rank = max(scale.shape[-1] for scale in scales.values())
     flat = parameter_trees.flatten(factors)

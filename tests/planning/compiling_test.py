@@ -199,9 +199,9 @@ class ErrorsTest(absltest.TestCase):
             compiled(MeshConfig(), run_config(optimizer=OptimizerConfig(warmup_steps=20)))
 
     def test_loop_of_unknown_length_is_named(self):
-        def attend(q, k, v, subtree_end):
+        def attend(q, k, v, mask):
             with jax.named_scope("until_sure"):
-                added = jax.lax.fori_loop(0, jnp.max(subtree_end), lambda _, x: jnp.sin(x), q)
+                added = jax.lax.fori_loop(0, jnp.max(mask.subtree_end), lambda _, x: jnp.sin(x), q)
             return q + jax.lax.stop_gradient(added)
 
         self.enter_context(absltest.mock.patch.object(blockwise, "attend", attend))
