@@ -43,6 +43,8 @@ class Family(NamedTuple):
     """Published tensors in whose last axis several parameters alternate: the parameters."""
     not_transposed: frozenset[str] = frozenset()
     """Parameters published as [in, out], where others are published as [out, in]."""
+    quant_methods: tuple[str, ...] = ()
+    """Of `quantization_config`: what is decoded as it is read."""
     has_extra_layers: bool = False
     """Whether files may have layers behind the decoder's own, which are not read."""
 
@@ -381,6 +383,7 @@ GPT_OSS = Family(
         f"{_GPT_OSS_EXPERTS}gate_up_proj_bias": ("layers/experts/b_gate", "layers/experts/b_up"),
     },
     not_transposed=frozenset(f"layers/experts/{name}" for name in ("w_gate", "w_up", "w_down")),
+    quant_methods=("mxfp4",),
 )
 
 

@@ -140,6 +140,8 @@ def _refuse_unsupported(file: pathlib.Path, family: Family, fields: Fields) -> N
         if name in family.fields or name not in fields:
             continue
         got = fields[name]
+        if name == "quantization_config" and _is_decoded(family, got):
+            continue
         if isinstance(got, list | tuple):
             got = sorted(set(got))
         if got not in values:
@@ -147,6 +149,10 @@ def _refuse_unsupported(file: pathlib.Path, family: Family, fields: Fields) -> N
     for name in ("hidden_act", "hidden_activation"):
         if fields.get(name, "silu") not in (None, *_ACTIVATIONS):
             raise UserError(f"{file}: {name} is {fields[name]!r}, which is not supported")
+
+
+def _is_decoded(family: Family, quantization: Any) -> bool:
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") in family.quant_methods
 
 
 def _read_activation(fields: Fields) -> str:

@@ -14,6 +14,7 @@ import yaml
 from dialog_jax.formats import gguf_file
 from dialog_jax.model import decoder, hf_config, parameter_trees, tensor_files, tensor_names
 from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.families import FAMILIES
 
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 DOCUMENTS = (*LICENCES, "README.md")
@@ -51,6 +52,8 @@ def _open_safetensors(path: pathlib.Path, config: DecoderConfig | None) -> Itera
         if config is None:
             yield tensors
             return
+        if "mxfp4" in FAMILIES[config.family].quant_methods:
+            tensors = tensors.decode_mxfp4()
         tensors = tensors.leave_out(tensor_names.find_extra_layers(config, tensors.shapes))
         if fused := tensor_names.find_fused(config):
             tensors = tensors.split(fused, _count_rows(config))
@@ -97,8 +100,10 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
                 f"holds more than a language model: {len(tensors.others):,} tensors ({', '.join(parts)}) are not read, "
                 "and an export has the language model alone"
             )
-        if not gguf_file.is_gguf(path) and not config.tie_embeddings:
-            fields = tensor_files.read_json(path / "config.json")
+        fields = {} if gguf_file.is_gguf(path) else tensor_files.read_json(path / "config.json")
+        if fields.get("quantization_config"):
+            notes.append("matrices of experts are published in MXFP4 and decoded; an export has them in its own type")
+        if fields and not config.tie_embeddings:
             if hf_config.from_json(path / "config.json", fields).tie_embeddings:
                 notes.append(
                     "config.json ties the embeddings, but lm_head.weight differs from the embedding; they are two "

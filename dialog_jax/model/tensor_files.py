@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from dialog_jax.errors import UserError
-from dialog_jax.formats import gguf_file
+from dialog_jax.formats import gguf_file, mxfp4
 from dialog_jax.model import tensor_names
 from dialog_jax.model.decoder_config import DecoderConfig
 
@@ -112,6 +112,32 @@ class Tensors(NamedTuple):
         for part, (_, first, count) in places.items():
             shapes[part] = (*shapes[part][:-1], len(range(first, shapes[part][-1], count)))
         return self._replace(shapes=shapes, files=pick(self.files), dtypes=pick(self.dtypes), read=read)
+
+    def decode_mxfp4(self) -> "Tensors":
+        """Returns the tensors with bfloat16 matrices of experts in the place of their blocks and scales."""
+        names = {name.removesuffix(mxfp4.BLOCKS) for name in self.shapes if name.endswith(mxfp4.BLOCKS)}
+        parts = {name: (f"{name}{mxfp4.BLOCKS}", f"{name}{mxfp4.SCALES}") for name in names}
+        for blocks, scales in parts.values():
+            shape = self.shapes[blocks]
+            if self.shapes.get(scales) != shape[:-1] or len(shape) != 4 or self.dtypes[blocks] != "U8":
+                raise UserError(
+                    f"{self.files[blocks]}: {blocks} has shape {list(shape)}, which does not fit {scales}; bytes "
+                    "[experts, out, groups, 16] and scales [experts, out, groups] are needed. Download it again."
+                )
+
+        def replace(table, make):
+            kept = {name: value for name, value in table.items() if not name.endswith((mxfp4.BLOCKS, mxfp4.SCALES))}
+            return kept | {name: make(blocks) for name, (blocks, _) in parts.items()}
+
+        def read(name):
+            return mxfp4.decode(*map(self.read, parts[name])) if name in parts else self.read(name)
+
+        return self._replace(
+            shapes=replace(self.shapes, lambda blocks: mxfp4.find_shape(self.shapes[blocks])),
+            files=replace(self.files, self.files.get),
+            dtypes=replace(self.dtypes, lambda _: "BF16"),
+            read=read,
+        )
 
     def find_dtype(self) -> str:
         """Returns the type of most of the numbers: float32, float16 or bfloat16; float32 if they are quantized."""

@@ -136,6 +136,54 @@ class FilesTest(absltest.TestCase):
         self.assertRegex(notes[0], r"1 tensors \(model.layers.2\) are not read")
 
 
+class Mxfp4Test(absltest.TestCase):
+    def test_published_blocks_are_read_as_the_numbers_they_stand_for(self):
+        model = tiny.config(
+            61, family="gpt_oss", feed_forward=64, qkv_bias=True, output_bias=True, sinks=True, tie_embeddings=False,
+            experts=Experts(
+                count=3, active=2, width=64, scoring="softmax_of_top", router_bias=True, biases=True, clamp=7.0,
+                gate_slope=1.702,
+            ),
+        )  # fmt: skip
+        rng = np.random.default_rng(0)
+        decoded = {}
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory) / "model"
+            saving.save_pretrained(path, model, tiny.parameters(model))
+            tensors = safetensors.numpy.load_file(path / "model.safetensors")
+            for name in ("gate_up_proj", "down_proj"):
+                for layer in range(2):
+                    whole = f"model.layers.{layer}.mlp.experts.{name}"
+                    experts_, inputs, outputs = tensors.pop(whole).shape
+                    blocks = rng.integers(0, 256, (experts_, outputs, inputs // 32, 16), dtype=np.uint8)
+                    scales = rng.integers(120, 132, blocks.shape[:-1], dtype=np.uint8)
+                    tensors |= {f"{whole}_blocks": blocks, f"{whole}_scales": scales}
+                    decoded[name, layer] = np.zeros((experts_, inputs, outputs))
+                    for (e, o, g, i), byte in np.ndenumerate(blocks):
+                        for half, code in enumerate((byte & 15, byte >> 4)):
+                            exponent, mantissa = code >> 1 & 3, code & 1
+                            size = 2.0 ** (exponent - 1.0) * (1 + mantissa / 2) if exponent else mantissa / 2
+                            value = (-size if code & 8 else size) * 2.0 ** (int(scales[e, o, g]) - 127)
+                            decoded[name, layer][e, 32 * g + 2 * i + half, o] = value
+            safetensors.numpy.save_file(tensors, path / "model.safetensors")
+            fields = json.loads((path / "config.json").read_text())
+            quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+            (path / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
+            config = pretrained.load_config(path)
+            loaded = pretrained.load_parameters(path, config)["layers"]["experts"]
+            self.assertIn("MXFP4", model_files.describe_weights(path, config).notes[0])
+        self.assertEqual(config, model)
+        for layer in range(2):
+            np.testing.assert_array_equal(loaded["w_gate"][layer], decoded["gate_up_proj", layer][..., ::2])
+            np.testing.assert_array_equal(loaded["w_up"][layer], decoded["gate_up_proj", layer][..., 1::2])
+            np.testing.assert_array_equal(loaded["w_down"][layer], decoded["down_proj", layer])
+
+    def test_other_quantizations_are_refused_by_name(self):
+        fields = hf_config.to_json(_MODEL) | {"quantization_config": {"quant_method": "mxfp4"}}
+        with self.assertRaisesRegex(UserError, "quantization_config is .*mxfp4"):
+            hf_config.from_json(pathlib.Path("config.json"), fields)
+
+
 class LoraTest(parameterized.TestCase):
     def test_all_linear_is_what_computes_every_token(self):
         scales = adapters.find_scales(_GLM, LoraConfig(rank=2))
