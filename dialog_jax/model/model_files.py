@@ -103,12 +103,12 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
         fields = {} if gguf_file.is_gguf(path) else tensor_files.read_json(path / "config.json")
         if fields.get("quantization_config"):
             notes.append("matrices of experts are published in MXFP4 and decoded; an export has them in its own type")
-        if fields and not config.tie_embeddings:
-            if hf_config.from_json(path / "config.json", fields).tie_embeddings:
-                notes.append(
-                    "config.json ties the embeddings, but lm_head.weight differs from the embedding; they are two "
-                    "matrices here, as in transformers 5"
-                )
+        published = hf_config.from_json(path / "config.json", fields) if fields else config
+        if published.tie_embeddings and not config.tie_embeddings:
+            notes.append(
+                "config.json ties the embeddings, but lm_head.weight differs from the embedding; they are two "
+                "matrices here, as in transformers 5"
+            )
         return Weights(tensors.find_dtype(), tuple(notes))
 
 
