@@ -29,7 +29,7 @@ from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_KILLS = 2  # at each kind of moment
+_KILLS = 1  # at each kind of moment
 _STEPS = 30
 # What a run imports on its way.
 _IMPORTED_LATER = (

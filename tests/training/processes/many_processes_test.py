@@ -38,10 +38,8 @@ _DEVICES = 4
 _TOLERANCE = 1e-6
 
 _MESHES = {
-    "data": MeshConfig(),
     "fsdp_across_processes": MeshConfig(data=1, fsdp=4),
     "dcn_data": MeshConfig(dcn_data=2, data=1, fsdp=2),
-    "tensor_within_processes": MeshConfig(data=1, fsdp=2, tensor=2),
     "tensor_across_processes": MeshConfig(data=1, tensor=4),
 }
 
@@ -146,8 +144,8 @@ class ManyProcessesTest(RunTest):
         written = (cls.directory / "damaged" / "checkpoints").glob("*/trained/ocdbt.process_1/d/*")
         max(written, key=lambda file: file.stat().st_size).unlink()
         cls.succeed(1, cls.a_run("one"), cls.a_run("on_1", **long))
-        across_two_of_four = _MESHES["tensor_within_processes"]  # which are so with two processes
-        cls.succeed(4, cls.a_run("four_tensor_across_processes", mesh=across_two_of_four), cls.a_run("on_4", **long))
+        four = MeshConfig(data=1, fsdp=2, tensor=2)  # TwoProcessesTest has these axes within and across processes
+        cls.succeed(4, cls.a_run("four_tensor_across_processes", mesh=four), cls.a_run("on_4", **long))
         lines = (cls.directory / "train.jsonl").read_text().splitlines(keepends=True)
         for name, text in (("shorter", "".join(lines[:20])), ("broken", "{")):
             (cls.directory / name).mkdir()
