@@ -30,7 +30,7 @@ from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _KILLS = 1  # at each kind of moment
-_STEPS = 30
+_STEPS = 20
 # What a run imports on its way.
 _IMPORTED_LATER = (
     "ml_collections.config_flags",
