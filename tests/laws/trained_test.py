@@ -41,9 +41,7 @@ _KINDS = {
     ),
     "lora on nf4": TrainConfig(lora=LoraConfig(rank=2), frozen_dtype="nf4"),
     "int8 attention": TrainConfig(freeze=("layers/attention/w_*",), frozen_dtype="int8"),
-    "frozen embedding": TrainConfig(freeze=("embedding",)),
     "norms only": TrainConfig(train_only=("*norm",)),
-    "soft prompt": TrainConfig(soft_prompt=SoftPromptConfig(tokens=5)),
     "soft prompt and lora": TrainConfig(
         soft_prompt=SoftPromptConfig(tokens=7, init="random"),
         lora=LoraConfig(rank=2, targets=("all-linear", "embed_tokens")),
@@ -52,10 +50,7 @@ _KINDS = {
 
 
 # Of the full tier: see tests/conftest.py.
-FULL_PARAMETERS = (
-    *("full", "lora everywhere", "lora on nf4", "int8 attention"),
-    *("frozen embedding", "norms only", "soft prompt"),
-)
+FULL_PARAMETERS = ("full", "lora everywhere", "lora on nf4", "int8 attention", "norms only")
 
 
 def make_parameters(config, model):
