@@ -9,6 +9,7 @@ another CPU must not load them.
 # ruff: noqa: E402
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -45,4 +46,6 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("dialog_jax", "beartype.beartype")
+# Tracing makes many objects that live on; by default Python looks for cycles among them again and again.
+gc.set_threshold(100_000, 50, 100)
 flags.FLAGS.mark_as_parsed()  # under pytest nobody else does; absltest.main parses them again

@@ -11,7 +11,7 @@ import pytest
 _TESTS = pathlib.Path(__file__).parent
 _FULL_DIRECTORIES = ("benchmarks", "experiments")
 _FULL_FILES = ("pallas_gpu_test.py", "splash_test.py", "compilation_cache_test.py")  # emulated kernels, many processes
-_LONGEST_FILES = ("kill_test.py", "many_processes_test.py")
+_LONGEST_FILES = ("many_processes_test.py", "run_test.py", "trained_test.py", "kill_test.py", "disk_cache_test.py")
 # One byte-level, one that strips reasoning from the history, one with SentencePiece's spaces.
 _QUICK_FAMILIES = ("chatml", "qwen3", "mistral")
 _FULL_FAMILIES = ("llama3", "gemma", "plain", "phi3")

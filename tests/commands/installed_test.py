@@ -11,6 +11,7 @@ import venv
 import pytest
 from absl.testing import absltest
 
+import tests
 from tests.training import tiny
 
 pytestmark = pytest.mark.full
@@ -47,8 +48,14 @@ class InstalledTest(absltest.TestCase):
 
     def run_in(self, *command):
         """(standard output, standard error) of a command in a directory that holds dialogues and a model."""
-        path = {"PATH": "/usr/bin:/bin", "HOME": str(self.directory), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        ran = subprocess.run(command, cwd=self.directory, env=path, capture_output=True, text=True)
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(self.directory),
+            "JAX_PLATFORMS": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "XLA_FLAGS": tests.xla_flags(devices=1),
+        }
+        ran = subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True)
         self.assertEqual(ran.returncode, 0, ran.stdout + ran.stderr)
         return ran.stdout, ran.stderr
 

@@ -29,8 +29,8 @@ from dialog_jax.training.optimizer_config import OptimizerConfig
 from tests.training import tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_KILLS = 2  # at each kind of moment
-_STEPS = 30
+_KILLS = 1  # at each kind of moment
+_STEPS = 20
 # What a run imports on its way.
 _IMPORTED_LATER = (
     "ml_collections.config_flags",

@@ -55,6 +55,7 @@ def damage(checkpoint):
 class RunTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
+        self.enter_context(tiny.shared_programs())
         self.directory = pathlib.Path(self.create_tempdir().full_path)
         self.config = tiny.run_config(self.directory)
         self.output = io.StringIO()

@@ -1,18 +1,21 @@
 """A decoder small enough for tests, random parameters for it, and dialogues through the whole data room."""
 
+import contextlib
 import functools
 import json
+from unittest import mock
 
 import jax
 import numpy as np
 
+from dialog_jax.attention import dispatch
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder, quantization, saving
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.rotary import Rotary
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training import loss
+from dialog_jax.training import loss, optimizer, train_step
 from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.trees import dataset
@@ -87,6 +90,35 @@ def run_config(directory, **changes):
         "checkpoint_every": 2,
     }
     return TrainConfig(**(fields | changes))
+
+
+@functools.cache
+def _once(make):
+    """`make`, called once for equal arguments; trees of arguments are equal if their leaves are."""
+    results = {}
+
+    def make_once(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        key = (*leaves, structure)
+        if key not in results:
+            results[key] = make(*args, **kwargs)
+        return results[key]
+
+    return make_once
+
+
+@contextlib.contextmanager
+def shared_programs():
+    """Runs of equal configs in this process share what they have compiled; otherwise each run traces it anew."""
+    with contextlib.ExitStack() as stack:
+        for module, names in (
+            (dispatch, ("shard_attention",)),
+            (optimizer, ("make_optimizer",)),
+            (train_step, ("make_train_step", "make_evaluation_step")),
+        ):
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, _once(getattr(module, name))))
+        yield
 
 
 def rows(prepared, assignment, *, max_length):

@@ -137,10 +137,8 @@ class SplitTest(parameterized.TestCase):
         self.check(*split)
 
     @parameterized.named_parameters(
-        ("eight_micro_batches", MeshConfig(), 8, 1, 1, _LENGTH),
         ("eight_data", MeshConfig(data=8), 1, 8, 8, _LENGTH),
         ("eight_fsdp", MeshConfig(data=1, fsdp=8), 1, 8, 8, _LENGTH),
-        ("two_each", MeshConfig(data=2, fsdp=2, tensor=2), 2, 4, 8, _LENGTH),
         ("four_tensor", MeshConfig(data=2, tensor=4), 2, 4, 8, _LENGTH),
         ("uneven", MeshConfig(dcn_data=2, data=1, fsdp=1, tensor=3), 2, 4, 6, _LENGTH),
     )
@@ -193,8 +191,7 @@ class ExtrasSplitTest(parameterized.TestCase):
 
     @parameterized.named_parameters(
         ("one_row_of_all", MeshConfig(), 1, 1, 1, 2048),
-        ("four_micro_batches_of_two", MeshConfig(), 4, 2, 1, _LENGTH),
-        ("four_data_two_fsdp", MeshConfig(data=4, fsdp=2), 1, 8, 8, _LENGTH),
+        ("eight_micro_batches_of_one", MeshConfig(), 8, 1, 1, _LENGTH),
     )
     @pytest.mark.full
     def test_every_other_split_gives_the_same_update(self, *split):

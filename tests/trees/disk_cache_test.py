@@ -200,9 +200,9 @@ class StorageTest(parameterized.TestCase):
         self.assertLen(self.load(iter(()), key={"a": 1}), 2)
         self.assertLen(list((self.directory / "trees").iterdir()), 2)
 
-    @parameterized.parameters(0, 2)
+    @parameterized.parameters((0, (3, 20, 41)), (2, (20, 41)))
     @pytest.mark.full
-    def test_an_interrupted_build_goes_on_behind_its_journal(self, processes):
+    def test_an_interrupted_build_goes_on_behind_its_journal(self, processes, stops):
         dialogues = awkward(60)
         wanted = in_memory(dialogues, arguments())
         given = []
@@ -214,7 +214,7 @@ class StorageTest(parameterized.TestCase):
                 yield dialogue
 
         with together(4):
-            for stop in (3, 20, 41):
+            for stop in stops:
                 with self.assertRaises(KeyboardInterrupt):
                     self.load(interrupted(stop), workers=processes, seconds=0.0)
                 (unfinished,) = (self.directory / "trees").glob("*.unfinished")

@@ -37,11 +37,9 @@ _DEVICES = 4
 # gradients into parts of a step; with 1e-2, four steps of 1e-2 differ by rounding alone.
 _TOLERANCE = 1e-6
 
+# `fsdp` across processes is the mesh of the longer runs, one of which goes on in one process.
 _MESHES = {
-    "data": MeshConfig(),
-    "fsdp_across_processes": MeshConfig(data=1, fsdp=4),
     "dcn_data": MeshConfig(dcn_data=2, data=1, fsdp=2),
-    "tensor_within_processes": MeshConfig(data=1, fsdp=2, tensor=2),
     "tensor_across_processes": MeshConfig(data=1, tensor=4),
 }
 
@@ -133,7 +131,7 @@ class ManyProcessesTest(RunTest):
             optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2),
             remat="none",
         )
-        across = _MESHES["fsdp_across_processes"]
+        across = MeshConfig(data=1, fsdp=4)
         long = {"mesh": across, "steps": _LONG, "evaluate_every": _LONG, "checkpoint_every": _LONG}
         cls.stopping = cls.succeed(
             2,
@@ -146,8 +144,8 @@ class ManyProcessesTest(RunTest):
         written = (cls.directory / "damaged" / "checkpoints").glob("*/trained/ocdbt.process_1/d/*")
         max(written, key=lambda file: file.stat().st_size).unlink()
         cls.succeed(1, cls.a_run("one"), cls.a_run("on_1", **long))
-        across_two_of_four = _MESHES["tensor_within_processes"]  # which are so with two processes
-        cls.succeed(4, cls.a_run("four_tensor_across_processes", mesh=across_two_of_four), cls.a_run("on_4", **long))
+        four = MeshConfig(data=1, fsdp=2, tensor=2)  # TwoProcessesTest has these axes within and across processes
+        cls.succeed(4, cls.a_run("four_tensor_across_processes", mesh=four), cls.a_run("on_4", **long))
         lines = (cls.directory / "train.jsonl").read_text().splitlines(keepends=True)
         for name, text in (("shorter", "".join(lines[:20])), ("broken", "{")):
             (cls.directory / name).mkdir()
