@@ -203,9 +203,11 @@ def embed(
     V = 4, P = 2:  tokens [4, 5, 0, 3]   ->   [soft_prompt[0], soft_prompt[1], embedding[0], embedding[3]]
     """
 
+    def scale(x):
+        return x if config.embedding_scale == 1.0 else x * jnp.asarray(config.embedding_scale, x.dtype)
+
     def look_up(tokens):
-        words = matrices.look_up(parameters["embedding"], tokens, dtype)
-        return words if config.embedding_scale == 1.0 else words * jnp.asarray(config.embedding_scale, words.dtype)
+        return scale(matrices.look_up(parameters["embedding"], tokens, dtype))
 
     if SOFT_PROMPT not in parameters:
         return look_up(tokens)
@@ -215,6 +217,8 @@ def embed(
     # Index P is beyond the rows: it reads zeros, and the backward pass adds nothing for it.
     index = jnp.where(is_virtual, tokens - config.vocab_size, len(prompt))
     virtual = prompt.at[index].get(mode="fill", fill_value=0).astype(dtype)
+    if config.scales_soft_prompt:
+        virtual = scale(virtual)
     return jnp.where(is_virtual[..., None], virtual, words)
 
 

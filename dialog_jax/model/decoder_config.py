@@ -95,6 +95,8 @@ class DecoderConfig:
     activation: str = "silu"
     """Of the gate: "silu" or "gelu_tanh"."""
     embedding_scale: float = 1.0
+    scales_soft_prompt: bool = False
+    """Whether `embedding_scale` is also for the rows of a soft prompt: whether the model scales what it is given."""
     residual_scale: float = 1.0
     """What attention and feed-forward are multiplied by before they are added to the residual stream."""
     logit_scale: float = 1.0

@@ -181,6 +181,7 @@ def _read_granite(fields: Fields) -> dict[str, Any]:
     return {
         "attention_scale": fields["attention_multiplier"],
         "embedding_scale": fields["embedding_multiplier"],
+        "scales_soft_prompt": True,
         "residual_scale": fields["residual_multiplier"],
         "logit_scale": 1 / fields["logits_scaling"],
         **_read_bias(fields),

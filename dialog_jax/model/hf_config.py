@@ -55,6 +55,14 @@ def is_wrapper(fields: Fields) -> bool:
     return isinstance(fields.get("text_config"), Mapping)
 
 
+def wrap_json(outer: Fields, decoder: Fields) -> dict[str, Any]:
+    """Returns the fields of a wrapper's config.json around those of its decoder, as `to_json` gives them."""
+    dtypes = {name: decoder[name] for name in ("dtype", "torch_dtype") if name in outer}
+    text = {name: value for name, value in decoder.items() if name != "architectures"}
+    tied = {"tie_word_embeddings": decoder["tie_word_embeddings"]}
+    return {**outer, **tied, **dtypes, "text_config": {**outer["text_config"], **text}}
+
+
 def from_json(file: pathlib.Path, fields: Fields) -> DecoderConfig:
     """Returns the structure that the `fields` of config.json describe; errors name `file`.
 

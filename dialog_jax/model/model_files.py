@@ -98,7 +98,7 @@ def describe_weights(path: pathlib.Path, config: DecoderConfig) -> Weights:
             parts = sorted({_name_part(name) for name in tensors.others})
             notes.append(
                 f"holds more than a language model: {len(tensors.others):,} tensors ({', '.join(parts)}) are not read, "
-                "and an export has the language model alone"
+                "and an export has them as they are"
             )
         fields = {} if gguf_file.is_gguf(path) else tensor_files.read_json(path / "config.json")
         if fields.get("quantization_config"):

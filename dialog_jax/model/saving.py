@@ -1,12 +1,13 @@
 """Parameters to a directory that Hugging Face transformers and vLLM open. The other direction is `model.pretrained`."""
 
+import functools
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -19,6 +20,7 @@ from dialog_jax.model import (
     hf_config,
     model_files,
     parameter_trees,
+    tensor_files,
     tensor_names,
 )
 from dialog_jax.model.decoder_config import DecoderConfig
@@ -54,6 +56,7 @@ def write_model(
     generation: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     shard_bytes: int = _SHARD_BYTES,
+    wrapper: pathlib.Path | None = None,
 ) -> None:
     """Writes files that Hugging Face transformers and vLLM open: weights, config, generation config and tokenizer.
 
@@ -62,6 +65,8 @@ def write_model(
       stop_tokens: ids at which generation ends; empty for those of `generation`, or else the tokenizer's end token.
       generation: further fields of generation_config.json.
       dtype: of the weights: float32, float16 or bfloat16.
+      wrapper: directory of the model that contains this decoder, for instance beside a vision tower: all its other
+        tensors, fields and processors are written as they are there. None if there is none.
 
     Raises:
       UserError: parameters and config do not fit, or a parameter is too large for float16.
@@ -73,8 +78,17 @@ def write_model(
             raise UserError(
                 f"parameter {key} has shape {got}, but its config needs {needed[key].shape if key in needed else None}"
             )
-    _save_weights(directory, config, flat, np.dtype(dtype), shard_bytes)
-    _write_json(directory / "config.json", hf_config.to_json(config, dtype) | _list_token_ids(tokenizer))
+    weights, fields = _list_weights(config, flat, np.dtype(dtype)), hf_config.to_json(config, dtype)
+    if wrapper is None:
+        _save_weights(directory, weights, shard_bytes)
+        fields |= _list_token_ids(tokenizer)
+    else:
+        with tensor_files.open_safetensors(wrapper) as tensors:
+            _save_weights(directory, _wrap_weights(weights, tensors, config), shard_bytes)
+        fields = hf_config.wrap_json(tensor_files.read_json(wrapper / "config.json"), fields)
+        for file in wrapper.glob("*processor_config.json"):
+            shutil.copyfile(file, directory / file.name)
+    _write_json(directory / "config.json", fields)
     for file in directory.glob("*.safetensors"):
         shutil.copymode(directory / "config.json", file)  # safetensors makes its files readable only by their owner
     write_tokenizer(directory, tokenizer, stop_tokens=stop_tokens, generation=generation)
@@ -110,38 +124,63 @@ def _write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save_weights(
-    directory: pathlib.Path, config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype, shard_bytes: int
-) -> None:
-    plan, interleaved = _list_tensors(config, flat), tensor_names.find_interleaved(config)
-    sizes = {
-        name: sum(dtype.itemsize * math.prod(flat[key].shape) // _count_parts(config, key) for key, _ in parts)
-        for name, parts in plan.items()
+def _wrap_weights(
+    weights: Mapping[str, "_Tensor"], tensors: tensor_files.Tensors, config: DecoderConfig
+) -> dict[str, "_Tensor"]:
+    """Returns the tensors of a decoder by the names that they have in a wrapper, and the wrapper's others."""
+    own = {tensors.stored_names.get(name, name): weight for name, weight in weights.items()}
+    decoders = weights.keys() | ({tensor_names.UNEMBEDDING} if config.tie_embeddings else set())
+    others = {
+        tensors.stored_names[name]: _Tensor(tensors.count_bytes(name), functools.partial(tensors.read, name))
+        for name in tensors.shapes.keys() - decoders
     }
+    return own | others
+
+
+class _Tensor(NamedTuple):
+    """A tensor to be written."""
+
+    bytes: int
+    read: Callable[[], np.ndarray]
+
+
+def _list_weights(config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype) -> dict[str, _Tensor]:
+    """Returns the tensors of a decoder by their published names."""
+    interleaved = tensor_names.find_interleaved(config)
+
+    def describe(name, parts):
+        size = sum(dtype.itemsize * math.prod(flat[key].shape) // _count_parts(config, key) for key, _ in parts)
+
+        def read():
+            arrays = [_to_published(config, flat[key], key, index, dtype) for key, index in parts]
+            return _join(arrays, interleaved=name in interleaved)
+
+        return _Tensor(size, read)
+
+    return {name: describe(name, parts) for name, parts in _list_tensors(config, flat).items()}
+
+
+def _save_weights(directory: pathlib.Path, tensors: Mapping[str, _Tensor], shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(plan):
-        if shards[-1] and filled + sizes[name] > shard_bytes:
+    for name in sorted(tensors):
+        if shards[-1] and filled + tensors[name].bytes > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += sizes[name]
+        filled += tensors[name].bytes
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        arrays = {
-            name: _join(
-                [_to_published(config, flat[key], key, index, dtype) for key, index in plan[name]],
-                interleaved=name in interleaved,
-            )
-            for name in names
-        }
+        arrays = {name: np.ascontiguousarray(tensors[name].read()) for name in names}
         safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        total = sum(tensor.bytes for tensor in tensors.values())
+        _write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
 
 
 def _list_tensors(config: DecoderConfig, keys: Iterable[str]) -> dict[str, list[tuple[str, int]]]:

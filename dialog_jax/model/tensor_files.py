@@ -38,6 +38,8 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
     others: tuple[str, ...] = ()
     """Names of tensors that belong to other parts than the decoder."""
+    stored_names: Mapping[str, str] = {}
+    """The name in the file of each tensor of a safetensors file."""
 
     def leave_out(self, names: Collection[str]) -> "Tensors":
         """Returns the tensors without some, which are listed in `others`."""
@@ -139,6 +141,11 @@ class Tensors(NamedTuple):
             read=read,
         )
 
+    def count_bytes(self, name: str) -> int:
+        """Returns the bytes of a tensor of a safetensors file."""
+        bits = int(re.sub(r"\D", "", self.dtypes[name].partition("_")[0]) or 8)  # BF16, F8_E4M3, U8, BOOL
+        return math.prod(self.shapes[name]) * bits // 8
+
     def find_dtype(self) -> str:
         """Returns the type of most of the numbers: float32, float16 or bfloat16; float32 if they are quantized."""
         counts: collections.Counter[str] = collections.Counter()
@@ -202,6 +209,7 @@ def open_safetensors(directory: pathlib.Path, *, wrapped: bool = False) -> Itera
             {new: dtypes[old] for new, old in original.items()},
             lambda name: handles[original[name]].get_tensor(original[name]),
             others if wrapped else (),
+            original,
         )
 
 

@@ -69,7 +69,7 @@ def export_model(
         raise UserError(
             f"{out} is not empty and holds no export of step {number:,} of {run} in {dtype}. Choose another --out."
         )
-    needs_base = not is_adapter and not trained_models.is_whole(model)
+    needs_base = not is_adapter and (model.base.wrapped or not trained_models.is_whole(model))
     path = trained_models.find_base(run, model, base) if needs_base else None
     trained = trained_models.read_trained(run, model, number, average=average)
     with atomic_files.new_directory(out.resolve()) as unfinished:  # a link to a directory stays a link
@@ -78,7 +78,7 @@ def export_model(
         else:
             parameters = trained_models.assemble(model, trained, path)
             prompt = parameters.pop(decoder.SOFT_PROMPT, None)
-            size = _write_model(unfinished, run, model, parameters, dtype)
+            size = _write_model(unfinished, run, model, parameters, dtype, path if model.base.wrapped else None)
             if prompt is not None:
                 _write_prompt(unfinished / peft_files.PROMPT, run, model, prompt, out.name)
                 merged = {"base": model_files.fingerprint(unfinished)}
@@ -110,7 +110,12 @@ def _check_kind(run: pathlib.Path, model: RunModel, merge: bool) -> bool:
 
 
 def _write_model(
-    directory: pathlib.Path, run: pathlib.Path, model: RunModel, parameters: Mapping[str, Any], dtype: str
+    directory: pathlib.Path,
+    run: pathlib.Path,
+    model: RunModel,
+    parameters: Mapping[str, Any],
+    dtype: str,
+    wrapper: pathlib.Path | None,
 ) -> int:
     """Writes the model with its adapter merged, if it has one; returns the number of its parameters."""
     config, merged = adapters.merge_factors(model.decoder, parameters)
@@ -122,6 +127,7 @@ def _write_model(
         stop_tokens=model.stop_tokens,
         generation=model.base.generation,
         dtype=dtype,
+        wrapper=wrapper,
     )
     return sum(leaf.size for leaf in jax.tree.leaves(merged))
 

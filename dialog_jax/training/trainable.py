@@ -155,9 +155,11 @@ def make_parameters(
     if adapter and adapter.soft_prompt is not None:
         added[decoder.SOFT_PROMPT] = adapter.soft_prompt
     elif selection.soft_prompt.tokens:
-        added[decoder.SOFT_PROMPT] = soft_prompts.init_soft_prompt(
+        prompt = soft_prompts.init_soft_prompt(
             selection.soft_prompt, base["embedding"], soft_prompt_text, jax.random.fold_in(key, len(selection.scales))
         )
+        model = selection.model  # virtual tokens begin as what the first layer sees of words
+        added[decoder.SOFT_PROMPT] = prompt if model.scales_soft_prompt else prompt * model.embedding_scale
     placed = parameter_trees.unflatten({path: place(path, leaf) for path, leaf in added.items()})
     scales = {path: place(f"{path}/{adapters.SCALE}", scale) for path, scale in selection.scales.items()}
     return _divide(selection, base, placed, scales)

@@ -16,7 +16,10 @@ import optax
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import decoder, decoding, families, pretrained, saving, tensor_names
+from dialog_jax.model import decoder, decoding, families, parameter_trees, pretrained, saving, tensor_names
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
+from dialog_jax.training import trainable
+from dialog_jax.training.config import TrainConfig
 from tests.model import forests
 
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
@@ -110,6 +113,27 @@ class FamiliesTest(parameterized.TestCase):
         for tensor, standard in names.items():
             np.testing.assert_array_equal(tensors[standard], first[tensor], err_msg=tensor)
 
+    def test_wrapper_is_saved_with_its_other_parts_as_they_are(self):
+        config, parameters, _ = load("gemma3")
+        first = _REFERENCES / "tiny_gemma3"
+        changed = {**parameters, "final_norm": parameters["final_norm"] + 1}
+        with tempfile.TemporaryDirectory() as directory:
+            saved = pathlib.Path(directory) / "saved"
+            saving.save_pretrained(saved, config, changed, wrapper=first, shard_bytes=50_000)
+            self.assertEqual(pretrained.load_config(saved), config)
+            again = pretrained.load_parameters(saved, config)
+            tensors = {}
+            for file in saved.glob("*.safetensors"):
+                tensors |= safetensors.numpy.load_file(file)
+            fields, needed = (json.loads((place / "config.json").read_text()) for place in (saved, first))
+        jax.tree.map(np.testing.assert_array_equal, again, changed)
+        original = safetensors.numpy.load_file(first / "model.safetensors")
+        self.assertEqual(tensors.keys(), original.keys())
+        for name, array in original.items():
+            if name != "language_model.model.norm.weight":
+                np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+        self.assertEqual({**fields, "text_config": 0}, {**needed, "text_config": 0})
+
     @parameterized.parameters(*_NAMES)
     def test_tokens_one_by_one_with_a_cache_give_the_hidden_states_of_one_pass(self, name):
         config, parameters, reference = load(name)
@@ -124,6 +148,17 @@ class FamiliesTest(parameterized.TestCase):
             start += size
         got = _logits(config, parameters, jnp.concatenate(pieces, axis=1))
         self.assertLess(_relative_error(got, reference["logits"]), 4e-6)
+
+    @parameterized.parameters("llama", "gemma2", "gemma3_text", "granite")
+    def test_soft_prompt_that_begins_with_words_acts_as_these_words(self, name):
+        config, parameters, reference = load(name)
+        words = reference["tokens"][0, :5]
+        settings = TrainConfig(soft_prompt=SoftPromptConfig(tokens=5, init="text", text="five words"))
+        selection = trainable.select(settings, config, jnp.float32)
+        parts = trainable.make_parameters(selection, parameters, jax.random.key(0), soft_prompt_text=words.tolist())
+        virtual = np.concatenate([config.vocab_size + np.arange(5), reference["tokens"][0, 5:]])
+        got = compute_logits(config, parameter_trees.merge(*parts), virtual[None].astype(np.int32))
+        self.assertLess(_relative_error(got, reference["logits"][:1]), 4e-6)
 
     @parameterized.parameters(*_NAMES)
     def test_tree_gives_each_path_what_it_gives_alone(self, name):
