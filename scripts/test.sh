@@ -12,10 +12,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 
 tier=(-m "not full")
+models=()
 arguments=()
 for argument in "$@"; do
   case $argument in
-    --all) tier=() && continue ;;
+    --all) tier=() && models=(--gemma) && continue ;;
     -k* | -m*) tier=() ;;
     *) if [[ -e ${argument%%::*} ]]; then tier=(); fi ;;
   esac
@@ -23,6 +24,6 @@ for argument in "$@"; do
 done
 
 scripts/setup_environment.sh test
-.venv/bin/python scripts/prepare_demo.py --assets_dir=assets
+.venv/bin/python scripts/prepare_demo.py "${models[@]}" --assets_dir=assets
 # A worker has a file for itself, whose tests share what they have prepared and compiled.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q "${tier[@]}" "${arguments[@]}"

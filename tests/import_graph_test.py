@@ -13,7 +13,7 @@ _PACKAGE = pathlib.Path(importlib.util.find_spec("dialog_jax").submodule_search_
 # fmt: off
 _ROOMS = {
     "": ("errors", "atomic_files"),
-    "formats": ("gguf_file", "mxfp4", "tokenizer_files", "tokenizer_settings"),
+    "formats": ("gguf_file", "gguf_tokenizer", "mxfp4", "tokenizer_files", "tokenizer_settings"),
     "dialogues": (
         "dialogue", "json_files", "sources", "json_values", "weights", "tool_calls", "schemas", "parsing", "holdout",
     ),

@@ -170,8 +170,11 @@ class _Header:
                 raise UserError(f"its fields have at least {self._entries:,} entries, the limit is {_MAX_ENTRIES:,}")
             if inner == _ARRAY:
                 raise UserError("it has an array of arrays, which is not supported")
-            for _ in range(count):
-                self._value(inner)
+            if inner in _SCALARS:
+                self._skip(_SCALARS[inner] * count)
+            else:
+                for _ in range(count):
+                    self._value(inner)
         else:
             raise UserError(f"at byte {self._position:,} is a value of the unknown type {kind}")
 

@@ -255,7 +255,10 @@ def _read_weight_map(index: pathlib.Path) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def gguf_tensors(path: pathlib.Path, config: DecoderConfig) -> Iterator[Tensors]:
-    """Yields the tensors of a .gguf file, dequantized, with rotary components paired as Hugging Face does."""
+    """Yields the tensors of a .gguf file, dequantized, as Hugging Face publishes them.
+
+    llama.cpp stores rotary components of llama in another order, and norms with the offset that the model adds.
+    """
     tensors = {tensor.name: tensor for tensor in gguf_file.open_gguf(path).tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     dtypes = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
@@ -267,6 +270,8 @@ def gguf_tensors(path: pathlib.Path, config: DecoderConfig) -> Iterator[Tensors]
         if name.endswith(interleaved):
             pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
+        if name.endswith("norm.weight"):
+            array = array - np.float32(config.norm_offset)
         return array
 
     yield Tensors(path, shapes, dict.fromkeys(shapes, path), dtypes, read)

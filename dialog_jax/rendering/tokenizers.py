@@ -14,18 +14,10 @@ import transformers
 from transformers.utils import hub
 
 from dialog_jax.errors import UserError
-from dialog_jax.formats import gguf_file, tokenizer_files, tokenizer_settings
+from dialog_jax.formats import gguf_file, gguf_tokenizer, tokenizer_files, tokenizer_settings
 
 _MODEL = "model_it_is_used_with"  # attribute of a tokenizer: the name or path of a model
-# Types of tokens in GGUF.
-_CONTROL, _USER_DEFINED = 3, 4
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_DIGITS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
 _BOM = "\ufeff"  # with which some editors begin a file
-_GGUF_SPLITS = ("gpt-2", "smollm", *_DIGITS)
 
 
 def load_tokenizer(
@@ -44,7 +36,7 @@ def load_tokenizer(
     """
     path = pathlib.Path(name_or_path).expanduser()
     if gguf_file.is_gguf(path):
-        tokenizer = _load_gguf(path)
+        tokenizer = gguf_tokenizer.load(path)
     else:
         tokenizer = _load_published(str(path) if path.is_dir() else str(name_or_path), path)
     if chat_template:
@@ -184,89 +176,3 @@ def _read_template(chat_template: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name}: not UTF-8 text ({error}). Save it as UTF-8.") from None
-
-
-def _load_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """Returns the byte-level BPE of a GGUF file.
-
-    Built here because transformers' reader ignores `tokenizer.ggml.pre`, so that SmolLM's digits are not split.
-    """
-    reader = gguf_file.open_gguf(path)
-
-    def field(name: str, kind: type = str, many: bool = False) -> Any:
-        return gguf_file.contents(path, reader, f"tokenizer.{name}", kind, many=many)
-
-    if field("ggml.model") != "gpt2":
-        raise UserError(
-            f"{path.name}: its tokenizer is of the kind {field('ggml.model')!r}; only byte-level BPE ('gpt2') is read "
-            "from GGUF. Use the model's Hugging Face directory."
-        )
-    tokens, merges = field("ggml.tokens", many=True), field("ggml.merges", many=True)
-    kinds = field("ggml.token_type", int, many=True)
-    _check_gguf(path, tokens, merges, kinds)
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
-            # In Llama 3 a word that is in the vocabulary is one token, even if merges would not lead to it.
-            ignore_merges=field("ggml.pre") == "llama-bpe",
-        )
-    )
-    if field("ggml.pre") == "qwen2":
-        tokenizer.normalizer = tokenizers.normalizers.NFC()
-    tokenizer.pre_tokenizer = _make_pre_tokenizer(field("ggml.pre"), path.name)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, kinds or [1] * len(tokens), strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    numbers = {name: field(f"ggml.{key}_token_id", int) for key, name in names.items()}
-    if any(number is not None and not 0 <= number < len(tokens) for number in numbers.values()):
-        raise UserError(f"{path.name}: {numbers} go beyond its {len(tokens):,} tokens. Download it again.")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=field("chat_template"),
-        clean_up_tokenization_spaces=False,
-        **{name: tokens[number] for name, number in numbers.items() if number is not None},
-    )
-
-
-def _check_gguf(
-    path: pathlib.Path, tokens: list[str] | None, merges: list[str] | None, kinds: list[int] | None
-) -> None:
-    """Raises UserError where a GGUF file's tokens, merges and types of tokens do not belong together."""
-    if tokens is None or merges is None:
-        raise UserError(
-            f"{path.name}: has no list of tokens or none of merges. Use the model's Hugging Face directory."
-        )
-    if kinds is not None and len(kinds) != len(tokens):
-        raise UserError(f"{path.name}: has {len(tokens):,} tokens and {len(kinds):,} types of them. Download it again.")
-    known = set(tokens)
-    wrong = next(
-        (m for m in merges if m.count(" ") != 1 or not known.issuperset((*m.split(" "), m.replace(" ", "")))), None
-    )
-    if wrong is not None or len(known) != len(tokens):
-        what = "a token twice" if wrong is None else f"the merge {wrong!r}, which does not join two tokens to a third"
-        raise UserError(f"{path.name}: has {what}. Download it again.")
-
-
-def _make_pre_tokenizer(kind: str | None, file: str) -> tokenizers.pre_tokenizers.PreTokenizer:
-    """Returns the pre-tokenizer of a kind. Source: the tokenizer.json of GPT-2, SmolLM2, Qwen2 and Llama 3."""
-    split = tokenizers.pre_tokenizers
-    if kind == "gpt-2":
-        return split.ByteLevel(add_prefix_space=False)
-    if kind == "smollm":
-        return split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
-    if kind in _DIGITS:
-        pattern = tokenizers.Regex("|".join((_CONTRACTIONS, _WORDS, _DIGITS[kind], _REST)))
-        return split.Sequence(
-            [split.Split(pattern, "isolated"), split.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-    raise UserError(
-        f"{file}: its pre-tokenizer is {kind!r}; supported in GGUF are {', '.join(_GGUF_SPLITS)}. "
-        "Use the model's Hugging Face directory."
-    )

@@ -18,8 +18,8 @@ import transformers
 from absl.testing import absltest, parameterized
 from hypothesis import strategies
 
-from dialog_jax.formats import tokenizer_files
-from dialog_jax.model import decoder, model_files, parameter_trees, pretrained, quantization, saving
+from dialog_jax.formats import gguf_file, tokenizer_files
+from dialog_jax.model import decoder, gguf_config, model_files, parameter_trees, pretrained, quantization, saving
 from dialog_jax.training import sharding
 from dialog_jax.training.config import MeshConfig
 from tests.training import tiny
@@ -656,14 +656,15 @@ class LoadTest(_TemporaryTest):
 
 
 class GgufTest(_TemporaryTest):
-    def write(self, name, edit=lambda tensors: None, fields=()):
-        """The tiny model as llama.cpp stores it, and its tensors as published."""
-        source = _REFERENCES / f"tiny_{name}"
+    def write(self, name, edit=lambda tensors: None, fields=(), source=None):
+        """The tiny model as llama.cpp stores it."""
+        source = source or _REFERENCES / f"tiny_{name}"
         config = pretrained.load_config(source)
         tensors = safetensors.numpy.load_file(source / "model.safetensors")
         edit(tensors)
         file = self.directory / f"{name}.gguf"
-        writer = gguf.GGUFWriter(file, config.family)
+        architecture = "gemma3" if config.family == "gemma3_text" else config.family
+        writer = gguf.GGUFWriter(file, architecture)
         writer.add_block_count(config.layers)
         writer.add_context_length(config.max_length)
         writer.add_embedding_length(config.width)
@@ -673,11 +674,18 @@ class GgufTest(_TemporaryTest):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rotary[0].theta)
+        writer.add_rope_freq_base(config.rotary[-1].theta)
         writer.add_layer_norm_rms_eps(config.norm_epsilon)
+        if architecture == "gemma3":
+            writer.add_sliding_window(max(config.windows))
+            if linear := config.rotary[-1].scaling:
+                writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+                writer.add_rope_scaling_factor(linear.factor)
+            if config.logit_cap:
+                writer.add_final_logit_softcapping(config.logit_cap)
         for key, value in fields:
             writer.add_string(key, value)
-        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, config.family.upper()), config.layers)
+        names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.layers)
         for published, array in tensors.items():
             if config.family == "llama" and ("q_proj" in published or "k_proj" in published):
                 half = config.head_dim // 2
@@ -688,6 +696,8 @@ class GgufTest(_TemporaryTest):
                     for part in range(2)
                 ]
                 array = array[order]
+            if architecture == "gemma3" and published.endswith("norm.weight"):
+                array = array + np.float32(1)
             writer.add_tensor(names.get_name(published, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(array))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -701,6 +711,44 @@ class GgufTest(_TemporaryTest):
         got_config, got = _load(self.write(name))
         self.assertEqual(got_config, config)
         _assert_equal_bits(got, needed)
+
+    @parameterized.parameters(({},), ({"final_logit_softcapping": 20.0},))
+    def test_gguf_of_gemma3_gives_the_same_config_and_parameters_as_safetensors(self, fields):
+        directory = self.copy("gemma3_text")
+        rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
+        rope["sliding_attention"]["rope_theta"] = 10_000.0  # llama.cpp's files do not say it, nor the attention scale
+        if fields:
+            rope["full_attention"] = {"rope_type": "default", "rope_theta": 100_000.0}
+        self.edit_config(directory, query_pre_attn_scalar=12, rope_parameters=rope, **fields)
+
+        def round_norms(tensors):  # published as bfloat16, which survives that one is added in float32
+            for name in (name for name in tensors if name.endswith("norm.weight")):
+                tensors[name] = tensors[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+
+        self.edit_tensors(directory, round_norms)
+        config, needed = _load(directory)
+        got_config, got = _load(self.write("gemma3", source=directory))
+        self.assertEqual(got_config, config)
+        self.assertEqual(config.windows, (24, 24, 24, 24, 24, 0))
+        _assert_equal_bits(got, needed)
+
+    def test_gguf_of_gemma3_without_a_window_is_an_error_and_with_a_pattern_follows_it(self):
+        content = gguf_file.open_gguf(self.write("gemma3", source=self.copy("gemma3_text")))
+
+        def read(**changes):
+            values = {name: field.contents() for name, field in content.fields.items()}
+            values |= {f"gemma3.{name}": value for name, value in changes.items()}
+            fields = {name: mock.Mock(contents=lambda value=value: value) for name, value in values.items()}
+            fields = {name: field for name, field in fields.items() if values[name] is not None}
+            return gguf_config.from_gguf(pathlib.Path("a.gguf"), gguf_file.Gguf(fields, content.tensors))
+
+        got = read(**{"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 500.0})
+        self.assertEqual(got.windows, (24, 24, 0, 24, 24, 0))
+        self.assertEqual([kind.theta for kind in got.rotary], [500.0, 100_000.0])
+        self.assertEqual(read().attention_scale, 12**-0.5)
+        for name, value in (("attention.sliding_window", None), ("rope.scaling.type", "yarn")):
+            with self.assertRaisesRegex(ValueError, f"a.gguf: gemma3.{name} is"):
+                read(**{name: value})
 
     def test_gguf_quantized_gives_the_same_codes_as_safetensors(self):
         loaded = [
