@@ -150,6 +150,11 @@ def _write_gemma(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _find_theta(config: DecoderConfig) -> float:
+    """Returns the base of the RoPE of the first kind, that of layers with a window, as transformers 4 names it."""
+    return config.rotary[0].theta if config.rotary[0] else 10000.0
+
+
 _NAMES_OF_BOTH_NORMS = {"layers/feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
 _GEMMA_FIELDS = _BIAS | {
     *("query_pre_attn_scalar", "final_logit_softcapping"),
@@ -168,7 +173,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     architecture="Gemma3ForCausalLM",
     read=lambda fields: {**_read_gemma(fields), "qk_norm": "head"},
-    write=_write_gemma,
+    write=lambda config: {**_write_gemma(config), "rope_local_base_freq": _find_theta(config)},
     fields=_GEMMA_FIELDS,
     needed={**_GEMMA_NEEDED, "attn_logit_softcapping": (None,)},
     rope_kinds=(SLIDING, FULL),

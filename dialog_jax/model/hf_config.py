@@ -4,6 +4,7 @@ Missing fields have the defaults of transformers' configuration class. A setting
 supported is an error that names it.
 """
 
+import copy
 import dataclasses
 import logging
 import pathlib
@@ -134,10 +135,10 @@ def _fill_defaults(file: pathlib.Path, family: str, fields: Fields) -> Fields:
 
 
 def _decode_floats(value: Any) -> Any:
-    """Returns a field with the float for {"__float__": "Infinity"}, transformers' spelling of what JSON cannot say."""
+    """Returns a copy of a field, which transformers changes, with the float for its {"__float__": "Infinity"}."""
     if isinstance(value, Mapping) and value.keys() == {"__float__"}:
         return float(value["__float__"])
-    return [_decode_floats(item) for item in value] if isinstance(value, list) else value
+    return [_decode_floats(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _refuse_unsupported(file: pathlib.Path, family: Family, fields: Fields) -> None:
@@ -275,6 +276,14 @@ def _describe_rotary(rotary: Rotary) -> dict[str, Any]:
     return described
 
 
+def _describe_scaling(kind: Fields) -> dict[str, Any] | None:
+    """Returns the field `rope_scaling` of transformers 4, in which that of phi3 has these three fields and no other."""
+    if kind["rope_type"] == "longrope":
+        return {"type": "longrope"} | {name: kind[name] for name in ("short_factor", "long_factor")}
+    scaling = {name: value for name, value in kind.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    return scaling if len(scaling) > 1 else None
+
+
 def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
     """Returns the fields of config.json, with weights of `dtype`, as Hugging Face transformers and vLLM read them.
 
@@ -284,6 +293,7 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
     family = FAMILIES[config.family]
     kinds = [_describe_rotary(kind) | {"rope_theta": kind.theta} for kind in config.rotary if kind is not None]
     kinds = kinds or [{"rope_type": "default", "rope_theta": 10000.0}]  # of a model without RoPE
+    kinds *= 1 if len(kinds) > 1 else max(1, len(family.rope_kinds))  # layers of one type only
     fields = {
         "architectures": [family.architecture],
         "model_type": config.family,
@@ -305,7 +315,7 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
         # Both spellings: transformers 5 reads rope_parameters, earlier releases and vLLM the others.
         "rope_parameters": dict(zip(family.rope_kinds, kinds, strict=True)) if family.rope_kinds else kinds[0],
         "rope_theta": kinds[-1]["rope_theta"],
-        "rope_scaling": None if len(kinds[-1]) == 2 else {k: v for k, v in kinds[-1].items() if k != "rope_theta"},
+        "rope_scaling": _describe_scaling(kinds[-1]),
         **{"hidden_act": config.activation, **family.write(config)},
     }
     if "partial_rotary_factor" in kinds[-1]:

@@ -1,6 +1,7 @@
 """Every field of every family's config.json is read, refused by name, or known to change nothing that is computed."""
 
 import collections
+import copy
 import json
 import pathlib
 
@@ -105,6 +106,20 @@ class FieldsTest(parameterized.TestCase):
             self.assertNotIn(other, values)
             with self.assertRaisesRegex(UserError, f"config.json: {name} is "):
                 hf_config.from_json(_FILE, example | {name: other})
+
+    # transformers 4 has no ministral3, and transformers 5 reads only one RoPE of its spelling of olmo3.
+    @parameterized.parameters(*sorted(families.FAMILIES.keys() - {"ministral3", "olmo3"}))
+    def test_what_is_written_is_read_in_the_spelling_of_transformers_4_alone(self, family):
+        config = hf_config.from_json(_FILE, _example(family))
+        fields = hf_config.to_json(config)
+        del fields["rope_parameters"]
+        given = copy.deepcopy(fields)
+        self.assertEqual(hf_config.from_json(_FILE, fields), config)
+        self.assertEqual(fields, given)  # transformers changes what it is given
+
+    def test_longrope_has_the_three_fields_that_transformers_4_allows(self):
+        fields = hf_config.to_json(hf_config.from_json(_FILE, _example("phi3")))
+        self.assertEqual(fields["rope_scaling"].keys(), {"type", "short_factor", "long_factor"})
 
     @parameterized.parameters("fp8", "gptq", "awq", "bitsandbytes")
     def test_quantized_checkpoint_is_refused_by_name(self, method):
