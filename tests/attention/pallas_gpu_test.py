@@ -50,7 +50,7 @@ class PallasGpuTest(parameterized.TestCase):
         rng = np.random.default_rng(0)
         rows = oracle.rows_of(rng, 64, branching=True, padding=20)
         q, k, v, subtree_end, d_output = oracle.inputs(rng, rows, heads=2, kv_heads=1, head_dim=16)
-        for got in _attend(300 * q, 300 * k, v, Mask(subtree_end), d_output, _EVEN):
+        for got in _attend(300 * q, 300 * k, v, subtree_end, d_output, _EVEN):
             self.assertTrue(np.all(np.isfinite(got)))
 
     def test_blocks_without_a_visible_pair_are_not_read(self):
@@ -64,7 +64,7 @@ class PallasGpuTest(parameterized.TestCase):
             given = [x.copy() for x in (q, k, v)]
             for array in given:
                 array[:, spoilt] = np.nan
-            got = _attend(*given, Mask(subtree_end), d_output, _UNEVEN)
+            got = _attend(*given, subtree_end, d_output, _UNEVEN)
             exact = oracle.attention(q, k, v, [parents], d_output)
             for array, needed in zip(map(np.asarray, got), exact, strict=True):
                 np.testing.assert_allclose(array[:, fine], needed[:, fine], atol=3e-6)

@@ -39,7 +39,7 @@ class SplashTest(parameterized.TestCase):
         needed = oracle.attention(q, k, v, [parents], d_output)
         for array in (q, k, v):
             array[:, :128] = np.nan
-        for got, exact in zip(_attend(q, k, v, Mask(subtree_end), d_output, 512), needed, strict=True):
+        for got, exact in zip(_attend(q, k, v, subtree_end, d_output, 512), needed, strict=True):
             np.testing.assert_allclose(got[:, 128:], exact[:, 128:], atol=1e-5)
             self.assertTrue(np.all(np.isnan(got[:, :128])))
 

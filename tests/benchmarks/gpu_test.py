@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from dialog_jax.attention.mask import Mask
 from tests.scripts import running
 
 sys.path.insert(0, str(running.SCRIPTS / "benchmarks"))
@@ -77,7 +78,7 @@ class CaseTest(parameterized.TestCase):
         with mock.patch("jax._src.cudnn.fused_attention_stablehlo.dot_product_attention") as called:
             ends = jnp.asarray([[3, 3, 3, 5, 5, *[64] * 59], [64] * 64], jnp.int32)
             q = jnp.zeros((2, 64, 1, 16))
-            self.case.cudnn_packed(q, q, q, ends)
+            self.case.cudnn_packed(q, q, q, Mask(ends))
         lengths, starts = called.call_args.args[5], called.call_args.args[7]
         np.testing.assert_array_equal(lengths, [[3, 2, 59, -1, -1], [64, -1, -1, -1, -1]])
         np.testing.assert_array_equal(starts, [[0, 3, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])

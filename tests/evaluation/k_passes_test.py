@@ -159,7 +159,7 @@ class PassesTest(parameterized.TestCase):
                 "dialog_jax.dialogues.dialogue",
                 "dialog_jax.errors",
                 "dialog_jax.model",  # decoder
-                "dialog_jax.model.decoder",
+                "dialog_jax.model.decoder_config",
                 "dialog_jax.evaluation",  # escaping, response_text
                 "dialog_jax.evaluation.scoring",  # the record Score
             },

@@ -55,11 +55,11 @@ def concatenated_loss(model, parameters, tokens, weight):
     x = jnp.concatenate([parameters["soft_prompt"], parameters["embedding"][tokens]])[None]
     module = decoder.bind(model, parameters)
     graph, layers = nnx.split(module.layers)
-    rotate = decoder.make_rotate(model, jnp.arange(x.shape[1], dtype=jnp.int32)[None])
+    rotate = decoder.rotations(model, jnp.arange(x.shape[1], dtype=jnp.int32)[None])(0)
     for number in range(model.layers):
         layer = nnx.merge(graph, jax.tree.map(lambda leaf, number=number: leaf[number], layers))
         x, _ = layer(x, rotate, causal_attention)
-    hidden = decoder.rms_norm(x, module.final_norm[...], model.norm_epsilon)[0]
+    hidden = decoder.finish(model, module, x)[0]
     # The last token of the soft prompt predicts the first of the sequence.
     logits = hidden[_PROMPT - 1 : -1] @ decoder.unembedding(model, parameters).T
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
