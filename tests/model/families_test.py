@@ -35,6 +35,8 @@ _NAMES = sorted(
     for directory in _REFERENCES.glob("tiny_*/")
     if _model_type(directory) in families.FAMILIES
 )
+# Windows, two RoPEs and `1 + w`; experts and sinks; tensors in one, LongRoPE. The others are of the full tier.
+FULL_PARAMETERS = tuple(name for name in _NAMES if name not in ("llama", "gemma3_text", "gpt_oss", "phi3"))
 
 
 @functools.cache
