@@ -27,6 +27,7 @@ from dialog_jax.errors import UserError
 
 MAX_LENGTH = 512
 ROWS = 2
+HELD_OUT = 24  # dialogues
 
 
 class Choice(NamedTuple):
@@ -60,8 +61,12 @@ class Outcome(NamedTuple):
     """Peak of the process, GB."""
 
 
-def train(options: Options, flags: Sequence[str], directory: pathlib.Path) -> Outcome:
+def train(options: Options, flags: Sequence[str], held_out: pathlib.Path, directory: pathlib.Path) -> Outcome:
     """Returns the outcome of a training, run in a process of its own so that its memory is its own.
+
+    Args:
+      held_out: dialogues that are all evaluated: rows with a soft prompt hold fewer, so that a number of rows would
+        compare losses of different dialogues.
 
     Raises:
       UserError: the process failed; its output is on the console.
@@ -70,7 +75,7 @@ def train(options: Options, flags: Sequence[str], directory: pathlib.Path) -> Ou
         *(sys.executable, "-m", "dialog_jax", "train", f"--output_dir={directory}"),
         f"--config.model={options.model}",
         f"--config.data.train={options.train}",
-        f"--config.data.validation={options.validation}",
+        f"--config.data.validation={held_out}",
         f"--config.data.max_length={MAX_LENGTH}",
         f"--config.rows={ROWS}",
         "--config.gradient_accumulation=1",
@@ -78,7 +83,7 @@ def train(options: Options, flags: Sequence[str], directory: pathlib.Path) -> Ou
         f"--config.optimizer.warmup_steps={min(3, options.steps - 1)}",
         f"--config.evaluate_every={options.steps}",
         f"--config.checkpoint_every={options.steps}",
-        "--config.evaluate_rows=16",
+        "--config.evaluate_rows=0",
         f"--config.seed={options.seed}",
         *flags,
     ]
@@ -153,8 +158,11 @@ def main(options: Options) -> None:
     started = time.perf_counter()
     outcomes = {}
     with tempfile.TemporaryDirectory() as directory:
+        held_out = pathlib.Path(directory) / "held_out.jsonl"
+        lines = pathlib.Path(options.validation).read_text(encoding="utf-8").splitlines(keepends=True)
+        held_out.write_text("".join(lines[:HELD_OUT]), encoding="utf-8")
         for number, (name, choice) in enumerate(CHOICES.items()):
-            outcomes[name] = train(options, choice.flags, pathlib.Path(directory) / str(number))
+            outcomes[name] = train(options, choice.flags, held_out, pathlib.Path(directory) / str(number))
             print(f"{name}: held-out loss {outcomes[name].after['loss']:.4f}", flush=True)
     report.write(
         options,

@@ -3,9 +3,9 @@
 Question:  with windows, attention visits only the blocks of the last tokens. Is the time per token of one long dialogue
            per row, without packing, flat in its length, where without windows it grows?
 Command:   python experiments/windows.py
-Hardware:  HARDWARE
-Time:      TIME
-Result:    RESULT
+Hardware:  not run in full yet.
+Time:      not measured yet.
+Result:    none yet.
 """
 
 import dataclasses
