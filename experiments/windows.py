@@ -3,9 +3,10 @@
 Question:  with windows, attention visits only the blocks of the last tokens. Is the time per token of one long dialogue
            per row, without packing, flat in its length, where without windows it grows?
 Command:   python experiments/windows.py
-Hardware:  not run in full yet.
-Time:      not measured yet.
-Result:    none yet.
+Hardware:  two cores of an AMD EPYC with AVX-512.
+Time:      3 min.
+Result:    nearly: from 512 to 16,384 tokens the time per token grows 7.3 times without windows, 2.0 times with one of
+           1,024 tokens and 1.5 times with one of 512.
 """
 
 import dataclasses
