@@ -45,7 +45,7 @@ from dialog_jax.model import decoder
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import load_tokenizer
-from dialog_jax.training import loss, train_step
+from dialog_jax.training import loss, score_steps
 from dialog_jax.trees import dataset, prefix_tree
 from dialog_jax.trees.dataset import Trees
 from dialog_jax.trees.dialogue_trees import TreeConfig
@@ -112,7 +112,7 @@ def response_losses(model: Model, dialogues: Sequence[Dialogue]) -> list[list[Fl
       UserError: a dialogue is longer than a row.
     """
     trees = dataset.prepare(dialogues, model.renderer, TreeConfig(max_length=harness.MAX_LENGTH, truncate="error"))
-    score_step = train_step.make_score_step(model.config, compute_dtype=jnp.float32)
+    score_step = score_steps.make_score_step(model.config, compute_dtype=jnp.float32)
     losses = []
     for number in range(len(trees)):
         tree = trees.tree(number)

@@ -35,7 +35,7 @@ from dialog_jax.evaluation import scoring
 from dialog_jax.inference import loading
 from dialog_jax.inference.loading import Model
 from dialog_jax.rendering.tokenizers import fingerprint
-from dialog_jax.training import optimizer, sharding
+from dialog_jax.training import optimizer, score_steps, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import LossConfig, MeshConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
@@ -103,7 +103,7 @@ def train(
         remat="dots",
         loss_config=CHOICES[name],
     )
-    score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
+    score_step = score_steps.make_score_step(student.config, compute_dtype=jnp.float32)
     plan = harness.make_plan(trees, options.seed)
     evaluated = np.linspace(0, options.steps, _EVALUATIONS + 1).astype(int)
     losses = {0: before}
@@ -192,11 +192,11 @@ def main(options: Options) -> None:
         file = write_teacher(model, dialogues, pathlib.Path(directory) / "teacher.safetensors")
         print(f"the teacher has scored {len(dialogues)} dialogues: {time.perf_counter() - started:.0f} s", flush=True)
         trees = dataset.prepare(dialogues, model.renderer, tree_config, teacher=file)
-        score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
+        score_step = score_steps.make_score_step(model.config, compute_dtype=jnp.float32)
         teacher_losses = harness.held_out_losses(score_step, model.parameters, held_out)
         student = make_student(model)
         del model
-        score_step = train_step_lib.make_score_step(student.config, compute_dtype=jnp.float32)
+        score_step = score_steps.make_score_step(student.config, compute_dtype=jnp.float32)
         before = harness.held_out_losses(score_step, student.parameters, held_out)
         losses = {name: train(student, name, trees, held_out, before, options) for name in CHOICES}
         rest = 1 - np.exp(file.top_log_probability.astype(np.float64)).sum(axis=-1).mean()

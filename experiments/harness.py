@@ -18,7 +18,7 @@ from dialog_jax.batching import batches
 from dialog_jax.batching.batches import Batch
 from dialog_jax.errors import UserError
 from dialog_jax.inference.loading import Model
-from dialog_jax.training import optimizer, sharding
+from dialog_jax.training import optimizer, score_steps, sharding
 from dialog_jax.training import train_step as train_step_lib
 from dialog_jax.training.config import MeshConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
@@ -99,7 +99,7 @@ def compare(
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     adam = OptimizerConfig(learning_rate=LEARNING_RATE, warmup_steps=min(WARMUP_STEPS, steps - 1))
     transform = optimizer.make_optimizer(adam, steps)
-    score_step = train_step_lib.make_score_step(model.config, compute_dtype=jnp.float32)
+    score_step = score_steps.make_score_step(model.config, compute_dtype=jnp.float32)
     train_step = None
 
     def evaluate(name: str, number: int, parameters: dict) -> Losses:
@@ -155,7 +155,7 @@ def held_out_losses(score_step: Callable, parameters: dict, trees: Trees, *, row
     """Returns the loss of every target in the first `rows` rows of `trees`, which depend only on the trees.
 
     Args:
-      score_step: returned by `train_step.make_score_step`.
+      score_step: returned by `score_steps.make_score_step`.
     """
     parts = []
     for batch, (numbers,) in batches.evaluation_batches(trees, max_length=MAX_LENGTH, rows=1, limit=rows):

@@ -59,7 +59,7 @@ def speak(model: loading.Model, session: generation.Session, messages: Sequence[
         _print_notice(f"(cut after {_MAX_NEW_TOKENS.value:,} tokens; --max_new_tokens=N allows more)")
     elif end == "context":
         _print_notice(
-            f"(cut: the model's context of {model.config.max_length:,} tokens is full; /reset starts a new dialogue)"
+            f"(cut: the model's context of {model.config.context:,} tokens is full; /reset starts a new dialogue)"
         )
     elif end == "interrupted":
         _print_notice("(stopped)")

@@ -193,7 +193,7 @@ def main() -> None:
                 )
             )
             scores = _add_signals(scores, add)
-        print(write_scores(scores, out, context=model.config.max_length, console=console))
+        print(write_scores(scores, out, context=model.config.context, console=console))
     if skipped:
         file = out.with_name(f"{out.stem}.skipped.txt")
         atomic_files.write_text(file, "".join(f"{' '.join(error.splitlines())}\n" for error in skipped))

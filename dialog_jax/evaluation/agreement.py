@@ -30,7 +30,7 @@ from dialog_jax.rendering import template_process
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from dialog_jax.rendering.written import ResponseLost
-from dialog_jax.training import sharding, train_step
+from dialog_jax.training import score_steps, sharding, train_step
 from dialog_jax.training.config import MeshConfig
 from dialog_jax.training.trainable import Parameters
 from dialog_jax.trees import dataset, fitting
@@ -168,7 +168,7 @@ def _compare_rows(
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), parameters)
     state = train_step.initialize_state(mesh, parameters.trained, optimizer, parameters.frozen)
     step = train_step.make_train_step(model, optimizer, mesh, compute_dtype=jnp.float32, remat=_REMAT, shapes=shapes)
-    score = train_step.make_score_step(model, compute_dtype=jnp.float32)
+    score = score_steps.make_score_step(model, compute_dtype=jnp.float32)
     plan = batches.Plan(trees, max_length=agreement.row_length, rows=1, micro_batches=1, seed=0)
     agreement.one_pass_tokens = plan.tokens_per_epoch
     # The trees of each row, in the order in which the row has them, and their dialogues.

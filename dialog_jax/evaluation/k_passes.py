@@ -164,7 +164,7 @@ def score_dialogues(
             stop_tokens=stop_tokens,
             virtual_tokens=virtual_tokens,
         )
-        fitting_passes = [one for one in passes if len(one.tokens) <= model.max_length]
+        fitting_passes = [one for one in passes if len(one.tokens) <= model.context]
         turns = []
         for one in fitting_passes:
             nll = math.fsum(compute_response_nll(model, parameters, one, compute_dtype=compute_dtype))

@@ -22,7 +22,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training import train_step
+from dialog_jax.training import score_steps
 from dialog_jax.training.loss import TargetScores
 from dialog_jax.trees import dataset, division, fitting, prefix_tree, refusals, teacher_file
 from dialog_jax.trees.fitting import Excerpt
@@ -88,19 +88,19 @@ def score_dialogues(
     """
     if not 0 <= top_k <= model.vocab_size:
         raise UserError(f"top_k is {top_k:,}; it must be 0 to {model.vocab_size:,}, the size of the vocabulary.")
-    score_step = train_step.make_score_step(model, compute_dtype=compute_dtype, top_k=top_k)
+    score_step = score_steps.make_score_step(model, compute_dtype=compute_dtype, top_k=top_k)
     on_cpu = all(device.platform == "cpu" for device in jax.tree.leaves(parameters)[0].devices())
     remaining = iter(dialogues)
     while window := list(itertools.islice(remaining, _WINDOW)):
         turns: list[list[dict[str, Any]]] = [[] for _ in window]
         signals: list[list[Signal]] = [[] for _ in window]
         tokens_read = [0] * len(window)
-        trees, turns_cut, errors = _build_trees(window, renderer, model.max_length)
+        trees, turns_cut, errors = _build_trees(window, renderer, model.context)
         for error in errors.values():
             if skipped is None:
                 raise error
             skipped.append(str(error))
-        for row, scores in _score_rows(trees, model.max_length, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
+        for row, scores in _score_rows(trees, model.context, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
             for tree, node_scores in _split_row(row, scores):
                 tokens_read[tree.dialogue] += len(tree.tree.tokens)
                 turns[tree.dialogue] += _list_turns(window[tree.dialogue], tree, np.asarray(node_scores.nll))

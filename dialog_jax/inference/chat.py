@@ -49,10 +49,10 @@ def reply(
       UserError: an argument is out of range, the template refuses the messages, or their prompt fills the context.
     """
     tokens = encode_prompt(model, messages)
-    room = model.config.max_length - len(tokens)
+    room = model.config.context - len(tokens)
     if room < 1:
         raise UserError(
-            f"the history has {len(tokens):,} tokens and the model's context is {model.config.max_length:,}, which "
+            f"the history has {len(tokens):,} tokens and the model's context is {model.config.context:,}, which "
             "leaves no room for a reply. Start a new chat, or shorten the history."
         )
     new_tokens = generation.generate(

@@ -102,10 +102,10 @@ def generate(
         raise UserError(f"temperature is {temperature}; it must be at least 0 (0 selects the likeliest token)")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if len(tokens) + max_new_tokens > config.max_length:
+    if len(tokens) + max_new_tokens > config.context:
         raise UserError(
             f"prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
-            f"{config.max_length} tokens; shorten the history or ask for fewer new tokens"
+            f"{config.context} tokens; shorten the history or ask for fewer new tokens"
         )
     if session is None:
         session = Session(config, parameters)
@@ -151,9 +151,9 @@ def _check_prompt(config: DecoderConfig, parameters: dict, tokens: Sequence[int]
             f"the prompt holds token ids {min(tokens)} to {max(tokens)}, but the model has a vocabulary of "
             f"{vocabulary}; use the tokenizer that belongs to the model"
         )
-    if len(tokens) > config.max_length:
+    if len(tokens) > config.context:
         raise UserError(
-            f"prompt of {len(tokens)} tokens exceeds the model's context of {config.max_length}; shorten the history"
+            f"prompt of {len(tokens)} tokens exceeds the model's context of {config.context}; shorten the history"
         )
 
 

@@ -199,17 +199,17 @@ def _to_device(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_soft_prompt(config: DecoderConfig, tokens: int) -> None:
-    if tokens > config.max_length - 2:
+    if tokens > config.context - 2:
         raise UserError(
-            f"the soft prompt has {tokens:,} tokens and the model's context is {config.max_length:,}, which leaves no "
+            f"the soft prompt has {tokens:,} tokens and the model's context is {config.context:,}, which leaves no "
             "room for a prompt and a response. Choose a shorter one."
         )
 
 
 def check_context(config: DecoderConfig, max_length: int) -> None:
     """Raises UserError if rows of `max_length` tokens exceed the model's context."""
-    if max_length > config.max_length:
+    if max_length > config.context:
         raise UserError(
-            f"data.max_length is {max_length:,}, but the model's context is {config.max_length:,} tokens. Choose a "
+            f"data.max_length is {max_length:,}, but the model's context is {config.context:,} tokens. Choose a "
             "smaller data.max_length."
         )

@@ -72,7 +72,7 @@ class DecoderConfig:
     head_dim: int
     feed_forward: int
     max_length: int
-    """Context in tokens."""
+    """The longest context in tokens (see `context`)."""
     rotary: tuple[Rotary | None, ...]
     """The kinds of RoPE; a layer whose kind is None rotates nothing."""
     layer_rotary: tuple[int, ...] = ()
@@ -161,6 +161,13 @@ class DecoderConfig:
                 scaling = dataclasses.replace(kind.scaling, uses_long=length > kind.scaling.original_max_length)
                 kinds[index] = dataclasses.replace(kind, scaling=scaling)
         return dataclasses.replace(self, rotary=tuple(kinds))
+
+    @property
+    def context(self) -> int:
+        """Tokens that it can be given: `max_length`, or less with LongRoPE's factors for short rows."""
+        scalings = [kind.scaling for kind in self.rotary if kind is not None]
+        short = [s.original_max_length for s in scalings if isinstance(s, LongRopeScaling) and not s.uses_long]
+        return min([self.max_length, *short])
 
     @property
     def window_shares(self) -> dict[int, float]:

@@ -1,125 +1,62 @@
-"""Model families as data: how each reads and writes its config.json, and the names of its tensors.
-
-A family is a record: `read` turns the fields of config.json, with every default of transformers' configuration class
-filled in, into the structural settings of a `DecoderConfig`; `write` is the inverse. Sizes, RoPE and everything that
-all families share is in `model.hf_config`.
+"""All model families as records (see `model.family`), by the `model_type` of their config.json.
 
 Source: the configuration and modeling files of each family in Hugging Face transformers 5.24.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from dialog_jax.errors import UserError
-from dialog_jax.model.decoder_config import DecoderConfig, Experts
-
-Fields = Mapping[str, Any]
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-class Family(NamedTuple):
-    """How a family is published."""
-
-    architecture: str
-    """The class of transformers that serves it."""
-    read: Callable[[Fields], dict[str, Any]]
-    """Fields of config.json to arguments of `DecoderConfig`, beyond those of `hf_config`."""
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    """The inverse."""
-    fields: frozenset[str]
-    """The fields that `read` reads."""
-    needed: Mapping[str, Sequence[Any]]
-    """Fields that would change the computation: the values with which they do not."""
-    rope_kinds: tuple[str, ...] = ()
-    """The types of layers that have a RoPE of their own, in the order of `DecoderConfig.rotary`; empty for one RoPE."""
-    layer_rotary: Callable[[Fields], tuple[int, ...]] | None = None
-    """Returns the index of each layer's RoPE; an index beyond `rope_kinds` stands for none."""
-    names: Mapping[str, str] = {}
-    """Published names of parameters where they are not those of llama; {} is the layer."""
-    fused: Mapping[str, tuple[str, ...]] = {}
-    """Published tensors that hold several parameters, one below the other: the parameters, from the top."""
-    interleaved: Mapping[str, tuple[str, ...]] = {}
-    """Published tensors in whose last axis several parameters alternate: the parameters."""
-    not_transposed: frozenset[str] = frozenset()
-    """Parameters published as [in, out], where others are published as [out, in]."""
-    quant_methods: tuple[str, ...] = ()
-    """Of `quantization_config`: what is decoded as it is read."""
-    has_extra_layers: bool = False
-    """Whether files may have layers behind the decoder's own, which are not read."""
-
-
-def _read_windows(fields: Fields) -> dict[str, Any]:
-    """Returns the windows by type of layer."""
-    types = fields["layer_types"]
-    if unknown := sorted(set(types) - {SLIDING, FULL}):
-        raise UserError(f"layer_types has {unknown[0]!r}; supported are {SLIDING!r} and {FULL!r}")
-    window = fields.get("sliding_window")
-    if SLIDING in types and not window:
-        raise UserError(f"layer_types has {SLIDING!r} and sliding_window is {window!r}; a number of tokens is needed")
-    return {"windows": tuple(window if kind == SLIDING else 0 for kind in types) if SLIDING in types else ()}
-
-
-def _write_windows(config: DecoderConfig) -> dict[str, Any]:
-    windows = config.windows or (0,) * config.layers
-    return {
-        "sliding_window": max(windows) or None,
-        "layer_types": [SLIDING if window else FULL for window in windows],
-    }
-
-
-def _tidy(number: float) -> float:
-    """Returns the short decimal that a computed number stands for: 10.000000000000002 -> 10.0."""
-    return float(f"{number:.12g}")
-
-
-_BIAS = frozenset({"attention_bias"})
-_NO_BIAS = {"mlp_bias": (False, None)}
-
-
-def _read_bias(fields: Fields) -> dict[str, Any]:
-    bias = bool(fields["attention_bias"])
-    return {"qkv_bias": bias, "output_bias": bias}
-
-
-def _write_bias(config: DecoderConfig) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias}
-
+from dialog_jax.model import mixture_families
+from dialog_jax.model.decoder_config import DecoderConfig
+from dialog_jax.model.family import (
+    BIAS,
+    FULL,
+    NO_BIAS,
+    SLIDING,
+    Family,
+    Fields,
+    read_bias,
+    read_window_of_all,
+    read_windows,
+    tidy,
+    write_bias,
+    write_window_of_all,
+    write_windows,
+)
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    read=_read_bias,
-    write=lambda config: {**_write_bias(config), "mlp_bias": False},
-    fields=_BIAS,
-    needed=_NO_BIAS,
+    read=read_bias,
+    write=lambda config: {**write_bias(config), "mlp_bias": False},
+    fields=BIAS,
+    needed=NO_BIAS,
 )
 
 
 def _write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:
-    return {"use_sliding_window": any(config.windows), **_write_windows(config)}
+    return {"use_sliding_window": any(config.windows), **write_windows(config)}
 
 
 _QWEN_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
-    read=lambda fields: {"qkv_bias": True, **_read_windows(fields)},
+    read=lambda fields: {"qkv_bias": True, **read_windows(fields)},
     write=_write_qwen_windows,
     fields=_QWEN_WINDOWS,
     needed={"attention_bias": (True,)},
 )
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
-    read=lambda fields: {"qk_norm": "head", **_read_bias(fields), **_read_windows(fields)},
-    write=lambda config: {**_write_bias(config), **_write_qwen_windows(config)},
-    fields=_BIAS | _QWEN_WINDOWS,
-    needed=_NO_BIAS,
+    read=lambda fields: {"qk_norm": "head", **read_bias(fields), **read_windows(fields)},
+    write=lambda config: {**write_bias(config), **_write_qwen_windows(config)},
+    fields=BIAS | _QWEN_WINDOWS,
+    needed=NO_BIAS,
 )
 
 MISTRAL = Family(
     architecture="MistralForCausalLM",
-    read=lambda fields: {"windows": (fields["sliding_window"] or 0,) * fields["num_hidden_layers"]},
-    write=lambda config: {"sliding_window": max(config.windows, default=0) or None},
+    read=read_window_of_all,
+    write=write_window_of_all,
     fields=frozenset({"sliding_window"}),
     needed={},
 )
@@ -132,8 +69,8 @@ def _read_gemma(fields: Fields) -> dict[str, Any]:
         "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
         "logit_cap": fields["final_logit_softcapping"],
         "embedding_scale": fields["hidden_size"] ** 0.5,
-        **_read_bias(fields),
-        **_read_windows(fields),
+        **read_bias(fields),
+        **read_windows(fields),
     }
 
 
@@ -145,8 +82,8 @@ def _write_gemma(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "use_bidirectional_attention": False,
-        **_write_bias(config),
-        **_write_windows(config),
+        **write_bias(config),
+        **write_windows(config),
     }
 
 
@@ -156,7 +93,7 @@ def _find_theta(config: DecoderConfig) -> float:
 
 
 _NAMES_OF_BOTH_NORMS = {"layers/feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
-_GEMMA_FIELDS = _BIAS | {
+_GEMMA_FIELDS = BIAS | {
     *("query_pre_attn_scalar", "final_logit_softcapping"),
     *("sliding_window", "layer_types", "_sliding_window_pattern"),
 }
@@ -189,7 +126,7 @@ def _read_granite(fields: Fields) -> dict[str, Any]:
         "scales_soft_prompt": True,
         "residual_scale": fields["residual_multiplier"],
         "logit_scale": 1 / fields["logits_scaling"],
-        **_read_bias(fields),
+        **read_bias(fields),
     }
 
 
@@ -198,9 +135,9 @@ def _write_granite(config: DecoderConfig) -> dict[str, Any]:
         "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
         "embedding_multiplier": config.embedding_scale,
         "residual_multiplier": config.residual_scale,
-        "logits_scaling": _tidy(1 / config.logit_scale),
+        "logits_scaling": tidy(1 / config.logit_scale),
         "mlp_bias": False,
-        **_write_bias(config),
+        **write_bias(config),
     }
 
 
@@ -208,8 +145,8 @@ GRANITE = Family(
     architecture="GraniteForCausalLM",
     read=_read_granite,
     write=_write_granite,
-    fields=_BIAS | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"},
-    needed=_NO_BIAS,
+    fields=BIAS | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"},
+    needed=NO_BIAS,
 )
 
 _GATE_AND_UP = ("layers/feed_forward/w_gate", "layers/feed_forward/w_up")
@@ -251,15 +188,15 @@ _UNROTATED = 1  # the index of no RoPE in a family with one kind
 
 SMOLLM3 = Family(
     architecture="SmolLM3ForCausalLM",
-    read=lambda fields: {**_read_bias(fields), **_read_windows(fields)},
+    read=lambda fields: {**read_bias(fields), **read_windows(fields)},
     write=lambda config: {
         "no_rope_layers": [int(kind != _UNROTATED) for kind in config.layer_rotary or (0,) * config.layers],
         "mlp_bias": False,
-        **_write_bias(config),
+        **write_bias(config),
         **_write_qwen_windows(config),
     },
-    fields=_BIAS | _QWEN_WINDOWS | {"no_rope_layers", "no_rope_layer_interval"},
-    needed=_NO_BIAS,
+    fields=BIAS | _QWEN_WINDOWS | {"no_rope_layers", "no_rope_layer_interval"},
+    needed=NO_BIAS,
     layer_rotary=lambda fields: tuple(0 if rotates else _UNROTATED for rotates in fields["no_rope_layers"]),
 )
 
@@ -267,16 +204,16 @@ _OLMO = {"norms": "post", "qk_norm": "width"}
 
 OLMO2 = Family(
     architecture="Olmo2ForCausalLM",
-    read=lambda fields: {**_OLMO, **_read_bias(fields)},
-    write=_write_bias,
-    fields=_BIAS,
+    read=lambda fields: {**_OLMO, **read_bias(fields)},
+    write=write_bias,
+    fields=BIAS,
     needed={},
 )
 OLMO3 = Family(
     architecture="Olmo3ForCausalLM",
-    read=lambda fields: {**_OLMO, **_read_bias(fields), **_read_windows(fields)},
-    write=lambda config: {**_write_bias(config), **_write_windows(config)},
-    fields=_BIAS | {"sliding_window", "layer_types"},
+    read=lambda fields: {**_OLMO, **read_bias(fields), **read_windows(fields)},
+    write=lambda config: {**write_bias(config), **write_windows(config)},
+    fields=BIAS | {"sliding_window", "layer_types"},
     needed={},
     rope_kinds=(SLIDING, FULL),
     layer_rotary=lambda fields: tuple(int(kind == FULL) for kind in fields["layer_types"]),
@@ -284,185 +221,20 @@ OLMO3 = Family(
 
 MINISTRAL3 = MISTRAL._replace(architecture="Ministral3ForCausalLM")
 
-_NO_AUXILIARY_LOSS = {"output_router_logits": (False, None)}
-
-
-def _read_qwen_experts(fields: Fields) -> dict[str, Any]:
-    """Returns the experts of qwen3_moe; a model in which all layers are dense has none."""
-    layers = fields["num_hidden_layers"]
-    count = fields["num_local_experts"]
-    sparse = {
-        layer
-        for layer in range(layers)
-        if count and (layer + 1) % fields["decoder_sparse_step"] == 0 and layer not in fields["mlp_only_layers"]
-    }
-    if not sparse:
-        return {}
-    return {
-        "experts": Experts(
-            count=count,
-            active=fields["num_experts_per_tok"],
-            width=fields["moe_intermediate_size"],
-            dense_layers=tuple(sorted(set(range(layers)) - sparse)),
-            normalize=bool(fields["norm_topk_prob"]),
-        )
-    }
-
-
-def _write_qwen_experts(config: DecoderConfig) -> dict[str, Any]:
-    experts = config.experts
-    fields: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
-    if experts is not None:
-        fields |= {
-            "num_experts": experts.count,
-            "num_experts_per_tok": experts.active,
-            "moe_intermediate_size": experts.width,
-            "norm_topk_prob": experts.normalize,
-        }
-    return fields | {"output_router_logits": False}
-
-
-def _write_window_of_all(config: DecoderConfig) -> dict[str, Any]:
-    return {"use_sliding_window": any(config.windows), "sliding_window": max(config.windows, default=0) or None}
-
-
-QWEN3_MOE = Family(
-    architecture="Qwen3MoeForCausalLM",
-    read=lambda fields: {
-        "qk_norm": "head",
-        **_read_bias(fields),
-        "windows": (fields["sliding_window"],) * fields["num_hidden_layers"] if fields["sliding_window"] else (),
-        **_read_qwen_experts(fields),
-    },
-    write=lambda config: {**_write_bias(config), **_write_window_of_all(config), **_write_qwen_experts(config)},
-    fields=_BIAS | {"use_sliding_window", "sliding_window"},
-    needed=_NO_BIAS | _NO_AUXILIARY_LOSS,
-)
-
-_GPT_OSS_EXPERTS = "model.layers.{}.mlp.experts."
-
-
-def _write_gpt_oss_experts(config: DecoderConfig) -> dict[str, Any]:
-    experts = config.experts
-    assert experts is not None
-    return {
-        "num_local_experts": experts.count,
-        "num_experts_per_tok": experts.active,
-        "swiglu_limit": experts.clamp,
-        "swiglu_alpha": experts.gate_slope,
-        "output_router_logits": False,
-    }
-
-
-GPT_OSS = Family(
-    architecture="GptOssForCausalLM",
-    read=lambda fields: {
-        **_read_bias(fields),
-        **_read_windows(fields),
-        "sinks": True,
-        "experts": Experts(
-            count=fields["num_local_experts"],
-            active=fields["num_experts_per_tok"],
-            width=fields["intermediate_size"],
-            scoring="softmax_of_top",
-            router_bias=True,
-            biases=True,
-            clamp=float(fields["swiglu_limit"]),
-            gate_slope=float(fields["swiglu_alpha"]),
-        ),
-    },
-    write=lambda config: {
-        **_write_bias(config),
-        **_write_windows(config),
-        **_write_gpt_oss_experts(config),
-    },
-    fields=_BIAS | {"sliding_window", "layer_types"},
-    needed=_NO_AUXILIARY_LOSS,
-    names={
-        "layers/experts/w_router": "model.layers.{}.mlp.router.weight",
-        "layers/experts/w_gate": f"{_GPT_OSS_EXPERTS}gate_proj",
-        "layers/experts/w_up": f"{_GPT_OSS_EXPERTS}up_proj",
-        "layers/experts/w_down": f"{_GPT_OSS_EXPERTS}down_proj",
-    },
-    interleaved={
-        f"{_GPT_OSS_EXPERTS}gate_up_proj": ("layers/experts/w_gate", "layers/experts/w_up"),
-        f"{_GPT_OSS_EXPERTS}gate_up_proj_bias": ("layers/experts/b_gate", "layers/experts/b_up"),
-    },
-    not_transposed=frozenset(f"layers/experts/{name}" for name in ("w_gate", "w_up", "w_down")),
-    quant_methods=("mxfp4",),
-)
-
-
-def _read_glm(fields: Fields) -> dict[str, Any]:
-    """Returns the settings of glm4_moe; its output projection never has a bias."""
-    settings: dict[str, Any] = {
-        "qkv_bias": bool(fields["attention_bias"]),
-        "qk_norm": "head" if fields["use_qk_norm"] else "none",
-    }
-    dense = min(fields["first_k_dense_replace"], fields["num_hidden_layers"])
-    if dense < fields["num_hidden_layers"]:
-        settings["experts"] = Experts(
-            count=fields["n_routed_experts"],
-            active=fields["num_experts_per_tok"],
-            width=fields["moe_intermediate_size"],
-            dense_layers=tuple(range(dense)),
-            shared_width=fields["moe_intermediate_size"] * fields["n_shared_experts"],
-            scoring="sigmoid",
-            normalize=bool(fields["norm_topk_prob"]),
-            scale=float(fields["routed_scaling_factor"]),
-            groups=fields["n_group"],
-            active_groups=fields["topk_group"],
-            router_bias=True,
-        )
-    return settings
-
-
-def _write_glm(config: DecoderConfig) -> dict[str, Any]:
-    fields = {
-        **_write_bias(config),
-        "use_qk_norm": config.qk_norm == "head",
-        "first_k_dense_replace": len(config.dense_layers),
-        "num_nextn_predict_layers": 0,
-        "output_router_logits": False,
-    }
-    if experts := config.experts:
-        fields |= {
-            "n_routed_experts": experts.count,
-            "num_experts_per_tok": experts.active,
-            "moe_intermediate_size": experts.width,
-            "n_shared_experts": experts.shared_width // experts.width,
-            "norm_topk_prob": experts.normalize,
-            "routed_scaling_factor": experts.scale,
-            "n_group": experts.groups,
-            "topk_group": experts.active_groups,
-        }
-    return fields
-
-
-GLM4_MOE = Family(
-    architecture="Glm4MoeForCausalLM",
-    read=_read_glm,
-    write=_write_glm,
-    fields=_BIAS | {"partial_rotary_factor"},
-    needed=_NO_AUXILIARY_LOSS,
-    names={"layers/experts/b_router": "model.layers.{}.mlp.gate.e_score_correction_bias"},
-    has_extra_layers=True,
-)
-
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
-    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe": mixture_families.QWEN3_MOE,
     "mistral": MISTRAL,
     "ministral3": MINISTRAL3,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
     "granite": GRANITE,
-    "glm4_moe": GLM4_MOE,
-    "gpt_oss": GPT_OSS,
+    "glm4_moe": mixture_families.GLM4_MOE,
+    "gpt_oss": mixture_families.GPT_OSS,
     "granitemoehybrid": GRANITE_HYBRID,
     "smollm3": SMOLLM3,
     "olmo2": OLMO2,

@@ -15,17 +15,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dialog_jax.errors import UserError
+from dialog_jax.model import rope_parameters
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.model.families import FAMILIES, FULL, Family, Fields
-from dialog_jax.model.rotary import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    Rotary,
-    Scaling,
-    YarnScaling,
-)
+from dialog_jax.model.families import FAMILIES
+from dialog_jax.model.family import FULL, Family, Fields
+from dialog_jax.model.rotary import LongRopeScaling, Rotary
 
 # A whole config.json has them; a text_config is often saved without.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -74,8 +68,8 @@ def from_json(file: pathlib.Path, fields: Fields) -> DecoderConfig:
     record = FAMILIES[family]
     _refuse_unsupported(file, record, fields)
     full = _fill_defaults(file, family, fields)
-    heads = full["num_attention_heads"]
     try:
+        heads = full["num_attention_heads"]
         return DecoderConfig(
             family=family,
             vocab_size=full["vocab_size"],
@@ -93,7 +87,7 @@ def from_json(file: pathlib.Path, fields: Fields) -> DecoderConfig:
                 | record.read(full)
             ),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: {error}") from error
 
 
@@ -123,13 +117,14 @@ def _unwrap(file: pathlib.Path, fields: Fields) -> tuple[Fields, str]:
 def _fill_defaults(file: pathlib.Path, family: str, fields: Fields) -> Fields:
     """Returns the fields as transformers 5 spells them, with its defaults where `fields` has none."""
     given = {name: _decode_floats(value) for name, value in fields.items() if name != "quantization_config"}
-    logger = logging.getLogger("transformers.modeling_rope_utils")  # warns of what we check ourselves
+    logger = logging.getLogger("transformers")  # warns of what is checked here, and of token ids that are not read
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         return CONFIG_MAPPING[family].from_dict(given).to_dict()
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{file}: transformers does not read it: {type(error).__name__}: {error}") from error
+    except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: transformers does not read it: {type(error).__name__}: {reason}") from error
     finally:
         logger.setLevel(level)
 
@@ -173,115 +168,13 @@ def _read_rotary(family: Family, fields: Fields) -> dict[str, Any]:
     parameters = fields["rope_parameters"]
     # transformers reads `truncate` of all kinds at the top.
     parts = [parameters[kind] | {"truncate": parameters.get("truncate")} for kind in family.rope_kinds]
-    kinds: tuple[Rotary | None, ...] = tuple(_parse_rotary(part, fields) for part in parts or [parameters])
+    kinds: tuple[Rotary | None, ...] = tuple(rope_parameters.parse(part, fields) for part in parts or [parameters])
     indices = family.layer_rotary(fields) if family.layer_rotary else ()
     if len(kinds) in indices:
         kinds = (*kinds, None)
     if len(set(indices)) == 1:
         return {"rotary": (kinds[indices[0]],)}
     return {"rotary": kinds, "layer_rotary": indices}
-
-
-def _parse_rotary(parameters: Fields, fields: Fields) -> Rotary:
-    kind = parameters.get("rope_type") or "default"
-    original = parameters.get("original_max_position_embeddings") or fields["max_position_embeddings"]
-    scaling: Scaling | None = None
-    try:
-        if kind == "linear":
-            scaling = LinearScaling(factor=float(parameters["factor"]))
-        elif kind == "dynamic":
-            scaling = DynamicScaling(factor=float(parameters["factor"]))
-        elif kind == "llama3":
-            scaling = Llama3Scaling(
-                factor=float(parameters["factor"]),
-                low_frequency_factor=float(parameters["low_freq_factor"]),
-                high_frequency_factor=float(parameters["high_freq_factor"]),
-                original_max_length=int(original),
-            )
-        elif kind == "yarn":
-            names = ("attention_factor", "mscale", "mscale_all_dim")
-            optional = {name: float(value) for name in names if (value := parameters.get(name)) is not None}
-            scaling = YarnScaling(
-                factor=float(parameters["factor"]),
-                original_max_length=int(original),
-                beta_fast=float(parameters.get("beta_fast") or 32),
-                beta_slow=float(parameters.get("beta_slow") or 1),
-                truncate=parameters.get("truncate") is not False,
-                **optional,
-            )
-        elif kind == "longrope":
-            longest = fields["max_position_embeddings"]
-            original = fields.get("original_max_position_embeddings") or original
-            factor = parameters.get("attention_factor")
-            scaling = LongRopeScaling(
-                short_factors=tuple(map(float, parameters["short_factor"])),
-                long_factors=tuple(map(float, parameters["long_factor"])),
-                factor=float(parameters.get("factor") or longest / original),
-                original_max_length=int(original),
-                attention_factor=None if factor is None else float(factor),
-            )
-        elif kind != "default":
-            raise UserError(f"rope_type is {kind!r}, which is not supported")
-    except KeyError as error:
-        raise UserError(f"rope scaling of type {kind} lacks {error.args[0]}") from None
-    growth = float(parameters.get("llama_4_scaling_beta") or 0.0)
-    return Rotary(
-        theta=float(parameters["rope_theta"]),
-        scaling=scaling,
-        fraction=float(parameters.get("partial_rotary_factor") or 1.0),
-        query_growth=growth,
-    )
-
-
-def _describe_rotary(rotary: Rotary) -> dict[str, Any]:
-    scaling = rotary.scaling
-    described: dict[str, Any] = {"rope_type": "default"}
-    if isinstance(scaling, LinearScaling | DynamicScaling):
-        described = {"rope_type": "linear" if isinstance(scaling, LinearScaling) else "dynamic"}
-        described["factor"] = scaling.factor
-    elif isinstance(scaling, Llama3Scaling):
-        described = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
-    elif isinstance(scaling, YarnScaling):
-        described = {
-            "rope_type": "yarn",
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-            "beta_fast": scaling.beta_fast,
-            "beta_slow": scaling.beta_slow,
-            "truncate": scaling.truncate,
-        }
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(scaling, name) is not None:
-                described[name] = getattr(scaling, name)
-    elif isinstance(scaling, LongRopeScaling):
-        described = {
-            "rope_type": "longrope",
-            "factor": scaling.factor,
-            "short_factor": list(scaling.short_factors),
-            "long_factor": list(scaling.long_factors),
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
-        if scaling.attention_factor is not None:
-            described["attention_factor"] = scaling.attention_factor
-    if rotary.fraction != 1.0:
-        described["partial_rotary_factor"] = rotary.fraction
-    if rotary.query_growth:
-        described["llama_4_scaling_beta"] = rotary.query_growth
-    return described
-
-
-def _describe_scaling(kind: Fields) -> dict[str, Any] | None:
-    """Returns the field `rope_scaling` of transformers 4, in which that of phi3 has these three fields and no other."""
-    if kind["rope_type"] == "longrope":
-        return {"type": "longrope"} | {name: kind[name] for name in ("short_factor", "long_factor")}
-    scaling = {name: value for name, value in kind.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    return scaling if len(scaling) > 1 else None
 
 
 def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -291,7 +184,7 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
       UserError: no model of this family has such a structure.
     """
     family = FAMILIES[config.family]
-    kinds = [_describe_rotary(kind) | {"rope_theta": kind.theta} for kind in config.rotary if kind is not None]
+    kinds = [rope_parameters.describe(kind) | {"rope_theta": kind.theta} for kind in config.rotary if kind is not None]
     kinds = kinds or [{"rope_type": "default", "rope_theta": 10000.0}]  # of a model without RoPE
     kinds *= 1 if len(kinds) > 1 else max(1, len(family.rope_kinds))  # layers of one type only
     fields = {
@@ -315,7 +208,7 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
         # Both spellings: transformers 5 reads rope_parameters, earlier releases and vLLM the others.
         "rope_parameters": dict(zip(family.rope_kinds, kinds, strict=True)) if family.rope_kinds else kinds[0],
         "rope_theta": kinds[-1]["rope_theta"],
-        "rope_scaling": _describe_scaling(kinds[-1]),
+        "rope_scaling": rope_parameters.describe_scaling(kinds[-1]),
         **{"hidden_act": config.activation, **family.write(config)},
     }
     if "partial_rotary_factor" in kinds[-1]:

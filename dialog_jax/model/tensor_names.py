@@ -111,7 +111,7 @@ def find_fused(config: DecoderConfig) -> dict[str, list[str]]:
     """Returns {name of a published tensor that holds several parameters: the names of tensors for each of them}."""
     fused = FAMILIES[config.family].fused
     return {
-        name.format(layer): [NAMES[key].published.format(layer) for key in keys]
+        name.format(layer): [_find_name(config, key).format(layer) for key in keys]
         for name, keys in fused.items()
         for layer in range(config.layers)
     }

@@ -21,8 +21,9 @@ from dialog_jax.training import checkpoints, distributed, metrics, optimizer, sh
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.console import Clock, Progress, Startup
 from dialog_jax.training.run_inputs import Inputs
+from dialog_jax.training.score_steps import EvaluationSums
 from dialog_jax.training.signals import Listener, StoppedError
-from dialog_jax.training.train_step import EvaluationSums, StepMetrics, TrainState
+from dialog_jax.training.train_step import StepMetrics, TrainState
 from dialog_jax.training.trainable import Selection
 
 _DIALOGUES_NAMED = 20  # per skipped step

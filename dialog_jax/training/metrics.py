@@ -19,7 +19,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, parameter_trees, tensor_names
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.training import trainable
-from dialog_jax.training.train_step import EvaluationSums
+from dialog_jax.training.score_steps import EvaluationSums
 from dialog_jax.training.trainable import Selection
 
 # Published peak of dense bfloat16 matmuls in FLOP/s, by the beginning of `jax.Device.device_kind`. NVIDIA's data sheets

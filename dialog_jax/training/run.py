@@ -33,6 +33,7 @@ from dialog_jax.training import (
     optimizer,
     run_directory,
     run_inputs,
+    score_steps,
     sharding,
     signals,
     train_step,
@@ -150,7 +151,7 @@ def run(
                 lora_dropout=config.lora.dropout if selection.scales else 0.0,
                 seed=config.seed,
             ),
-            evaluation_step=train_step.make_evaluation_step(
+            evaluation_step=score_steps.make_evaluation_step(
                 inputs.model,
                 mesh,
                 compute_dtype=dtype,

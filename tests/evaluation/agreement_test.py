@@ -14,7 +14,7 @@ from dialog_jax.dialogues import parsing
 from dialog_jax.dialogues.dialogue import Dialogue, Message, Part
 from dialog_jax.evaluation import agreement, differences
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training import loss, train_step
+from dialog_jax.training import loss, score_steps, train_step
 from dialog_jax.training.trainable import Parameters
 from dialog_jax.trees import dataset, prefix_tree
 from tests.rendering import chat_templates, unwritten_records
@@ -70,7 +70,7 @@ def compare_again(family):
     """The same with what earlier calls have compiled."""
     with (
         mock.patch.object(train_step, "make_train_step", once(train_step.make_train_step)),
-        mock.patch.object(train_step, "make_score_step", once(train_step.make_score_step)),
+        mock.patch.object(score_steps, "make_score_step", once(score_steps.make_score_step)),
     ):
         return compare(family)
 
@@ -247,8 +247,8 @@ class AgreementTest(parameterized.TestCase):
 
             return score
 
-        make = train_step.make_score_step
-        with mock.patch.object(train_step, "make_score_step", too_much):
+        make = score_steps.make_score_step
+        with mock.patch.object(score_steps, "make_score_step", too_much):
             outcome = compare()
         beyond = {what: finding.beyond for what, finding in outcome.findings.items() if finding.beyond}
         self.assertEqual(beyond, {"loss of a response": 1})

@@ -16,6 +16,8 @@ import optax
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from dialog_jax.errors import UserError
+from dialog_jax.inference import generation
 from dialog_jax.model import decoder, decoding, families, parameter_trees, pretrained, saving, tensor_names
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import trainable
@@ -60,6 +62,31 @@ def _logits(config, parameters, hidden):
     return decoder.cap_logits(config, hidden @ decoder.unembedding(config, parameters).T)
 
 
+def compute_gradient(name):
+    """(logits, {published name: gradient}) of a reference's loss."""
+    config, parameters, reference = load(name)
+    tokens = reference["tokens"]
+    config = config.for_length(tokens.shape[1])
+
+    def loss(parameters):
+        logits = compute_logits(config, parameters, tokens)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        return jnp.mean(nll), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+    # Written as if they were the parameters, gradients have the published names and layouts.
+    with tempfile.TemporaryDirectory() as directory:
+        saving.save_pretrained(pathlib.Path(directory) / "gradient", config, gradient)
+        published = safetensors.numpy.load_file(pathlib.Path(directory) / "gradient" / "model.safetensors")
+    compared = [key.removeprefix("gradient/") for key in reference if key.startswith("gradient/")]
+    return logits, {tensor: published[name] for tensor, name in tensor_names.standardize_names(compared).items()}
+
+
+def pick_values(gradient):
+    """The values of a gradient that references have."""
+    return gradient.reshape(-1)[:: max(1, -(-gradient.size // 64))]
+
+
 def _relative_error(got, needed):
     got, needed = np.asarray(got, np.float64), np.asarray(needed, np.float64)
     return np.linalg.norm(got - needed) / np.linalg.norm(needed)
@@ -68,31 +95,15 @@ def _relative_error(got, needed):
 class FamiliesTest(parameterized.TestCase):
     @parameterized.parameters(*_NAMES)
     def test_logits_and_gradients_are_those_of_transformers(self, name):
-        config, parameters, reference = load(name)
-        tokens = reference["tokens"]
-        config = config.for_length(tokens.shape[1])
-
-        def loss(parameters):
-            logits = compute_logits(config, parameters, tokens)
-            nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-            return jnp.mean(nll), logits
-
-        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+        logits, gradients = compute_gradient(name)
+        _, _, reference = load(name)
         self.assertLess(_relative_error(logits, reference["logits"]), 4e-6)
-        # Written as if they were the parameters, gradients have the published names and layouts.
-        with tempfile.TemporaryDirectory() as directory:
-            saving.save_pretrained(pathlib.Path(directory) / "gradient", config, gradient)
-            published = safetensors.numpy.load_file(pathlib.Path(directory) / "gradient" / "model.safetensors")
-        compared = [key.removeprefix("gradient/") for key in reference if key.startswith("gradient/")]
-        names = tensor_names.standardize_names(compared)
-        for tensor in compared:
-            values = published[names[tensor]].reshape(-1)
+        for tensor, gradient in gradients.items():
             needed, norm = reference[f"gradient/{tensor}"], float(reference[f"norm/{tensor}"])
-            stride = max(1, -(-values.size // 64))
             # Of an expert that no token chose, both are 0.
-            self.assertLessEqual(np.abs(values[::stride] - needed).max(), 2e-5 * norm, tensor)
-            self.assertAlmostEqual(np.linalg.norm(values.astype(np.float64)), norm, delta=2e-5 * norm, msg=tensor)
-        self.assertGreater(len(compared), 10)
+            self.assertLessEqual(np.abs(pick_values(gradient) - needed).max(), 2e-5 * norm, tensor)
+            self.assertAlmostEqual(np.linalg.norm(gradient.astype(np.float64)), norm, delta=2e-5 * norm, msg=tensor)
+        self.assertGreater(len(gradients), 10)
 
     def test_longrope_has_other_factors_for_rows_up_to_the_original_length(self):
         config, parameters, reference = load("phi3")
@@ -100,6 +111,10 @@ class FamiliesTest(parameterized.TestCase):
         got = compute_logits(config.for_length(32), parameters, tokens)
         self.assertLess(_relative_error(got, reference["short_logits"]), 4e-6)
         self.assertGreater(_relative_error(got, reference["logits"][:, :32]), 1e-2)
+        # With the factors for short rows, longer contexts are refused.
+        self.assertEqual([config.for_length(length).context for length in (1, 32, 33)], [32, 32, 256])
+        with self.assertRaisesRegex(UserError, "exceeds the model's context of 32"):
+            generation.Session(config.for_length(32), parameters).read(list(range(33)))
 
     @parameterized.parameters(*_NAMES)
     def test_saved_files_have_the_same_tensors_and_config(self, name):

@@ -121,6 +121,16 @@ class FieldsTest(parameterized.TestCase):
         fields = hf_config.to_json(hf_config.from_json(_FILE, _example("phi3")))
         self.assertEqual(fields["rope_scaling"].keys(), {"type", "short_factor", "long_factor"})
 
+    @parameterized.parameters(
+        ("llama", "num_attention_heads"),
+        ("granite", "logits_scaling"),
+        ("gemma2", "query_pre_attn_scalar"),
+        ("qwen3_moe", "decoder_sparse_step"),
+    )
+    def test_zero_that_is_divided_by_is_an_error_that_names_the_file(self, family, field):
+        with self.assertRaisesRegex(UserError, r"config.json: .*(zero|0\.0)"):
+            hf_config.from_json(_FILE, _example(family) | {field: 0})
+
     @parameterized.parameters("fp8", "gptq", "awq", "bitsandbytes")
     def test_quantized_checkpoint_is_refused_by_name(self, method):
         for family in families.FAMILIES:

@@ -12,7 +12,7 @@ from dialog_jax.errors import UserError
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.training import metrics, trainable
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.training.train_step import EvaluationSums
+from dialog_jax.training.score_steps import EvaluationSums
 from tests.rendering import chat_templates
 from tests.training import tiny
 

@@ -15,7 +15,7 @@ from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.rotary import Rotary
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training import loss, optimizer, train_step
+from dialog_jax.training import loss, optimizer, score_steps, train_step
 from dialog_jax.training.config import DataConfig, MeshConfig, TrainConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.trees import dataset
@@ -114,7 +114,8 @@ def shared_programs():
         for module, names in (
             (dispatch, ("shard_attention",)),
             (optimizer, ("make_optimizer",)),
-            (train_step, ("make_train_step", "make_evaluation_step")),
+            (train_step, ("make_train_step",)),
+            (score_steps, ("make_evaluation_step",)),
         ):
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, _once(getattr(module, name))))

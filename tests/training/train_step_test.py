@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.batching import batches
 from dialog_jax.model import decoder
-from dialog_jax.training import loss, optimizer, sharding, train_step
+from dialog_jax.training import loss, optimizer, score_steps, sharding, train_step
 from dialog_jax.training.config import LossConfig, MeshConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
 from dialog_jax.training.trainable import Parameters
@@ -291,7 +291,7 @@ class EvaluationTest(absltest.TestCase):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         parameters = tiny.parameters(model)
         batch = batch_of(1, 8)
-        sums = train_step.make_evaluation_step(model, mesh, compute_dtype=jnp.float32, turns=2)(parameters, batch)
+        sums = score_steps.make_evaluation_step(model, mesh, compute_dtype=jnp.float32, turns=2)(parameters, batch)
         one = jax.tree.map(lambda array: jnp.asarray(array[0]), batch)
         hidden = decoder.hidden_states(model, parameters, one.tokens, one.position, one.subtree_end)
         logs = np.asarray(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, parameters["embedding"])), np.float64)
