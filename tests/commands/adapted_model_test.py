@@ -53,6 +53,7 @@ class AdaptedModelTest(parameterized.TestCase):
             "run": [f"--config.model={cls.run_directory}", f"--base={cls.base}"],
         }
 
+    @pytest.mark.full
     def test_replies_are_those_of_the_merged_model_and_the_checkpoint_of_a_run_is_told(self):
         flags = ("--message=Hello", "--temperature=0", "--max_new_tokens=8")
         outcomes = {name: running.run("chat", *model, *flags) for name, model in self.models.items()}
@@ -61,6 +62,7 @@ class AdaptedModelTest(parameterized.TestCase):
         self.assertIn("run: step 1, the best by held-out loss", outcomes["run"][1])
         self.assertNotIn("step", outcomes["adapter"][1])
 
+    @pytest.mark.full
     def test_scores_are_those_of_the_merged_model(self):
         nll = {}
         for name, model in self.models.items():

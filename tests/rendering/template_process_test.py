@@ -130,7 +130,7 @@ class HarmTest(parameterized.TestCase):
             import sys
             sys.path[:] = {sys.path!r}
             from dialog_jax.rendering import template_process as it
-            it.SECONDS = 0.5
+            it.SECONDS = 1.0
             it.render_in_this_process()
             for template in {[_LOOPS, _CALLS, _DOUBLES, _WRITES, "{{ 'x' * 100_000_000_000 }}"]!r}:
                 for text in template, "{{{{ messages[1].content }}}}":
@@ -143,7 +143,7 @@ class HarmTest(parameterized.TestCase):
         stopped, rendered = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
         self.assertLen(stopped, 5, done.stderr)
         for line, reasons in zip(stopped, ["time", "time", "either", "either", "memory"], strict=True):
-            expected = {"time": "it ran for more than 0.5 s", "memory": _TOO_MUCH_MEMORY}
+            expected = {"time": "it ran for more than 1 s", "memory": _TOO_MUCH_MEMORY}
             self.assertIn(line, expected.values() if reasons == "either" else [expected[reasons]])
         self.assertEqual(rendered, ["['b'] "] * 5)
 

@@ -18,6 +18,8 @@ from tests.training import tiny, train_step_test
 _EXPERTS = Experts(count=6, active=2, width=24, shared_width=16, dense_layers=(1,), normalize=True)
 _MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
+FULL_PARAMETERS = ("none", "full", "uneven over fsdp", "by neither")  # of the full tier: see tests/conftest.py
+
 
 def _mixture():
     model, _ = train_step_test.prepared()

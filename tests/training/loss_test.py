@@ -147,8 +147,9 @@ class LossConfigTest(parameterized.TestCase):
 class ExtrasTest(parameterized.TestCase):
     """Every extra alone and with the others."""
 
-    @parameterized.product(config=EXTRAS, tile=(7, 256), cap=(None, 1.5))
-    def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile, cap):
+    @parameterized.product(config=EXTRAS, tile_and_cap=((7, None), (256, None), (7, 1.5)))
+    def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile_and_cap):
+        tile, cap = tile_and_cap
         arrays, teacher = problem(7), teacher_of(8)
         self.enter_context(absltest.mock.patch.object(loss, "TILE", tile))
         (value, nll), (d_hidden, d_unembedding) = value_and_gradient(arrays, teacher, config, cap)
