@@ -39,6 +39,7 @@ SECONDS = 30.0
 """Time limit of a request."""
 BYTES = 1 << 30
 """Memory limit of the process."""
+_INSTRUCTION_SECONDS = 30.0  # of CPU for one instruction of Python; copying a gigabyte can take a second
 _START_SECONDS = 300.0  # generous, for a busy machine
 _IDLE_SECONDS = 600.0  # after which the process ends
 _READY = b"ready"
@@ -109,7 +110,7 @@ def _render_limited(request: tuple[Any, ...]) -> Rendering:
     memory, _ = resource.getrlimit(resource.RLIMIT_DATA)
     _set_soft_limit(resource.RLIMIT_DATA, _measure_data() + BYTES)
     # A handler runs between two instructions of Python; a template that stays within one is ended by the system.
-    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * SECONDS) + 1)
+    _set_soft_limit(resource.RLIMIT_CPU, int(time.process_time() + SECONDS + _INSTRUCTION_SECONDS))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return template_rendering.render_jobs(*request)
