@@ -8,7 +8,9 @@ Time:      not measured yet.
 Result:    none yet.
 """
 
+import itertools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -28,6 +30,8 @@ from dialog_jax.errors import UserError
 MAX_LENGTH = 512
 ROWS = 2
 HELD_OUT = 24  # dialogues
+TURNS = (0, 1, 2, 4, 8, 16)
+"""First turn of each group of turns whose losses are shown together."""
 
 
 class Choice(NamedTuple):
@@ -105,19 +109,36 @@ def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def make_table(outcomes: Mapping[str, Outcome]) -> str:
     """Returns the table of all trainings: a row for each."""
-    turns = [turn["turn"] for turn in outcomes["full"].after["turns"]]
     first = next(iter(outcomes.values())).before
-    rows = [["before training", f"{first['loss']:.3f}", *_losses(first, turns), "", "", ""]]
+    losses = group_losses(first["turns"])
+    rows = [["before training", *_format(first, losses), "", "", ""]]
     for name, outcome in outcomes.items():
         cells = [f"{outcome.tokens:,}", f"{outcome.tokens_per_second:.0f}", f"{outcome.memory:.2f}"]
-        rows.append([name, f"{outcome.after['loss']:.3f}", *_losses(outcome.after, turns), *cells])
-    header = ["", "held-out loss", *(f"turn {turn}" for turn in turns), "tokens", "tokens/s", "peak memory, GB"]
+        rows.append([name, *_format(outcome.after, group_losses(outcome.after["turns"])), *cells])
+    header = ["", "held-out loss", *(f"turn {turns}" for turns in losses), "tokens", "tokens/s", "peak memory, GB"]
     return report.table(header, rows)
 
 
-def _losses(figures: Mapping[str, Any], turns: Sequence[int | str]) -> list[str]:
-    by_turn = {turn["turn"]: turn["loss"] for turn in figures["turns"]}
-    return [f"{by_turn[turn]:.3f}" if turn in by_turn else "" for turn in turns]
+def _format(figures: Mapping[str, Any], losses: Mapping[str, float]) -> list[str]:
+    return [f"{loss:.3f}" for loss in (figures["loss"], *losses.values())]
+
+
+def group_losses(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the mean loss per target of each group of turns that has targets, by the turns of the group.
+
+    Args:
+      turns: the entries of `turns` in a line of evaluation.jsonl.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for turn in turns:
+        number = int(str(turn["turn"]).removesuffix("+"))
+        first, end = max(pair for pair in itertools.pairwise((*TURNS, math.inf)) if pair[0] <= number)
+        name = f"{first}+" if end == math.inf else str(first) if end == first + 1 else f"{first}-{end - 1}"
+        groups.setdefault(name, []).append(turn)
+    return {
+        name: sum(turn["loss"] * turn["targets"] for turn in group) / sum(turn["targets"] for turn in group)
+        for name, group in groups.items()
+    }
 
 
 def draw(outcomes: Mapping[str, Outcome]) -> Figure:
@@ -125,12 +146,11 @@ def draw(outcomes: Mapping[str, Outcome]) -> Figure:
     with report.style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
         ends = []
-        turns = outcomes["full"].after["turns"]
         before = next(iter(outcomes.values())).before
         lines = {"before": before, **{name: outcome.after for name, outcome in outcomes.items()}}
         for name, figures in lines.items():
             color = CHOICES[name].color if name in CHOICES else "#c9ced3"
-            losses = [turn["loss"] for turn in figures["turns"]]
+            losses = list(group_losses(figures["turns"]).values())
             left.plot(losses, color=color, marker="o", markersize=3.5, linewidth=1.6)
             ends.append((len(losses) - 1.0, losses[-1], name, color))
         left.set(
@@ -138,7 +158,8 @@ def draw(outcomes: Mapping[str, Outcome]) -> Figure:
             xlabel="turn (0 is the first response of a dialogue)",
             ylabel="held-out loss (nats per token)",
         )
-        left.set_xticks(range(len(turns)), [str(turn["turn"]) for turn in turns])
+        groups = list(group_losses(before["turns"]))
+        left.set_xticks(range(len(groups)), groups)
         report.label_ends(left, ends)
         for name, outcome in outcomes.items():
             right.plot([outcome.memory], [outcome.after["loss"]], "o", color=CHOICES[name].color)

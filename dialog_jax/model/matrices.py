@@ -57,8 +57,24 @@ def add_update(weight: Float[Array, "*L in out"], factors: Mapping[str, Array]) 
 
 
 def _update(x: Float[Array, "N in"], factors: Mapping[str, Array]) -> Float[Array, "N out"]:
-    low = (x @ factors["lora_a"].astype(x.dtype)) * _broadcast(factors["lora_scale"], 1, x.dtype)  # [N, r]
-    return low @ factors["lora_b"].astype(x.dtype)
+    low = _multiply_narrow(x, factors["lora_a"].astype(x.dtype))  # [N, r]
+    return (low * _broadcast(factors["lora_scale"], 1, x.dtype)) @ factors["lora_b"].astype(x.dtype)
+
+
+@jax.custom_vjp
+def _multiply_narrow(x: Float[Array, "N in"], a: Float[Array, "in r"]) -> Float[Array, "N r"]:
+    """Returns `x @ a`; the gradient of `a` is computed as [r, in], five times as fast on a CPU as [in, r]."""
+    return x @ a
+
+
+def _differentiate_narrow(inputs: tuple[Array, Array], gradient: Float[Array, "N r"]) -> tuple[Array, Array]:
+    x, a = inputs
+    # Without the barrier XLA turns the product around again.
+    transposed = jax.lax.optimization_barrier(gradient.T @ x)
+    return gradient @ a.T, transposed.T
+
+
+_multiply_narrow.defvjp(lambda x, a: (x @ a, (x, a)), _differentiate_narrow)
 
 
 def _broadcast(scale: Float[Array, "r"], axes: int, dtype: jax.typing.DTypeLike) -> Array:

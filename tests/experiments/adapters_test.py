@@ -14,6 +14,13 @@ from tests.experiments import tiny_run
 
 
 class AdaptersTest(absltest.TestCase):
+    def test_losses_of_grouped_turns_are_means_over_their_targets(self):
+        turns = [
+            {"turn": turn, "loss": loss, "targets": targets}
+            for turn, loss, targets in [(0, 4.0, 5), (2, 1.0, 3), (3, 2.0, 1), (16, 3.0, 2), ("31+", 1.0, 2)]
+        ]
+        self.assertEqual(adapters.group_losses(turns), {"0": 4.0, "2-3": 1.25, "16+": 2.0})
+
     def test_experiment_writes_table_and_picture(self):
         directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         tiny_run.save_model(directory)
