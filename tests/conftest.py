@@ -1,10 +1,13 @@
 """Which tests are `full`: those so marked, of some directories, of most families, and of a file's `FULL_PARAMETERS`.
 
+Of a parameterized test with the mark `quick_every(n)`, cases 0, n, 2 n, ... are quick and the others full.
+
 Importing `tests` in pytest's first process also makes the directory of compiled programs that its workers share.
 """
 
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -31,6 +34,11 @@ def _is_of_full_parameters(item: pytest.Item) -> bool:
     return others or (full and not quick)
 
 
+def _is_between_quick_cases(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("quick_every")
+    return mark is not None and int(re.search(r"\d+$", item.name)[0]) % mark.args[0] != 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "not full":
         os.environ.setdefault("DIALOG_JAX_LAWS", "quick")
@@ -41,5 +49,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long_files = {item.path for item in items if item.get_closest_marker("full") or _is_in_full_place(item)}
     items.sort(key=lambda item: (item.path.name not in _LONGEST_FILES, item.path not in long_files))
     for item in items:
-        if _is_in_full_place(item) or _is_of_full_parameters(item):
+        if _is_in_full_place(item) or _is_of_full_parameters(item) or _is_between_quick_cases(item):
             item.add_marker(pytest.mark.full)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise, cached, dispatch
@@ -58,6 +59,7 @@ def _mask(rows, window):
 
 class AdditionsTest(parameterized.TestCase):
     @parameterized.product(additions=_ADDITIONS, branch=(0.0, 0.15))
+    @pytest.mark.quick_every(3)
     def test_output_and_gradients_are_those_of_loops_in_float64(self, additions, branch):
         rng = np.random.default_rng(3)
         rows = [forests.random_parents(rng, 90, root=0.02, branch=branch) for _ in range(2)]

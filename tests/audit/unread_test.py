@@ -1,5 +1,6 @@
 """Keys that nothing reads, by literal templates that read some keys and not others."""
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.audit import figures, unread
@@ -104,6 +105,7 @@ class UnreadTest(parameterized.TestCase):
             {key: n for key, n in found.items() if "kwargs" in key}, {"data.chat_template_kwargs: thinknig": 1}
         )
 
+    @pytest.mark.full
     def test_key_that_was_not_changed_in_every_dialogue_says_so(self):
         tokenizer = chat_templates.train_tokenizer.__wrapped__("chatml")
         tokenizer.chat_template = template("{% if message.content == 'special' %}{{ message.mood }}{% endif %}")

@@ -9,6 +9,7 @@ from unittest import mock
 
 import huggingface_hub
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
@@ -81,6 +82,7 @@ class ExportAdapterTest(parameterized.TestCase):
             self.assertIn(b"base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A", file.read(4096))
 
     @parameterized.parameters(((), True), (("embed_tokens",), False), (("lm_head",), False))
+    @pytest.mark.quick_every(3)
     def test_merged_model_is_base_plus_update_in_the_type_of_the_base(self, more, tied):
         lora = LoraConfig(rank=2, alpha=3.0, targets=("v_proj", *more))
         parts = self.make(TrainConfig(lora=lora), dtype="bfloat16")[1]

@@ -123,6 +123,7 @@ def one_position_is_wrong(batch):
 
 class AgreementTest(parameterized.TestCase):
     @parameterized.parameters("chatml", "mistral")
+    @pytest.mark.quick_every(2)
     def test_prefix_preserving_templates_pass(self, family):
         outcome = compare(family)
         self.assertTrue(outcome.passed, outcome)

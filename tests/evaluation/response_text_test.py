@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
@@ -45,6 +46,7 @@ def outcome(function):
 
 class AgreementTest(parameterized.TestCase):
     @parameterized.parameters(*itertools.product(responses_test.TEMPLATES, ("rendered", "verbatim")))
+    @pytest.mark.quick_every(7)
     def test_one_pass_and_k_passes_have_the_same_tokens(self, family, kind):
         tokenizer = responses_test.make_tokenizer(family)
         renderer = Renderer(tokenizer, responses=kind)

@@ -3,6 +3,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.inference import generation
@@ -59,6 +60,7 @@ def _generate(tokens, **options):
 
 class SessionTest(parameterized.TestCase):
     @parameterized.parameters(1, 2, 8, 9, 33, 512, 513, 650)
+    @pytest.mark.quick_every(2)
     def test_cached_logits_equal_those_of_the_full_forward(self, length):
         tokens = _prompt(length)
         got = generation.Session(_CONFIG, _PARAMETERS).read(tokens)

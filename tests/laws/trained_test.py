@@ -50,7 +50,7 @@ _KINDS = {
 
 
 # Of the full tier: see tests/conftest.py.
-FULL_PARAMETERS = ("full", "lora everywhere", "lora on nf4", "int8 attention", "norms only")
+FULL_PARAMETERS = ("full", "lora", "lora everywhere", "lora on nf4", "int8 attention", "norms only")
 
 
 def make_parameters(config, model):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
@@ -60,6 +61,7 @@ class UpdateTest(parameterized.TestCase):
             ),
         ),
     )
+    @pytest.mark.quick_every(3)
     def test_model_with_updates_equals_the_merged_model(self, model, lora):
         parameters, _, _ = adapted(model, lora)
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 19)), jnp.int32)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 import transformers
 from absl.testing import absltest, parameterized
@@ -344,6 +345,7 @@ class LoadTest(_TemporaryTest):
         self.assertEqual(errors["model.layers.1.mlp.down_proj.weight"], error)
 
     @parameterized.parameters(*quantization.KINDS)
+    @pytest.mark.quick_every(2)
     def test_load_quantized_never_holds_the_matrices_as_they_are_published(self, kind):
         config = dataclasses.replace(_TINY_CONFIG, layers=16, width=128, feed_forward=512)
         saving.save_pretrained(self.directory / "deep", config, decoder.init_parameters(config, jax.random.key(0)))

@@ -186,6 +186,7 @@ def list_scan_outputs(jaxpr):
 
 class DecoderTest(parameterized.TestCase):
     @parameterized.parameters(*quantization.KINDS)
+    @pytest.mark.quick_every(2)
     def test_gradient_of_the_factors_is_that_with_plain_matrices(self, kind):
         model = tiny.config(96)
         base, factors = adapted(model, kind, rank=3)
@@ -196,6 +197,7 @@ class DecoderTest(parameterized.TestCase):
         self.assertLess(tiny.largest_difference(with_codes, with_plain), 1e-4)
 
     @parameterized.product(kind=quantization.KINDS, remat=sorted(decoder.REMAT))
+    @pytest.mark.quick_every(3)
     def test_loop_over_layers_stores_neither_weights_nor_codes(self, kind, remat):
         model = tiny.config(32, width=128, head_dim=32, kv_heads=4, feed_forward=192)
         base, factors = adapted(model, kind, rank=1)

@@ -40,6 +40,7 @@ def count(model):
 
 
 class MemoryTest(parameterized.TestCase):
+    @pytest.mark.full
     def test_bytes_are_those_of_a_real_state(self):
         config, sizes = run_config(), MeshConfig(data=1, fsdp=4, tensor=2)
         memory = compiled(sizes, config).memory

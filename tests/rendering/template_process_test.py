@@ -107,6 +107,7 @@ class HarmTest(parameterized.TestCase):
         "{{ 1 | round(10000000000, 'floor') }}",
         "{{ [1] | map('round', 10000000000, 'floor') | list }}",
     )
+    @pytest.mark.quick_every(7)
     def test_a_template_that_runs_for_ever_is_stopped(self, template):
         self.limit_seconds(1.0)
         self.assert_stopped(template, f"(it ran for more than 1 s|{_TOO_MUCH_MEMORY})")
@@ -118,9 +119,11 @@ class HarmTest(parameterized.TestCase):
         "{{ [0] * 10 ** 10 }}",
         "{% set n = 10 ** 18 %}{{ 'x' * n * n }}",
     )
+    @pytest.mark.quick_every(5)
     def test_a_template_that_allocates_without_end_is_stopped(self, template):
         self.assert_stopped(template, _TOO_MUCH_MEMORY)
 
+    @pytest.mark.full
     def test_a_template_that_writes_for_ever_is_stopped(self):
         self.limit_seconds(3.0)
         self.assert_stopped(_WRITES, f"(it ran for more than 3 s|{_TOO_MUCH_MEMORY})")
@@ -288,6 +291,7 @@ class ProcessTest(parameterized.TestCase):
         else:
             self.assertFalse(os.path.exists(f"/proc/{pid}"))
 
+    @pytest.mark.full
     def test_a_fork_has_a_process_of_its_own(self):
         program = f"""if True:
             import os, sys

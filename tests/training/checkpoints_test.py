@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
@@ -40,6 +41,7 @@ class PathTest(parameterized.TestCase):
         "a b", " a ", "100%", "%41", "a%20b", "ünï🙂", "~x", "~", "a#b", "a{b,c}", "a:b", "a'b\"", "$HOME", "a|b&c;d",
         "@a", "a=b,c+d", "..a", "-a", "!a^", "a\nb", "1", "a/", "a.orbax-checkpoint-tmp-1",
     )  # fmt: skip
+    @pytest.mark.quick_every(4)
     def test_path_that_is_accepted_gives_the_same_state_back_there_and_elsewhere(self, name):
         checkpoints.check_path(self.directory / name)
         self.save(name)
@@ -102,6 +104,7 @@ class DamageTest(parameterized.TestCase):
         jax.tree.map(np.testing.assert_array_equal, self.restored(), self.state)
 
     @parameterized.parameters("missing", "cut", "changed")
+    @pytest.mark.quick_every(3)
     def test_damage_to_any_file_is_noticed_or_harmless(self, how):
         """Orbax keeps copies and notes that reading does not need; what matters is that no wrong array comes back."""
         rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
@@ -50,6 +51,7 @@ class TrainStepTest(parameterized.TestCase):
         cls.expected = _update(MeshConfig(), 1, cls.batch, "none")
 
     @parameterized.parameters("none", "dots", "full")
+    @pytest.mark.full
     def test_update_over_a_mesh_is_that_of_one_device(self, remat):
         got = _update(_MESH, 8, self.batch, remat)
         train_step_test.assert_same_update(self, got, self.expected)

@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.training import loss
@@ -148,6 +149,7 @@ class ExtrasTest(parameterized.TestCase):
     """Every extra alone and with the others."""
 
     @parameterized.product(config=EXTRAS, tile_and_cap=((7, None), (256, None), (7, 1.5)))
+    @pytest.mark.quick_every(5)
     def test_value_and_gradient_equal_float64_and_its_finite_differences(self, config, tile_and_cap):
         tile, cap = tile_and_cap
         arrays, teacher = problem(7), teacher_of(8)
@@ -168,6 +170,7 @@ class ExtrasTest(parameterized.TestCase):
         np.testing.assert_allclose([d_unembedding[place] for place in places], wanted, atol=3e-5)
 
     @parameterized.parameters(*EXTRAS)
+    @pytest.mark.quick_every(5)
     def test_value_without_gradient_is_the_same(self, config):
         arrays, teacher = problem(10), teacher_of(11)
         alone = weighted_loss(*on_device(arrays), on_device(teacher), config)

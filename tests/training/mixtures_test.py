@@ -5,6 +5,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.model.decoder_config import Experts
@@ -21,6 +22,7 @@ _EXPERTS = Experts(
 
 
 class OnePassTest(absltest.TestCase):
+    @pytest.mark.full
     def test_one_pass_over_branching_trees_equals_k_passes(self):
         tokenizer, model, _ = exactness_test.tokenizer_and_model("qwen3")
         model = dataclasses.replace(model, layers=3, experts=_EXPERTS, sinks=True)
@@ -60,6 +62,7 @@ class SelectionTest(parameterized.TestCase):
 
 
 class PlanTest(absltest.TestCase):
+    @pytest.mark.full
     def test_a_plan_counts_the_products_of_active_experts(self):
         def count(model):
             self.enter_context(mock.patch.object(compiling_test, "_MODEL", model))

@@ -386,6 +386,7 @@ class RunTest(parameterized.TestCase):
         self.assertIn("Nothing to do", self.output.getvalue())
         self.assertEqual(first.final, again.final)
 
+    @pytest.mark.full
     def test_directory_of_another_run_is_refused_with_the_fields_that_differ(self):
         self.run_in("run", steps=2)
         with self.assertRaisesRegex(ValueError, r"seed: 0 before, 1 now.*--output_dir"):

@@ -4,6 +4,7 @@ import functools
 import operator
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.trees import division, prefix_tree
@@ -97,6 +98,7 @@ class DivisionTest(parameterized.TestCase):
             np.testing.assert_array_equal(field, other)
 
     @parameterized.product(seed=tuple(range(30)), spine=(True, False))
+    @pytest.mark.quick_every(7)
     def test_parts_fit_and_keep_every_target_once_in_its_context(self, seed, spine):
         rng = np.random.default_rng(seed)
         tree = random_tree(rng, spine=spine)

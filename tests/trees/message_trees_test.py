@@ -161,6 +161,7 @@ class SumTest(parameterized.TestCase):
             {"normalize": "turn"},
         ),
     )
+    @pytest.mark.quick_every(5)
     def test_weights_add_up_over_paths(self, seed, family, objective):
         dialogue = random_tree(seed, reasoning=family == "qwen3", weights="name" in objective)
         expected = collections.Counter()
@@ -191,6 +192,7 @@ class TruncationTest(parameterized.TestCase):
         return prepare(dialogues, max_length=max_length, **options)
 
     @parameterized.product(seed=(0, 1, 2, 3), truncate=("turns", "split"), name=("conditional", "last", "joint"))
+    @pytest.mark.quick_every(5)
     def test_trees_fit_and_no_response_is_trained_twice(self, seed, truncate, name):
         dialogue = random_tree(seed, messages=20)
         size = len(prepare([dialogue]).tree(0).tokens)
