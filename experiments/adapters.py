@@ -3,9 +3,12 @@
 Question:  held-out loss by turn, memory and speed of full fine-tuning, LoRA of rank 1, 8 and 64, and soft prompts of 8
            and 64 tokens, on the same dialogues with the same number of updates.
 Command:   python experiments/adapters.py
-Hardware:  not run in full yet.
-Time:      not measured yet.
-Result:    none yet.
+Hardware:  two cores of an Intel Xeon with AVX-512; 3.9 GB of memory.
+Time:      33.6 min, on a machine with little other work.
+Result:    held-out loss 4.075 before; 3.724 full, 3.775 to 3.779 with LoRA of any of the ranks, 3.930 and 3.856 with
+           soft prompts of 8 and 64 tokens. LoRA reaches 85 % of the improvement in 0.59 to 0.66 times the memory at 1.3
+           to 1.7 times the speed. With alpha fixed, the scale falls as the rank grows, and in 20 updates the rank
+           does not matter. One seed each.
 """
 
 import itertools
@@ -162,14 +165,13 @@ def draw(outcomes: Mapping[str, Outcome]) -> Figure:
         left.set_xticks(range(len(groups)), groups)
         report.label_ends(left, ends)
         for name, outcome in outcomes.items():
-            right.plot([outcome.memory], [outcome.after["loss"]], "o", color=CHOICES[name].color)
-            right.annotate(name, (outcome.memory, outcome.after["loss"]), xytext=(6, 4), textcoords="offset points")
+            right.plot([outcome.memory], [outcome.after["loss"]], "o", color=CHOICES[name].color, label=name)
         right.set(
             title="Held-out loss against memory",
             xlabel="peak memory of the process (GB)",
             ylabel="held-out loss (nats per token)",
         )
-        right.margins(x=0.25)
+        right.legend(frameon=False)
         for one in (left, right):
             one.grid(axis="y", alpha=0.25)
     return figure

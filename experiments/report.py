@@ -10,7 +10,6 @@ import os
 import pathlib
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,12 +124,18 @@ def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, second
             f"Date: {datetime.date.today().isoformat()}",
             f"Versions: {versions()}",
             f"Machine: {machine()}",
-            f"Time: {seconds / 60:.1f} min, {time.process_time() / 60:.1f} min of CPU time over all cores",
+            f"Time: {seconds / 60:.1f} min, {_cpu_seconds() / 60:.1f} min of CPU time over all cores",
         ]
     )
     text = directory / f"{options.name}.md"
     atomic_files.write_text(text, "\n\n".join([head, *paragraphs, f"![{options.name}]({picture.name})"]) + "\n")
     return [text, picture]
+
+
+def _cpu_seconds() -> float:
+    """Returns the CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def versions() -> str:
