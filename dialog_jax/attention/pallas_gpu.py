@@ -16,7 +16,7 @@ the causal mask alone.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +205,7 @@ def _dkv(mask, q, k, v, d_output, lse, delta, cap, blocks: Blocks, interpret: bo
     )(stop, indices, mask, q, k, v, d_output, lse, delta)
 
 
-def _settings(head_dim: int, cap: float | None) -> dict[str, float | None]:
+def _settings(head_dim: int, cap: float | None) -> dict[str, Any]:
     """Returns the factor of the products that gives scores in base 2, and the cap of those scores."""
     return {"factor": head_dim**-0.5 * _LOG2_E, "cap": None if cap is None else cap * _LOG2_E}
 
@@ -223,7 +223,9 @@ def _list_specs(indices) -> list[pl.BlockSpec | None]:
 def _mask_arrays(mask: Mask) -> tuple[Mask, Mask]:
     """Returns (the arrays of the mask that a kernel reads, their specs)."""
     row = pl.BlockSpec((None, mask.subtree_end.shape[1]), lambda i, n, b: (b, 0))
+    one = pl.BlockSpec((None,), lambda i, n, b: (0,))
     if mask.window is None:
-        return Mask(mask.subtree_end), Mask(row)
-    window = jnp.asarray(mask.window, jnp.int32).reshape(1)
-    return mask._replace(window=window), Mask(row, row, pl.BlockSpec((None,), lambda i, n, b: (0,)))
+        mask = Mask(mask.subtree_end)
+    else:
+        mask = mask._replace(window=jnp.asarray(mask.window, jnp.int32).reshape(1))
+    return mask, jax.tree.map(lambda array: one if array.ndim == 1 else row, mask)

@@ -118,7 +118,7 @@ def dkv_kernel(
     dv[...] = dv_acc.astype(dv.dtype)
 
 
-def _load_window(mask, tokens: pl.Slice):
+def _load_window(mask, tokens: slice | pl.Slice):
     """Returns (the positions of `tokens`, the window), or None for both."""
     return (None, None) if mask.window is None else (mask.position[tokens], mask.window[...])
 

@@ -32,13 +32,14 @@ def probe(
     rng = np.random.default_rng(0)
     # With a window, trees that are longer than it and than several blocks: some are skipped for the window alone.
     position, subtree_end = _random_forest(rng, length, 600 if "windows" in additions else 60, branching)
-    mask = Mask(subtree_end[None])
+    mask = Mask(jnp.asarray(subtree_end[None]))
     if "windows" in additions:
-        mask = Mask(subtree_end[None], position[None], np.int32(min(150, length // 3)))
+        mask = mask._replace(position=jnp.asarray(position[None]), window=jnp.int32(min(150, length // 3)))
     sizes = (heads, kv_heads, kv_heads, heads)
     q, k, v, d_output = (rng.standard_normal((1, length, size, head_dim)).astype(jnp.dtype(dtype)) for size in sizes)
     sinks = rng.standard_normal(heads).astype(np.float32) if "sinks" in additions else None
-    settings = {"cap": 1.5} if "caps" in additions else {}
+    cap = 1.5 if "caps" in additions else None
+    settings = {} if cap is None else {"cap": cap}
 
     @jax.jit
     def run(q, k, v, sinks, mask, d_output):
@@ -48,7 +49,7 @@ def probe(
 
     arrays = q, k, v, sinks, mask, d_output
     results = jax.device_get(run(*jax.device_put(arrays, device)))
-    exact = reference(*arrays, **settings)
+    exact = reference(*arrays, cap)
     return {
         name: float(np.linalg.norm(np.asarray(result, np.float64) - exact[name]) / np.linalg.norm(exact[name]))
         for name, result in zip(exact, results, strict=True)

@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.inference import generation
@@ -114,6 +115,7 @@ class WindowedSessionTest(absltest.TestCase):
         needed = _full_logits(prompt, _WINDOWED, self.parameters)[-1]
         np.testing.assert_allclose(self.session.read(prompt), needed, atol=1e-4)
 
+    @pytest.mark.full
     def test_cached_logits_equal_those_of_the_full_forward_after_several_rounds_of_the_slots(self):
         tokens = [token for seed in range(3) for token in _prompt(550, seed=seed)]
         self.check(tokens[:530])
@@ -136,6 +138,7 @@ class WindowedSessionTest(absltest.TestCase):
             ],
         )
 
+    @pytest.mark.full
     def test_prompt_that_goes_back_is_computed_from_its_start_only_if_tokens_are_lost(self):
         history = [*_prompt(550), *_prompt(550, seed=1)]
         self.check(history)
