@@ -28,7 +28,9 @@ _ROOMS = {
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
     "audit": ("inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures"),
-    "attention": ("mask", "cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
+    "attention": (
+        "mask", "cached", "blockwise", "pallas_gpu_kernels", "pallas_gpu", "splash", "probing", "dispatch",
+    ),
     "model": (
         "lora_config", "soft_prompt_config", "rotary", "decoder_config", "quantization", "matrices", "parameter_trees",
         "grouped_products", "experts", "layers", "decoder", "decoding", "family", "mixture_families", "families",

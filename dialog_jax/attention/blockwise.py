@@ -159,27 +159,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _list_pairs(mask, block):
-    """Returns the pairs of blocks: (i, i), and (i, j) with j < i unless no query of i sees a key of j.
-
-    A window's edge is judged by the nearest query and key of the two blocks that share a tree, be they on one path or
-    not: a few pairs are visited in vain.
-    """
-    batch, length = mask.subtree_end.shape
-    blocks = length // block
-    ends = mask.subtree_end.reshape(batch, blocks, block)
-    i, j = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None, :]
-    if mask.window is None:
-        needed = jnp.max(ends, axis=(0, 2))[None, :] > i * block
-    else:
-        position = mask.position.reshape(batch, blocks, block)
-        first_query = (jnp.arange(blocks) * block)[:, None]  # [I, 1]
-        seen = ends[:, None] > first_query[None, :, :, None]  # [B, I, J, block], keys that block I may see
-        nearest_key = jnp.max(jnp.where(seen, position[:, None], -1), axis=-1)  # [B, I, J]
-        token = jnp.arange(length).reshape(blocks, block)
-        sees = token[None, :, None] < jnp.max(ends, axis=-1)[:, None, :, None]  # [B, I, J, block], queries
-        nearest_query = jnp.min(jnp.where(sees, position[:, :, None], length), axis=-1)
-        needed = jnp.any((nearest_key >= 0) & (nearest_query - nearest_key < mask.window), axis=0)
-    needed = (j == i) | ((j < i) & needed)
+    """Returns the pairs of blocks: (i, i), and (i, j) with j < i unless no query of i sees a key of j in any row."""
+    blocks = mask.subtree_end.shape[1] // block
+    needed = jnp.any(mask.find_visible_blocks(block, block), axis=0)
     # A query block's own key block comes first: from then on m is a visible score of every query.
     query, distance = jnp.nonzero(needed[:, ::-1], size=blocks * (blocks + 1) // 2, fill_value=0)
     return _Pairs(jnp.sum(needed), query, blocks - 1 - distance)

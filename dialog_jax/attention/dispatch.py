@@ -4,10 +4,10 @@ In: the mesh, the shape and type of queries and keys, whether trees branch, what
 name of a kernel or "auto". Out: a `Kernel`, a function of q, k, v and a `Mask` to be called under `jax.jit` on arrays
 laid out over the mesh.
 
-A kernel other than blockwise attention is used only after a probe on one device: on a small random forest, with the
-run's heads, type and blocks, its output and its three gradients must equal NumPy's in float64 to rounding. A kernel
-that the device, the version of JAX or the shape does not support is passed over under "auto", and the reason says so.
-Everything else that goes wrong is an error, never a slower path.
+A kernel other than blockwise attention is used only after a probe on one device (`attention.probing`): on a small
+random forest, with the run's heads, type and blocks, and with what the model adds, its output and its gradients must
+equal NumPy's in float64 to rounding. A kernel that the device, the version of JAX or the shape does not support is
+passed over under "auto", and the reason says so. Everything else that goes wrong is an error, never a slower path.
 """
 
 from collections.abc import Callable, Collection
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dialog_jax.attention import blockwise
+from dialog_jax.attention import blockwise, probing
 from dialog_jax.attention.mask import Mask
 from dialog_jax.errors import UserError
 
@@ -63,6 +63,8 @@ class _Candidate(NamedTuple):
     branching: bool
     """Whether it supports trees that are not paths."""
     load: Callable[[], Attend]
+    windowed_length: int | None = None
+    """Tokens of the longest rows for which it has windows; None for any."""
 
 
 class _UnsupportedError(Exception):
@@ -84,7 +86,7 @@ def _load_splash() -> Attend:
 # Under "auto", the first that the devices support is selected.
 _CANDIDATES = (
     _Candidate("pallas", "gpu", True, _load_pallas_gpu),
-    _Candidate("splash", "tpu", False, _load_splash),
+    _Candidate("splash", "tpu", False, _load_splash, windowed_length=2**16),
 )
 
 
@@ -111,8 +113,7 @@ def select_kernel(
       branching: whether a tree of some row may branch; if not, all trees are paths.
       shares_root: whether the trees of a row are to share a root, and so become one tree that branches, if the kernel
         supports that (`Kernel.branching`). With a kernel for paths each tree has the root for itself.
-      additions: what the model adds to attention, of "windows", "caps" and "sinks" (see `blockwise.attend`). The
-        kernels for GPU and TPU have none of these.
+      additions: what the model adds to attention, of "windows", "caps" and "sinks" (see `blockwise.attend`).
       name: "auto" for the fastest that the devices support, "blockwise", "pallas" or "splash".
 
     Raises:
@@ -129,9 +130,12 @@ def select_kernel(
     reasons = []
     for candidate in candidates:
         try:
-            if additions:
-                raise _UnsupportedError(f"{candidate.name} has no {' and no '.join(additions)}, as the model needs")
-            attend, error = _try(candidate, device, shape, dtype, branching or (shares_root and candidate.branching))
+            if "windows" in additions and length > (candidate.windowed_length or length):
+                raise _UnsupportedError(
+                    f"{candidate.name} has windows for rows of up to {candidate.windowed_length} tokens, not {length}"
+                )
+            branches = branching or (shares_root and candidate.branching)
+            attend, error = _try(candidate, device, shape, dtype, branches, additions)
         except (_UnsupportedError, jax.errors.JaxRuntimeError) as failure:
             if name != "auto":
                 raise UserError(
@@ -186,7 +190,12 @@ def _head_divisor(mesh: Mesh, heads: int, kv_heads: int) -> int:
 
 
 def _try(
-    candidate: _Candidate, device: jax.Device, shape: tuple[int, int, int, int], dtype, branching: bool
+    candidate: _Candidate,
+    device: jax.Device,
+    shape: tuple[int, int, int, int],
+    dtype,
+    branching: bool,
+    additions: Collection[str],
 ) -> tuple[Attend, float]:
     """Returns (the candidate's function, its largest error in the probe).
 
@@ -200,7 +209,7 @@ def _try(
         raise _UnsupportedError(f"{candidate.name} is for rows whose trees are all paths")
     try:
         attend = candidate.load()
-        errors = probe(attend, device, *shape, dtype, branching)
+        errors = probing.probe(attend, device, *shape, dtype, branching, additions=additions)
     except (ImportError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
         if not _means_unsupported(error):
             error.add_note(
@@ -229,75 +238,3 @@ def _means_unsupported(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
-
-
-def probe(
-    attend: Attend,
-    device: jax.Device,
-    length: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: jax.typing.DTypeLike,
-    branching: bool,
-) -> dict[str, float]:
-    """Returns the errors of `attend` on a random row: of its output and of its gradients dq, dk and dv.
-
-    An error is the norm of the difference from NumPy's float64 over the norm of the latter; NaN if there is a NaN.
-    """
-    rng = np.random.default_rng(0)
-    subtree_end = _random_forest(rng, length, branching)[None]
-    sizes = (heads, kv_heads, kv_heads, heads)
-    q, k, v, d_output = (rng.standard_normal((1, length, size, head_dim)).astype(jnp.dtype(dtype)) for size in sizes)
-
-    @jax.jit
-    def run(q, k, v, subtree_end, d_output):
-        output, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(subtree_end)), q, k, v)
-        return output, *vjp(d_output)
-
-    arrays = q, k, v, subtree_end, d_output
-    results = jax.device_get(run(*jax.device_put(arrays, device)))
-    return {
-        name: float(np.linalg.norm(np.asarray(result, np.float64) - exact) / np.linalg.norm(exact))
-        for name, result, exact in zip(("output", "dq", "dk", "dv"), results, reference(*arrays), strict=True)
-    }
-
-
-def _random_forest(rng: np.random.Generator, length: int, branching: bool) -> np.ndarray:
-    """Returns `subtree_end` [T] of trees of about 60 tokens; if `branching`, one token in twenty starts a branch."""
-    parent = np.full(length, -1)
-    path: list[int] = []
-    for token in range(length):
-        draw = rng.random()
-        if draw < 1 / 60:
-            path = []
-        elif branching and draw < 1 / 15 and path:
-            path = path[: rng.integers(1, len(path) + 1)]
-        parent[token] = path[-1] if path else -1
-        path.append(token)
-    subtree_end = np.arange(1, length + 1, dtype=np.int32)
-    for token in reversed(range(length)):
-        if parent[token] >= 0:
-            subtree_end[parent[token]] = max(subtree_end[parent[token]], subtree_end[token])
-    return subtree_end
-
-
-def reference(q, k, v, subtree_end, d_output) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the attention output and dq, dk, dv, the gradients of sum(output * d_output), by NumPy in float64."""
-    q, k, v, d_output = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_output))
-    token = np.arange(q.shape[1])
-    visible = (token[None] <= token[:, None]) & (token[:, None] < np.asarray(subtree_end)[:, None, :])  # [B, T, T]
-    output, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    scale, group = q.shape[3] ** -0.5, q.shape[2] // k.shape[2]
-    for b in range(q.shape[0]):
-        for n in range(q.shape[2]):
-            queries, keys, values, do = q[b, :, n], k[b, :, n // group], v[b, :, n // group], d_output[b, :, n]
-            s = np.where(visible[b], queries @ keys.T * scale, -np.inf)
-            p = np.exp(s - s.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-            output[b, :, n] = p @ values
-            ds = p * (do @ values.T - np.sum(do * output[b, :, n], axis=1, keepdims=True)) * scale
-            dq[b, :, n] = ds @ keys
-            dk[b, :, n // group] += ds.T @ queries
-            dv[b, :, n // group] += p.T @ do
-    return output, dq, dk, dv

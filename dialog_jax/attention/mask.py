@@ -14,7 +14,7 @@ of its own ancestors, however many tokens of other branches lie between. With wi
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 
 class Mask(NamedTuple):
@@ -40,3 +40,36 @@ class Mask(NamedTuple):
         ends = jnp.concatenate([self.subtree_end, jnp.broadcast_to(alone, (batch, missing))], axis=1)
         position = None if self.position is None else jnp.pad(self.position, ((0, 0), (0, missing)))
         return Mask(ends, position, self.window)
+
+    def find_visible_blocks(self, queries: int, keys: int) -> Bool[Array, "B I J"]:
+        """Returns from which blocks of so many `queries` some key may be seen in which blocks of so many `keys`.
+
+        For a key at or before the first query f of block I, being seen is subtree_end > f, so a maximum over block J
+        decides; a later key of J belongs to I as well, and sees itself. Without a window the result is exact:
+
+            keys      0 0 0 0 | 1 1 1 1 | 2 2 2 2        three blocks, two dialogues of six tokens
+            sees up to      6     6 / 12       12        (subtree_end, largest of each block)
+            queries   block 0: 0    block 1: 0 1    block 2: 1 2     key block 0 is not read for queries 8 to 11
+
+        A window's edge is judged by the nearest query and key of the two blocks that share a tree, be they on one path
+        or not: a few pairs of blocks are true in vain.
+
+        Args:
+          queries: tokens per block; divides T, as does `keys`.
+        """
+        batch, length = self.subtree_end.shape
+        end = self.subtree_end.reshape(batch, 1, -1, keys)  # [B, 1, J, keys]
+        last_end = jnp.max(end, axis=3)  # [B, 1, J]
+        first_query = jnp.arange(0, length, queries)[None, :, None]  # [1, I, 1]
+        first_key = jnp.arange(0, length, keys)[None, None, :]  # [1, 1, J]
+        visible = (last_end > first_query) & (first_key < first_query + queries)
+        if self.window is None:
+            return visible
+        assert self.position is not None
+        seen = end > first_query[..., None]  # [B, I, J, keys], those that block I may see
+        nearest_key = jnp.max(jnp.where(seen, self.position.reshape(batch, 1, -1, keys), -1), axis=3)
+        query = jnp.arange(length).reshape(1, -1, 1, queries)
+        sees = query < last_end[..., None]  # [B, I, J, queries], those that may see block J
+        nearest_query = jnp.min(jnp.where(sees, self.position.reshape(batch, -1, 1, queries), length), axis=3)
+        shares_token = first_query < first_key + keys
+        return visible & (shares_token | (nearest_query - nearest_key < self.window))

@@ -25,14 +25,17 @@ class Session:
 
     A prompt reuses the cache of the longest prefix that it shares with the tokens before it, and computes the rest. A
     prompt that extends the last one costs only its new tokens; one that goes back (a regenerated reply, `/reset`) is
-    correct too.
+    correct too. If it goes back by more than 512 tokens and layers with windows no longer have what precedes it, all of
+    it is computed.
     """
 
     def __init__(self, config: DecoderConfig, parameters: dict, *, compute_dtype: jax.typing.DTypeLike = jnp.float32):
         self.config = config
         self.parameters = parameters
         self.tokens: list[int] = []  # the tokens in the first len(tokens) slots of the cache
-        self._cache = decoding.empty_cache(config, 1, _SMALLEST_CAPACITY, compute_dtype)
+        self._capacity = _SMALLEST_CAPACITY
+        self._cache = decoding.empty_cache(config, 1, self._capacity, _CHUNKS[-1], compute_dtype)
+        self._written = 0  # slots that hold a token or padding, or did before the prompt went back
 
     def read(self, tokens: Sequence[int]) -> Float[Array, "V"]:
         """Returns the logits, float32, of the token that follows `tokens`; computes only what is not in the cache.
@@ -43,6 +46,10 @@ class Session:
         _check_prompt(self.config, self.parameters, tokens)
         # At least the last token is recomputed: the cache holds its keys and values, not its logits.
         start = min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
+        if not decoding.keeps_context(self.config, self._cache, start, self._written):
+            start = 0
+        if start == 0:
+            self._written = 0
         del self.tokens[start:]
         while True:
             remaining = tokens[start:]
@@ -50,6 +57,7 @@ class Session:
             length = next((size for size in sizes if size >= len(remaining)), sizes[-1])
             chunk = remaining[:length]
             self._reserve(start + length)
+            self._written = max(self._written, start + length)
             padded = np.zeros((1, length), np.int32)
             padded[0, : len(chunk)] = chunk
             logits, self._cache = _extend(
@@ -61,13 +69,10 @@ class Session:
                 return logits
 
     def _reserve(self, needed: int) -> None:
-        capacity = self._cache.keys.shape[2]
-        while capacity < needed:
-            capacity *= 2
-        if capacity > self._cache.keys.shape[2]:
-            missing = capacity - self._cache.keys.shape[2]
-            padding = ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))
-            self._cache = jax.tree.map(lambda array: jnp.pad(array, padding), self._cache)
+        if needed > self._capacity:
+            while self._capacity < needed:
+                self._capacity *= 2
+            self._cache = decoding.grow_cache(self.config, self._cache, self._capacity, _CHUNKS[-1])
 
 
 def generate(

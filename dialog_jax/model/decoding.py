@@ -2,6 +2,12 @@
 
 In: parameters, a cache, new tokens. Out: their hidden states and the extended cache. The layers are those of
 `model.decoder`; only attention differs. Knows no sampling.
+
+A layer with a window reads the last tokens only, and its cache keeps no others: slots are filled in a circle. With a
+window of 2, calls of up to 2 tokens and so 4 slots, after 6 tokens:
+
+    slots of a layer without a window   0 1 2 3 4 5 . .
+    slots of a layer with a window      4 5 2 3             tokens 6 and 7 go where 2 and 3 are; token 6 sees 5
 """
 
 import functools
@@ -9,25 +15,64 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dialog_jax.attention import cached
 from dialog_jax.model import decoder
 from dialog_jax.model.decoder_config import DecoderConfig
 
 
-class Cache(NamedTuple):
-    """Keys and values of one history without branches; the caller knows how many of the C slots are filled."""
+class Stack(NamedTuple):
+    """Keys and values of the layers that have the same window: those of token t of the history in slot t mod C."""
 
     keys: Float[Array, "L B C K H"]
     values: Float[Array, "L B C K H"]
 
 
-def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
-    """Returns a cache with room for `capacity` tokens."""
-    shape = (config.layers, batch, capacity, config.kv_heads, config.head_dim)
-    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+# A stack for each window of the model, ascending, first that of the layers without one. The history has no branches;
+# the caller knows its length.
+Cache = tuple[Stack, ...]
+
+
+def empty_cache(
+    config: DecoderConfig, batch: int, capacity: int, chunk: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Cache:
+    """Returns a cache with room for `capacity` tokens; layers with a window keep the last window + `chunk` of them.
+
+    Args:
+      chunk: at least the tokens of any call of `extend`.
+    """
+
+    def make_stack(window):
+        slots = min(capacity, window + chunk) if window else capacity
+        shape = (_windows(config).count(window), batch, slots, config.kv_heads, config.head_dim)
+        return Stack(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+    return tuple(make_stack(window) for window in _distinct_windows(config))
+
+
+def grow_cache(config: DecoderConfig, cache: Cache, capacity: int, chunk: int) -> Cache:
+    """Returns the cache with room for `capacity` tokens, more than before; `chunk` must be that of `empty_cache`."""
+    first = cache[0].keys
+    larger = jax.eval_shape(lambda: empty_cache(config, first.shape[1], capacity, chunk, first.dtype))
+
+    def pad(array, larger):
+        # Only a stack with a slot for each token grows: no token changes its slot.
+        return jnp.pad(array, [(0, new - old) for old, new in zip(array.shape, larger.shape, strict=True)])
+
+    return jax.tree.map(pad, cache, larger)
+
+
+def keeps_context(config: DecoderConfig, cache: Cache, start: int, written: int) -> bool:
+    """Returns whether the cache still has all that a token at `start` sees.
+
+    Args:
+      written: slots written since the cache was empty or `extend` began again at 0: the largest start + T.
+    """
+    oldest = [max(0, start + 1 - window) if window else 0 for window in _distinct_windows(config)]
+    return all(written <= token + stack.keys.shape[2] for token, stack in zip(oldest, cache, strict=True))
 
 
 def extend(
@@ -35,36 +80,85 @@ def extend(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Returns (hidden states of `tokens`, which follow the first `start` tokens in the cache; the extended cache).
 
-    Computes in the type of the cache. Slots from `start` on are overwritten or invisible, so a smaller `start` rolls
-    back, and tokens may be padded on the right: later calls overwrite the padding.
+    Computes in the type of the cache. What was written from `start` on is overwritten or invisible, so a smaller
+    `start` rolls back where `keeps_context`, and tokens may be padded on the right: later calls overwrite the padding.
 
     Args:
-      start: at most capacity - T, which the caller ensures; beyond it, XLA would shift the write.
+      start: at most capacity - T, which the caller ensures.
     """
     model = decoder.bind(config, parameters)
     settings = decoder.layer_settings(config)
+    windows = _distinct_windows(config)
     position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
-    distance = position[:, :, None] - jnp.arange(cache.keys.shape[2])[None, None, :]  # [1, T, C]
+    visible = [_find_visible(position, stack, window) for stack, window in zip(cache, windows, strict=True)]
     make_rotate = decoder.rotations(config, jnp.broadcast_to(position, tokens.shape))
 
     def body(graph, carry, layer_and_settings):
         x, cache = carry
-        layer, index, own = layer_and_settings
-        window, kind = settings._replace(**own)
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        layer, stack_number, index, own = layer_and_settings
+        kind = settings._replace(**own).rotary
 
         def attend(q, k, v, **additions):
-            corner = (index, 0, start, 0, 0)
-            extended = Cache(
-                keys=jax.lax.dynamic_update_slice(cache.keys, k[None], corner),
-                values=jax.lax.dynamic_update_slice(cache.values, v[None], corner),
+            extended = tuple(
+                _write(stack, jnp.where(stack_number == number, index, len(stack.keys)), position[0], k, v)
+                for number, stack in enumerate(cache)
             )
-            return cached.attend(q, extended.keys[index], extended.values[index], visible, **additions), extended
+
+            def read(number, q):
+                keys, values = (array[index] for array in extended[number])
+                return cached.attend(q, keys, values, visible[number], **additions)
+
+            reads = [functools.partial(read, number) for number in range(len(windows))]
+            return jax.lax.switch(stack_number, reads, q), extended
 
         return nnx.merge(graph, layer)(x, make_rotate(kind), attend), None
 
-    x = decoder.embed(config, parameters, tokens, cache.keys.dtype)  # [B, T, D]
+    x = decoder.embed(config, parameters, tokens, cache[0].keys.dtype)  # [B, T, D]
+    stack_numbers, indices = _find_stacks(config)
     for run in decoder.layer_runs(config, model):
-        scanned = (run.parameters, jnp.arange(run.start, run.stop), settings.scanned(run.start, run.stop))
+        layers = slice(run.start, run.stop)
+        scanned = (run.parameters, stack_numbers[layers], indices[layers], settings.scanned(run.start, run.stop))
         (x, cache), _ = jax.lax.scan(functools.partial(body, run.graph), (x, cache), scanned)
     return decoder.finish(config, model, x), cache
+
+
+def _windows(config: DecoderConfig) -> tuple[int, ...]:
+    return config.windows or (0,) * config.layers
+
+
+def _distinct_windows(config: DecoderConfig) -> list[int]:
+    return sorted(set(_windows(config)))
+
+
+def _find_stacks(config: DecoderConfig) -> tuple[Int[np.ndarray, "L"], Int[np.ndarray, "L"]]:
+    """Returns the number of each layer's stack, and its index there: for windows 0 8 8 0, 0 1 1 0 and 0 0 1 1."""
+    windows, distinct = _windows(config), _distinct_windows(config)
+    numbers = [distinct.index(window) for window in windows]
+    indices = [windows[:layer].count(window) for layer, window in enumerate(windows)]
+    return np.asarray(numbers, np.int32), np.asarray(indices, np.int32)
+
+
+def _find_visible(position: Int[Array, "1 T"], stack: Stack, window: int) -> Bool[Array, "1 T C"]:
+    """Returns which slots each new token sees, once the new tokens are written."""
+    slots = stack.keys.shape[2]
+    last = position[:, -1:]
+    token = last - (last - jnp.arange(slots)[None, :]) % slots  # the latest that may be in a slot; negative for none
+    distance = position[:, :, None] - token[:, None, :]
+    visible = (token[:, None, :] >= 0) & (distance >= 0)
+    return visible & (distance < window) if window else visible
+
+
+def _write(
+    stack: Stack,
+    layer: Int[Array, ""],
+    position: Int[Array, "T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> Stack:
+    """Returns the stack with the new tokens of a layer; unchanged if it does not have the layer."""
+
+    def write(array, new):
+        slot = position % array.shape[2]
+        return array.at[layer, :, slot].set(new.swapaxes(0, 1), mode="drop", unique_indices=True)
+
+    return Stack(write(stack.keys, k), write(stack.values, v))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dialog_jax.attention import blockwise, dispatch, pallas_gpu
+from dialog_jax.attention import blockwise, dispatch, pallas_gpu, probing
 from dialog_jax.attention.mask import Mask
 from dialog_jax.model import decoder
 from dialog_jax.training import metrics, optimizer, sharding
@@ -47,7 +47,7 @@ def measure_numerics(
     path: str, rows: str, dtype: str, heads: int, kv_heads: int, head_dim: int, length: int
 ) -> dict[str, float]:
     """Returns the errors of an attention path against float64 on one row, relative to the norm of the exact result."""
-    return dispatch.probe(
+    return probing.probe(
         attention_path(path), jax.devices()[0], length, heads, kv_heads, head_dim, jnp.dtype(dtype), rows == "trees"
     )
 
@@ -105,6 +105,7 @@ def measure_training(
         length=length,
         dtype=compute_dtype,
         branching=False,
+        additions=config.attention_additions,
     )
     train_step = train_step_lib.make_train_step(
         config,

@@ -155,6 +155,7 @@ def _compile(model, mesh, batch, branching, figures):
         length=_MAX_LENGTH.value,
         dtype=dtype,
         branching=branching,
+        additions=model.attention_additions,
     )
     config = TrainConfig(lora=LoraConfig(rank=_LORA_RANK.value)).resolve()
     transform = optimizer.make_optimizer(config.optimizer, _STEPS.value + 1)

@@ -9,9 +9,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.attention import blockwise, cached, dispatch
-from dialog_jax.attention.mask import Mask
 from dialog_jax.training import sharding
 from dialog_jax.training.config import MeshConfig
+from tests.attention import oracle
 from tests.model import forests
 
 
@@ -52,11 +52,6 @@ def _inputs(rng, length, rows, *, heads=4, kv_heads=2, head_dim=8):
     return 1.5 * q, k, v, direction
 
 
-def _mask(rows, window):
-    position, ends = (jnp.asarray(np.stack(arrays)) for arrays in zip(*map(forests.arrays, rows), strict=True))
-    return Mask(ends) if window is None else Mask(ends, position, window)
-
-
 class AdditionsTest(parameterized.TestCase):
     @parameterized.product(additions=_ADDITIONS, branch=(0.0, 0.15))
     @pytest.mark.quick_every(3)
@@ -66,7 +61,7 @@ class AdditionsTest(parameterized.TestCase):
         q, k, v, direction = _inputs(rng, 90, 2)
         window, cap = additions.get("window"), additions.get("cap")
         sinks = rng.standard_normal(4).astype(np.float32) if "sinks" in additions else None
-        mask = _mask(rows, window)
+        mask = oracle.make_mask(rows, window)
 
         @jax.jit
         def run(q, k, v, sinks):
@@ -76,8 +71,8 @@ class AdditionsTest(parameterized.TestCase):
         gradients, output = jax.grad(run, argnums=(0, 1, 2) if sinks is None else (0, 1, 2, 3), has_aux=True)(
             q, k, v, sinks
         )
-        oracle = functools.partial(attention, rows=rows, window=window, cap=cap)
-        np.testing.assert_allclose(output, oracle(q, k, v, sinks=sinks), atol=3e-6)
+        needed = functools.partial(attention, rows=rows, window=window, cap=cap)
+        np.testing.assert_allclose(output, needed(q, k, v, sinks=sinks), atol=3e-6)
         arrays = [q, k, v] if sinks is None else [q, k, v, sinks]
         for index, gradient in enumerate(gradients):
             step = rng.standard_normal(arrays[index].shape)
@@ -85,7 +80,7 @@ class AdditionsTest(parameterized.TestCase):
             for size in (1e-5, -1e-5):
                 moved = [np.asarray(x, np.float64) for x in arrays]
                 moved[index] = moved[index] + size * step
-                values.append(np.sum(oracle(*moved[:3], sinks=moved[3] if sinks is not None else None) * direction))
+                values.append(np.sum(needed(*moved[:3], sinks=moved[3] if sinks is not None else None) * direction))
             slope = (values[0] - values[1]) / 2e-5
             self.assertAlmostEqual(np.sum(np.asarray(gradient, np.float64) * step), slope, delta=2e-4)
 
@@ -105,7 +100,7 @@ class AdditionsTest(parameterized.TestCase):
         rng = np.random.default_rng(5)
         rows = [forests.random_parents(rng, 90, root=0.02)]
         q, k, v, _ = _inputs(rng, 90, 1)
-        run = jax.jit(lambda q, k, v, window: blockwise.attend(q, k, v, _mask(rows, window), block=16))
+        run = jax.jit(lambda q, k, v, window: blockwise.attend(q, k, v, oracle.make_mask(rows, window), block=16))
         for window in (3, 30, np.iinfo(np.int32).max):
             needed = attention(q, k, v, rows, window=min(window, 1000))
             np.testing.assert_allclose(run(q, k, v, jnp.int32(window)), needed, atol=3e-6)
@@ -115,14 +110,14 @@ class AdditionsTest(parameterized.TestCase):
     )
     def test_pairs_of_blocks_outside_the_window_are_not_visited(self, length, window, visited):
         """Of 8 blocks of 32: a window of up to 33 needs each block and the one before, one of 34 two before."""
-        mask = _mask([list(range(-1, length - 1))], window)
+        mask = oracle.make_mask([list(range(-1, length - 1))], window)
         self.assertEqual(int(blockwise._list_pairs(mask, 32).total), visited)
 
     def test_devices_of_a_mesh_give_the_output_and_gradients_of_one(self):
         rng = np.random.default_rng(6)
         rows = [forests.random_parents(rng, 64, root=0.03, branch=0.1) for _ in range(4)]
         q, k, v, direction = _inputs(rng, 64, 4)
-        sinks, mask = rng.standard_normal(4).astype(np.float32), _mask(rows, 7)
+        sinks, mask = rng.standard_normal(4).astype(np.float32), oracle.make_mask(rows, 7)
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
         def run(attend):

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dialog_jax.attention import blockwise, dispatch, pallas_gpu, splash
+from dialog_jax.attention import blockwise, dispatch, pallas_gpu, probing, splash
 from dialog_jax.attention.mask import Mask
-from dialog_jax.attention.pallas_gpu import Blocks, Tiling
+from dialog_jax.attention.pallas_gpu import Tiling
+from dialog_jax.attention.pallas_gpu_kernels import Blocks
 from dialog_jax.errors import UserError
 from dialog_jax.training import sharding
 from dialog_jax.training.config import MeshConfig
@@ -18,9 +19,9 @@ _SMALL = Blocks(32, 32, 4, 1)
 _SHAPE = dict(heads=4, kv_heads=2, head_dim=16, length=64, dtype=jnp.float32)
 
 
-def _interpreted(q, k, v, mask):
+def _interpreted(q, k, v, mask, sinks=None, *, cap=None):
     blocks = Tiling(_SMALL, _SMALL, _SMALL)
-    return pallas_gpu.attend(q, k, v, mask, blocks=blocks, interpret=True)
+    return pallas_gpu.attend(q, k, v, mask, sinks, cap=cap, blocks=blocks, interpret=True)
 
 
 def _select(*candidates, branching=True, for_trees=True, name="auto", **changes):
@@ -39,13 +40,13 @@ def _value_and_gradients(attend, q, k, v, subtree_end, d_output):
 class SelectKernelTest(parameterized.TestCase):
     def test_auto_on_cpu_is_blockwise_without_a_probe(self):
         mesh = sharding.make_mesh(MeshConfig())
-        with mock.patch.object(dispatch, "probe") as probe:
+        with mock.patch.object(probing, "probe") as probe:
             kernel = dispatch.select_kernel(mesh, branching=True, **_SHAPE)
         probe.assert_not_called()
         self.assertEqual((kernel.name, kernel.reason), ("blockwise", "there is no other kernel for cpu"))
 
     def test_blockwise_by_name_is_taken_without_a_probe(self):
-        with mock.patch.object(dispatch, "probe") as probe:
+        with mock.patch.object(probing, "probe") as probe:
             kernel = _select(("right", _interpreted), name="blockwise")
         probe.assert_not_called()
         self.assertEqual((kernel.name, kernel.reason), ("blockwise", "as configured"))
@@ -62,9 +63,41 @@ class SelectKernelTest(parameterized.TestCase):
         kernel = _select(("first", _interpreted), ("second", blockwise.attend), name="second")
         self.assertEqual(kernel.name, "second")
 
+    def test_kernel_is_probed_with_what_the_model_adds(self):
+        additions = ("windows", "caps", "sinks")
+        kernel = _select(("right", _interpreted), additions=additions)
+        self.assertEqual(kernel.name, "right")
+        device = jax.devices()[0]
+        errors = probing.probe(blockwise.attend, device, 64, 4, 2, 16, jnp.float32, True, additions)
+        self.assertEqual(list(errors), ["output", "dq", "dk", "dv", "d_sinks"])
+        self.assertLess(max(errors.values()), 2e-6)
+
+    def test_splash_is_for_windows_in_rows_up_to_its_limit(self):
+        candidate = next(candidate for candidate in dispatch._CANDIDATES if candidate.name == "splash")
+        limit = splash.LONGEST_WINDOWED_ROW
+        self.assertEqual(candidate.windowed_length, limit)
+        with (
+            mock.patch.object(dispatch, "_CANDIDATES", (candidate._replace(platform="cpu"),)),
+            mock.patch.object(probing, "probe", return_value={"output": 0.0}),
+        ):
+            mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+            for length, additions, needed in (
+                (limit, ("windows",), "splash"),
+                (limit + 1, ("windows",), "blockwise"),
+                (limit + 1, ("caps", "sinks"), "splash"),
+            ):
+                shape = _SHAPE | {"length": length}
+                kernel = dispatch.select_kernel(mesh, branching=False, additions=additions, **shape)
+                self.assertEqual(kernel.name, needed)
+                if needed == "blockwise":
+                    self.assertEqual(kernel.reason, "splash has windows for rows of up to 65536 tokens, not 65537")
+            with self.assertRaisesRegex(UserError, "attention=splash does not work here: splash has windows for rows"):
+                shape = _SHAPE | {"length": limit + 1}
+                dispatch.select_kernel(mesh, branching=False, additions=("windows",), name="splash", **shape)
+
     def test_kernel_is_probed_on_trees_that_share_a_root_only_if_it_supports_them(self):
         for for_trees in (True, False):
-            with mock.patch.object(dispatch, "probe", return_value={"output": 0.0}) as probe:
+            with mock.patch.object(probing, "probe", return_value={"output": 0.0}) as probe:
                 kernel = _select(("k", _interpreted), branching=False, shares_root=True, for_trees=for_trees)
             self.assertEqual((kernel.name, kernel.branching), ("k", for_trees))
             self.assertEqual(probe.call_args.args[-1], for_trees)
@@ -72,7 +105,7 @@ class SelectKernelTest(parameterized.TestCase):
 
     @parameterized.parameters(100, 511, 512, 700, 1024, 2048, 100_000)
     def test_probe_uses_the_block_length_of_the_run(self, length):
-        with mock.patch.object(dispatch, "probe", return_value={"output": 0.0}) as probe:
+        with mock.patch.object(probing, "probe", return_value={"output": 0.0}) as probe:
             self.assertEqual(_select(("splash", splash.attend), length=length).name, "splash")
         _, _, probe_length, *_ = probe.call_args.args
         self.assertEqual(splash.block_length(probe_length), splash.block_length(length))
@@ -102,6 +135,17 @@ class WrongNumbersTest(parameterized.TestCase):
 
         self.assertEqual(_select(("paths", paths), branching=False).name, "paths")
         self.assert_wrong(paths, branching=True)
+
+    @parameterized.parameters("windows", "caps", "sinks")
+    def test_attention_without_what_the_model_adds_is_an_error(self, addition):
+        def without(q, k, v, mask, sinks=None, *, cap=None):
+            if addition == "windows":
+                mask = Mask(mask.subtree_end)
+            return blockwise.attend(
+                q, k, v, mask, None if addition == "sinks" else sinks, cap=None if addition == "caps" else cap
+            )
+
+        self.assert_wrong(without, r"\S+ \(output\)", additions=(addition,))
 
     @parameterized.parameters("gradient", "nan")
     def test_right_output_with_wrong_gradient_or_nan_is_an_error(self, kind):
@@ -200,13 +244,16 @@ class UnsupportedTest(parameterized.TestCase):
         self.assertRegex(kernel.reason, r"^pallas: NotImplementedError: head_dim is 80; the kernels have blocks for")
 
 
-class ReferenceTest(absltest.TestCase):
-    def test_reference_equals_the_oracle_over_lineages(self):
+class ReferenceTest(parameterized.TestCase):
+    @parameterized.parameters((None, None, False), (7, 1.5, True))
+    def test_reference_equals_the_oracle_over_lineages(self, window, cap, has_sinks):
         rng = np.random.default_rng(0)
         rows = oracle.rows_of(rng, 50, branching=True, padding=9)
-        q, k, v, subtree_end, d_output = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=8)
-        needed = oracle.attention(q, k, v, rows, d_output)
-        for got, exact in zip(dispatch.reference(q, k, v, subtree_end, d_output), needed, strict=True):
+        q, k, v, _, d_output = oracle.inputs(rng, rows, heads=4, kv_heads=2, head_dim=8)
+        sinks = rng.standard_normal(4) if has_sinks else None
+        needed = oracle.attention(q, k, v, rows, d_output, window=window, cap=cap, sinks=sinks)
+        reference = probing.reference(q, k, v, sinks, oracle.make_mask(rows, window), d_output, cap)
+        for got, exact in zip(reference.values(), needed, strict=True):
             np.testing.assert_allclose(got, exact, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 
 from dialog_jax.attention.mask import Mask
 
@@ -19,20 +20,25 @@ def lowered(function, *shapes, kind, platform):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
-def shapes(*, length, heads, kv_heads, head_dim, dtype):
-    """Of q, k, v and subtree_end of one row."""
+def shapes(*, length, heads, kv_heads, head_dim, dtype, additions):
+    """Of (q, k, v and, with additions, sinks) and the mask of one row; with additions, of a layer's window too."""
     sizes = (heads, kv_heads, kv_heads)
     arrays = [jax.ShapeDtypeStruct((1, length, size, head_dim), dtype) for size in sizes]
-    return *arrays, jax.ShapeDtypeStruct((1, length), jax.numpy.int32)
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    if not additions:
+        return arrays, Mask(row)
+    arrays.append(jax.ShapeDtypeStruct((heads,), jnp.float32))
+    return arrays, Mask(row, row, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def with_gradients(attend):
-    """A function that computes the sum of the attention output and its gradients for q, k and v."""
+def with_gradients(attend, additions):
+    """A function that computes the sum of the attention output and its gradients; with additions, under a cap too."""
 
-    def function(q, k, v, subtree_end):
-        def total(q, k, v):
-            return jax.numpy.sum(attend(q, k, v, Mask(subtree_end)).astype(jax.numpy.float32))
+    def function(arrays, mask):
+        def total(q, k, v, *sinks):
+            output = attend(q, k, v, mask, *sinks, **({"cap": 30.0} if additions else {}))
+            return jnp.sum(output.astype(jnp.float32))
 
-        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+        return jax.value_and_grad(total, argnums=range(len(arrays)))(*arrays)
 
     return function

@@ -1,4 +1,7 @@
+import dataclasses
+import functools
 import itertools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +29,30 @@ _CONFIG = DecoderConfig(
 )
 
 
-def _parameters():
-    leaves, tree = jax.tree.flatten(decoder.abstract_parameters(_CONFIG))
+def _random_parameters(config):
+    leaves, tree = jax.tree.flatten(decoder.abstract_parameters(config))
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(
         tree, [jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
     )
 
 
-_PARAMETERS = _parameters()
+_PARAMETERS = _random_parameters(_CONFIG)
+_WINDOWED = dataclasses.replace(_CONFIG, layers=4, windows=(16, 0, 4, 16), max_length=2000)
 
 
-def _full_logits(tokens):
+def _full_logits(tokens, config=_CONFIG, parameters=_PARAMETERS):
     """Logits after every token, from one forward pass without a cache."""
     padded = -(-len(tokens) // 128) * 128  # few shapes, few compilations; what follows is seen by nothing before it
-    return np.asarray(_padded_logits(jnp.asarray([[*tokens, *[0] * (padded - len(tokens))]])))[: len(tokens)]
+    tokens_and_padding = jnp.asarray([[*tokens, *[0] * (padded - len(tokens))]])
+    return np.asarray(_padded_logits(config, parameters, tokens_and_padding))[: len(tokens)]
 
 
-@jax.jit
-def _padded_logits(tokens):
+@functools.partial(jax.jit, static_argnums=0)
+def _padded_logits(config, parameters, tokens):
     path = jnp.arange(tokens.shape[1])[None], jnp.full(tokens.shape, tokens.shape[1])
-    hidden = decoder.hidden_states(_CONFIG, _PARAMETERS, tokens, *path)[0]
-    return hidden @ decoder.unembedding(_CONFIG, _PARAMETERS).T
+    hidden = decoder.hidden_states(config, parameters, tokens, *path)[0]
+    return hidden @ decoder.unembedding(config, parameters).T
 
 
 def _prompt(length, seed=0):
@@ -95,9 +100,55 @@ class SessionTest(parameterized.TestCase):
         for length in range(102, 140):  # single tokens now, whatever the length of the history
             session.read(_prompt(100) + _prompt(length - 100, seed=4))
         self.assertLessEqual(generation._extend._cache_size() - compiled, 1)  # one chunk of 8 at the first
-        before = session._cache.keys
+        before = session._cache[0].keys
         session.read(session.tokens)
         self.assertTrue(before.is_deleted())  # the cache is updated in place, not copied
+
+
+class WindowedSessionTest(absltest.TestCase):
+    """Layers with windows keep the last tokens only: 528 and 516 slots for windows of 16 and 4."""
+
+    def setUp(self):
+        self.parameters = _random_parameters(_WINDOWED)
+        self.session = generation.Session(_WINDOWED, self.parameters)
+
+    def check(self, prompt):
+        needed = _full_logits(prompt, _WINDOWED, self.parameters)[-1]
+        np.testing.assert_allclose(self.session.read(prompt), needed, atol=1e-4)
+
+    @pytest.mark.full
+    def test_cached_logits_equal_those_of_the_full_forward_after_several_rounds_of_the_slots(self):
+        tokens = [token for seed in range(3) for token in _prompt(550, seed=seed)]
+        self.check(tokens[:530])
+        self.check(tokens[:1300])
+        needed = _full_logits(tokens[:1330], _WINDOWED, self.parameters)
+        got = [self.session.read(tokens[:length]) for length in range(1301, 1331)]
+        np.testing.assert_allclose(got, needed[1300:], atol=1e-4)
+        self.check(tokens)
+
+    def test_cache_of_layers_with_windows_stops_growing(self):
+        slots = []
+        for length in (10, 520, 1030):
+            self.session.read(_prompt(length))
+            slots.append([stack.keys.shape for stack in self.session._cache])
+        self.assertEqual(
+            slots,
+            [
+                [(layers, 1, count, 2, 8) for layers, count in zip((1, 1, 2), counts, strict=True)]
+                for counts in ((512, 512, 512), (1024, 516, 528), (2048, 516, 528))
+            ],
+        )
+
+    @pytest.mark.full
+    def test_prompt_that_goes_back_is_computed_from_its_start_only_if_tokens_are_lost(self):
+        history = [*_prompt(550), *_prompt(550, seed=1)]
+        self.check(history)
+        with mock.patch.object(generation, "_extend", wraps=generation._extend) as extend:
+            for length, starts in ((1000, [1000]), (639, [639]), (638, [0, 512]), (638, [638])):
+                extend.reset_mock()
+                self.check(history[:length] + _prompt(1, seed=2))
+                self.assertEqual([int(call.args[4]) for call in extend.call_args_list], starts)
+            self.check(_prompt(600, seed=3))
 
 
 class GenerateTest(parameterized.TestCase):
