@@ -130,6 +130,7 @@ def hidden_states(
     position: Int[Array, "B T"],
     subtree_end: Int[Array, "B T"],
     *,
+    segment: Int[Array, "B T"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
     constrain: Callable[[Array], Array] = lambda x: x,
@@ -141,6 +142,7 @@ def hidden_states(
     Args:
       position: of each token in its own context, for RoPE; siblings in a tree share it.
       subtree_end: one more than the last token that sees this one (see `attention.blockwise`).
+      segment: 0 for padding, which experts do not compute; None if there is none, or to compute it like other tokens.
       remat: what the backward pass recomputes, from least to most. "none": only the attention probabilities, which no
         kernel saves; "attention": also queries, keys and values; "dots": everything but products with weights and the
         attention output; "full": everything but each layer's input.
@@ -158,6 +160,8 @@ def hidden_states(
     settings = layer_settings(config)
     make_rotate = rotations(config, position)
     attention_policy, layer_policy = REMAT[remat]
+    if segment is not None:
+        run_experts = experts.leave_out_padding(run_experts, segment)
 
     def body(graph, x, layer_and_settings):
         layer, own = layer_and_settings
