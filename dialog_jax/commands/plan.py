@@ -91,6 +91,8 @@ def _plan(config: TrainConfig, kind: str) -> None:
     )
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"{config.model} on {mesh.size} x {kind}: {axes}; compiled in {step.seconds:.0f} s")
+    parameters, active = metrics.count_parameters(model)
+    print(f"{parameters:,} parameters" + (f", of which a token uses {active:,}" if active < parameters else ""))
     for line in step.uneven_layouts:
         print(f"on the mesh: {line}")
     sections = [

@@ -61,11 +61,11 @@ class Session:
                 return logits
 
     def _reserve(self, needed: int) -> None:
-        capacity = self._cache.keys.shape[2]
+        capacity = self._cache.capacity
         while capacity < needed:
             capacity *= 2
-        if capacity > self._cache.keys.shape[2]:
-            missing = capacity - self._cache.keys.shape[2]
+        if capacity > self._cache.capacity:
+            missing = capacity - self._cache.capacity
             padding = ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))
             self._cache = jax.tree.map(lambda array: jnp.pad(array, padding), self._cache)
 

@@ -4,30 +4,42 @@ In: parameters, a cache, new tokens. Out: their hidden states and the extended c
 `model.decoder`; only attention differs. Knows no sampling.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.attention import cached
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, layer_runs
 from dialog_jax.model.decoder_config import DecoderConfig
 
 
 class Cache(NamedTuple):
     """Keys and values of one history without branches; the caller knows how many of the C slots are filled."""
 
-    keys: Float[Array, "L B C K H"]
-    values: Float[Array, "L B C K H"]
+    keys: dict[str, Float[Array, "L B C K H"]]
+    """By the name of the attention (see `DecoderConfig.parts`), of the layers that have it."""
+    values: dict[str, Float[Array, "L B C K H"]]
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return self.keys["attention"].shape[2]
 
 
 def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
     """Returns a cache with room for `capacity` tokens."""
-    shape = (config.layers, batch, capacity, config.kv_heads, config.head_dim)
-    return Cache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+    def make():
+        return {
+            name: jnp.zeros((len(config.parts[name]), batch, capacity, heads.kv_heads, heads.head_dim), dtype)
+            for name, heads in config.attention_heads.items()
+        }
+
+    return Cache(keys=make(), values=make())
 
 
 def extend(
@@ -42,29 +54,33 @@ def extend(
       start: at most capacity - T, which the caller ensures; beyond it, XLA would shift the write.
     """
     model = decoder.bind(config, parameters)
-    settings = decoder.layer_settings(config)
     position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
-    distance = position[:, :, None] - jnp.arange(cache.keys.shape[2])[None, None, :]  # [1, T, C]
-    make_rotate = decoder.rotations(config, jnp.broadcast_to(position, tokens.shape))
+    distance = position[:, :, None] - jnp.arange(cache.capacity)[None, None, :]  # [1, T, C]
+    positions = jnp.broadcast_to(position, tokens.shape)
 
-    def body(graph, carry, layer_and_settings):
-        x, cache = carry
-        layer, index, own = layer_and_settings
-        window, kind = settings._replace(**own)
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    def make_body(run):
+        make_rotate = decoder.rotations(run.rotary, run.heads.head_dim, positions)
+        places = np.searchsorted(config.parts[run.attention], np.arange(config.layers))  # in the cache
 
-        def attend(q, k, v, **additions):
-            corner = (index, 0, start, 0, 0)
-            extended = Cache(
-                keys=jax.lax.dynamic_update_slice(cache.keys, k[None], corner),
-                values=jax.lax.dynamic_update_slice(cache.values, v[None], corner),
-            )
-            return cached.attend(q, extended.keys[index], extended.values[index], visible, **additions), extended
+        def run_layer(carry, inputs):
+            x, cache = carry
+            layer, number = inputs
+            window = layer_runs.find_setting(run.window, number)
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            place = jnp.asarray(places)[number]
 
-        return nnx.merge(graph, layer)(x, make_rotate(kind), attend), None
+            def attend(q, k, v, **additions):
+                keys, values = (
+                    jax.lax.dynamic_update_slice(stacked[run.attention], new[None], (place, 0, start, 0, 0))
+                    for stacked, new in zip(cache, (k, v), strict=True)
+                )
+                output = cached.attend(q, keys[place], values[place], visible, **additions)
+                return output, Cache({**cache.keys, run.attention: keys}, {**cache.values, run.attention: values})
 
-    x = decoder.embed(config, parameters, tokens, cache.keys.dtype)  # [B, T, D]
-    for run in decoder.layer_runs(config, model):
-        scanned = (run.parameters, jnp.arange(run.start, run.stop), settings.scanned(run.start, run.stop))
-        (x, cache), _ = jax.lax.scan(functools.partial(body, run.graph), (x, cache), scanned)
+            return nnx.merge(run.graph, layer)(x, make_rotate(layer_runs.find_setting(run.kind, number)), attend), None
+
+        return run_layer
+
+    x = decoder.embed(config, parameters, tokens, cache.keys["attention"].dtype)  # [B, T, D]
+    x, cache = layer_runs.scan_layers(config, model, make_body, (x, cache))
     return decoder.finish(config, model, x), cache

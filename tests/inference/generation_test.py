@@ -93,7 +93,7 @@ class SessionTest(parameterized.TestCase):
         for length in range(102, 140):  # single tokens now, whatever the length of the history
             session.read(_prompt(100) + _prompt(length - 100, seed=4))
         self.assertLessEqual(generation._extend._cache_size() - compiled, 1)  # one chunk of 8 at the first
-        before = session._cache.keys
+        before = session._cache.keys["attention"]
         session.read(session.tokens)
         self.assertTrue(before.is_deleted())  # the cache is updated in place, not copied
 

@@ -1,6 +1,7 @@
 """Mixtures of experts: products of groups against NumPy, padding, and what is read, adapted and refused."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -63,13 +64,13 @@ class GroupedProductsTest(parameterized.TestCase):
 
 
 @jax.custom_vjp
-def _spoil(product, is_computed):
-    """The product, with NaN in rows that belong to no group; so is the gradient's."""
-    return jnp.where(is_computed, product, jnp.nan)
+def _spoil_gradient(rows, is_computed):
+    """The rows; the gradient of those that belong to no group is NaN."""
+    return rows
 
 
-_spoil.defvjp(
-    lambda product, is_computed: (_spoil(product, is_computed), is_computed),
+_spoil_gradient.defvjp(
+    lambda rows, is_computed: (rows, is_computed),
     lambda is_computed, d: (jnp.where(is_computed, d, jnp.nan), None),
 )
 
@@ -79,12 +80,14 @@ class PaddingTest(absltest.TestCase):
         parameters = tiny.parameters(_MODEL)
         tokens = np.random.default_rng(0).integers(0, 61, 40)
 
+        run_row = jax.jit(functools.partial(decoder.hidden_states, _MODEL))
+
         def run(padding, is_padding):
             row = jnp.asarray(np.append(tokens, padding))[None]
             position = jnp.asarray(np.append(np.arange(40), np.zeros(len(padding), np.int64)))[None]
             ends = jnp.asarray(np.append(np.full(40, 40), np.arange(40, 40 + len(padding)) + 1))[None]
             segment = jnp.asarray(np.append(np.ones(40, np.int64), np.full(len(padding), int(not is_padding))))[None]
-            return decoder.hidden_states(_MODEL, parameters, row, position, ends, segment=segment)[0, :40]
+            return run_row(parameters, row, position, ends, segment=segment)[0, :40]
 
         alone = run(np.zeros(0, np.int64), True)
         for padding in (np.zeros(24, np.int64), np.full(24, 7), np.arange(24)):
@@ -106,16 +109,19 @@ class PaddingTest(absltest.TestCase):
         sizes, plain_multiply = [], grouped_products.multiply
 
         def multiply(rows, matrices, group_sizes):
-            sizes.append(np.asarray(group_sizes))
-            is_computed = jnp.arange(len(rows))[:, None] < sum(sizes[-1])
-            return _spoil(plain_multiply(_spoil(rows, is_computed), matrices, group_sizes), is_computed)
+            jax.debug.callback(lambda own: sizes.append(own.tolist()), group_sizes)
+            is_computed = jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes)
+            product = plain_multiply(_spoil_gradient(rows, is_computed), matrices, group_sizes)
+            return jnp.where(is_computed, product, jnp.nan)
 
         def compute(run, x, choice, weights, out):
             def total(x, weights, matrices):
                 output = run(config, x, jnp.asarray(choice), weights, matrices)
                 return jnp.sum(output * out), output
 
-            return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(x, weights, matrices)
+            result = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(x, weights, matrices)
+            jax.effects_barrier()
+            return result
 
         # The tokens that are not padding alone, as one row.
         (dx, dw, dm), output = compute(
@@ -124,9 +130,7 @@ class PaddingTest(absltest.TestCase):
         with mock.patch.object(grouped_products, "multiply", multiply):
             run = experts.leave_out_padding(experts.run, jnp.asarray(segment))
             (got_dx, got_dw, got_dm), got = compute(run, x, choice, weights, out)
-        for group_sizes in sizes:
-            self.assertEqual(group_sizes.tolist(), np.bincount(choice[used].ravel(), minlength=4).tolist())
-        self.assertLen(sizes, 3)
+        self.assertEqual(sizes, 3 * [np.bincount(choice[used].ravel(), minlength=4).tolist()])
         for whole, part in ((got, output), (got_dx, dx), (got_dw, dw)):
             np.testing.assert_allclose(whole[used], part[0], atol=1e-5)
             self.assertEqual(np.abs(whole[~used]).max(), 0)
@@ -138,7 +142,7 @@ class PaddingTest(absltest.TestCase):
             return jnp.sum(grouped_products.multiply(rows, matrices, jnp.zeros(5, jnp.int32)))
 
         nothing = jnp.full((64, 12), jnp.nan), jnp.full((5, 12, 7), jnp.nan)
-        value, gradients = jax.value_and_grad(total, argnums=(0, 1))(*nothing)
+        value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(*nothing)
         self.assertEqual([float(jnp.abs(array).max()) for array in (value, *gradients)], [0, 0, 0])
 
 
