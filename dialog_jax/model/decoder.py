@@ -109,18 +109,19 @@ def hidden_states(
         make_rotate = rotations(run.rotary, run.heads.head_dim, position)
 
         def run_layer(x, inputs):
-            layer, number = inputs
+            parameters, number = inputs
             window, rotate = find_setting(run.window, number), make_rotate(find_setting(run.kind, number))
             mask = Mask(subtree_end) if window is None else Mask(subtree_end, position, window)
 
             def attend(q, k, v, **additions):
                 return attend_trees(q, k, v, mask, **additions), None
 
-            return nnx.merge(run.graph, layer)(x, rotate, attend, attention_policy, run_experts)
+            return run.bind(parameters)(x, rotate, attend, attention_policy, run_experts)
 
         if layer_policy is not None:
-            # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
-            run_layer = jax.checkpoint(run_layer, policy=layer_policy, prevent_cse=False)
+            # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed; with
+            # several layers in the scan's body, it keeps them from being recomputed all at once.
+            run_layer = jax.checkpoint(run_layer, policy=layer_policy, prevent_cse=run.places is not None)
         return lambda x, inputs: run_layer(constrain(x), inputs)
 
     x = embed(config, parameters, tokens, compute_dtype)  # [B, T, D]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dialog_jax.attention import cached
@@ -64,7 +63,7 @@ def extend(
 
         def run_layer(carry, inputs):
             x, cache = carry
-            layer, number = inputs
+            parameters, number = inputs
             window = layer_runs.find_setting(run.window, number)
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             place = jnp.asarray(places)[number]
@@ -77,7 +76,7 @@ def extend(
                 output = cached.attend(q, keys[place], values[place], visible, **additions)
                 return output, Cache({**cache.keys, run.attention: keys}, {**cache.values, run.attention: values})
 
-            return nnx.merge(run.graph, layer)(x, make_rotate(layer_runs.find_setting(run.kind, number)), attend), None
+            return run.bind(parameters)(x, make_rotate(layer_runs.find_setting(run.kind, number)), attend), None
 
         return run_layer
 

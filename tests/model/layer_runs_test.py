@@ -110,7 +110,7 @@ def run_layer_by_layer(model, parameters, tokens):
 
 class RunsTest(parameterized.TestCase):
     @parameterized.parameters(
-        ("periodic", [(0, 2, "attention", 5), (2, 3, "full_attention", None)]),
+        ("periodic", [(0, 1, "attention", 5), (1, 2, "attention", 5), (2, 3, "full_attention", None)]),
         (
             "without a period",
             [(0, 1, "attention", 5), (1, 2, "full_attention", None), (2, 4, "attention", "differ")],

@@ -231,9 +231,14 @@ OWN_STREAM = {
         rope_parameters={**_default(1e4), "partial_rotary_factor": 0.5},
     ),
     "gemma4_text": transformers.Gemma4TextConfig(**_GEMMA4, hidden_size_per_layer_input=0),
-    # The wrapper of the 31B; the reference is of text alone.
+    # The wrapper of the 31B; the reference is of text alone, without the padding token, which this model needs.
     "gemma4": transformers.Gemma4Config(
-        text_config={**_GEMMA4, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"},
+        text_config={
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+            "pad_token_id": 8,
+        },
         vision_config={
             "hidden_size": 8,
             "intermediate_size": 8,
