@@ -252,6 +252,6 @@ OWN_STREAM = {
         audio_config=None,
     ),
     "gemma4_unified_text": transformers.Gemma4UnifiedTextConfig(
-        **{**_GEMMA4, "num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2}
+        **{**_GEMMA4, "num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
     ),
 }
