@@ -178,7 +178,7 @@ class Layer(nnx.Module):
         """
 
         def attention(x):
-            module = self.full_attention if hasattr(self, "full_attention") else self.attention
+            module = next(getattr(self, name) for name in self.config.attention_heads if hasattr(self, name))
             return module(self._normalize(x, "attention_norm"), rotate, attend)
 
         if policy is not None:

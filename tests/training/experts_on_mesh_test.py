@@ -105,7 +105,9 @@ class ShardExpertsTest(parameterized.TestCase):
             jax.effects_barrier()
             evaluated, sizes = sizes, []
             transform = optimizer.make_optimizer(train_step_test._OPTIMIZER, 10)
-            state = train_step.initialize_state(mesh, tiny.parameters(model), transform)
+            parameters = tiny.parameters(model)
+            parameters = jax.device_put(parameters, sharding.state_sharding(mesh, parameters))
+            state = train_step.initialize_state(mesh, parameters, transform)
             run = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="none")
             jax.block_until_ready(run(state, batch))
             jax.effects_barrier()
