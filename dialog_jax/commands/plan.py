@@ -79,16 +79,20 @@ def _plan(config: TrainConfig, kind: str) -> None:
     work = workload.measure_workload(config, model, dialogues=_DIALOGUES.value)
     if work is None:
         work = workload.assume_workload(config, model, tokens=_TOKENS.value, targets=_TARGETS.value)
+    rows = config.rows * config.gradient_accumulation
     step = compiling.compile_step(
         config,
         model,
         mesh,
         compute_dtype=jnp.bfloat16 if narrow else jnp.float32,
-        targets=-(-work.targets // (config.rows * config.gradient_accumulation)),
-        attention_pairs=-(-work.attention_pairs // (config.rows * config.gradient_accumulation)),
+        tokens=-(-work.tokens // rows),
+        targets=-(-work.targets // rows),
+        attention_pairs=-(-work.attention_pairs // rows),
     )
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"{config.model} on {mesh.size} x {kind}: {axes}; compiled in {step.seconds:.0f} s")
+    parameters, active = metrics.count_parameters(model)
+    print(f"{parameters:,} parameters" + (f", of which a token uses {active:,}" if active < parameters else ""))
     for line in step.uneven_layouts:
         print(f"on the mesh: {line}")
     sections = [

@@ -12,12 +12,11 @@ Flax NNX declares the modules; outside this file parameters are plain arrays. Kn
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -26,11 +25,12 @@ from dialog_jax.attention.mask import Mask
 from dialog_jax.errors import UserError
 from dialog_jax.model import experts, matrices, rotary
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.model.layers import Decoder, Rotate, declare_layer, normalize
+from dialog_jax.model.layer_runs import find_setting, scan_layers
+from dialog_jax.model.layers import Decoder, Rotate, normalize
+from dialog_jax.model.rotary import Rotary
 
 SOFT_PROMPT = "soft_prompt"  # name of the parameter [P, D] whose rows are the embeddings of the ids from V on
 LAYERS = "layers"  # name of the loop over layers in compiled programs and profiles
-_ALL_ANCESTORS = np.iinfo(np.int32).max  # a window that reaches every token
 
 # Each attention kernel names its own residuals; naming them here as well would save them twice.
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(blockwise.OUTPUT)
@@ -42,62 +42,6 @@ REMAT: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = 
     "dots": (None, jax.checkpoint_policies.save_only_these_names(matrices.PRODUCT, blockwise.OUTPUT)),
     "full": (None, jax.checkpoint_policies.nothing_saveable),
 }
-
-
-class LayerSettings(NamedTuple):
-    """What may differ from layer to layer; an array [L] if it does, to be scanned with the layers."""
-
-    window: Any
-    """None if no layer has a window."""
-    rotary: Any
-    """Index of the layer's kind of RoPE."""
-
-    def scanned(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Returns those that differ, of the layers from `start` to `stop`."""
-        return {name: value[start:stop] for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
-
-
-def layer_settings(config: DecoderConfig) -> LayerSettings:
-    """Returns the settings of all layers."""
-
-    def reduce(values):
-        return values[0] if len(set(values)) == 1 else np.asarray(values, np.int32)
-
-    windows = [window or _ALL_ANCESTORS for window in config.windows] if any(config.windows) else [None]
-    return LayerSettings(reduce(windows), reduce(config.layer_rotary or [0]))
-
-
-class LayerRun(NamedTuple):
-    """Consecutive layers of one kind, with feed-forwards or with experts, to be scanned together."""
-
-    graph: nnx.GraphDef
-    parameters: nnx.State
-    """Stacked, of these layers."""
-    start: int
-    stop: int
-
-
-def layer_runs(config: DecoderConfig, model: Decoder) -> list[LayerRun]:
-    """Returns the layers as runs; one of all layers is not copied."""
-    graph, stacked = nnx.split(model.layers)
-    kinds = ("feed_forward", config.dense_layers), ("experts", config.sparse_layers)
-    if not all(layers for _, layers in kinds):
-        return [LayerRun(graph, stacked, 0, config.layers)]
-    runs = []
-    start = 0
-    while start < config.layers:
-        kind, layers = next((kind, layers) for kind, layers in kinds if start in layers)
-        stop = next((layer for layer in range(start, config.layers) if layer not in layers), config.layers)
-        parameters = {name: part for name, part in stacked.items() if name == kind or name not in dict(kinds)}
-        first = {name: layers.index(start) if name == kind else start for name in parameters}
-        sliced = {name: _slice(part, first[name], stop - start) for name, part in parameters.items()}
-        runs.append(LayerRun(declare_layer(config, sparse=kind == "experts"), nnx.State(sliced), start, stop))
-        start = stop
-    return runs
-
-
-def _slice(stacked: Any, start: int, size: int) -> Any:
-    return jax.tree.map(lambda array: array[start : start + size], stacked)
 
 
 @functools.lru_cache(maxsize=16)
@@ -130,6 +74,7 @@ def hidden_states(
     position: Int[Array, "B T"],
     subtree_end: Int[Array, "B T"],
     *,
+    segment: Int[Array, "B T"] | None = None,
     compute_dtype: jax.typing.DTypeLike = jnp.float32,
     remat: str = "none",
     constrain: Callable[[Array], Array] = lambda x: x,
@@ -141,6 +86,7 @@ def hidden_states(
     Args:
       position: of each token in its own context, for RoPE; siblings in a tree share it.
       subtree_end: one more than the last token that sees this one (see `attention.blockwise`).
+      segment: 0 for padding, which experts do not compute; None if there is none, or to compute it like other tokens.
       remat: what the backward pass recomputes, from least to most. "none": only the attention probabilities, which no
         kernel saves; "attention": also queries, keys and values; "dots": everything but products with weights and the
         attention output; "full": everything but each layer's input.
@@ -155,32 +101,32 @@ def hidden_states(
     if remat not in REMAT:
         raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT)}")
     model = bind(config, parameters)
-    settings = layer_settings(config)
-    make_rotate = rotations(config, position)
     attention_policy, layer_policy = REMAT[remat]
+    if segment is not None:
+        run_experts = experts.leave_out_padding(run_experts, segment)
 
-    def body(graph, x, layer_and_settings):
-        layer, own = layer_and_settings
-        window, kind = settings._replace(**own)
-        mask = Mask(subtree_end) if window is None else Mask(subtree_end, position, window)
+    def make_body(run):
+        make_rotate = rotations(run.rotary, run.heads.head_dim, position)
 
-        def attend(q, k, v, **additions):
-            return attend_trees(q, k, v, mask, **additions), None
+        def run_layer(x, inputs):
+            parameters, number = inputs
+            window, rotate = find_setting(run.window, number), make_rotate(find_setting(run.kind, number))
+            mask = Mask(subtree_end) if window is None else Mask(subtree_end, position, window)
 
-        return nnx.merge(graph, layer)(x, make_rotate(kind), attend, attention_policy, run_experts)
+            def attend(q, k, v, **additions):
+                return attend_trees(q, k, v, mask, **additions), None
 
-    def make_body(graph):
-        run_layer: Callable = functools.partial(body, graph)
+            return run.bind(parameters)(x, rotate, attend, attention_policy, run_experts)
+
         if layer_policy is not None:
-            # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed.
-            run_layer = jax.checkpoint(run_layer, policy=layer_policy, prevent_cse=False)
-        return lambda x, layer_and_settings: run_layer(constrain(x), layer_and_settings)
+            # A scan separates the forward from the backward pass, so the barrier that prevents CSE is not needed; with
+            # several layers in the scan's body, it keeps them from being recomputed all at once.
+            run_layer = jax.checkpoint(run_layer, policy=layer_policy, prevent_cse=run.places is not None)
+        return lambda x, inputs: run_layer(constrain(x), inputs)
 
     x = embed(config, parameters, tokens, compute_dtype)  # [B, T, D]
     with jax.named_scope(LAYERS):
-        for run in layer_runs(config, model):
-            scanned = (run.parameters, settings.scanned(run.start, run.stop))
-            x, _ = jax.lax.scan(make_body(run.graph), constrain(x), scanned)
+        x = scan_layers(config, model, make_body, constrain(x))
     return finish(config, model, constrain(x))
 
 
@@ -232,14 +178,16 @@ def unembedding(config: DecoderConfig, parameters: dict) -> Float[Array, "V D"]:
     return matrices.add_update(weight.T, factors).T
 
 
-def rotations(config: DecoderConfig, position: Int[Array, "B T"]) -> Callable[[Any], Rotate]:
+def rotations(
+    rotary_kinds: Sequence[Rotary | None], head_dim: int, position: Int[Array, "B T"]
+) -> Callable[[Any], Rotate]:
     """Returns a function of the index of a kind of RoPE, to the function that rotates queries and keys."""
-    kinds = [kind for kind in config.rotary if kind is not None]
+    kinds = [kind for kind in rotary_kinds if kind is not None]
     if not kinds:
         return lambda index: lambda q, k: (q, k)
-    found = {kind: kind.rotation(position, config.head_dim) for kind in kinds}
+    found = {kind: kind.rotation(position, head_dim) for kind in kinds}
     nothing = jnp.ones_like(found[kinds[0]][0]), jnp.zeros_like(found[kinds[0]][1])
-    angles = [found[kind] if kind is not None else nothing for kind in config.rotary]
+    angles = [found[kind] if kind is not None else nothing for kind in rotary_kinds]
     cosines, sines = (jnp.stack(arrays) if len(arrays) > 1 else arrays for arrays in zip(*angles, strict=True))
     growing = next((kind for kind in kinds if kind.query_growth), None)
 

@@ -59,6 +59,16 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The sizes of an attention's keys and values."""
+
+    kv_heads: int
+    head_dim: int
+    values_are_keys: bool = False
+    """Whether values are the keys before these are normalized and rotated, instead of products with a matrix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The structure of a decoder. The defaults are those of llama."""
 
@@ -103,6 +113,12 @@ class DecoderConfig:
     logit_cap: float | None = None
     """Logits z become cap * tanh(z / cap)."""
     tie_embeddings: bool = False
+    full_attention: Heads | None = None
+    """Of the layers without a window; None if they have the same `kv_heads` and `head_dim` as the others."""
+    value_norm: bool = False
+    """Whether each head's values are divided by their root mean square."""
+    layer_scales: bool = False
+    """Whether each layer multiplies the residual stream by a number, which is not trained."""
     sinks: bool = False
     """Whether each head has a learned score that takes part in the softmax and stands for no token."""
     experts: Experts | None = None
@@ -121,13 +137,16 @@ class DecoderConfig:
         for field, choices in (("norms", NORMS), ("qk_norm", QK_NORMS), ("activation", ACTIVATIONS)):
             if getattr(self, field) not in choices:
                 raise UserError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
-        if self.heads % self.kv_heads:
-            raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
+        for heads in self.attention_heads.values():
+            if heads.kv_heads < 1 or self.heads % heads.kv_heads:
+                raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({heads.kv_heads})")
+            if heads.head_dim < 1 or heads.head_dim % 2:
+                raise UserError(f"head_dim is {heads.head_dim}; RoPE rotates pairs, so it must be even")
         for field in ("layer_rotary", "windows"):
             if getattr(self, field) and len(getattr(self, field)) != self.layers:
                 raise UserError(f"{field} has {len(getattr(self, field))} values for {self.layers} layers")
+        if self.full_attention is not None and not 0 < sum(map(bool, self.windows)) < self.layers:
+            raise UserError("full_attention is of layers without a window, beside layers with one; both are needed")
         if min(self.windows, default=0) < 0:
             raise UserError(f"windows has {min(self.windows)}; a window is a number of tokens, or 0 for none")
         if not {0, *self.layer_rotary} <= set(range(len(self.rotary))):
@@ -142,6 +161,22 @@ class DecoderConfig:
                 )
             if len(dense) == self.layers:
                 raise UserError("no layer has experts; a model without them has experts = None")
+
+    @property
+    def attention_heads(self) -> dict[str, Heads]:
+        """The sizes of each kind of attention, by the name of its part in `parts`."""
+        heads = {"attention": Heads(kv_heads=self.kv_heads, head_dim=self.head_dim)}
+        return heads if self.full_attention is None else {**heads, "full_attention": self.full_attention}
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """The layers, in order, that have each of the parts of which a layer has the one or the other."""
+        every = tuple(range(self.layers))
+        parts = {"attention": every, "feed_forward": self.dense_layers, "experts": self.sparse_layers}
+        if self.full_attention is not None:
+            parts["attention"] = tuple(layer for layer in every if self.windows[layer])
+            parts["full_attention"] = tuple(layer for layer in every if not self.windows[layer])
+        return {name: layers for name, layers in parts.items() if layers}
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -171,8 +206,11 @@ class DecoderConfig:
 
     @property
     def window_shares(self) -> dict[int, float]:
-        """The share of the layers with each window; for layers without one, under the model's context."""
-        counts = collections.Counter(window or self.max_length for window in self.windows or (0,))
+        """The share of the layers with each window, weighted by their heads' size; without one, the model's context."""
+        counts = collections.Counter[int]()
+        for name, heads in self.attention_heads.items():
+            for layer in self.parts[name]:
+                counts[(self.windows or (0,) * self.layers)[layer] or self.max_length] += heads.head_dim
         return {window: count / counts.total() for window, count in counts.items()}
 
     @property

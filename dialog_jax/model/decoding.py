@@ -16,23 +16,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dialog_jax.attention import cached
-from dialog_jax.model import decoder
+from dialog_jax.model import decoder, layer_runs
 from dialog_jax.model.decoder_config import DecoderConfig
 
 
+class Kind(NamedTuple):
+    """What the layers of a stack have in common."""
+
+    window: int
+    """0 for none."""
+    attention: str
+    """The name of their attention (see `DecoderConfig.parts`)."""
+
+
 class Stack(NamedTuple):
-    """Keys and values of the layers that have the same window: those of token t of the history in slot t mod C."""
+    """Keys and values of the layers of a kind: those of token t of the history in slot t mod C."""
 
     keys: Float[Array, "L B C K H"]
     values: Float[Array, "L B C K H"]
 
 
-# A stack for each window of the model, ascending, first that of the layers without one. The history has no branches;
-# the caller knows its length.
+# A stack for each kind of layer, by ascending window, first that of the layers without one. The history has no
+# branches; the caller knows its length.
 Cache = tuple[Stack, ...]
 
 
@@ -45,12 +53,13 @@ def empty_cache(
       chunk: at least the tokens of any call of `extend`.
     """
 
-    def make_stack(window):
-        slots = min(capacity, window + chunk) if window else capacity
-        shape = (_windows(config).count(window), batch, slots, config.kv_heads, config.head_dim)
+    def make_stack(kind):
+        slots = min(capacity, kind.window + chunk) if kind.window else capacity
+        heads = config.attention_heads[kind.attention]
+        shape = (_find_kinds(config).count(kind), batch, slots, heads.kv_heads, heads.head_dim)
         return Stack(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
-    return tuple(make_stack(window) for window in _distinct_windows(config))
+    return tuple(make_stack(kind) for kind in _distinct_kinds(config))
 
 
 def grow_cache(config: DecoderConfig, cache: Cache, capacity: int, chunk: int) -> Cache:
@@ -71,7 +80,7 @@ def keeps_context(config: DecoderConfig, cache: Cache, start: int, written: int)
     Args:
       written: slots written since the cache was empty or `extend` began again at 0: the largest start + T.
     """
-    oldest = [max(0, start + 1 - window) if window else 0 for window in _distinct_windows(config)]
+    oldest = [max(0, start + 1 - kind.window) if kind.window else 0 for kind in _distinct_kinds(config)]
     return all(written <= token + stack.keys.shape[2] for token, stack in zip(oldest, cache, strict=True))
 
 
@@ -87,54 +96,58 @@ def extend(
       start: at most capacity - T, which the caller ensures.
     """
     model = decoder.bind(config, parameters)
-    settings = decoder.layer_settings(config)
-    windows = _distinct_windows(config)
+    kinds = _distinct_kinds(config)
+    stack_numbers, indices = _find_stacks(config)
     position = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None, :]  # [1, T]
-    visible = [_find_visible(position, stack, window) for stack, window in zip(cache, windows, strict=True)]
-    make_rotate = decoder.rotations(config, jnp.broadcast_to(position, tokens.shape))
+    visible = [_find_visible(position, stack, kind.window) for stack, kind in zip(cache, kinds, strict=True)]
 
-    def body(graph, carry, layer_and_settings):
-        x, cache = carry
-        layer, stack_number, index, own = layer_and_settings
-        kind = settings._replace(**own).rotary
+    def make_body(run):
+        make_rotate = decoder.rotations(run.rotary, run.heads.head_dim, jnp.broadcast_to(position, tokens.shape))
+        candidates = [number for number, kind in enumerate(kinds) if kind.attention == run.attention]
 
-        def attend(q, k, v, **additions):
-            extended = tuple(
-                _write(stack, jnp.where(stack_number == number, index, len(stack.keys)), position[0], k, v)
-                for number, stack in enumerate(cache)
-            )
+        def run_layer(carry, inputs):
+            x, cache = carry
+            parameters, layer = inputs
+            stack_number, index = jnp.asarray(stack_numbers)[layer], jnp.asarray(indices)[layer]
 
-            def read(number, q):
-                keys, values = (array[index] for array in extended[number])
-                return cached.attend(q, keys, values, visible[number], **additions)
+            def attend(q, k, v, **additions):
+                extended = list(cache)
+                for number in candidates:
+                    place = jnp.where(stack_number == number, index, len(cache[number].keys))
+                    extended[number] = _write(cache[number], place, position[0], k, v)
 
-            reads = [functools.partial(read, number) for number in range(len(windows))]
-            return jax.lax.switch(stack_number, reads, q), extended
+                def read(number, q):
+                    keys, values = (array[index] for array in extended[number])
+                    return cached.attend(q, keys, values, visible[number], **additions)
 
-        return nnx.merge(graph, layer)(x, make_rotate(kind), attend), None
+                reads = [functools.partial(read, number) for number in candidates]
+                choice = jnp.searchsorted(jnp.asarray(candidates), stack_number)
+                return jax.lax.switch(choice, reads, q), tuple(extended)
+
+            return run.bind(parameters)(x, make_rotate(layer_runs.find_setting(run.kind, layer)), attend), None
+
+        return run_layer
 
     x = decoder.embed(config, parameters, tokens, cache[0].keys.dtype)  # [B, T, D]
-    stack_numbers, indices = _find_stacks(config)
-    for run in decoder.layer_runs(config, model):
-        layers = slice(run.start, run.stop)
-        scanned = (run.parameters, stack_numbers[layers], indices[layers], settings.scanned(run.start, run.stop))
-        (x, cache), _ = jax.lax.scan(functools.partial(body, run.graph), (x, cache), scanned)
+    x, cache = layer_runs.scan_layers(config, model, make_body, (x, cache))
     return decoder.finish(config, model, x), cache
 
 
-def _windows(config: DecoderConfig) -> tuple[int, ...]:
-    return config.windows or (0,) * config.layers
+def _find_kinds(config: DecoderConfig) -> list[Kind]:
+    """Returns the kind of each layer."""
+    names = {layer: name for name in config.attention_heads for layer in config.parts[name]}
+    return [Kind(window, names[layer]) for layer, window in enumerate(config.windows or (0,) * config.layers)]
 
 
-def _distinct_windows(config: DecoderConfig) -> list[int]:
-    return sorted(set(_windows(config)))
+def _distinct_kinds(config: DecoderConfig) -> list[Kind]:
+    return sorted(set(_find_kinds(config)))
 
 
 def _find_stacks(config: DecoderConfig) -> tuple[Int[np.ndarray, "L"], Int[np.ndarray, "L"]]:
     """Returns the number of each layer's stack, and its index there: for windows 0 8 8 0, 0 1 1 0 and 0 0 1 1."""
-    windows, distinct = _windows(config), _distinct_windows(config)
-    numbers = [distinct.index(window) for window in windows]
-    indices = [windows[:layer].count(window) for layer, window in enumerate(windows)]
+    kinds, distinct = _find_kinds(config), _distinct_kinds(config)
+    numbers = [distinct.index(kind) for kind in kinds]
+    indices = [kinds[:layer].count(kind) for layer, kind in enumerate(kinds)]
     return np.asarray(numbers, np.int32), np.asarray(indices, np.int32)
 
 

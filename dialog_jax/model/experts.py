@@ -1,15 +1,18 @@
 """A mixture of experts: which experts each token is given to, and what they compute.
 
 In: hidden states, the matrices of a layer's experts, and their `Experts`. Out: the weighted sum of the chosen experts.
-The tokens are sorted by expert, so that each expert multiplies only its own (see `model.grouped_products`); a padding
-token costs what any other does, and changes no other. There is no capacity and no auxiliary loss: no token is dropped,
-and the router learns from the loss alone.
+The tokens are sorted by expert, so that each expert multiplies only its own (see `model.grouped_products`). Padding is
+given to no expert. There is no capacity and no auxiliary loss: no other token is dropped, and the router learns from
+the loss alone.
 
     two tokens, three experts of which two are active, choice [[0, 2], [2, 1]]
     sorted: expert 0: token 0; expert 1: token 1; expert 2: tokens 0 and 1; sizes [1, 1, 2]
+
+    the same with token 1 as padding: choice [[0, 2], [3, 3]]
+    sorted: expert 0: token 0; expert 2: token 0; none: token 1, twice; sizes [1, 0, 1]
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +74,15 @@ def _keep_best_groups(config: Experts, preferences: Float[Array, "*T E"]) -> Flo
     return jnp.where(is_kept[..., None], by_group, -jnp.inf).reshape(preferences.shape)
 
 
+def leave_out_padding(run: Callable[..., Array], segment: Int[Array, "B T"]) -> Callable[..., Array]:
+    """Returns `run`, or one like it, with the tokens of segment 0 given to no expert: their output is 0."""
+
+    def run_others(config, x, choice, weights, matrices):
+        return run(config, x, jnp.where(segment[..., None] > 0, choice, config.count), weights, matrices)
+
+    return run_others
+
+
 def run(
     config: Experts,
     x: Float[Array, "B T D"],
@@ -83,22 +95,18 @@ def run(
     """Returns the weighted sum of what the chosen experts compute, in the type of `x`.
 
     Args:
+      choice: experts; `config.count` for none.
       matrices: "w_gate" and "w_up" [E, D, F], "w_down" [E, F, D], and their biases "b_gate", "b_up" and "b_down", of
         the experts from `first` on; the others count as computing nothing.
     """
     count, active = matrices["w_gate"].shape[0], choice.shape[-1]
     expert = choice.reshape(-1) - first  # [Nk]
-    expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # of another device: sorted behind
+    expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # none or of another device: sorted behind
     order = jnp.argsort(expert)
     inverse = jnp.argsort(order)
     sizes = jnp.sum(jax.nn.one_hot(expert, count, dtype=jnp.int32), axis=0)  # [E]
-    rows = _sort_tokens(x.reshape(-1, x.shape[-1]), order, inverse, active)  # [Nk, D]
+    is_computed = (jnp.arange(len(order)) < jnp.sum(sizes))[:, None]  # [Nk, 1]
     is_chosen = jax.nn.one_hot(expert[order], count)  # [Nk, E]
-
-    def drop_others(rows):
-        if count == config.count:
-            return rows
-        return jnp.where((jnp.arange(len(order)) < jnp.sum(sizes))[:, None], rows, 0)
 
     def multiply(rows, name):
         product = grouped_products.multiply(rows, matrices[f"w_{name}"].astype(rows.dtype), sizes)
@@ -107,11 +115,12 @@ def run(
             # Not indexed: XLA:CPU adds rows one after the other in the gradient of a gather.
             chosen = jnp.matmul(is_chosen, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             product = product + chosen.astype(rows.dtype)
-        return checkpoint_name(product, PRODUCT)
+        # Rows of no expert are unspecified, here and in the gradient.
+        return checkpoint_name(jnp.where(is_computed, product, 0), PRODUCT)
 
-    rows = drop_others(rows)
-    hidden = activate(config, multiply(rows, "gate"), multiply(rows, "up"))
-    output = drop_others(multiply(hidden, "down"))
+    rows = _sort_tokens(x.reshape(-1, x.shape[-1]), order, inverse, active)  # [Nk, D]
+    rows = jnp.where(is_computed, rows, 0)
+    output = multiply(activate(config, multiply(rows, "gate"), multiply(rows, "up")), "down")
     output = _permute(output, inverse, order).reshape(-1, active, x.shape[-1])  # [N, k, D]
     total = jnp.einsum("nkd,nk->nd", output.astype(jnp.float32), weights.reshape(-1, active))
     return total.astype(x.dtype).reshape(x.shape)

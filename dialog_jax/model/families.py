@@ -5,7 +5,7 @@ Source: the configuration and modeling files of each family in Hugging Face tran
 
 from typing import Any
 
-from dialog_jax.model import mixture_families
+from dialog_jax.model import gemma_families, mixture_families
 from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.family import (
     BIAS,
@@ -59,63 +59,6 @@ MISTRAL = Family(
     write=write_window_of_all,
     fields=frozenset({"sliding_window"}),
     needed={},
-)
-
-
-def _read_gemma(fields: Fields) -> dict[str, Any]:
-    return {
-        "norms": "both",
-        "norm_offset": 1.0,
-        "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
-        "logit_cap": fields["final_logit_softcapping"],
-        "embedding_scale": fields["hidden_size"] ** 0.5,
-        **read_bias(fields),
-        **read_windows(fields),
-    }
-
-
-def _write_gemma(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "query_pre_attn_scalar": round((config.attention_scale or config.head_dim**-0.5) ** -2),
-        "attn_logit_softcapping": config.attention_cap,
-        "final_logit_softcapping": config.logit_cap,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "use_bidirectional_attention": False,
-        **write_bias(config),
-        **write_windows(config),
-    }
-
-
-def _find_theta(config: DecoderConfig) -> float:
-    """Returns the base of the RoPE of the first kind, that of layers with a window, as transformers 4 names it."""
-    return config.rotary[0].theta if config.rotary[0] else 10000.0
-
-
-_NAMES_OF_BOTH_NORMS = {"layers/feed_forward_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
-_GEMMA_FIELDS = BIAS | {
-    *("query_pre_attn_scalar", "final_logit_softcapping"),
-    *("sliding_window", "layer_types", "_sliding_window_pattern"),
-}
-_GEMMA_NEEDED = {"use_bidirectional_attention": (False, None)}
-
-GEMMA2 = Family(
-    architecture="Gemma2ForCausalLM",
-    read=lambda fields: {**_read_gemma(fields), "attention_cap": fields["attn_logit_softcapping"]},
-    write=_write_gemma,
-    fields=_GEMMA_FIELDS | {"attn_logit_softcapping"},
-    needed=_GEMMA_NEEDED,
-    names=_NAMES_OF_BOTH_NORMS,
-)
-GEMMA3 = Family(
-    architecture="Gemma3ForCausalLM",
-    read=lambda fields: {**_read_gemma(fields), "qk_norm": "head"},
-    write=lambda config: {**_write_gemma(config), "rope_local_base_freq": _find_theta(config)},
-    fields=_GEMMA_FIELDS,
-    needed={**_GEMMA_NEEDED, "attn_logit_softcapping": (None,)},
-    rope_kinds=(SLIDING, FULL),
-    layer_rotary=lambda fields: tuple(int(kind == FULL) for kind in fields["layer_types"]),
-    names=_NAMES_OF_BOTH_NORMS,
 )
 
 
@@ -229,8 +172,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": mixture_families.QWEN3_MOE,
     "mistral": MISTRAL,
     "ministral3": MINISTRAL3,
-    "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
+    "gemma2": gemma_families.GEMMA2,
+    "gemma3_text": gemma_families.GEMMA3,
+    "gemma4_text": gemma_families.GEMMA4,
+    "gemma4_unified_text": gemma_families.GEMMA4_UNIFIED,
     "phi3": PHI3,
     "granite": GRANITE,
     "glm4_moe": mixture_families.GLM4_MOE,

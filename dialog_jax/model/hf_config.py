@@ -68,6 +68,7 @@ def from_json(file: pathlib.Path, fields: Fields) -> DecoderConfig:
     record = FAMILIES[family]
     _refuse_unsupported(file, record, fields)
     full = _fill_defaults(file, family, fields)
+    _refuse_unsupported(file, record, full)  # defaults too
     try:
         heads = full["num_attention_heads"]
         return DecoderConfig(
@@ -208,10 +209,11 @@ def to_json(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any]:
         # Both spellings: transformers 5 reads rope_parameters, earlier releases and vLLM the others.
         "rope_parameters": dict(zip(family.rope_kinds, kinds, strict=True)) if family.rope_kinds else kinds[0],
         "rope_theta": kinds[-1]["rope_theta"],
-        "rope_scaling": rope_parameters.describe_scaling(kinds[-1]),
         **{"hidden_act": config.activation, **family.write(config)},
     }
-    if "partial_rotary_factor" in kinds[-1]:
+    if scaling := rope_parameters.describe_scaling(kinds[-1]):
+        fields["rope_scaling"] = scaling
+    if "partial_rotary_factor" in kinds[-1] and not family.rope_kinds:
         fields["partial_rotary_factor"] = kinds[-1]["partial_rotary_factor"]
     for kind in config.rotary:
         if kind is not None and isinstance(kind.scaling, LongRopeScaling):

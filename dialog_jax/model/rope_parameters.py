@@ -9,6 +9,7 @@ from dialog_jax.model.rotary import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     Rotary,
     Scaling,
     YarnScaling,
@@ -26,6 +27,7 @@ def parse(parameters: Mapping[str, Any], fields: Mapping[str, Any]) -> Rotary:
     """
     kind = parameters.get("rope_type") or "default"
     original = parameters.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+    fraction = float(parameters.get("partial_rotary_factor") or 1.0)
     scaling: Scaling | None = None
     try:
         if kind == "linear":
@@ -61,6 +63,9 @@ def parse(parameters: Mapping[str, Any], fields: Mapping[str, Any]) -> Rotary:
                 original_max_length=int(original),
                 attention_factor=None if factor is None else float(factor),
             )
+        elif kind == "proportional":
+            scaling = ProportionalScaling(fraction=fraction, factor=float(parameters.get("factor") or 1.0))
+            fraction = 1.0
         elif kind != "default":
             raise UserError(f"rope_type is {kind!r}, which is not supported")
     except KeyError as error:
@@ -69,7 +74,7 @@ def parse(parameters: Mapping[str, Any], fields: Mapping[str, Any]) -> Rotary:
     return Rotary(
         theta=float(parameters["rope_theta"]),
         scaling=scaling,
-        fraction=float(parameters.get("partial_rotary_factor") or 1.0),
+        fraction=fraction,
         query_growth=growth,
     )
 
@@ -111,6 +116,10 @@ def describe(rotary: Rotary) -> dict[str, Any]:
         }
         if scaling.attention_factor is not None:
             described["attention_factor"] = scaling.attention_factor
+    elif isinstance(scaling, ProportionalScaling):
+        described = {"rope_type": "proportional", "partial_rotary_factor": scaling.fraction}
+        if scaling.factor != 1.0:
+            described["factor"] = scaling.factor
     if rotary.fraction != 1.0:
         described["partial_rotary_factor"] = rotary.fraction
     if rotary.query_growth:
@@ -119,7 +128,12 @@ def describe(rotary: Rotary) -> dict[str, Any]:
 
 
 def describe_scaling(kind: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the field `rope_scaling` of transformers 4, in which that of phi3 has these three fields and no other."""
+    """Returns the field `rope_scaling` of transformers 4, in which that of phi3 has these three fields and no other.
+
+    None where there is no scaling, or only in transformers 5, which would read the field instead of `rope_parameters`.
+    """
+    if kind["rope_type"] == "proportional":
+        return None
     if kind["rope_type"] == "longrope":
         return {"type": "longrope"} | {name: kind[name] for name in ("short_factor", "long_factor")}
     scaling = {name: value for name, value in kind.items() if name not in ("rope_theta", "partial_rotary_factor")}

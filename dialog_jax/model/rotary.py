@@ -149,7 +149,26 @@ class LongRopeScaling:
         return frequency / np.asarray(factors)
 
 
-Scaling = LongRopeScaling | LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProportionalScaling:
+    """The first `fraction` of the pairs of a whole head are rotated, and the frequencies of the others are 0. (With
+    `Rotary.fraction`, that part of a head has pairs, and frequencies, of its own.)"""
+
+    fraction: float
+    factor: float = 1.0
+    """What the frequencies are divided by."""
+
+    def __post_init__(self):
+        _check_range("proportional", "fraction", 0 < self.fraction <= 1, "above 0 and at most 1", self.fraction)
+        _check_range("proportional", "factor", self.factor >= 1, "at least 1", self.factor)
+
+    def scale(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Returns the frequencies that are used instead of `frequency`."""
+        rotated = int(self.fraction * len(frequency))
+        return np.where(np.arange(len(frequency)) < rotated, frequency / self.factor, 0.0)
+
+
+Scaling = LongRopeScaling | LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | ProportionalScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,16 @@ NAMES: dict[str, _Name] = {
     "layers/experts/b_gate": _Name("model.layers.{}.mlp.experts.gate_proj_bias", ""),
     "layers/experts/b_up": _Name("model.layers.{}.mlp.experts.up_proj_bias", ""),
     "layers/experts/b_down": _Name("model.layers.{}.mlp.experts.down_proj_bias", ""),
+    "layers/scale": _Name("model.layers.{}.layer_scalar", ""),
+}
+NAMES |= {
+    key.replace("/attention/", "/full_attention/"): name._replace(gguf="")
+    for key, name in NAMES.items()
+    if "/attention/" in key
 }
 # [layers, experts, in, out]
 EXPERT_MATRICES = ("layers/experts/w_gate", "layers/experts/w_up", "layers/experts/w_down")
+EXPERT_BIASES = ("layers/experts/b_gate", "layers/experts/b_up", "layers/experts/b_down")
 _NOT_ADAPTED = (*EXPERT_MATRICES, "layers/experts/w_router")
 
 # Every decoder of our families has it, and no vision or audio tower; norms have other names in some.
@@ -83,9 +90,7 @@ def list_names(config: DecoderConfig, key: str, from_gguf: bool = False) -> list
 
 def list_layers(config: DecoderConfig, key: str) -> tuple[int, ...]:
     """Returns the layers that have a parameter, in the order in which it is stacked."""
-    if key.startswith("layers/experts/"):
-        return config.sparse_layers
-    return config.dense_layers if key.startswith("layers/feed_forward/") else tuple(range(config.layers))
+    return config.parts.get(key.split("/")[1], tuple(range(config.layers)))
 
 
 def list_adaptable(keys: Iterable[str]) -> list[str]:

@@ -104,12 +104,14 @@ def compile_step(
     mesh: Mesh,
     *,
     compute_dtype: jax.typing.DTypeLike,
+    tokens: int,
     targets: int,
     attention_pairs: int,
 ) -> StepPlan:
     """Returns what one step of the run costs a device of `mesh`.
 
     Args:
+      tokens: per row, without padding; determines the trip count of the loop over blocks of an expert's tokens.
       targets: per row; determines the trip count of the loop over tiles of targets.
       attention_pairs: pairs of a token and a token that it sees, per row; determines the trip count of the loop over
         pairs of blocks.
@@ -151,8 +153,10 @@ def compile_step(
         loss.TILES: float(-(-targets // tile)),
     }
     if model.experts is not None:
-        tokens = config.rows // sharding.count_row_shards(mesh) * config.data.max_length
-        trip_counts[grouped_products.BLOCKS] = _estimate_expert_blocks(model.experts, tokens, mesh.shape["tensor"])
+        device_rows = config.rows // sharding.count_row_shards(mesh)
+        trip_counts[grouped_products.BLOCKS] = _estimate_expert_blocks(
+            model.experts, device_rows, config.data.max_length, tokens, mesh.shape["tensor"]
+        )
     counts = hlo.count_runs(program, unknown=functools.partial(_find_trip_count, trip_counts))
     return StepPlan(
         memory=Memory(
@@ -207,11 +211,11 @@ def _estimate_block_pairs(length: int, pairs: int) -> float:
     return min(max(pairs / block**2 + blocks / 2, 1.0 * blocks), blocks * (blocks + 1) / 2)
 
 
-def _estimate_expert_blocks(experts: Experts, tokens: int, tensor: int) -> float:
-    """Returns an estimate of the blocks of rows that an expert computes, of `tokens` tokens of each device."""
-    rows = tokens * experts.active
+def _estimate_expert_blocks(experts: Experts, rows: int, length: int, tokens: int, tensor: int) -> float:
+    """Returns an estimate of the blocks that an expert computes, of a device's rows with `tokens` tokens each."""
     groups = experts.count // tensor if experts.count % tensor == 0 else experts.count
-    return rows / experts.count / grouped_products.find_block(rows, groups) + 0.5
+    block = grouped_products.find_block(rows * length * experts.active, groups)
+    return rows * tokens * experts.active / experts.count / block + 0.5
 
 
 def _make_abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

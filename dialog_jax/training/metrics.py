@@ -66,12 +66,10 @@ def count_flops(
     multiply_adds = 0.0
     for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(config)).items():
         if path.startswith("layers/") and path.rpartition("/")[2].startswith("w_"):
-            weights = leaf.size
-            if path in tensor_names.EXPERT_MATRICES:
-                assert config.experts is not None
-                weights = weights * config.experts.active / config.experts.count
+            weights = leaf.size * _find_active_share(config, path)
             multiply_adds += count_passes(path, has_input_gradient=through_layers) * weights * tokens
-    attention = 2 * config.heads * config.head_dim * config.layers  # of a pair: scores and weighted sum
+    head_dims = sum(len(config.parts[name]) * heads.head_dim for name, heads in config.attention_heads.items())
+    attention = 2 * config.heads * head_dims  # of a pair, in all layers: scores and weighted sum
     multiply_adds += (3 if through_layers else 1) * attention * attention_pairs
     passes = count_passes(unembedding, has_input_gradient=through_layers or "final_norm" in trained)
     multiply_adds += passes * config.vocab_size * config.width * targets
@@ -80,6 +78,19 @@ def count_flops(
         sides = outputs if path == "embedding" else inputs + outputs  # rows of `lora_a` of an embedding are looked up
         multiply_adds += 3 * np.count_nonzero(scale) * sides * (targets if path == "lm_head" else tokens)
     return 2.0 * multiply_adds
+
+
+def count_parameters(config: DecoderConfig) -> tuple[int, int]:
+    """Returns (the number of parameters, how many of them a token uses: of experts, those that are active)."""
+    sizes = {path: leaf.size for path, leaf in parameter_trees.flatten(decoder.abstract_parameters(config)).items()}
+    active = sum(size * _find_active_share(config, path) for path, size in sizes.items())
+    return sum(sizes.values()), round(active)
+
+
+def _find_active_share(config: DecoderConfig, path: str) -> float:
+    """Returns the share of a parameter that a token uses."""
+    is_of_experts = path in (*tensor_names.EXPERT_MATRICES, *tensor_names.EXPERT_BIASES)
+    return config.experts.active / config.experts.count if config.experts and is_of_experts else 1.0
 
 
 def find_peak_flops(device: jax.Device) -> float | None:

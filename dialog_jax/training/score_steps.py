@@ -105,6 +105,7 @@ def _compute_scores(
         batch.tokens,
         batch.position,
         batch.subtree_end,
+        segment=batch.segment,
         compute_dtype=compute_dtype,
         attend_trees=attend,
         run_experts=run_experts,

@@ -144,6 +144,7 @@ def make_train_step(
             batch.tokens,
             batch.position,
             batch.subtree_end,
+            segment=batch.segment,
             compute_dtype=compute_dtype,
             remat=remat,
             constrain=lambda x: jax.lax.with_sharding_constraint(x, activation_sharding),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import decoder, hf_config, saving
+from dialog_jax.model import decoder, families, hf_config, saving
+from dialog_jax.training import metrics
 from dialog_jax.training.config import MeshConfig
 from tests.commands import running
 from tests.rendering import chat_templates
@@ -57,6 +58,8 @@ class PlanTest(absltest.TestCase):
         told, error = self.run_plan("--devices=8", "--kind=h100", "--config.mesh.data=2", "--config.mesh.fsdp=4")
         self.assertEmpty(error)
         self.assertRegex(told, r"on 8 x h100: .*data=2, fsdp=4, tensor=1;")
+        size = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_parameters(self.config)))
+        self.assertIn(f"\n{size:,} parameters\n", told)
         self.assertIn("measured on 12 of the 12 dialogues of train.jsonl", told)
         self.assertIn("FITS, even in the layout of the CPU's compiler.", told)
         self.assertRegex(told, r"all-reduce +[\d,]+ +[\d.]+ +[\d.]+\n")
@@ -136,6 +139,38 @@ class ShapesTest(parameterized.TestCase):
         named = [size for size in sizes.values() if size > 0]
         self.assertEqual(devices % int(np.prod(named)), 0)
         self.assertEqual(config.rows % (config.mesh.fsdp * max(1, config.mesh.data)), 0)
+
+    # Of the decoder alone: gemma-3 and Ministral have a vision tower, GLM-4.6 a layer that predicts a further token.
+    @parameterized.parameters(
+        ("GLM-4.6", "glm4_moe", 352_797_829_024, 33_632_266_144),
+        ("Llama-3.1-405B-Instruct", "llama", 405_853_388_800),
+        ("Ministral-3-14B-Instruct-2512", "ministral3", 13_506_073_600),
+        ("Mistral-Large-Instruct-2407", "mistral", 122_610_069_504),
+        ("OLMo-2-0325-32B-Instruct", "olmo2", 32_234_279_936),
+        ("Olmo-3-32B-Think", "olmo3", 32_233_522_176),
+        ("Qwen2.5-72B-Instruct", "qwen2", 72_706_203_648),
+        ("Qwen3-32B", "qwen3", 32_762_123_264),
+        ("Qwen3-Coder-480B-A35B-Instruct", "qwen3_moe", 480_154_875_392, 35_474_765_312),
+        ("SmolLM3-3B", "smollm3", 3_075_098_624),
+        ("gemma-2-27b-it", "gemma2", 27_227_128_320),
+        ("gemma-3-27b-it", "gemma3_text", 27_009_346_304),
+        ("gemma-4-31B-it", "gemma4_text", 30_697_345_340),
+        ("gpt-oss-120b", "gpt_oss", 116_829_156_672, 5_711_982_912),
+        ("granite-3.3-8b-instruct", "granite", 8_170_864_640),
+        ("granite-4.0-micro", "granitemoehybrid", 3_402_836_480),
+        ("phi-4", "phi3", 14_659_507_200),
+    )
+    def test_shape_has_the_published_number_of_parameters(self, name, family, parameters, active=None):
+        with running.loaded("plan") as script:
+            model = script._load_shape(f"publisher/{name}")
+        self.assertEqual(model.family, family)
+        self.assertEqual(metrics.count_parameters(model), (parameters, active or parameters))
+
+    def test_every_family_has_a_shape(self):
+        files = (_ROOT / "dialog_jax" / "planning" / "shapes").glob("*.json")
+        described = {json.loads(file.read_text())["model_type"] for file in files}
+        # What is read of the 12B, alone of its family, is what is read of the 31B.
+        self.assertEqual(families.FAMILIES.keys() - described, {"gemma4_unified_text"})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def concatenated_loss(model, parameters, tokens, weight):
     x = jnp.concatenate([parameters["soft_prompt"], parameters["embedding"][tokens]])[None]
     module = decoder.bind(model, parameters)
     graph, layers = nnx.split(module.layers)
-    rotate = decoder.rotations(model, jnp.arange(x.shape[1], dtype=jnp.int32)[None])(0)
+    rotate = decoder.rotations(model.rotary, model.head_dim, jnp.arange(x.shape[1], dtype=jnp.int32)[None])(0)
     for number in range(model.layers):
         layer = nnx.merge(graph, jax.tree.map(lambda leaf, number=number: leaf[number], layers))
         x, _ = layer(x, rotate, causal_attention)

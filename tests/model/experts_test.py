@@ -1,9 +1,11 @@
 """Mixtures of experts: products of groups against NumPy, padding, and what is read, adapted and refused."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -61,20 +63,87 @@ class GroupedProductsTest(parameterized.TestCase):
         self.assertEqual(sizes, [8, 32, 128, 256])
 
 
+@jax.custom_vjp
+def _spoil_gradient(rows, is_computed):
+    """The rows; the gradient of those that belong to no group is NaN."""
+    return rows
+
+
+_spoil_gradient.defvjp(
+    lambda rows, is_computed: (rows, is_computed),
+    lambda is_computed, d: (jnp.where(is_computed, d, jnp.nan), None),
+)
+
+
 class PaddingTest(absltest.TestCase):
     def test_padding_changes_no_other_token(self):
         parameters = tiny.parameters(_MODEL)
         tokens = np.random.default_rng(0).integers(0, 61, 40)
 
-        def run(padding):
+        run_row = jax.jit(functools.partial(decoder.hidden_states, _MODEL))
+
+        def run(padding, is_padding):
             row = jnp.asarray(np.append(tokens, padding))[None]
             position = jnp.asarray(np.append(np.arange(40), np.zeros(len(padding), np.int64)))[None]
             ends = jnp.asarray(np.append(np.full(40, 40), np.arange(40, 40 + len(padding)) + 1))[None]
-            return decoder.hidden_states(_MODEL, parameters, row, position, ends)[0, :40]
+            segment = jnp.asarray(np.append(np.ones(40, np.int64), np.full(len(padding), int(not is_padding))))[None]
+            return run_row(parameters, row, position, ends, segment=segment)[0, :40]
 
-        alone = run(np.zeros(0, np.int64))
+        alone = run(np.zeros(0, np.int64), True)
         for padding in (np.zeros(24, np.int64), np.full(24, 7), np.arange(24)):
-            np.testing.assert_allclose(run(padding), alone, atol=1e-5)
+            for is_padding in (True, False):
+                np.testing.assert_allclose(run(padding, is_padding), alone, atol=1e-5)
+
+    def test_padding_is_given_to_no_expert_and_has_output_and_gradient_0(self):
+        config = Experts(count=4, active=2, width=24, biases=True)
+        rng = np.random.default_rng(0)
+        shapes = {"w_gate": (4, 8, 24), "w_up": (4, 8, 24), "w_down": (4, 24, 8)}
+        shapes |= {"b_gate": (4, 24), "b_up": (4, 24), "b_down": (4, 8)}
+        matrices = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        x, out = rng.standard_normal((2, 2, 10, 8), np.float32)
+        weights = rng.random((2, 10, 2), np.float32)
+        choice = np.argsort(rng.random((2, 10, 4)), axis=-1)[..., :2]
+        segment = np.ones((2, 10), np.int64)
+        segment[0, 6:] = 0
+        used = segment > 0
+        sizes, plain_multiply = [], grouped_products.multiply
+
+        def multiply(rows, matrices, group_sizes):
+            jax.debug.callback(lambda own: sizes.append(own.tolist()), group_sizes)
+            is_computed = jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes)
+            product = plain_multiply(_spoil_gradient(rows, is_computed), matrices, group_sizes)
+            return jnp.where(is_computed, product, jnp.nan)
+
+        def compute(run, x, choice, weights, out):
+            def total(x, weights, matrices):
+                output = run(config, x, jnp.asarray(choice), weights, matrices)
+                return jnp.sum(output * out), output
+
+            result = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(x, weights, matrices)
+            jax.effects_barrier()
+            return result
+
+        # The tokens that are not padding alone, as one row.
+        (dx, dw, dm), output = compute(
+            experts.run, x[used][None], choice[used][None], weights[used][None], out[used][None]
+        )
+        with mock.patch.object(grouped_products, "multiply", multiply):
+            run = experts.leave_out_padding(experts.run, jnp.asarray(segment))
+            (got_dx, got_dw, got_dm), got = compute(run, x, choice, weights, out)
+        self.assertEqual(sizes, 3 * [np.bincount(choice[used].ravel(), minlength=4).tolist()])
+        for whole, part in ((got, output), (got_dx, dx), (got_dw, dw)):
+            np.testing.assert_allclose(whole[used], part[0], atol=1e-5)
+            self.assertEqual(np.abs(whole[~used]).max(), 0)
+        for name in matrices:
+            np.testing.assert_allclose(got_dm[name], dm[name], atol=1e-5, err_msg=name)
+
+    def test_groups_without_rows_are_not_multiplied(self):
+        def total(rows, matrices):
+            return jnp.sum(grouped_products.multiply(rows, matrices, jnp.zeros(5, jnp.int32)))
+
+        nothing = jnp.full((64, 12), jnp.nan), jnp.full((5, 12, 7), jnp.nan)
+        value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(*nothing)
+        self.assertEqual([float(jnp.abs(array).max()) for array in (value, *gradients)], [0, 0, 0])
 
 
 class RouterTest(absltest.TestCase):

@@ -28,6 +28,13 @@ _UNUSED = {
     "granitemoehybrid": {"num_experts_per_tok", "output_router_logits", "intermediate_size", "time_step_limit"},
     # The pattern is in layer_types.
     "gemma3_text": {"_sliding_window_pattern"},
+    # Of experts, inputs of each layer and layers without keys: what turns these on (enable_moe_block,
+    # hidden_size_per_layer_input, num_kv_shared_layers) is refused.
+    "gemma4_text": {
+        *("num_experts", "top_k_experts", "moe_intermediate_size", "vocab_size_per_layer_input"),
+        "use_double_wide_mlp",
+    },
+    "gemma4_unified_text": {"use_double_wide_mlp"},
 }
 
 
@@ -107,8 +114,10 @@ class FieldsTest(parameterized.TestCase):
             with self.assertRaisesRegex(UserError, f"config.json: {name} is "):
                 hf_config.from_json(_FILE, example | {name: other})
 
-    # transformers 4 has no ministral3, and transformers 5 reads only one RoPE of its spelling of olmo3.
-    @parameterized.parameters(*sorted(families.FAMILIES.keys() - {"ministral3", "olmo3"}))
+    # transformers 4 has no ministral3 and gemma4, and transformers 5 reads only one RoPE of its spelling of olmo3.
+    @parameterized.parameters(
+        *sorted(families.FAMILIES.keys() - {"ministral3", "olmo3", "gemma4_text", "gemma4_unified_text"})
+    )
     def test_what_is_written_is_read_in_the_spelling_of_transformers_4_alone(self, family):
         config = hf_config.from_json(_FILE, _example(family))
         fields = hf_config.to_json(config)
@@ -130,6 +139,22 @@ class FieldsTest(parameterized.TestCase):
     def test_zero_that_is_divided_by_is_an_error_that_names_the_file(self, family, field):
         with self.assertRaisesRegex(UserError, r"config.json: .*(zero|0\.0)"):
             hf_config.from_json(_FILE, _example(family) | {field: 0})
+
+    def test_value_that_transformers_adds_and_is_not_supported_is_refused_by_name(self):
+        fields = _example("gemma4_text")
+        del fields["hidden_size_per_layer_input"]
+        with self.assertRaisesRegex(UserError, "config.json: hidden_size_per_layer_input is 256"):
+            hf_config.from_json(_FILE, fields)
+
+    @parameterized.parameters(
+        {"0": {"head_dim": 16}},
+        {"1": {"head_dim": 16}},
+        {"1": {"head_dim": 16}, "3": {"head_dim": 16, "num_key_value_heads": 1}},
+        {"1": {"sliding_window": 3}, "3": {"sliding_window": 3}},
+    )
+    def test_layers_of_a_type_that_differ_are_refused(self, **layers):
+        with self.assertRaisesRegex(UserError, "per_layer_config is .*the same for all layers"):
+            hf_config.from_json(_FILE, _example("gemma4_text") | {"per_layer_config": layers})
 
     @parameterized.parameters("fp8", "gptq", "awq", "bitsandbytes")
     def test_quantized_checkpoint_is_refused_by_name(self, method):

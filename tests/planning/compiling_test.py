@@ -28,9 +28,11 @@ def run_config(*, length=128, **fields):
     )
 
 
-def compiled(mesh, config, *, devices=8, dtype=jnp.float32, targets=128, pairs=128 * 129 // 2):
+def compiled(mesh, config, *, devices=8, dtype=jnp.float32, tokens=128, targets=128, pairs=128 * 129 // 2):
     mesh = sharding.make_mesh(mesh, jax.devices()[:devices])
-    return compiling.compile_step(config, _MODEL, mesh, compute_dtype=dtype, targets=targets, attention_pairs=pairs)
+    return compiling.compile_step(
+        config, _MODEL, mesh, compute_dtype=dtype, tokens=tokens, targets=targets, attention_pairs=pairs
+    )
 
 
 def count(model):
@@ -78,7 +80,7 @@ class MemoryTest(parameterized.TestCase):
         def memory(micro_batches):
             config = run_config(length=16, rows=divided, gradient_accumulation=micro_batches, remat="full")
             return compiling.compile_step(
-                config, model, mesh, compute_dtype=jnp.float32, targets=16, attention_pairs=136
+                config, model, mesh, compute_dtype=jnp.float32, tokens=16, targets=16, attention_pairs=136
             ).memory
 
         once, twice, often = map(memory, (1, 2, 5))

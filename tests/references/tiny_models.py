@@ -49,6 +49,21 @@ _GRANITE_4 = {
     "shared_intermediate_size": 80,
     "mamba_n_heads": 4,
 }
+# The dense sizes: full layers have heads of their own size and number, and their values are their keys.
+_GEMMA4 = {
+    **_DEEP,
+    "head_dim": 12,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "sliding_attention": _default(1e3),
+        "full_attention": {**_default(1e4), "rope_type": "proportional", "partial_rotary_factor": 0.25},
+    },
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -215,20 +230,28 @@ OWN_STREAM = {
         num_mtp_layers=0,
         rope_parameters={**_default(1e4), "partial_rotary_factor": 0.5},
     ),
-    # The dense sizes: full layers have heads of their own size and number, and their values are their keys.
-    "gemma4_text": transformers.Gemma4TextConfig(
-        **_DEEP,
-        head_dim=12,
-        global_head_dim=16,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
-        sliding_window=24,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        final_logit_softcapping=3.0,
-        rope_parameters={
-            "sliding_attention": _default(1e3),
-            "full_attention": {**_default(1e4), "rope_type": "proportional", "partial_rotary_factor": 0.25},
+    "gemma4_text": transformers.Gemma4TextConfig(**_GEMMA4, hidden_size_per_layer_input=0),
+    # The wrapper of the 31B; the reference is of text alone, without the padding token, which this model needs.
+    "gemma4": transformers.Gemma4Config(
+        text_config={
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+            "pad_token_id": 8,
         },
+        vision_config={
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+            "patch_size": 4,
+            "position_embedding_size": 16,
+        },
+        audio_config=None,
+    ),
+    "gemma4_unified_text": transformers.Gemma4UnifiedTextConfig(
+        **{**_GEMMA4, "num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
     ),
 }

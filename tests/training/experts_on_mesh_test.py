@@ -1,6 +1,7 @@
 """Mixtures of experts over several devices: what one device computes, however experts are divided."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec
 
-from dialog_jax.model import decoder, experts
+from dialog_jax.model import decoder, experts, grouped_products
 from dialog_jax.model.decoder_config import Experts
-from dialog_jax.training import optimizer, sharding, train_step
+from dialog_jax.training import optimizer, score_steps, sharding, train_step
 from dialog_jax.training.config import MeshConfig
 from tests.training import tiny, train_step_test
 
@@ -88,6 +89,33 @@ class ShardExpertsTest(parameterized.TestCase):
         expected, got = compute(experts.run), compute(sharding.shard_experts(mesh))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+    @pytest.mark.full
+    def test_steps_give_experts_no_padding(self):
+        model, mesh = _mixture(), sharding.make_mesh(_MESH)
+        batch = train_step_test.batch_of(1, 8)
+        sizes, multiply = [], grouped_products.multiply
+
+        def record(rows, matrices, group_sizes):
+            jax.debug.callback(lambda own: sizes.append(int(own.sum())), group_sizes)
+            return multiply(rows, matrices, group_sizes)
+
+        with mock.patch.object(grouped_products, "multiply", record):
+            evaluate = score_steps.make_evaluation_step(model, mesh, compute_dtype=jnp.float32, turns=2)
+            jax.block_until_ready(evaluate(tiny.parameters(model), batch))
+            jax.effects_barrier()
+            evaluated, sizes = sizes, []
+            transform = optimizer.make_optimizer(train_step_test._OPTIMIZER, 10)
+            parameters = tiny.parameters(model)
+            parameters = jax.device_put(parameters, sharding.state_sharding(mesh, parameters))
+            state = train_step.initialize_state(mesh, parameters, transform)
+            run = train_step.make_train_step(model, transform, mesh, compute_dtype=jnp.float32, remat="none")
+            jax.block_until_ready(run(state, batch))
+            jax.effects_barrier()
+        # Two layers with three products and two experts for each token.
+        needed = 2 * 3 * 2 * np.sum(batch.segment > 0)
+        self.assertLess(needed, 2 * 3 * 2 * batch.segment.size)
+        self.assertEqual((sum(evaluated), sum(sizes)), (needed, needed))
 
     def test_backward_pass_keeps_no_gathered_matrices(self):
         model = _mixture()
