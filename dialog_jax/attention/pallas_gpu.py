@@ -4,11 +4,11 @@ In: queries, keys and values of packed rows, their mask, and what the model adds
 output. Three kernels in the Triton dialect of Pallas (`attention.pallas_gpu_kernels`) compute the output, dq, and dk
 with dv. The blocks that they visit are listed from the mask before they start (`Mask.find_visible_blocks`).
 
-Not yet run on hardware. Checked so far: equal to float64 in Pallas' interpreter, and lowered to Triton, all variants;
-without windows, caps and sinks also compiled for an H200 without the device, by XLA of JAX 0.11.2, alone and within
-training steps, and by Triton 3.9, which for bfloat16 shows all products on the matrix units, loads ahead of their use
-and no spilled registers. Block sizes were chosen by that, not by time. Pallas' Triton backend is deprecated since JAX
-0.11 (see BUILD.md).
+Not yet run on hardware. Checked so far: equal to float64 in Pallas' interpreter; compiled for an H200 without the
+device by Triton 3.9, with and without windows, caps and sinks, which for bfloat16 shows all products on the matrix
+units, loads ahead of their use and no spilled registers; without them also by XLA of JAX 0.11.2, alone and within
+training steps. Block sizes were chosen by that, not by time. Pallas' Triton backend is deprecated since JAX 0.11 (see
+BUILD.md).
 
 Source: FlashAttention-2 (arXiv 2307.08691, sections 3.1 and 3.2), with its names; there, the blocks to skip follow from
 the causal mask alone.

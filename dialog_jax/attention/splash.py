@@ -10,9 +10,8 @@ mask of trees needs one number per key, so it cannot be expressed. A window that
 number holds the query's index and the window, which limits rows with windows to `LONGEST_WINDOWED_ROW` tokens. On a
 path, indices are as far apart as positions.
 
-Not yet run on hardware. Checked so far: equal to float64 in Pallas' interpreter, and lowered for a TPU, all variants;
-without windows, caps and sinks also compiled by libtpu 0.0.48 for a TPU v5e, bfloat16 and float32, with head dimensions
-64 and 128.
+Not yet run on hardware. Checked so far: equal to float64 in Pallas' interpreter, and compiled by libtpu 0.0.42.1 for a
+TPU v5e, with and without windows, caps and sinks, bfloat16 and float32, with head dimensions 64, 128 and 256.
 """
 
 import jax
