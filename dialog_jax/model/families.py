@@ -64,10 +64,10 @@ MISTRAL = Family(
 
 def _read_granite(fields: Fields) -> dict[str, Any]:
     return {
-        "attention_scale": fields["attention_multiplier"],
-        "embedding_scale": fields["embedding_multiplier"],
+        "attention_scale": float(fields["attention_multiplier"]),
+        "embedding_scale": float(fields["embedding_multiplier"]),
         "scales_soft_prompt": True,
-        "residual_scale": fields["residual_multiplier"],
+        "residual_scale": float(fields["residual_multiplier"]),
         "logit_scale": 1 / fields["logits_scaling"],
         **read_bias(fields),
     }

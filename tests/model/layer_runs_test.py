@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,9 @@ from dialog_jax.model.decoder_config import Experts, Heads
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.rotary import ProportionalScaling, Rotary
 from dialog_jax.training import metrics, trainable
-from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.config import MeshConfig, TrainConfig
 from tests.model import adapters_test
+from tests.planning import compiling_test
 from tests.training import tiny
 
 _TWO = {
@@ -161,6 +163,16 @@ class ConfigTest(parameterized.TestCase):
             metrics.count_flops(_PERIODIC, tokens=1, attention_pairs=some, targets=1) for some in (pairs, 0)
         )
         self.assertAlmostEqual(got - without, 3 * 2 * multiply_adds, delta=1e-6)
+
+
+class PlanTest(absltest.TestCase):
+    @pytest.mark.full
+    def test_scan_over_periods_keeps_the_input_of_each_layer_and_no_parameters(self):
+        model = two_attentions((5, 5, 0, 5, 5, 0), width=64, heads=8, kv_heads=4)
+        with mock.patch.object(compiling_test, "_MODEL", model):
+            config = compiling_test.run_config(remat="full")
+            plan = compiling_test.compiled(MeshConfig(), config, dtype=jnp.bfloat16, devices=1)
+        self.assertEqual(plan.memory.activations, 6 * 8 * 128 * 64 * 2)  # layers, rows, tokens, width, bytes
 
 
 class AdaptersTest(absltest.TestCase):
