@@ -1,6 +1,7 @@
 """A mixture of experts: which experts each token is given to, and what they compute.
 
-In: hidden states, the matrices of a layer's experts, and their `Experts`. Out: the weighted sum of the chosen experts.
+In: hidden states, the matrices of a layer's experts, with LoRA or without, and their `Experts`. Out: the weighted sum
+of the chosen experts.
 The tokens are sorted by expert, so that each expert multiplies only its own (see `model.grouped_products`); a padding
 token costs what any other does, and changes no other. There is no capacity and no auxiliary loss: no token is dropped,
 and the router learns from the loss alone.
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dialog_jax.model import grouped_products
 from dialog_jax.model.decoder_config import Experts
-from dialog_jax.model.matrices import PRODUCT
+from dialog_jax.model.matrices import PRODUCT, Matrix
 
 MATRICES = ("w_gate", "w_up", "w_down")
 BIASES = ("b_gate", "b_up", "b_down")
@@ -76,7 +77,7 @@ def run(
     x: Float[Array, "B T D"],
     choice: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
-    matrices: Mapping[str, Array],
+    matrices: Mapping[str, Matrix],
     *,
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B T D"]:
@@ -84,9 +85,10 @@ def run(
 
     Args:
       matrices: "w_gate" and "w_up" [E, D, F], "w_down" [E, F, D], and their biases "b_gate", "b_up" and "b_down", of
-        the experts from `first` on; the others count as computing nothing.
+        the experts from `first` on; the others count as computing nothing. One with LoRA is as in `model.matrices`.
     """
-    count, active = matrices["w_gate"].shape[0], choice.shape[-1]
+    gate = matrices["w_gate"]
+    count, active = (gate["weight"] if isinstance(gate, Mapping) else gate).shape[0], choice.shape[-1]
     expert = choice.reshape(-1) - first  # [Nk]
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # of another device: sorted behind
     order = jnp.argsort(expert)
@@ -101,7 +103,7 @@ def run(
         return jnp.where((jnp.arange(len(order)) < jnp.sum(sizes))[:, None], rows, 0)
 
     def multiply(rows, name):
-        product = grouped_products.multiply(rows, matrices[f"w_{name}"].astype(rows.dtype), sizes)
+        product = _multiply(rows, matrices[f"w_{name}"], sizes)
         bias = matrices.get(f"b_{name}")
         if bias is not None:
             # Not indexed: XLA:CPU adds rows one after the other in the gradient of a gather.
@@ -115,6 +117,14 @@ def run(
     output = _permute(output, inverse, order).reshape(-1, active, x.shape[-1])  # [N, k, D]
     total = jnp.einsum("nkd,nk->nd", output.astype(jnp.float32), weights.reshape(-1, active))
     return total.astype(x.dtype).reshape(x.shape)
+
+
+def _multiply(rows: Float[Array, "M in"], matrix: Matrix, sizes: Int[Array, "E"]) -> Float[Array, "M out"]:
+    """Returns the product of each row with the matrix of its expert; see `grouped_products.multiply`."""
+    if not isinstance(matrix, Mapping):
+        return grouped_products.multiply(rows, matrix.astype(rows.dtype), sizes)
+    low = _multiply(rows, matrix["lora_a"], sizes) * jnp.expand_dims(matrix["lora_scale"].astype(rows.dtype), 0)
+    return _multiply(rows, matrix["weight"], sizes) + _multiply(low, matrix["lora_b"], sizes)
 
 
 def activate(config: Experts, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
