@@ -106,6 +106,16 @@ def select_all(model: DecoderConfig) -> Selection:
     return Selection(model, frozenset(paths), {}, np.dtype(np.float32), SoftPromptConfig())
 
 
+def find_rate_ratios(config: TrainConfig, selection: Selection) -> dict[str, float]:
+    """Returns what multiplies the learning rate of parameters, by the last part of their paths."""
+    if not selection.scales:
+        return {}
+    ratios = {"lora_b": config.lora.learning_rate_ratio}
+    if selection.soft_prompt.tokens:
+        ratios[decoder.SOFT_PROMPT] = config.soft_prompt.learning_rate_ratio
+    return ratios
+
+
 def _find(patterns: Sequence[str], field: str, paths: Sequence[str]) -> set[str]:
     """Returns the paths that match one of the patterns."""
     found: set[str] = set()
