@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -16,7 +16,6 @@ from dialog_jax.training.config import MESH_AXES, MeshConfig
 
 ROW_AXES = MESH_AXES[:3]
 
-_GATHERED = "gathered_experts"  # checkpoint name of matrices of experts that were divided over `fsdp`
 _Rule = tuple[str | tuple[str, ...] | None, ...]
 
 # Mesh axes for the trailing axes of each parameter; leading axes, such as that of layers, are not divided. The first
@@ -270,11 +269,9 @@ def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
                 layouts[path], gathers[path] = stored, stored.index("fsdp")
 
         def on_device(x, choice, weights, flat):
-            # An explicit gather, so that the gradient is scattered as it is reduced; named, so that the backward pass
-            # does not keep gathered matrices of all layers.
+            # An explicit gather, so that the gradient is scattered as it is reduced.
             gathered = {
-                path: checkpoint_name(jax.lax.all_gather(flat[path], "fsdp", axis=axis, tiled=True), _GATHERED)
-                for path, axis in gathers.items()
+                path: jax.lax.all_gather(flat[path], "fsdp", axis=axis, tiled=True) for path, axis in gathers.items()
             }
             parameters = parameter_trees.unflatten({**flat, **gathered})
             index = jax.lax.axis_index("tensor")
@@ -286,9 +283,8 @@ def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
             return (output if by_width else jnp.where(index == 0, output, 0))[None]
 
         rows = PartitionSpec(ROW_AXES)
-        policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
         parts = jax.shard_map(
-            jax.checkpoint(on_device, policy=policy, prevent_cse=False),
+            jax.checkpoint(on_device, policy=_save_all_but_gathered, prevent_cse=False),
             mesh=mesh,
             in_specs=(rows, rows, rows, {path: PartitionSpec(*layout) for path, layout in layouts.items()}),
             out_specs=PartitionSpec("tensor", ROW_AXES),
@@ -297,6 +293,11 @@ def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
         return jnp.sum(parts, axis=0)
 
     return over_devices
+
+
+def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Returns whether the backward pass keeps a value: not the gathered matrices of all layers."""
+    return primitive.name != "all_gather"
 
 
 def _find_expert_layout(path: str, by_expert: bool, by_width: bool) -> tuple[str | None, ...]:

@@ -8,6 +8,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
@@ -219,6 +220,7 @@ class LoraTest(parameterized.TestCase):
         with self.assertRaisesRegex(UserError, f"names '{target}', which matches none of"):
             adapters.find_scales(_MODEL, LoraConfig(rank=2, targets=(target,)))
 
+    @pytest.mark.full
     @parameterized.parameters(_MODEL, _GLM)
     def test_model_with_updates_equals_the_merged_model_and_one_expert_after_the_other(self, model):
         lora = LoraConfig(rank=2, alpha=3.0, targets=("gate_proj", "up_proj", "down_proj"), rank_pattern={"up_proj": 3})

@@ -3,7 +3,9 @@
 The other direction was checked once with peft 0.21.2, torch 2.13 and transformers 5.24 in float32: the directories of
 `RoundTripTest`, written for the models of tests/references, open in `PeftModel.from_pretrained` and give our logits to
 1e-5 of the largest, and so does a reader that adds lora_alpha / r * B A and knows no other field (at most 4.0e-5 where
-logits reach 9.9). Soft prompts that `write_prompt` has written give our logits to 4e-6.
+logits reach 9.9). So do adapters of all matrices, experts included, and of some of those that a module holds, of
+phi3_plain, granitemoehybrid, qwen3_moe, glm4_moe and gpt_oss (at most 9.5e-6 where logits reach 4.1). Soft prompts that
+`write_prompt` has written give our logits to 4e-6.
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from dialog_jax.model.decoder_config import Experts
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from tests.training import tiny
+
+FULL_PARAMETERS = ("experts_transposed", "experts_down")  # of the full tier: see tests/conftest.py
 
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 _EVERYWHERE = ("all-linear", "embed_tokens", "lm_head")
@@ -77,9 +81,7 @@ def list_updates(scales, factors):
 
 
 class ReferenceTest(parameterized.TestCase):
-    @parameterized.parameters(
-        "patterns", "rslora", "tied", "fused", "experts", "experts_transposed", "experts_down"
-    )  # fmt: skip
+    @parameterized.parameters("patterns", "rslora", "tied", "fused", "experts", "experts_transposed", "experts_down")
     def test_adapter_of_peft_gives_its_logits(self, name):
         directory = _REFERENCES / f"peft_{name}"
         reference = np.load(directory / "reference.npz")
@@ -91,7 +93,8 @@ class ReferenceTest(parameterized.TestCase):
         tokens = jnp.asarray(reference["tokens"])
         with jax.default_matmul_precision("highest"):
             logits = compute_logits(model, parameters, tokens)
-        np.testing.assert_allclose(logits, reference["logits"], rtol=1e-5, atol=1e-5)
+        largest = np.abs(reference["logits"]).max()
+        np.testing.assert_allclose(logits, reference["logits"], rtol=1e-5, atol=1e-5 * largest)
 
     @parameterized.parameters("prompt_llama", "prompt_qwen3")
     def test_soft_prompt_of_peft_gives_its_logits(self, name):
