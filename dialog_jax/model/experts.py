@@ -106,6 +106,7 @@ def run(
         product = _multiply(rows, matrices[f"w_{name}"], sizes)
         bias = matrices.get(f"b_{name}")
         if bias is not None:
+            assert not isinstance(bias, Mapping)
             # Not indexed: XLA:CPU adds rows one after the other in the gradient of a gather.
             chosen = jnp.matmul(is_chosen, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             product = product + chosen.astype(rows.dtype)

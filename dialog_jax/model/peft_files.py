@@ -86,7 +86,7 @@ def _find_factors(part: Part, scales: Scales, flat: Mapping[str, np.ndarray]) ->
         return None
     a, b, scale = (*(flat[f"{part.path}/{name}"] for name in adapters.TRAINED), scales[part.path])
     if part.path.startswith("layers/"):
-        a, b, scale = a[part.index], b[part.index], scale[part.index]
+        a, b, scale = a[part.position], b[part.position], scale[part.position]
     used = scale != 0
     return (a[..., used], b[..., used, :] * scale[used, None]) if used.any() else None
 

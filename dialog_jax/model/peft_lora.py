@@ -61,7 +61,7 @@ def read_lora(
         split = peft_modules.split_factors(module, *peft_modules.unpack(module, *pair))
         for part, own in zip(module.parts, split, strict=True):
             if own is not None:
-                found.setdefault(part.path, {})[part.index] = (own, lora.compute_scale(name))
+                found.setdefault(part.path, {})[part.position] = (own, lora.compute_scale(name))
     for path, index, own, scale in _take_single_experts(directory, lora, remaining, model):
         if index in found.setdefault(path, {}):
             raise UserError(
@@ -70,10 +70,10 @@ def read_lora(
         found[path][index] = (own, scale)
     scales: dict[str, np.ndarray] = {}
     factors: dict[str, np.ndarray] = {}
-    for path, names in adapters.list_modules(model).items():
+    for path, layers in adapters.list_modules(model).items():
         if path in found:
             scales[path], stacked = peft_modules.stack_factors(
-                found[path], len(names), is_stacked=path.startswith("layers/")
+                found[path], len(layers), is_stacked=path.startswith("layers/")
             )
             factors.update(zip((f"{path}/{name}" for name in adapters.TRAINED), stacked, strict=True))
     if not scales:

@@ -40,7 +40,7 @@ class Part(NamedTuple):
     """One of the matrices in a module."""
 
     path: str
-    index: int
+    position: int
     """In the stack of the parameter; 0 if it is not stacked."""
     outputs: slice
     """Its outputs among those of the module."""
