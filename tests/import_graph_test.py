@@ -35,7 +35,8 @@ _ROOMS = {
         "lora_config", "soft_prompt_config", "rotary", "decoder_config", "quantization", "matrices", "parameter_trees",
         "grouped_products", "experts", "layers", "layer_runs", "decoder", "decoding", "family", "mixture_families",
         "gemma_families", "families", "tensor_names", "adapters", "soft_prompts", "tensor_files", "rope_parameters",
-        "hf_config", "gguf_config", "model_files", "pretrained", "saving", "peft_files", "peft_reading",
+        "hf_config", "gguf_config", "model_files", "pretrained", "saving", "peft_modules", "peft_files", "peft_lora",
+        "peft_reading",
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (

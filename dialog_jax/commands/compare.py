@@ -50,8 +50,12 @@ def compare(models: Sequence[str], config: TrainConfig, dialogue: Dialogue, turn
         _print(message.role, message.content, width)
     print()
     _print(labels[0], human.content, width)
+    # It is the base of every run that needs one; a single model says itself why it needs none.
+    bases = {name: _BASE.value if len(models) == 1 or trained_models.needs_base(name) else "" for name in models}
+    if _BASE.value and not any(bases.values()):
+        raise UserError(f"--base is {_BASE.value}, and none of {', '.join(models)} needs another model. Leave it out.")
     for name, label in zip(models, labels[1:], strict=True):
-        model = trained_models.load_model(name, base=_BASE.value, **config_inputs.model_options(config))
+        model = trained_models.load_model(name, base=bases[name], **config_inputs.model_options(config))
         reply = chat.reply(
             model,
             history,

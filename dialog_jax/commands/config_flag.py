@@ -4,15 +4,15 @@ FILE is a Python file with a function `get_config()`, as in experiments/; withou
 apply. FIELD is the path of a field, such as `optimizer.learning_rate`.
 """
 
+import ast
 import importlib.util
 import pathlib
 import re
 import sys
 from typing import Any
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dialog_jax.errors import UserError
 from dialog_jax.training import config
@@ -33,7 +33,26 @@ def define() -> flags.FlagHolder:
     for argument in sys.argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             _check_field(match[1], fields)
-    return config_flags.DEFINE_config_dict("config", fields, "Overrides a field of the config.", sys_argv=sys.argv)
+    holder = config_flags.DEFINE_config_dict("config", fields, "Overrides a field of the config.", sys_argv=sys.argv)
+    for name in flags.FLAGS:
+        if name.startswith("config.") and isinstance(_find_value(name.removeprefix("config."), fields), ConfigDict):
+            flags.FLAGS[name].parser = _DictParser()
+    return holder
+
+
+class _DictParser(flags.ArgumentParser):
+    """Parses a dict such as {"a": 1}; its keys may have dots, which the parser of ml_collections refuses."""
+
+    syntactic_help = 'a dict such as {"a": 1}'
+
+    def parse(self, argument: str) -> ConfigDict:
+        try:
+            value = ast.literal_eval(argument)
+        except (SyntaxError, ValueError):
+            value = None
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{argument!r} is no dict with texts as keys")
+        return ConfigDict(value, allow_dotted_keys=True)
 
 
 def read(flag: flags.FlagHolder) -> TrainConfig:
@@ -45,7 +64,7 @@ def read(flag: flags.FlagHolder) -> TrainConfig:
     return config.from_config_dict(flag.value.copy_and_resolve_references())
 
 
-def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
+def _load(file: pathlib.Path) -> ConfigDict:
     """Returns the config of a file. An exception of its code, other than a UserError, is a bug in it and propagates."""
     if not file.is_file():
         raise UserError(
@@ -65,7 +84,7 @@ def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={file}: has no function get_config(). Copy experiments/finetune.py.")
     fields = module.get_config()
-    if not isinstance(fields, ml_collections.ConfigDict):
+    if not isinstance(fields, ConfigDict):
         raise UserError(
             f"--config={file}: get_config() returned {type(fields).__name__}; needed a ConfigDict, as "
             "config.to_config_dict(TrainConfig(...)) returns. Copy experiments/finetune.py."
@@ -73,15 +92,23 @@ def _load(file: pathlib.Path) -> ml_collections.ConfigDict:
     return fields
 
 
-def _check_field(path: str, fields: ml_collections.ConfigDict) -> None:
+def _check_field(path: str, fields: ConfigDict) -> None:
     """Raises UserError if the config has no field of this path; the message lists the fields that exist."""
     place: Any = fields
     names = path.split(".")
     for depth, name in enumerate(names):
-        if not isinstance(place, ml_collections.ConfigDict) or name not in place:
+        if not isinstance(place, ConfigDict) or name not in place:
             parent = ".".join(["config", *names[:depth]])
-            known = ", ".join(place) if isinstance(place, ml_collections.ConfigDict) else ""
+            known = ", ".join(place) if isinstance(place, ConfigDict) else ""
             raise UserError(
                 f"--config.{path}: {parent} has no field {name!r}; it has {known or 'none'}. --help describes them."
             )
         place = place[name]
+
+
+def _find_value(path: str, fields: ConfigDict) -> Any:
+    """Returns the value of a field that exists."""
+    place: Any = fields
+    for name in path.split("."):
+        place = place[name]
+    return place

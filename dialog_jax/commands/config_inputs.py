@@ -38,7 +38,10 @@ def define_adapter() -> flags.FlagHolder[str]:
 def define_base() -> flags.FlagHolder[str]:
     """Defines --base, for `trained_models.load_model`."""
     return flags.DEFINE_string(
-        "base", "", "With a run: the model that it began with, if it is not where the run's config.json says."
+        "base",
+        "",
+        "With a run that has trained a part of its model: the model that it began with, if it is not where the run's "
+        "config.json says.",
     )
 
 
@@ -86,11 +89,11 @@ def open_renderer(config: TrainConfig) -> tuple[transformers.PreTrainedTokenizer
     options = renderer_options(config)
     tokenizer = load_tokenizer(name, chat_template=options.pop("chat_template"), model=config.model)
     # The model's embedding may have more rows; here, ids only have to be none of the tokenizer's.
-    virtual_tokens = VirtualTokens(largest_token(tokenizer) + 1, _count_virtual_tokens(config))
+    virtual_tokens = VirtualTokens(largest_token(tokenizer) + 1, count_virtual_tokens(config))
     return tokenizer, Renderer(tokenizer, virtual_tokens=virtual_tokens, **options)
 
 
-def _count_virtual_tokens(config: TrainConfig) -> int:
+def count_virtual_tokens(config: TrainConfig) -> int:
     """Returns the length of the soft prompt: of the config, of its adapter, or of the run that is its model."""
     if config.soft_prompt.tokens:
         return config.soft_prompt.tokens

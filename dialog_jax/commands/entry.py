@@ -47,7 +47,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
             raise UserError(f"got {positional[0]!r}; all arguments are flags, see --help.")
         return module.main() or 0
     except flags.IllegalFlagValueError as error:
-        return _report(error, arguments, _explain_value(str(error)))
+        return _report(error, arguments, _explain_value(str(error), arguments))
     except (UserError, flags.Error) as error:
         return _report(error, arguments)
     except OSError as error:
@@ -66,15 +66,16 @@ def _report(error: Exception, arguments: Sequence[str], text: str = "") -> int:
     return 1
 
 
-def _explain_value(message: str) -> str:
+def _explain_value(message: str, arguments: Sequence[str]) -> str:
     """Returns a message in our words in place of `flag --config.rows=abc: invalid literal for int() with base 10`."""
     match = re.fullmatch(r"flag --([\w.]+)=(.*?): .*", message, re.DOTALL)
     if not match or match[1] not in flags.FLAGS:
         return message
     parser = flags.FLAGS[match[1]].parser
-    is_dict = " as a ConfigDict: " in message
-    needed = 'a dict such as {"a": 1}' if is_dict else parser.syntactic_help or _VALUES.get(parser.flag_type())
-    return f"--{match[1]} is {match[2]!r}; needed {needed}. --help describes it." if needed else message
+    needed = parser.syntactic_help or _VALUES.get(parser.flag_type())
+    given = (argument.partition("=")[2] for argument in arguments if message.startswith(f"flag {argument}: "))
+    value = next(given, match[2])  # which may have a colon
+    return f"--{match[1]} is {value!r}; needed {needed}. --help describes it." if needed else message
 
 
 def require_file_path(flag: flags.FlagHolder, example: str = "") -> pathlib.Path:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
-from dialog_jax.commands import config_flag, entry
+from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.errors import UserError
 from dialog_jax.model import hf_config, pretrained, tensor_files
 from dialog_jax.model.decoder_config import DecoderConfig
@@ -76,7 +76,8 @@ def _plan(config: TrainConfig, kind: str) -> None:
     if chip:  # slices may be smaller than the largest
         chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
     narrow = config.compute_dtype == "bfloat16" or (config.compute_dtype == "auto" and chip is not None)
-    work = workload.measure_workload(config, model, dialogues=_DIALOGUES.value)
+    virtual_tokens = config_inputs.count_virtual_tokens(config)
+    work = workload.measure_workload(config, model, dialogues=_DIALOGUES.value, virtual_tokens=virtual_tokens)
     if work is None:
         work = workload.assume_workload(config, model, tokens=_TOKENS.value, targets=_TARGETS.value)
     rows = config.rows * config.gradient_accumulation

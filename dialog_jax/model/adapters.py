@@ -36,11 +36,6 @@ def find_scales(model: DecoderConfig, lora: LoraConfig) -> Scales:
     modules = list_modules(model)
     names = [name for path in modules for name in modules[path]]
     for target in lora.targets:
-        if any(_matches(name, target) for name in _list_expert_names(model)):
-            raise UserError(
-                f"lora.targets names {target!r}, which matches matrices of experts; LoRA does not adapt them. Name "
-                f"others, or {ALL_LINEAR} for the matrices of attention and of feed-forwards that compute every token."
-            )
         if target != ALL_LINEAR and not any(_matches(name, target) for name in names):
             raise UserError(f"lora.targets names {target!r}, which matches none of {_list_kinds(names)}.")
     for field in ("rank_pattern", "alpha_pattern"):
@@ -67,12 +62,20 @@ def find_scales(model: DecoderConfig, lora: LoraConfig) -> Scales:
 
 
 def list_modules(model: DecoderConfig) -> dict[str, list[str]]:
-    """Returns Hugging Face's name of each module that LoRA can adapt, by path: one per layer, or one."""
+    """Returns Hugging Face's name of each module that LoRA can adapt, by path: one per layer, or one.
+
+    Where the files have several of them in one tensor, or transformers in one module, it is the name that each would
+    have; the experts of a layer have one name, as model.layers.0.mlp.experts.up_proj.
+    """
     paths = tensor_names.list_adaptable(parameter_trees.flatten(decoder.abstract_parameters(model)))
-    return {
-        path: [name.removesuffix(".weight") for name in tensor_names.list_names(model, path)]
-        for path in (*paths, "embedding", "lm_head")
-    }
+    return {path: tensor_names.list_modules(model, path) for path in (*paths, "embedding", "lm_head")}
+
+
+def list_quantizable(model: DecoderConfig) -> list[str]:
+    """Returns the paths of the matrices of layers that compute every token: those of `all-linear`."""
+    return [
+        path for path in list_modules(model) if path.startswith("layers/") and path not in tensor_names.EXPERT_MATRICES
+    ]
 
 
 def init_factors(model: DecoderConfig, scales: Scales, key: Key[Array, ""]) -> dict[str, Any]:
@@ -91,9 +94,8 @@ def init_factors(model: DecoderConfig, scales: Scales, key: Key[Array, ""]) -> d
             factors[f"{path}/lora_b"] = jax.random.normal(path_key, b) * used[..., :, None]
         else:
             limit = 1 / np.sqrt(a[-2])
-            factors[f"{path}/lora_a"] = (
-                jax.random.uniform(path_key, a, minval=-limit, maxval=limit) * used[..., None, :]
-            )
+            drawn = jax.random.uniform(path_key, a, minval=-limit, maxval=limit)
+            factors[f"{path}/lora_a"] = drawn * matrices.align_scale(used, len(a))
             factors[f"{path}/lora_b"] = jnp.zeros(b)
     return parameter_trees.unflatten(factors)
 
@@ -166,12 +168,6 @@ def _dequantize(model: DecoderConfig, flat: Mapping[str, Any]) -> dict[str, Any]
     return arrays
 
 
-def _list_expert_names(model: DecoderConfig) -> list[str]:
-    """Returns Hugging Face's names of the matrices of experts."""
-    paths = tensor_names.EXPERT_MATRICES if model.experts else ()
-    return [name.removesuffix(".weight") for path in paths for name in tensor_names.list_names(model, path)]
-
-
 def _untie(model: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(model, tie_embeddings=False)
 
@@ -181,7 +177,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _is_target(path: str, name: str, lora: LoraConfig) -> bool:
-    if ALL_LINEAR in lora.targets and path.startswith("layers/"):
+    if ALL_LINEAR in lora.targets and path.startswith("layers/") and path not in tensor_names.EXPERT_MATRICES:
         return True
     return any(_matches(name, target) for target in lora.targets)
 
@@ -198,7 +194,12 @@ def find_matrix_shape(model: DecoderConfig, path: str) -> tuple[int, ...]:
 
 
 def _factor_shapes(model: DecoderConfig, path: str, scale: np.ndarray) -> tuple[jax.ShapeDtypeStruct, ...]:
-    *lead, rank = scale.shape
+    rank = scale.shape[-1]
     first, second = find_matrix_shape(model, path)
+    lead = (
+        parameter_trees.flatten(decoder.abstract_parameters(model))[path].shape[:-2]
+        if path.startswith("layers/")
+        else ()
+    )
     shapes = ((*lead, first, rank), (*lead, rank, second))
     return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)

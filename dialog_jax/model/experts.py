@@ -1,9 +1,9 @@
 """A mixture of experts: which experts each token is given to, and what they compute.
 
-In: hidden states, the matrices of a layer's experts, and their `Experts`. Out: the weighted sum of the chosen experts.
-The tokens are sorted by expert, so that each expert multiplies only its own (see `model.grouped_products`). Padding is
-given to no expert. There is no capacity and no auxiliary loss: no other token is dropped, and the router learns from
-the loss alone.
+In: hidden states, the matrices of a layer's experts, with LoRA or without, and their `Experts`. Out: the weighted sum
+of the chosen experts. The tokens are sorted by expert, so that each expert multiplies only its own (see
+`model.grouped_products`). Padding is given to no expert. There is no capacity and no auxiliary loss: no other token is
+dropped, and the router learns from the loss alone.
 
     two tokens, three experts of which two are active, choice [[0, 2], [2, 1]]
     sorted: expert 0: token 0; expert 1: token 1; expert 2: tokens 0 and 1; sizes [1, 1, 2]
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from dialog_jax.model import grouped_products
 from dialog_jax.model.decoder_config import Experts
-from dialog_jax.model.matrices import PRODUCT
+from dialog_jax.model.matrices import PRODUCT, Matrix
 
 MATRICES = ("w_gate", "w_up", "w_down")
 BIASES = ("b_gate", "b_up", "b_down")
@@ -88,7 +88,7 @@ def run(
     x: Float[Array, "B T D"],
     choice: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
-    matrices: Mapping[str, Array],
+    matrices: Mapping[str, Matrix],
     *,
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B T D"]:
@@ -97,9 +97,10 @@ def run(
     Args:
       choice: experts; `config.count` for none.
       matrices: "w_gate" and "w_up" [E, D, F], "w_down" [E, F, D], and their biases "b_gate", "b_up" and "b_down", of
-        the experts from `first` on; the others count as computing nothing.
+        the experts from `first` on; the others count as computing nothing. One with LoRA is as in `model.matrices`.
     """
-    count, active = matrices["w_gate"].shape[0], choice.shape[-1]
+    gate = matrices["w_gate"]
+    count, active = (gate["weight"] if isinstance(gate, Mapping) else gate).shape[0], choice.shape[-1]
     expert = choice.reshape(-1) - first  # [Nk]
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # none or of another device: sorted behind
     order = jnp.argsort(expert)
@@ -109,9 +110,10 @@ def run(
     is_chosen = jax.nn.one_hot(expert[order], count)  # [Nk, E]
 
     def multiply(rows, name):
-        product = grouped_products.multiply(rows, matrices[f"w_{name}"].astype(rows.dtype), sizes)
+        product = _multiply(rows, matrices[f"w_{name}"], sizes)
         bias = matrices.get(f"b_{name}")
         if bias is not None:
+            assert not isinstance(bias, Mapping)
             # Not indexed: XLA:CPU adds rows one after the other in the gradient of a gather.
             chosen = jnp.matmul(is_chosen, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             product = product + chosen.astype(rows.dtype)
@@ -124,6 +126,14 @@ def run(
     output = _permute(output, inverse, order).reshape(-1, active, x.shape[-1])  # [N, k, D]
     total = jnp.einsum("nkd,nk->nd", output.astype(jnp.float32), weights.reshape(-1, active))
     return total.astype(x.dtype).reshape(x.shape)
+
+
+def _multiply(rows: Float[Array, "M in"], matrix: Matrix, sizes: Int[Array, "E"]) -> Float[Array, "M out"]:
+    """Returns the product of each row with the matrix of its expert; see `grouped_products.multiply`."""
+    if not isinstance(matrix, Mapping):
+        return grouped_products.multiply(rows, matrix.astype(rows.dtype), sizes)
+    low = _multiply(rows, matrix["lora_a"], sizes) * jnp.expand_dims(matrix["lora_scale"].astype(rows.dtype), 0)
+    return _multiply(rows, matrix["weight"], sizes) + _multiply(low, matrix["lora_b"], sizes)
 
 
 def activate(config: Experts, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:

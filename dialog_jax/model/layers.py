@@ -134,7 +134,7 @@ class ExpertMixture(nnx.Module):
         bias = self.b_router[...] if self.config.router_bias else None
         choice, weights = experts.route(self.config, x, self.w_router[...], bias)  # [B, T, k]
         names = experts.MATRICES + (experts.BIASES if self.config.biases else ())
-        parameters = {name: getattr(self, name)[...] for name in names}
+        parameters = {name: getattr(self, name).get_value() for name in names}
         output = run_experts(self.config, x, choice, weights, parameters)
         return output + self.shared(x) if self.config.shared_width else output
 

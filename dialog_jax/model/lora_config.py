@@ -21,7 +21,8 @@ class LoraConfig:
     """With the scale alpha / rank, the best learning rate hardly depends on the rank."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
     """Matrices to adapt, by Hugging Face's names or their ends: q_proj, mlp.up_proj, layers.0.self_attn.q_proj,
-    embed_tokens, lm_head; `all-linear` for all seven matrices of each layer."""
+    embed_tokens, lm_head; `all-linear` for all seven matrices of each layer that compute every token. With a mixture of
+    experts, gate_proj, up_proj and down_proj are those of experts as well, and experts.up_proj of them alone."""
     dropout: float = 0.0
     """In [0, 1). Probability with which each input of A is set to 0."""
     rslora: bool = False

@@ -7,8 +7,9 @@ update. All are stacked on a leading axis L where the matrix belongs to a layer,
 
     x @ matrix = x @ weight + ((x @ lora_a) * lora_scale) @ lora_b
 
-`lora_scale` is frozen: alpha / rank, and 0 in the columns beyond the rank of a layer that has a smaller one. With
-dropout there are also `dropout_key` and `dropout_rate`, of the input of `lora_a`. Knows no names and no files.
+`lora_scale` is frozen: alpha / rank, and 0 in the columns beyond the rank of a layer that has a smaller one. Weight and
+factors of experts have an axis E before the last two, and `model.experts` multiplies by them. With dropout there are
+also `dropout_key` and `dropout_rate`, of the input of `lora_a`. Knows no names and no files.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), equation 3.
 """
@@ -46,14 +47,19 @@ def look_up(matrix: Matrix, tokens: Int[Array, "B T"], dtype: jax.typing.DTypeLi
     return rows + low @ matrix["lora_b"].astype(dtype)
 
 
-def add_update(weight: Float[Array, "*L in out"], factors: Mapping[str, Array]) -> Float[Array, "*L in out"]:
+def add_update(weight: Float[Array, "*LE in out"], factors: Mapping[str, Array]) -> Float[Array, "*LE in out"]:
     """Returns the weight with its low-rank update added, in float32: the matrix as one array.
 
     Args:
-      factors: `lora_a`, `lora_b` and `lora_scale`, stacked as the weight is.
+      factors: `lora_a`, `lora_b` and `lora_scale`, stacked as the weight is; the scale has no axis of experts.
     """
     a, b, scale = (factors[name].astype(jnp.float32) for name in ("lora_a", "lora_b", "lora_scale"))
-    return weight.astype(jnp.float32) + (a * jnp.expand_dims(scale, -2)) @ b
+    return weight.astype(jnp.float32) + (a * align_scale(scale, a.ndim)) @ b
+
+
+def align_scale(scale: Float[Array, "*L r"], axes: int) -> Float[Array, "..."]:
+    """Returns the scale with axes of size 1 before its last, as many as it lacks to have `axes`."""
+    return jnp.expand_dims(scale, tuple(range(scale.ndim - 1, axes - 1)))
 
 
 def _update(x: Float[Array, "N in"], factors: Mapping[str, Array]) -> Float[Array, "N out"]:

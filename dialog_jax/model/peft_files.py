@@ -2,14 +2,16 @@
 
 In: the factors of LoRA and their scales, or the embeddings of a soft prompt. Out: a directory; `peft_reading` reads
 one. A directory that is written has one rank and alpha = rank: vLLM ignores patterns of either, so that every scale is
-multiplied into B, and a smaller rank is filled up with zeros.
+multiplied into B, and a smaller rank is filled up with zeros. Where a module of transformers holds several adapted
+matrices, its rank is the sum of theirs (see `model.peft_modules`).
 
 Source: `LoraConfig`, `PromptTuningConfig` and `get_peft_model_state_dict` of PEFT 0.21.
 """
 
 import json
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,18 +19,15 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float32
 
-from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, parameter_trees
+from dialog_jax.model import adapters, parameter_trees, peft_modules
 from dialog_jax.model.adapters import Scales
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.model.families import FAMILIES
+from dialog_jax.model.peft_modules import PREFIX, Factors, Part, PeftModule
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "export.json"
 PROMPT = "soft_prompt"
 """The directory within that of LoRA that has the soft prompt trained with it: PEFT has no directory for both."""
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the name of a module."""
 _WRAPPED = "model.language_model."  # where the modules of a model are within one that also reads images
 
 
@@ -49,46 +48,47 @@ def write_lora(
       base_name: the model's name on the Hub, or its path.
       dtype: of the factors: float32, bfloat16 or float16.
       wrapped: whether the model is served as a part of one that also reads images.
-
-    Raises:
-      UserError: the family's files hold several of the adapted matrices in one tensor, which has one adapter in PEFT.
     """
-    if fused := FAMILIES[model.family].fused:
-        names = ", ".join(name.rpartition(".weight")[0].rpartition(".")[2] for name in fused)
-        raise UserError(
-            f"{model.family} models hold several matrices in {names}, and PEFT adapts these as one. Export the merged "
-            "model: dialog_jax export --merge."
-        )
-    modules = adapters.list_modules(model)
-    rank = max(scale.shape[-1] for scale in scales.values())
-    flat = parameter_trees.flatten(factors)
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in parameter_trees.flatten(factors).items()}
+    modules = peft_modules.list_modules(model)
+    adapted: dict[str, Factors] = {}
+    for module in modules:
+        joined = peft_modules.join_factors(module, [_find_factors(part, scales, flat) for part in module.parts])
+        if joined is not None:
+            adapted[module.name] = joined
+    rank = max(a.shape[-1] for a, _ in adapted.values())
     tensors: dict[str, np.ndarray] = {}
-    adapted: list[str] = []
-    for path, scale in scales.items():
-        a, b = (np.asarray(flat[f"{path}/{name}"], np.float32) for name in adapters.TRAINED)
-        layers = zip(a, b, scale, strict=True) if path.startswith("layers/") else [(a, b, scale)]
-        for name, (layer_a, layer_b, layer_scale) in zip(modules[path], layers, strict=True):
-            if not layer_scale.any():
-                continue
-            missing = rank - len(layer_scale)
-            layer_a = np.pad(layer_a, ((0, 0), (0, missing))).T  # [r, in]
-            layer_b = np.pad(layer_b * layer_scale[:, None], ((0, missing), (0, 0))).T  # [out, r]
-            module = _serving_name(name, wrapped)
-            first, second = list_tensor_names(module, path)
-            tensors[first], tensors[second] = layer_a.astype(_numpy_dtype(dtype)), layer_b.astype(_numpy_dtype(dtype))
-            adapted.append(module)
-    _write(
-        directory,
-        tensors,
-        {
-            **_COMMON,
-            **_LORA,
-            "base_model_name_or_path": base_name,
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": _list_targets(adapted, modules, wrapped),
-        },
-    )
+    for module in modules:
+        if module.name not in adapted:
+            continue
+        a, b = adapted[module.name]
+        missing, lead = rank - a.shape[-1], [(0, 0)] * (a.ndim - 2)
+        a, b = np.pad(a, [*lead, (0, 0), (0, missing)]), np.pad(b, [*lead, (0, missing), (0, 0)])
+        names = peft_modules.list_tensor_names(module, adapted)
+        for name, tensor in zip(names, peft_modules.pack(module, a, b), strict=True):
+            tensors[PREFIX + _serving_name(name, wrapped)] = tensor.astype(_numpy_dtype(dtype))
+    fields = {
+        **_COMMON,
+        **_LORA,
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": _list_targets(modules, adapted, wrapped),
+    }
+    if parameters := _list_parameters(modules, adapted, wrapped):
+        fields["target_parameters"] = parameters
+    _write(directory, tensors, fields)
+
+
+def _find_factors(part: Part, scales: Scales, flat: Mapping[str, np.ndarray]) -> Factors | None:
+    """Returns the factors of a matrix with its scale multiplied into B; None if it is not adapted."""
+    if part.path not in scales:
+        return None
+    a, b, scale = (*(flat[f"{part.path}/{name}"] for name in adapters.TRAINED), scales[part.path])
+    if part.path.startswith("layers/"):
+        a, b, scale = a[part.position], b[part.position], scale[part.position]
+    used = scale != 0
+    return (a[..., used], b[..., used, :] * scale[used, None]) if used.any() else None
 
 
 def write_prompt(
@@ -157,16 +157,25 @@ def _serving_name(module: str, wrapped: bool) -> str:
     return module.replace("model.", _WRAPPED, 1) if wrapped and module.startswith("model.") else module
 
 
-def list_tensor_names(module: str, path: str) -> tuple[str, str]:
-    """Returns the names of the factors of a module, [r, in] and [out, r]; `path` is that of its parameter."""
-    if path == "embedding":
-        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
-
-
-def _list_targets(adapted: list[str], modules: Mapping[str, list[str]], wrapped: bool) -> list[str]:
+def _list_targets(modules: Iterable[PeftModule], adapted: Collection[str], wrapped: bool) -> list[str]:
     """Returns the ends of the names if all modules with these ends are adapted, otherwise the names."""
-    ends = {name.rpartition(".")[2] for name in adapted}
-    every = {_serving_name(name, wrapped) for names in modules.values() for name in names}
-    complete = {name for name in every if name.rpartition(".")[2] in ends} == set(adapted)
-    return sorted(ends) if complete else sorted(adapted)
+    every = [module.name for module in modules if not module.parameter]
+    targets = [name for name in every if name in adapted]
+    ends = {name.rpartition(".")[2] for name in targets}
+    if [name for name in every if name.rpartition(".")[2] in ends] == targets:
+        return sorted(ends)
+    return sorted(_serving_name(name, wrapped) for name in targets)
+
+
+def _list_parameters(modules: Iterable[PeftModule], adapted: Collection[str], wrapped: bool) -> list[str]:
+    """Returns what `target_parameters` names: ends of names behind the layer if that says the same, or names."""
+    every = {module.parameter: module.name in adapted for module in modules if module.parameter}
+    ends = {name: re.sub(r"^model\.layers\.\d+\.", "", name) for name in every}
+    incomplete = {ends[name] for name, is_adapted in every.items() if not is_adapted}
+    return sorted(
+        {
+            _serving_name(name, wrapped) if ends[name] in incomplete else ends[name]
+            for name, is_adapted in every.items()
+            if is_adapted
+        }
+    )

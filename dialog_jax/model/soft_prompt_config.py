@@ -1,6 +1,7 @@
 """`SoftPromptConfig`: trained embeddings in front of every dialogue. Imports no JAX."""
 
 import dataclasses
+import math
 
 from dialog_jax.errors import UserError
 
@@ -18,6 +19,8 @@ class SoftPromptConfig:
     cut or repeated (`text`); or normal with the standard deviation of the model's embedding (`random`)."""
     text: str = ""
     """For init = text: the prompt from which training starts."""
+    learning_rate_ratio: float = 100.0
+    """Together with LoRA: the learning rate of the soft prompt divided by that of A."""
 
     def __post_init__(self):
         if self.tokens < 0:
@@ -28,6 +31,10 @@ class SoftPromptConfig:
             raise UserError(
                 f"soft_prompt.init is {self.init!r} and soft_prompt.text {self.text!r}, which have no effect without "
                 "soft_prompt.tokens. Set it too."
+            )
+        if not 0 < self.learning_rate_ratio < math.inf:
+            raise UserError(
+                f"soft_prompt.learning_rate_ratio is {self.learning_rate_ratio}; it must be above 0, and finite."
             )
         if (self.init == "text") != bool(self.text):
             raise UserError(

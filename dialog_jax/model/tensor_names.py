@@ -67,7 +67,7 @@ NAMES |= {
 # [layers, experts, in, out]
 EXPERT_MATRICES = ("layers/experts/w_gate", "layers/experts/w_up", "layers/experts/w_down")
 EXPERT_BIASES = ("layers/experts/b_gate", "layers/experts/b_up", "layers/experts/b_down")
-_NOT_ADAPTED = (*EXPERT_MATRICES, "layers/experts/w_router")
+_ROUTER = "layers/experts/w_router"
 
 # Every decoder of our families has it, and no vision or audio tower; norms have other names in some.
 _ANCHOR = "layers.0.self_attn.o_proj.weight"
@@ -94,8 +94,32 @@ def list_layers(config: DecoderConfig, key: str) -> tuple[int, ...]:
 
 
 def list_adaptable(keys: Iterable[str]) -> list[str]:
-    """Returns which of the parameters are matrices of layers that LoRA adapts and that can be quantized."""
-    return [key for key in keys if NAMES[key].transposed and key not in _NOT_ADAPTED]
+    """Returns which of the parameters are matrices of layers that LoRA can adapt: all but the router."""
+    return [key for key in keys if NAMES[key].transposed and key != _ROUTER]
+
+
+def list_modules(config: DecoderConfig, key: str) -> list[str]:
+    """Returns the names by which LoRA adapts a parameter, one for each layer that has it, or one.
+
+    layers/feed_forward/w_up    [model.layers.0.mlp.up_proj, ...]
+    layers/experts/w_up         [model.layers.0.mlp.experts.up_proj, ...], each of all experts of the layer
+    """
+    name = _find_name(config, key).removesuffix(".weight").replace(".experts.{}.", ".experts.")
+    return [name.format(layer) for layer in list_layers(config, key)] if "{}" in name else [name]
+
+
+def find_joined_modules(config: DecoderConfig) -> dict[str, list[str]]:
+    """Returns {name of a module of transformers that holds several matrices: the names of `list_modules` for each}.
+
+    model.layers.0.self_attn.qkv_proj           [model.layers.0.self_attn.q_proj, ...k_proj, ...v_proj]
+    model.layers.0.mlp.experts.gate_up_proj     [model.layers.0.mlp.experts.gate_proj, ...up_proj]
+    """
+    joined = {
+        name.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
+        for name, parts in find_fused(config).items()
+    }
+    gates, ups = (list_modules(config, key) if config.experts else [] for key in EXPERT_MATRICES[:2])
+    return joined | {f"{gate.rpartition('.')[0]}.gate_up_proj": [gate, up] for gate, up in zip(gates, ups, strict=True)}
 
 
 def count_stacked_axes(config: DecoderConfig, key: str) -> int:

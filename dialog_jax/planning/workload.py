@@ -33,11 +33,14 @@ class Workload(NamedTuple):
     """Sentence that says where these figures come from."""
 
 
-def measure_workload(config: TrainConfig, model: DecoderConfig, *, dialogues: int) -> Workload | None:
+def measure_workload(
+    config: TrainConfig, model: DecoderConfig, *, dialogues: int, virtual_tokens: int
+) -> Workload | None:
     """Returns the workload of data.train; None if it or the tokenizer is not a local file, or the data is too large.
 
     Args:
       dialogues: prepare at most this many, evenly spaced.
+      virtual_tokens: length of the soft prompt, which the config or its adapter has; 0 without.
 
     Raises:
       UserError: what `read_dialogues`, `load_tokenizer` and `prepare` raise.
@@ -60,7 +63,7 @@ def measure_workload(config: TrainConfig, model: DecoderConfig, *, dialogues: in
             template_time=config.data.template_time,
             allow_special_tokens=config.data.allow_special_tokens,
             responses=config.data.responses,
-            virtual_tokens=VirtualTokens(largest_token(tokenizer) + 1, config.soft_prompt.tokens),
+            virtual_tokens=VirtualTokens(largest_token(tokenizer) + 1, virtual_tokens),
         ),
         config.make_tree_config(),
     )

@@ -255,6 +255,12 @@ class TrainConfig:
                 f"lora.{unread[0]} is {getattr(self.lora, unread[0])!r}, which has no effect "
                 + ("on an adapter that is continued. Leave it out." if self.adapter else "without lora.rank. Set both.")
             )
+        ratio = self.soft_prompt.learning_rate_ratio
+        if ratio != SoftPromptConfig.learning_rate_ratio and not (self.lora.rank or self.adapter):
+            raise UserError(
+                f"soft_prompt.learning_rate_ratio is {ratio}, which has no effect without lora.rank. Set "
+                "optimizer.learning_rate, which is that of a soft prompt alone."
+            )
         for field, value in (
             ("adapter", self.adapter),
             ("lora.rank", self.lora.rank),

@@ -47,13 +47,17 @@ def export_model(
       average: write the exponential moving average of the trained weights in their place.
 
     Raises:
-      UserError: there is no run, no such step, no base model, or something else is in `out`.
+      UserError: there is no run, no such step, no base model, one that is not needed, or something else is in `out`.
     """
     run, out = atomic_files.expand_home(run), atomic_files.expand_home(out)
     checkpoints.check_path(run)
     _check_out(run, out)
     model = run_directory.read_model(run)
     is_adapter = _check_kind(run, model, merge)
+    needs_base = not is_adapter and (model.base.wrapped or not trained_models.is_whole(model))
+    if base and not needs_base:
+        reason = "an adapter is exported without its base model" if is_adapter else "the run has all parameters"
+        raise UserError(f"--base is {base}, and {reason}. Leave --base out.")
     dtype = dtype or ("float32" if is_adapter else model.base.dtype)
     checkpoint = trained_models.choose_checkpoint(run, step)
     number = checkpoint.step
@@ -69,7 +73,6 @@ def export_model(
         raise UserError(
             f"{out} is not empty and holds no export of step {number:,} of {run} in {dtype}. Choose another --out."
         )
-    needs_base = not is_adapter and (model.base.wrapped or not trained_models.is_whole(model))
     path = trained_models.find_base(run, model, base) if needs_base else None
     trained = trained_models.read_trained(run, model, number, average=average)
     with atomic_files.new_directory(out.resolve()) as unfinished:  # a link to a directory stays a link

@@ -76,6 +76,9 @@ def count_flops(
     for path, scale in selection.scales.items():
         inputs, outputs = adapters.find_matrix_shape(config, path)
         sides = outputs if path == "embedding" else inputs + outputs  # rows of `lora_a` of an embedding are looked up
+        if path in tensor_names.EXPERT_MATRICES:
+            assert config.experts is not None
+            sides *= config.experts.active
         multiply_adds += 3 * np.count_nonzero(scale) * sides * (targets if path == "lm_head" else tokens)
     return 2.0 * multiply_adds
 

@@ -1,6 +1,7 @@
 """Learning-rate schedules, weight-decay mask and the optimizers."""
 
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -76,23 +77,23 @@ def decay_mask(parameters: dict) -> dict:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, *, lora_b_ratio: float = 1.0
+    config: OptimizerConfig, steps: int, *, rate_ratios: Mapping[str, float] = {}
 ) -> optax.GradientTransformationExtraArgs:
     """Returns clipping followed by the optimizer, with the schedule of a run of `steps` steps.
 
     Its `update` needs `norm`, the gradient's global norm, as an additional argument.
 
     Args:
-      lora_b_ratio: what multiplies the learning rate of every `lora_b`. Source: Hayou et al. 2024 (LoRA+, arXiv
-        2402.12354).
+      rate_ratios: what multiplies the learning rate of parameters, by the last part of their paths. Source of that of
+        `lora_b`: Hayou et al. 2024 (LoRA+, arXiv 2402.12354).
     """
     rule = _RULES[config.name](config, make_schedule(config, steps))
     if config.moments_dtype == "bfloat16":
         rule = _store_as_bfloat16(rule)
     parts = [_clip(config.clip_norm)] if config.clip_norm else []
     parts.append(rule)
-    if lora_b_ratio != 1:
-        parts.append(_scale_lora_b(lora_b_ratio))
+    if any(ratio != 1 for ratio in rate_ratios.values()):
+        parts.append(_scale_rates(rate_ratios))
     if config.ema_decay:
         parts.append(_average(config.ema_decay))
     return optax.with_extra_args_support(optax.chain(*parts) if len(parts) > 1 else rule)
@@ -224,12 +225,12 @@ def find_average(state: Any) -> dict[str, Any] | None:
     return next((node.average for node in leaves if isinstance(node, Average)), None)
 
 
-def _scale_lora_b(ratio: float) -> optax.GradientTransformation:
-    """Returns the scaling of the updates of every `lora_b`."""
+def _scale_rates(ratios: Mapping[str, float]) -> optax.GradientTransformation:
+    """Returns the scaling of the updates of some parameters, by the last part of their paths."""
 
     def update(updates, state, parameters=None):
         def scale(path, leaf):
-            return leaf * ratio if path[-1].key == "lora_b" else leaf
+            return leaf * ratios.get(path[-1].key, 1.0)
 
         return jax.tree_util.tree_map_with_path(scale, updates), state
 

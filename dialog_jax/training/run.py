@@ -120,7 +120,7 @@ def run(
 
         # Restore or load. Only then is the directory claimed, so that a run which cannot start leaves no trace.
         update_rule = optimizer.make_optimizer(
-            config.optimizer, steps, lora_b_ratio=config.lora.learning_rate_ratio if selection.scales else 1.0
+            config.optimizer, steps, rate_ratios=trainable.find_rate_ratios(config, selection)
         )
         shapes = trainable.abstract_parameters(selection)
         for described in trainable.describe(selection):

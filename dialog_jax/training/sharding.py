@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import experts, quantization
+from dialog_jax.model import adapters, experts, parameter_trees, quantization
 from dialog_jax.training.config import MESH_AXES, MeshConfig
 
 ROW_AXES = MESH_AXES[:3]
 
-_GATHERED = "gathered_experts"  # checkpoint name of matrices of experts that were divided over `fsdp`
 _Rule = tuple[str | tuple[str, ...] | None, ...]
 
 # Mesh axes for the trailing axes of each parameter; leading axes, such as that of layers, are not divided. The first
@@ -102,22 +101,28 @@ def parameter_sharding(mesh: Mesh, path: Sequence[str], shape: Sequence[int]) ->
 def _find_rules(path: Sequence[str]) -> tuple[_Rule, ...]:
     """Returns the rules of a parameter.
 
-    `lora_a` is divided by the input axis of its matrix, `lora_b` by the output; the codes of a quantized matrix as it.
+    `lora_a` is divided by the input axis of its matrix, `lora_b` by the output, and both as experts are; the codes of a
+    quantized matrix as it.
     """
-    if path[-1] in quantization.CODES:
-        return _find_rules(path[:-1])
-    name = path[-1]
-    if path[-2:-1] == ["experts"] and name in _EXPERT_RULES:
+    *parents, name = path
+    if name in quantization.CODES or (name == "weight" and parents):
+        return _find_rules(parents)
+    if name in ("lora_a", "lora_b") and parents:
+        return _find_factor_rules(parents, is_first=name == "lora_a")
+    if parents[-1:] == ["experts"] and name in _EXPERT_RULES:
         return _EXPERT_RULES[name]
-    if len(path) > 1 and path[-2] in _RULES and name in ("weight", "lora_a", "lora_b"):
-        rules = _RULES[path[-2]]
-        if name == "weight":
-            return rules
-        if path[-2] == "lm_head":  # [V, D], and the factors are those of its transpose
-            rules = tuple(rule[::-1] for rule in rules)
-        axes = [rule[0] if name == "lora_a" else rule[1] for rule in rules]
-        return tuple((axis, None) if name == "lora_a" else (None, axis) for axis in axes)
     return _RULES.get(name, _REPLICATED)
+
+
+def _find_factor_rules(path: Sequence[str], *, is_first: bool) -> tuple[_Rule, ...]:
+    """Returns the rules of `lora_a` or `lora_b` of the matrix at `path`."""
+    rules = _find_rules(path)
+    if path[-1] == "lm_head":  # [V, D], and the factors are those of its transpose
+        rules = tuple(rule[::-1] for rule in rules)
+    factors = [(*rule[:-1], None) if is_first else (*rule[:-2], None, rule[-1]) for rule in rules]
+    if path[-2:-1] == ["experts"] and path[-1] in _EXPERT_RULES:  # there are as many factors as experts: divided first
+        factors.sort(key=lambda rule: "fsdp" not in rule)
+    return tuple(factors)
 
 
 def describe_uneven_layouts(mesh: Mesh, parameters: dict) -> list[str]:
@@ -255,21 +260,20 @@ def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
 
     def over_devices(config, x, choice, weights, parameters):
         by_expert, by_width = config.count % tensor == 0, config.width % tensor == 0
-        layouts = {name: _find_expert_layout(name, by_expert, by_width) for name in parameters}
+        flat = parameter_trees.flatten(parameters)
+        layouts = {path: _find_expert_layout(path, by_expert, by_width) for path in flat}
         gathers = {}
-        for name, layout in layouts.items():
-            stored = tuple(parameter_sharding(mesh, ("experts", name), parameters[name].shape).spec)
+        for path, layout in layouts.items():
+            stored = tuple(parameter_sharding(mesh, ("experts", *path.split("/")), flat[path].shape).spec)
             if stored and tuple(axis if axis == "tensor" else None for axis in stored) == layout and "fsdp" in stored:
-                layouts[name], gathers[name] = stored, stored.index("fsdp")
+                layouts[path], gathers[path] = stored, stored.index("fsdp")
 
-        def on_device(x, choice, weights, parameters):
-            # An explicit gather, so that the gradient is scattered as it is reduced; named, so that the backward pass
-            # does not keep gathered matrices of all layers.
+        def on_device(x, choice, weights, flat):
+            # An explicit gather, so that the gradient is scattered as it is reduced.
             gathered = {
-                name: checkpoint_name(jax.lax.all_gather(parameters[name], "fsdp", axis=axis, tiled=True), _GATHERED)
-                for name, axis in gathers.items()
+                path: jax.lax.all_gather(flat[path], "fsdp", axis=axis, tiled=True) for path, axis in gathers.items()
             }
-            parameters = {**parameters, **gathered}
+            parameters = parameter_trees.unflatten({**flat, **gathered})
             index = jax.lax.axis_index("tensor")
             if by_expert:
                 return run(config, x, choice, weights, parameters, first=index * (config.count // tensor))[None]
@@ -279,27 +283,33 @@ def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
             return (output if by_width else jnp.where(index == 0, output, 0))[None]
 
         rows = PartitionSpec(ROW_AXES)
-        policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
         parts = jax.shard_map(
-            jax.checkpoint(on_device, policy=policy, prevent_cse=False),
+            jax.checkpoint(on_device, policy=_save_all_but_gathered, prevent_cse=False),
             mesh=mesh,
-            in_specs=(rows, rows, rows, {name: PartitionSpec(*layout) for name, layout in layouts.items()}),
+            in_specs=(rows, rows, rows, {path: PartitionSpec(*layout) for path, layout in layouts.items()}),
             out_specs=PartitionSpec("tensor", ROW_AXES),
             check_vma=False,
-        )(x, choice, weights, parameters)
+        )(x, choice, weights, flat)
         return jnp.sum(parts, axis=0)
 
     return over_devices
 
 
-def _find_expert_layout(name: str, by_expert: bool, by_width: bool) -> tuple[str | None, ...]:
-    """Returns the mesh axes of a matrix [E, in, out] or a bias [E, out] as it is used."""
-    axes = 3 if name.startswith("w_") else 2
-    layout: list[str | None] = [None] * axes
+def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Returns whether the backward pass keeps a value: not the gathered matrices of all layers."""
+    return primitive.name != "all_gather"
+
+
+def _find_expert_layout(path: str, by_expert: bool, by_width: bool) -> tuple[str | None, ...]:
+    """Returns the mesh axes of a matrix [E, in, out], of its factors and scale, or of a bias [E, out] as it is used."""
+    name, _, part = path.partition("/")
+    if part == adapters.SCALE:
+        return (None,)
+    layout: list[str | None] = [None] * (3 if name.startswith("w_") else 2)
     if by_expert:
         layout[0] = "tensor"
-    elif by_width and name == "w_down":
+    elif by_width and name == "w_down" and part != "lora_b":
         layout[1] = "tensor"
-    elif by_width and name != "b_down":
+    elif by_width and name not in ("w_down", "b_down") and part != "lora_a":
         layout[-1] = "tensor"
     return tuple(layout)

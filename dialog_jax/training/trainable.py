@@ -46,13 +46,13 @@ class Selection(NamedTuple):
 
     def dtype(self, path: str) -> np.dtype:
         """Returns the type of one of the model's own parameters."""
-        is_matrix = path in adapters.list_modules(self.model) or path in tensor_names.EXPERT_MATRICES
+        is_matrix = path in adapters.list_modules(self.model)
         return self.frozen_dtype if is_matrix and path not in self.trained_paths else np.dtype(np.float32)
 
     def find_kind(self, path: str) -> str:
         """Returns the kind of `model.quantization` of one of the model's own parameters; empty if not quantized."""
-        is_matrix = path.startswith("layers/") and path in adapters.list_modules(self.model)
-        return self.frozen_kind if is_matrix and path not in self.trained_paths else ""
+        is_quantizable = path in adapters.list_quantizable(self.model) and path not in self.trained_paths
+        return self.frozen_kind if is_quantizable else ""
 
 
 def select(
@@ -64,8 +64,8 @@ def select(
       adapter: the content of `config.adapter`, or what a loaded model has in its place; None if there is none.
 
     Raises:
-      UserError: a pattern or target matches nothing, a rank is too large, nothing would be trained, or no matrix that
-        is to be quantized is frozen.
+      UserError: a pattern or target matches nothing, a rank is too large, nothing would be trained, no matrix that is
+        to be quantized is frozen, or there is dropout with experts.
     """
     paths = sorted(parameter_trees.flatten(decoder.abstract_parameters(model)))
     assert adapter or not config.adapter, config.adapter
@@ -75,6 +75,11 @@ def select(
         scales = adapter.scales
         if adapter.soft_prompt is not None:
             soft_prompt = SoftPromptConfig(tokens=len(adapter.soft_prompt))
+    if config.lora.dropout and scales.keys() & set(tensor_names.EXPERT_MATRICES):
+        raise UserError(
+            f"lora.dropout is {config.lora.dropout}, and matrices of experts are adapted, for which it is not "
+            "supported, as in PEFT. Set it to 0, or name other lora.targets."
+        )
     trained = set() if scales or soft_prompt.tokens else set(paths)
     if config.freeze:
         trained -= _find(config.freeze, "freeze", paths)
@@ -99,6 +104,16 @@ def select_all(model: DecoderConfig) -> Selection:
     """Returns the selection of full fine-tuning."""
     paths = parameter_trees.flatten(decoder.abstract_parameters(model))
     return Selection(model, frozenset(paths), {}, np.dtype(np.float32), SoftPromptConfig())
+
+
+def find_rate_ratios(config: TrainConfig, selection: Selection) -> dict[str, float]:
+    """Returns what multiplies the learning rate of parameters, by the last part of their paths."""
+    if not selection.scales:
+        return {}
+    ratios = {"lora_b": config.lora.learning_rate_ratio}
+    if selection.soft_prompt.tokens:
+        ratios[decoder.SOFT_PROMPT] = config.soft_prompt.learning_rate_ratio
+    return ratios
 
 
 def _find(patterns: Sequence[str], field: str, paths: Sequence[str]) -> set[str]:

@@ -78,8 +78,8 @@ def read_trained(run: pathlib.Path, model: RunModel, step: int, *, average: bool
             "ema_decay=0.999, or leave --ema out."
         )
     steps = run_directory.read_hashes(run)["steps"]
-    ratio = config.lora.learning_rate_ratio if model.selection.scales else 1.0
-    rule = optimizer.make_optimizer(config.optimizer, steps, lora_b_ratio=ratio)
+    ratios = trainable.find_rate_ratios(config, model.selection)
+    rule = optimizer.make_optimizer(config.optimizer, steps, rate_ratios=ratios)
     return checkpoints.restore_average(run / "checkpoints", step, jax.tree.map(place, jax.eval_shape(rule.init, like)))
 
 
@@ -130,6 +130,12 @@ def is_whole(model: RunModel) -> bool:
     return not trainable.abstract_parameters(model.selection).frozen
 
 
+def needs_base(name: str) -> bool:
+    """Returns whether a model is a run of which the checkpoints have a part: the rest is that of its base model."""
+    run = atomic_files.expand_home(name)
+    return run_directory.is_run(run) and not is_whole(run_directory.read_model(run))
+
+
 def load_model(
     name: str,
     *,
@@ -145,14 +151,20 @@ def load_model(
 
     Args:
       name: the directory of a run, or what `loading.load_model` takes.
-      base: the model that the run began with; empty for what its config names.
+      base: the model that the run began with, where the run needs it; empty for what its config names.
       dtype: of the model's own parameters in memory.
       options: those of `loading.open_model`.
 
     Raises:
-      UserError: the run has no checkpoint, or what `loading.load_model` raises.
+      UserError: the run has no checkpoint, `base` is not needed, or what `loading.load_model` raises.
     """
     run = atomic_files.expand_home(name)
+    if base and not needs_base(name):
+        raise UserError(
+            f"--base is {base}, and {name} needs no other model: it is "
+            + ("a run that has all of its parameters." if run_directory.is_run(run) else "no run.")
+            + " Leave --base out."
+        )
     if not run_directory.is_run(run):
         return loading.load_model(name, adapter=adapter, dtype=dtype, report=report, **options)
     if adapter:

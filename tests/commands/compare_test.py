@@ -43,6 +43,10 @@ class CompareTest(absltest.TestCase):
         data = f"--config.data.train={self.directory / 'data.jsonl'}"
         return running.run("compare", f"--models={models}", data, "--max_new_tokens=8", *flags)
 
+    def test_base_that_no_model_needs_is_an_error(self):
+        _, error = self.compare("--base=some")
+        self.assertRegex(error, "--base is some, and none of .*before, .*after needs another model. Leave it out")
+
     def test_history_human_and_a_reply_of_each_model_are_shown(self):
         told, error = self.compare("--index=1", "--turn=1")
         self.assertEmpty(error)

@@ -142,6 +142,7 @@ class ErrorsTest(absltest.TestCase):
             ("config.epochs=x", "a number"),
             ("config.data.share_prefixes=maybe", "true or false"),
             ("config.data.chat_template_kwargs=abc", 'a dict such as {"a": 1}'),
+            ("config.lora.rank_pattern={1: 2}", 'a dict such as {"a": 1}'),
             ("index=-1", "a non-negative integer"),
         ):
             name, _, value = flag.partition("=")

@@ -71,6 +71,7 @@ class ExportAdapterTest(parameterized.TestCase):
         a = parameter_trees.flatten(adapter.factors)["layers/attention/w_query/lora_a"]
         np.testing.assert_array_equal(a, parts.trained["layers"]["attention"]["w_query"]["lora_a"])
         self.assertIn("already there, exported from step 1", self.export()[0])
+        self.assertIn(f"--base is {self.base}, and an adapter is exported", self.export(f"--base={self.base}")[1])
         self.assertIn("holds no export of step 1", self.export("--merge", f"--base={self.base}")[1])
 
     def test_names_are_those_of_the_model_that_contains_the_base(self):

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from dialog_jax.model import decoder, families, hf_config, saving
+from dialog_jax.errors import UserError
+from dialog_jax.model import decoder, families, hf_config, peft_files, saving
+from dialog_jax.planning import workload
 from dialog_jax.training import metrics
 from dialog_jax.training.config import MeshConfig
 from tests.commands import running
@@ -52,6 +54,14 @@ class PlanTest(absltest.TestCase):
     def run_plan(self, *more):
         with mock.patch.dict(os.environ):
             return running.run("plan", *self.flags(*more))
+
+    def test_soft_prompt_of_an_adapter_counts(self):
+        adapter = self.directory / "adapter"
+        adapter.mkdir()
+        peft_files.write_prompt(adapter, self.config, np.ones((5, 32), np.float32), base_name="some")
+        with mock.patch.object(workload, "measure_workload", side_effect=UserError("stop")) as measure:
+            self.run_plan("--devices=8", "--kind=h100", f"--config.adapter={adapter}")
+        self.assertEqual(measure.call_args.kwargs["virtual_tokens"], 5)
 
     @pytest.mark.full
     def test_run_is_planned_from_its_data(self):

@@ -36,11 +36,14 @@ class TrainFlagsTest(parameterized.TestCase):
             "--config.data.train=mine.jsonl",
             "--config.objective.roles=('user', 'assistant')",
             "--config.data.chat_template_kwargs={'enable_thinking': False}",
+            "--config.lora.rank=4",
+            r"--config.lora.rank_pattern={'layers\\.0\\..*q_proj': 2, 'up_proj': 1}",
         )
         self.assertEqual(config.optimizer.learning_rate, 0.5)
         self.assertEqual(config.data.train, "mine.jsonl")
         self.assertEqual(config.objective.roles, ("user", "assistant"))
         self.assertEqual(dict(config.data.chat_template_kwargs), {"enable_thinking": False})
+        self.assertEqual(dict(config.lora.rank_pattern), {r"layers\.0\..*q_proj": 2, "up_proj": 1})
 
     def test_every_experiment_is_a_config(self):
         experiments = [path.stem for path in _EXPERIMENTS.glob("*.py") if "def get_config(" in path.read_text()]

@@ -10,11 +10,22 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
-from dialog_jax.model import adapters, decoder, experts, grouped_products, hf_config, model_files, pretrained, saving
+from dialog_jax.model import (
+    adapters,
+    decoder,
+    experts,
+    grouped_products,
+    hf_config,
+    model_files,
+    parameter_trees,
+    pretrained,
+    saving,
+)
 from dialog_jax.model.decoder_config import Experts
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.rotary import Rotary
@@ -262,10 +273,52 @@ class LoraTest(parameterized.TestCase):
         self.assertEqual(feed_forwards, dict.fromkeys(needed, 1))  # one dense layer, one with experts
         self.assertLen(scales, 10)
 
-    @parameterized.parameters("gate_proj", "mlp.experts.3.up_proj", "layers.2.mlp.experts.0.down_proj")
-    def test_naming_matrices_of_experts_is_an_error(self, target):
-        with self.assertRaisesRegex(UserError, f"names '{target}', which matches matrices of experts"):
+    def test_matrices_of_experts_are_named_as_one_for_each_layer(self):
+        scales = adapters.find_scales(_GLM, LoraConfig(rank=2, targets=("down_proj",)))
+        self.assertEqual({path: scale.shape for path, scale in scales.items()}, {
+            "layers/feed_forward/w_down": (1, 2), "layers/experts/w_down": (1, 2),
+            "layers/experts/shared/w_down": (1, 2),
+        })  # fmt: skip
+        lora = LoraConfig(rank=2, alpha=2.0, targets=("experts.up_proj",), rank_pattern={r"layers\.2\..*": 1})
+        scales = adapters.find_scales(_MODEL, lora)
+        self.assertEqual(list(scales), ["layers/experts/w_up"])
+        np.testing.assert_array_equal(scales["layers/experts/w_up"], [[1, 1], [2, 0]])
+
+    @parameterized.parameters("mlp.experts.3.up_proj", "mlp.gate", "layers.1.mlp.experts.up_proj")
+    def test_what_is_no_matrix_of_experts_is_an_error(self, target):
+        with self.assertRaisesRegex(UserError, f"names '{target}', which matches none of"):
             adapters.find_scales(_MODEL, LoraConfig(rank=2, targets=(target,)))
+
+    @pytest.mark.full
+    @parameterized.parameters(_MODEL, _GLM)
+    def test_model_with_updates_equals_the_merged_model_and_one_expert_after_the_other(self, model):
+        lora = LoraConfig(rank=2, alpha=3.0, targets=("gate_proj", "up_proj", "down_proj"), rank_pattern={"up_proj": 3})
+        scales = adapters.find_scales(model, lora)
+        factors = adapters.init_factors(model, scales, jax.random.key(0))
+        leaves, tree = jax.tree.flatten(factors)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        drawn = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        base = tiny.parameters(model)
+        own = jax.tree.map(jnp.asarray, adapters.attach_scales(base, scales))
+        parameters = parameter_trees.merge(own, jax.tree.unflatten(tree, drawn))
+        tokens = jnp.arange(40, dtype=jnp.int32)[None]
+        position, ends = tokens, jnp.full_like(tokens, 40)
+        _, merged = adapters.merge_factors(model, parameters)
+        for name in ("w_up", "w_down"):
+            matrix = parameters["layers"]["experts"][name]
+            for layer, expert in np.ndindex(merged["layers"]["experts"][name].shape[:2]):
+                a, b = (np.float64(matrix[factor][layer, expert]) for factor in ("lora_a", "lora_b"))
+                expected = (
+                    base["layers"]["experts"][name][layer, expert] + a * np.float64(matrix["lora_scale"][layer]) @ b
+                )
+                np.testing.assert_allclose(
+                    merged["layers"]["experts"][name][layer, expert], expected, rtol=1e-5, atol=1e-5
+                )
+        adapted, expected = (
+            decoder.hidden_states(model, tree, tokens, position, ends) for tree in (parameters, merged)
+        )
+        np.testing.assert_allclose(adapted, expected, rtol=2e-5, atol=2e-5)
+        self.assertGreater(np.abs(expected - decoder.hidden_states(model, base, tokens, position, ends)).max(), 0.1)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 The other direction was checked once with peft 0.21.2, torch 2.13 and transformers 5.24 in float32: the directories of
 `RoundTripTest`, written for the models of tests/references, open in `PeftModel.from_pretrained` and give our logits to
 1e-5 of the largest, and so does a reader that adds lora_alpha / r * B A and knows no other field (at most 4.0e-5 where
-logits reach 9.9). Soft prompts that `write_prompt` has written give our logits to 4e-6.
+logits reach 9.9). So do adapters of all matrices, experts included, and of some of those that a module holds, of
+phi3_plain, granitemoehybrid, qwen3_moe, glm4_moe and gpt_oss (at most 9.5e-6 where logits reach 4.1). Soft prompts that
+`write_prompt` has written give our logits to 4e-6.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -19,13 +22,35 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, model_files, parameter_trees, peft_files, peft_reading, pretrained
+from dialog_jax.model.decoder_config import Experts
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from tests.training import tiny
 
+FULL_PARAMETERS = ("experts_transposed", "experts_down")  # of the full tier: see tests/conftest.py
+
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 _EVERYWHERE = ("all-linear", "embed_tokens", "lm_head")
 _MODEL = tiny.config(96, tie_embeddings=False)
+_OF_EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
+# Models of which a module of transformers holds several matrices.
+_JOINED = (
+    tiny.config(96, family="phi3", tie_embeddings=False),
+    tiny.config(96, family="granitemoehybrid", tie_embeddings=False),
+    tiny.config(
+        96,
+        family="glm4_moe",
+        layers=3,
+        tie_embeddings=False,
+        experts=Experts(count=4, active=2, width=24, dense_layers=(1,), shared_width=24, scoring="sigmoid"),
+    ),
+    tiny.config(
+        96,
+        family="gpt_oss",
+        tie_embeddings=False,
+        experts=Experts(count=3, active=2, width=24, scoring="softmax_of_top", biases=True, clamp=7.0, gate_slope=1.7),
+    ),
+)
 
 
 def compute_logits(model, parameters, tokens):
@@ -46,12 +71,13 @@ def draw_adapter(lora, model=_MODEL, seed=0):
 def list_updates(scales, factors):
     """{path: scale * A B of each layer, float64}."""
     flat = parameter_trees.flatten(factors)
-    return {
-        path: np.einsum("...ir,...r,...ro->...io", *(
-            np.float64(x) for x in (flat[f"{path}/lora_a"], scale, flat[f"{path}/lora_b"])
-        ))
-        for path, scale in scales.items()
-    }  # fmt: skip
+    updates = {}
+    for path, scale in scales.items():
+        a, b = (np.float64(flat[f"{path}/{name}"]) for name in ("lora_a", "lora_b"))
+        experts = (1,) * (a.ndim - 1 - scale.ndim)
+        wide = np.float64(scale).reshape(*scale.shape[:-1], *experts, scale.shape[-1])
+        updates[path] = np.einsum("...ir,...r,...ro->...io", a, wide, b)
+    return updates
 
 
 def assert_logits_equal(logits, reference):
@@ -60,7 +86,7 @@ def assert_logits_equal(logits, reference):
 
 
 class ReferenceTest(parameterized.TestCase):
-    @parameterized.parameters("patterns", "rslora", "tied")
+    @parameterized.parameters("patterns", "rslora", "tied", "fused", "experts", "experts_transposed", "experts_down")
     def test_adapter_of_peft_gives_its_logits(self, name):
         directory = _REFERENCES / f"peft_{name}"
         reference = np.load(directory / "reference.npz")
@@ -140,6 +166,97 @@ class RoundTripTest(parameterized.TestCase):
         self.assertEqual(fields["r"], fields["lora_alpha"])
         self.assertFalse(fields["rank_pattern"] or fields["alpha_pattern"] or fields["use_rslora"])
 
+    @parameterized.product(
+        model=_JOINED,
+        lora=(
+            LoraConfig(rank=2, alpha=2.0, targets=(*_EVERYWHERE, *_OF_EXPERTS)),
+            LoraConfig(
+                rank=2,
+                alpha=2.0,
+                targets=("q_proj", "o_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.up_proj", "experts.up_proj"),
+                rank_pattern={"layers.1.self_attn.q_proj": 3},
+                alpha_pattern={"layers.1.self_attn.q_proj": 3},
+            ),
+        ),
+    )
+    def test_parts_of_a_module_are_read_as_the_arrays_that_were_written(self, model, lora):
+        absent = "experts" if not model.experts else "layers.1.mlp" if not model.dense_layers else "none"
+        lora = dataclasses.replace(lora, targets=tuple(target for target in lora.targets if absent not in target))
+        scales, factors = draw_adapter(lora, model)
+        peft_files.write_lora(self.directory, model, scales, factors, base_name="some")
+        adapter = peft_reading.read_adapter(self.directory, model)
+        self.assertEqual(adapter.scales.keys(), scales.keys())
+        read, written = parameter_trees.flatten(adapter.factors), parameter_trees.flatten(factors)
+        for path, scale in scales.items():
+            np.testing.assert_array_equal(adapter.scales[path], scale)
+            used = (scale > 0).reshape(*scale.shape[:-1], *(1,) * (written[f"{path}/lora_a"].ndim - scale.ndim), -1)
+            np.testing.assert_array_equal(read[f"{path}/lora_a"], written[f"{path}/lora_a"] * used)
+            np.testing.assert_array_equal(read[f"{path}/lora_b"], written[f"{path}/lora_b"] * used.swapaxes(-1, -2))
+
+    def test_experts_with_names_of_their_own_are_read_as_those_of_one_parameter(self):
+        model = _JOINED[2]
+        scales, factors = draw_adapter(LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "experts.up_proj")), model)
+        peft_files.write_lora(self.directory, model, scales, factors, base_name="some")
+        expected = list_updates(scales, factors)
+        (self.directory / peft_files.CONFIG).write_text(
+            json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"]})
+        )
+        flat = parameter_trees.flatten(factors)
+        tensors = {}
+        for path, place in (("attention/w_query", "self_attn.q_proj"), ("experts/w_up", "mlp.experts.{}.up_proj")):
+            for factor in ("A", "B"):
+                for index in np.ndindex(flat[f"layers/{path}/lora_a"].shape[:-2]):
+                    layer, *expert = index
+                    layer = model.sparse_layers[layer] if expert else layer
+                    name = f"base_model.model.model.layers.{layer}.{place.format(*expert)}.lora_{factor}.weight"
+                    tensors[name] = np.ascontiguousarray(flat[f"layers/{path}/lora_{factor.lower()}"][index].T)
+        safetensors.numpy.save_file(tensors, self.directory / peft_files.WEIGHTS)
+        adapter = peft_reading.read_adapter(self.directory, model)
+        updates = list_updates(adapter.scales, adapter.factors)
+        self.assertEqual(updates.keys(), expected.keys())
+        for path, update in updates.items():
+            np.testing.assert_allclose(update, expected[path], rtol=1e-6)
+        del tensors[next(name for name in tensors if "experts.3." in name and "lora_A" in name)]
+        safetensors.numpy.save_file(tensors, self.directory / peft_files.WEIGHTS)
+        with self.assertRaisesRegex(UserError, "is there without its other factor"):
+            peft_reading.read_adapter(self.directory, model)
+        tensors = {name: tensor for name, tensor in tensors.items() if ".experts.3." not in name}
+        safetensors.numpy.save_file(tensors, self.directory / peft_files.WEIGHTS)
+        with self.assertRaisesRegex(
+            UserError, r"experts\.3\.up_proj has no factors, and other experts of its layer have"
+        ):
+            peft_reading.read_adapter(self.directory, model)
+
+    def test_update_of_a_joined_module_is_that_of_its_parts(self):
+        model = _JOINED[0]
+        lora = LoraConfig(rank=2, alpha=5.0, targets=("q_proj", "v_proj"), rank_pattern={"layers.1.*v_proj": 3})
+        scales, factors = draw_adapter(lora, model)
+        peft_files.write_lora(self.directory, model, scales, factors, base_name="some")
+        tensors = safetensors.numpy.load_file(self.directory / peft_files.WEIGHTS)
+        fields = json.loads((self.directory / peft_files.CONFIG).read_text())
+        self.assertEqual((fields["r"], fields["lora_alpha"], fields["target_modules"]), (5, 5, ["qkv_proj"]))
+        updates = list_updates(scales, factors)
+        for layer in range(2):
+            a, b = (
+                np.float64(tensors[f"base_model.model.model.layers.{layer}.self_attn.qkv_proj.lora_{name}.weight"])
+                for name in "AB"
+            )
+            queries, values = (updates[f"layers/attention/w_{name}"][layer].T for name in ("query", "value"))
+            expected = np.concatenate([queries, np.zeros((16, 32)), values])
+            np.testing.assert_allclose(b @ a, expected, rtol=1e-5, atol=1e-5)
+
+    def test_parts_have_all_columns_of_a_module_before_training(self):
+        model = _JOINED[0]
+        scales, factors = draw_adapter(LoraConfig(rank=2, alpha=2.0, targets=("q_proj",)), model)
+        peft_files.write_lora(self.directory, model, scales, factors, base_name="some")
+        tensors = safetensors.numpy.load_file(self.directory / peft_files.WEIGHTS)
+        zeros = {name: tensor * (".lora_A." in name) for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(zeros, self.directory / peft_files.WEIGHTS)
+        adapter = peft_reading.read_adapter(self.directory, model)
+        self.assertEqual({path: scale.shape for path, scale in adapter.scales.items()}, {
+            f"layers/attention/w_{name}": (2, 2) for name in ("query", "key", "value")
+        })  # fmt: skip
+
     def test_names_are_those_of_the_class_that_serves_the_model(self):
         scales, factors = draw_adapter(LoraConfig(rank=1, targets=("layers.1.mlp.up_proj", "lm_head")))
         for wrapped, prefix in ((False, "model."), (True, "model.language_model.")):
@@ -215,7 +332,6 @@ class RefusedTest(parameterized.TestCase):
         {"fan_in_fan_out": True},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
-        {"target_parameters": ["experts"]},
         {"trainable_token_indices": [1, 2]},
         {"alora_invocation_tokens": [3]},
         {"layer_replication": [[0, 2]]},
@@ -239,6 +355,7 @@ class RefusedTest(parameterized.TestCase):
         ({"lora_alpha": "8"}, "lora_alpha is '8'; a number is needed"),
         ({"lora_alpha": -1}, "adapter_config.json: lora.alpha is -1"),
         ({"rank_pattern": {"(": 2}}, "adapter_config.json: lora.rank_pattern.*no regular expression"),
+        ({"target_parameters": "experts"}, "target_parameters is 'experts'; a list of names is needed"),
         ({"r": 3}, "rank of model.layers.0.self_attn.q_proj is 2 in .*safetensors and 3 in"),
     )
     def test_values_that_are_wrong_are_named(self, fields, message):

@@ -37,7 +37,9 @@ class MeasuredTest(parameterized.TestCase):
 
     def test_sums_over_an_epoch_are_those_of_its_trees(self):
         trees = tiny.trees(self.dialogues, self.tokenizer, max_length=256)
-        work = workload.measure_workload(self.config(rows=64, gradient_accumulation=1), _MODEL, dialogues=1000)
+        work = workload.measure_workload(
+            self.config(rows=64, gradient_accumulation=1), _MODEL, dialogues=1000, virtual_tokens=0
+        )
         # 64 rows hold all of them at least once, and the last epochs in part: means by row are compared.
         self.assertBetween(work.tokens / 64 / 256, 0.6, 1.0)
         tokens, targets = (int(sizes.sum()) for sizes in trees.sizes())
@@ -47,16 +49,28 @@ class MeasuredTest(parameterized.TestCase):
         self.assertEqual(work.source, "measured on 40 of the 40 dialogues of train.jsonl")
 
     def test_updates_of_a_part_are_scaled_to_the_whole(self):
-        whole = workload.measure_workload(self.config(), _MODEL, dialogues=1000)
-        part = workload.measure_workload(self.config(), _MODEL, dialogues=20)
+        whole = workload.measure_workload(self.config(), _MODEL, dialogues=1000, virtual_tokens=0)
+        part = workload.measure_workload(self.config(), _MODEL, dialogues=20, virtual_tokens=0)
         self.assertEqual(part.source, "measured on 20 of the 40 dialogues of train.jsonl")
         self.assertAlmostEqual(part.steps / whole.steps, 1, delta=0.2)
-        self.assertEqual(workload.measure_workload(self.config(steps=7), _MODEL, dialogues=20).steps, 7)
+        self.assertEqual(
+            workload.measure_workload(self.config(steps=7), _MODEL, dialogues=20, virtual_tokens=0).steps, 7
+        )
+
+    def test_virtual_tokens_take_room_of_each_row(self):
+        config = self.config(rows=4, gradient_accumulation=1)
+        without, with_some = (
+            workload.measure_workload(config, _MODEL, dialogues=1000, virtual_tokens=count) for count in (0, 100)
+        )
+        self.assertGreater(with_some.steps, without.steps)
+        self.assertLess(with_some.targets, 0.8 * without.targets)
 
     def test_nothing_is_measured_without_tokenizer_or_data(self):
-        self.assertIsNone(workload.measure_workload(self.config(model="somebody/something"), _MODEL, dialogues=5))
+        self.assertIsNone(
+            workload.measure_workload(self.config(model="somebody/something"), _MODEL, dialogues=5, virtual_tokens=0)
+        )
         data = DataConfig(train="somebody/dialogues", validation="v.jsonl")
-        self.assertIsNone(workload.measure_workload(self.config(data=data), _MODEL, dialogues=5))
+        self.assertIsNone(workload.measure_workload(self.config(data=data), _MODEL, dialogues=5, virtual_tokens=0))
 
 
 class AssumedTest(absltest.TestCase):

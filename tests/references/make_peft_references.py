@@ -20,7 +20,9 @@ import transformers
 _HERE = pathlib.Path(__file__).parent
 
 _EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_ADAPTERS: dict[str, tuple[str, peft.PeftConfig]] = {
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Their factors come from one stream of random numbers, in this order: an entry added here changes those after it.
+_ONE_STREAM: dict[str, tuple[str, peft.PeftConfig]] = {
     "patterns": (
         "tiny_llama",
         peft.LoraConfig(
@@ -48,6 +50,46 @@ _ADAPTERS: dict[str, tuple[str, peft.PeftConfig]] = {
     ),
     "prompt_llama": ("tiny_llama", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)),
     "prompt_qwen3": ("tiny_qwen3", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+}
+# Each from a stream of its own.
+_OWN_STREAM: dict[str, tuple[str, peft.PeftConfig]] = {
+    "fused": (
+        "tiny_phi3_plain",
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=6,
+            target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+            rank_pattern={"qkv_proj": 5, r"layers\.1\.mlp\.gate_up_proj": 3},
+            alpha_pattern={"layers.0.self_attn.qkv_proj": 9, "gate_up_proj": 2},
+        ),
+    ),
+    "experts": (
+        "tiny_qwen3_moe",
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=2,
+            lora_alpha=3,
+            target_modules=["q_proj", "o_proj"],
+            target_parameters=[*_EXPERTS, "mlp.up_proj.weight"],
+            rank_pattern={"experts.down_proj": 3, "layers.2.mlp.experts.gate_up_proj": 4},
+            alpha_pattern={"gate_up_proj": 5, "mlp.up_proj.weight": 7},
+        ),
+    ),
+    "experts_transposed": (
+        "tiny_gpt_oss",
+        peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=[], target_parameters=_EXPERTS),
+    ),
+    "experts_down": (
+        "tiny_glm4_moe",
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=2,
+            lora_alpha=3,
+            target_modules=["v_proj"],
+            target_parameters=["experts.down_proj", "shared_experts.gate_proj.weight"],
+        ),
+    ),
 }
 
 
@@ -78,7 +120,10 @@ def _compute_base_logits(base: str, tokens: np.ndarray) -> torch.Tensor:
 def main() -> None:
     torch.manual_seed(0)
     os.chdir(_HERE)  # PEFT writes the path of the model
-    for name, (base, config) in _ADAPTERS.items():
+    for name, (base, config) in _ONE_STREAM.items():
+        _write(name, base, config)
+    for name, (base, config) in _OWN_STREAM.items():
+        torch.manual_seed(0)
         _write(name, base, config)
 
 

@@ -75,6 +75,12 @@ class ShardExpertsTest(parameterized.TestCase):
             name: jax.random.normal(key, (count, *shape))
             for (name, shape), key in zip(shapes.items(), keys, strict=False)
         }
+        for name in ("w_gate", "w_down"):  # with LoRA
+            a, b = (jax.random.normal(key, (count, *shape)) for key, shape in zip(
+                jax.random.split(keys[10]), ((shapes[name][0], 3), (3, shapes[name][1])), strict=True
+            ))  # fmt: skip
+            scale = jnp.array([0.5, 2.0, 0.0])
+            parameters[name] = {"weight": parameters[name], "lora_a": a, "lora_b": b, "lora_scale": scale}
         x, out = (jax.random.normal(key, (4, 9, depth)) for key in keys[6:8])
         choice = jax.random.permutation(keys[8], jnp.broadcast_to(jnp.arange(count), (4, 9, count)), 2, True)[..., :2]
         weights = jax.random.uniform(keys[9], (4, 9, 2))
@@ -131,6 +137,18 @@ class ShardExpertsTest(parameterized.TestCase):
         shapes = {leaf.shape[-3:] for leaf in jax.tree.leaves(pull)}
         self.assertIn((6, 24, 32), shapes)
         self.assertNotIn((8 * 3, 24, 32), shapes)  # three experts on each device
+
+    @parameterized.parameters(
+        ("w_gate", "lora_a", (6, 32, 3), ("tensor", "fsdp", None)),
+        ("w_gate", "lora_b", (6, 3, 24), ("tensor", None, "fsdp")),
+        ("w_down", "lora_a", (6, 24, 3), ("tensor", "fsdp", None)),
+        ("w_down", "lora_b", (6, 3, 32), ("tensor", None, "fsdp")),
+        ("w_down", "weight", (6, 24, 32), ("tensor", None, "fsdp")),
+        ("w_down", "lora_b", (5, 3, 32), (None, None, "fsdp")),
+    )
+    def test_factors_are_divided_as_experts_are(self, name, part, shape, expected):
+        layout = sharding.parameter_sharding(sharding.make_mesh(_MESH), ("layers", "experts", name, part), (2, *shape))
+        self.assertEqual(tuple(layout.spec), (None, *expected))
 
 
 if __name__ == "__main__":

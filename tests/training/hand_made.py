@@ -40,7 +40,8 @@ def make_run(directory, config, base, *, losses, **fields):
     config = config.resolve()
     model = pretrained.load_config(base)
     tokenizer = chat_templates.train_tokenizer("chatml")
-    rule = optimizer.make_optimizer(config.optimizer, 6, lora_b_ratio=config.lora.learning_rate_ratio)
+    ratios = trainable.find_rate_ratios(config, trainable.select(config, model, jnp.float32))
+    rule = optimizer.make_optimizer(config.optimizer, 6, rate_ratios=ratios)
     parameters = {}
     with checkpoints.open_manager(directory / "checkpoints") as manager:
         for step in filter(None, losses):

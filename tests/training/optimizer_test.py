@@ -194,14 +194,16 @@ class RulesTest(parameterized.TestCase):
         np.testing.assert_allclose(optimizer.find_average(state)["embedding"], expected, rtol=1e-5, atol=1e-6)
         self.assertIsNone(optimizer.find_average(updates_of(self.config, self.parameters, self.gradients)[1]))
 
-    def test_ratio_multiplies_the_updates_of_the_second_factor(self):
-        tree = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}
+    def test_ratios_multiply_the_updates_of_the_parameters_that_they_name(self):
+        tree = {"layers": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}, "soft_prompt": jnp.ones((3, 4))}
         updates = []
-        for ratio in (1.0, 16.0):
-            rule = optimizer.make_optimizer(self.config, 100, lora_b_ratio=ratio)
+        for ratios in ({}, {"lora_b": 16.0, "soft_prompt": 100.0}):
+            rule = optimizer.make_optimizer(self.config, 100, rate_ratios=ratios)
             updates.append(rule.update(tree, rule.init(tree), tree, norm=jnp.float32(1))[0])
-        np.testing.assert_allclose(updates[1]["lora_b"], 16 * updates[0]["lora_b"])
-        np.testing.assert_allclose(updates[1]["lora_a"], updates[0]["lora_a"])
+        plain, scaled = updates
+        np.testing.assert_allclose(scaled["layers"]["lora_b"], 16 * plain["layers"]["lora_b"])
+        np.testing.assert_allclose(scaled["soft_prompt"], 100 * plain["soft_prompt"])
+        np.testing.assert_array_equal(scaled["layers"]["lora_a"], plain["layers"]["lora_a"])
 
 
 class DecayMaskTest(absltest.TestCase):

@@ -66,6 +66,15 @@ class OpenedRunTest(parameterized.TestCase):
         with self.assertRaisesRegex(UserError, "other is another model than .*run began with"):
             self.load(str(other))
 
+    def test_base_that_is_not_needed_is_an_error(self):
+        self.make()
+        with self.assertRaisesRegex(
+            UserError, "--base is .*base, and .*run needs no other model: it is a run that has"
+        ):
+            self.load(str(self.base))
+        with self.assertRaisesRegex(UserError, "--base is b, and .*base needs no other model: it is no run. Leave"):
+            trained_models.load_model(str(self.base), base="b", report=self.notes.append)
+
     def test_run_takes_no_adapter(self):
         self.make()
         with self.assertRaisesRegex(UserError, "run is a run, and --adapter=a is for a model"):
