@@ -126,6 +126,7 @@ class WindowedSessionTest(absltest.TestCase):
         np.testing.assert_allclose(got, needed[1300:], atol=1e-4)
         self.check(tokens)
 
+    @pytest.mark.full
     def test_cache_of_layers_with_windows_stops_growing(self):
         slots = []
         for length in (10, 520, 1030):
