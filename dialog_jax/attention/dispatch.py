@@ -94,8 +94,7 @@ def select_kernel(
     mesh: Mesh,
     *,
     heads: int,
-    kv_heads: int,
-    head_dim: int,
+    sizes: Collection[tuple[int, int]],
     length: int,
     dtype: jax.typing.DTypeLike,
     branching: bool,
@@ -108,6 +107,7 @@ def select_kernel(
     Each process probes kernels on one of its own devices: equal devices and versions select the same kernel.
 
     Args:
+      sizes: key/value heads and head dimension of each kind of attention in the model; a kernel must support all.
       length: tokens per row.
       dtype: of queries, keys and values.
       branching: whether a tree of some row may branch; if not, all trees are paths.
@@ -123,8 +123,11 @@ def select_kernel(
     if name == "blockwise":
         return Kernel(name, blockwise_attend, "as configured", branching=True)
     device = mesh.local_devices[0]
-    divisor = _head_divisor(mesh, heads, kv_heads)
-    shape = (min(length, _PROBE_LENGTH), heads // divisor, kv_heads // divisor, head_dim)
+    shapes = [
+        (min(length, _PROBE_LENGTH), heads // divisor, kv_heads // divisor, head_dim)
+        for kv_heads, head_dim in sizes
+        for divisor in [_head_divisor(mesh, heads, kv_heads)]
+    ]
     candidates = [c for c in _CANDIDATES if name == c.name or (name == "auto" and c.platform == device.platform)]
     assert candidates or name == "auto", f"no kernel is named {name}"
     reasons = []
@@ -135,7 +138,7 @@ def select_kernel(
                     f"{candidate.name} has windows for rows of up to {candidate.windowed_length} tokens, not {length}"
                 )
             branches = branching or (shares_root and candidate.branching)
-            attend, error = _try(candidate, device, shape, dtype, branches, additions)
+            probed = [_try(candidate, device, shape, dtype, branches, additions) for shape in shapes]
         except (_UnsupportedError, jax.errors.JaxRuntimeError) as failure:
             if name != "auto":
                 raise UserError(
@@ -146,7 +149,8 @@ def select_kernel(
                 raise
             reasons.append(str(failure))
             continue
-        reasons.insert(0, f"equal to float64 on {device.device_kind} to {error:.1e}")
+        attend = probed[0][0]
+        reasons.insert(0, f"equal to float64 on {device.device_kind} to {max(error for _, error in probed):.1e}")
         return Kernel(candidate.name, shard_attention(attend, mesh), "; ".join(reasons), candidate.branching)
     reasons = reasons or [f"there is no other kernel for {device.platform}"]
     return Kernel("blockwise", blockwise_attend, "; ".join(reasons), branching=True)

@@ -169,6 +169,11 @@ class DecoderConfig:
         return heads if self.full_attention is None else {**heads, "full_attention": self.full_attention}
 
     @property
+    def attention_sizes(self) -> list[tuple[int, int]]:
+        """Key/value heads and head dimension of each kind of attention."""
+        return [(heads.kv_heads, heads.head_dim) for heads in self.attention_heads.values()]
+
+    @property
     def parts(self) -> dict[str, tuple[int, ...]]:
         """The layers, in order, that have each of the parts of which a layer has the one or the other."""
         every = tuple(range(self.layers))

@@ -259,8 +259,7 @@ def _select_kernel(config: TrainConfig, mesh: Mesh, inputs: Inputs, dtype: np.dt
     kernel = dispatch.select_kernel(
         mesh,
         heads=inputs.model.heads,
-        kv_heads=inputs.model.kv_heads,
-        head_dim=inputs.model.head_dim,
+        sizes=inputs.model.attention_sizes,
         length=config.data.max_length,
         dtype=dtype,
         branching=config.data.share_prefixes or inputs.train.branching or inputs.held_out.branching,

@@ -100,8 +100,7 @@ def measure_training(
     choice = dispatch.select_kernel(
         mesh,
         heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
+        sizes=config.attention_sizes,
         length=length,
         dtype=compute_dtype,
         branching=False,

@@ -150,8 +150,7 @@ def _compile(model, mesh, batch, branching, figures):
     choice = dispatch.select_kernel(
         mesh,
         heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        sizes=model.attention_sizes,
         length=_MAX_LENGTH.value,
         dtype=dtype,
         branching=branching,

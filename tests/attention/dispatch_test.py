@@ -16,7 +16,7 @@ from dialog_jax.training.config import MeshConfig
 from tests.attention import oracle
 
 _SMALL = Blocks(32, 32, 4, 1)
-_SHAPE = dict(heads=4, kv_heads=2, head_dim=16, length=64, dtype=jnp.float32)
+_SHAPE = dict(heads=4, sizes=[(2, 16)], length=64, dtype=jnp.float32)
 
 
 def _interpreted(q, k, v, mask, sinks=None, *, cap=None):
@@ -239,8 +239,17 @@ class UnsupportedTest(parameterized.TestCase):
         with self.assertRaisesRegex(UserError, f"attention={name} does not work here: {name} is a kernel for .*pu"):
             dispatch.select_kernel(mesh, branching=False, name=name, **_SHAPE)
 
+    def test_kernel_must_support_each_kind_of_attention_of_the_model(self):
+        def attend(q, *arrays, **settings):
+            return (_interpreted if q.shape[3] == 16 else pallas_gpu.attend)(q, *arrays, **settings)
+
+        self.assertEqual(_select(("right", attend), sizes=[(2, 16)]).name, "right")
+        kernel = _select(("right", attend), sizes=[(2, 16), (1, 80)])
+        self.assertEqual(kernel.name, "blockwise")
+        self.assertIn("head_dim is 80", kernel.reason)
+
     def test_head_dimension_without_blocks_is_unsupported(self):
-        kernel = _select(("pallas", pallas_gpu.attend), head_dim=80)
+        kernel = _select(("pallas", pallas_gpu.attend), sizes=[(2, 80)])
         self.assertRegex(kernel.reason, r"^pallas: NotImplementedError: head_dim is 80; the kernels have blocks for")
 
 
