@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "writes a trained model as a Hugging Face directory",
     "chat": "chats with a model in the terminal",
     "plot": "draws loss over steps, and held-out loss by turn",
+    "diagnose": "says why a run does not learn, and what to change",
     "plan": "estimates whether a run fits given devices, and how fast it would be",
 }
 

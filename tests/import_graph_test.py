@@ -48,9 +48,12 @@ _ROOMS = {
         "agreement", "selection",
     ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
+    "diagnosis": (
+        "run_figures", "finding", "statistics", "update_findings", "loss_findings", "findings", "measurements",
+    ),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "select",
-        "compare", "export", "chat", "plot", "plan",
+        "compare", "export", "chat", "plot", "diagnose", "plan",
     ),
 }
 # fmt: on
