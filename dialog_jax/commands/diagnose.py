@@ -18,7 +18,7 @@ import itertools
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ _TRAIN = flags.DEFINE_string("train", "", "The training data, if it is not where
 _VALIDATION = flags.DEFINE_string("validation", "", "The held-out data, if it is not where config.json says.")
 _OVERFIT = flags.DEFINE_bool("overfit", False, "Train a copy on 8 dialogues for 50 steps: can the model learn at all?")
 
-_SAMPLE = 64  # held-out dialogues that are scored
+_SAMPLE, _SAMPLE_CHARACTERS = 64, 1 << 17  # held-out dialogues that are scored, and their text: about 32,000 tokens
 _OVERFIT_DIALOGUES, _OVERFIT_STEPS = 8, 50
 _OVERFIT_FACTOR = 10  # times the default learning rate: 50 steps are few, and forgetting does not matter here
 _LEARNS = 0.5  # of the loss before
@@ -83,15 +83,24 @@ def measure(run: pathlib.Path, config: TrainConfig, figures: Figures) -> Figures
     measured: dict[str, Any] = {"overlap": overlap, "changes": models and models[2]}
     if models is not None and held_out is not None:
         before, model, _ = models
-        scores = []
-        for parameters in (before, model.parameters):
-            dialogues = itertools.islice(held_out, _SAMPLE)
-            options = {"compute_dtype": jnp.float32, "skipped": []}
-            scores.append(list(scoring.score_dialogues(dialogues, model.renderer, model.config, parameters, **options)))
+        sample = _choose_sample(held_out)
+        entry.print_message(f"scoring {len(sample):,} of {len(held_out):,} held-out dialogues with both models")
+        options: dict[str, Any] = {"compute_dtype": jnp.float32, "skipped": []}
+        scores = [
+            list(scoring.score_dialogues(sample, model.renderer, model.config, parameters, **options))
+            for parameters in (before, model.parameters)
+        ]
         has_end = model.renderer.end_of_turn is not None
         measured["responses"] = measurements.measure_responses(scores[0], has_end=has_end)
         measured["held_out"] = measurements.measure_held_out_change(*scores)
     return dataclasses.replace(figures, missing=missing, **measured)
+
+
+def _choose_sample(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    """Returns the first dialogues, limited in number and in text; at least two, which an error needs."""
+    sizes = [sum(len(message.content) for message in dialogue.messages) for dialogue in dialogues[:_SAMPLE]]
+    count = sum(total <= _SAMPLE_CHARACTERS for total in itertools.accumulate(sizes))
+    return list(dialogues[: max(2, count)])
 
 
 def _iterate_training(config: TrainConfig) -> Iterator[Dialogue]:

@@ -12,8 +12,8 @@ from dialog_jax.diagnosis.finding import NAMES, NOISE, Finding
 from dialog_jax.diagnosis.run_figures import Figures
 
 _STRONG = 3.0  # of estimates of which there are many, such as jumps at the end of epochs
-# Nats above the tokens between. 57 responses of ChitChat under SmolLM2-135M-Instruct have +1.9 at first and +2.1 at last
-# tokens with the model's own template, and +13.2 and +7.4 with headers that the model has not seen.
+# Nats above the tokens between. 57 responses of ChitChat under SmolLM2-135M-Instruct have +1.9 at first and +2.1 at
+# last tokens with the model's own template, and +13.2 and +7.4 with headers that the model has not seen.
 _TEMPLATE = 4.0
 _KNOWN = 0.1  # nats per token: the mean probability of a target is above 0.9
 _SHARED = 0.01  # share of held-out responses
