@@ -108,6 +108,7 @@ class SelectTest(absltest.TestCase):
         self.assertEqual(skipped.train.tokens.tolist(), second.train.tokens.tolist())
         self.assertIn("dialogue new", (self.directory / "run" / "skipped.txt").read_text())
 
+    @pytest.mark.full
     def test_wrong_flags_are_errors_with_the_remedy(self):
         self.write_scores()
         for flags, message in (
