@@ -8,10 +8,12 @@ COMMANDS = {
     "show": "prints one dialogue as training sees it: its tree, its weights, its branches",
     "check": "verifies on your model and data that one pass equals K passes",
     "score": "writes the loss of every response in a file of dialogues",
+    "select": "chooses the responses to train on by their scores",
     "compare": "prints a held-out dialogue and the replies of several models",
     "export": "writes a trained model as a Hugging Face directory",
     "chat": "chats with a model in the terminal",
     "plot": "draws loss over steps, and held-out loss by turn",
+    "diagnose": "says why a run does not learn, and what to change",
     "plan": "estimates whether a run fits given devices, and how fast it would be",
 }
 
@@ -22,7 +24,7 @@ def main() -> int:
     if name in ("--help", "-h", "help"):
         print("usage: dialog_jax COMMAND [--help] [--FLAG=VALUE ...]\n")
         for command, summary in COMMANDS.items():
-            print(f"  {command:8} {summary}")
+            print(f"  {command:9} {summary}")
         return 0
     if name not in COMMANDS:
         print(f"dialog_jax: {name!r} is not a command; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)

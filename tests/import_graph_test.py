@@ -16,6 +16,7 @@ _ROOMS = {
     "formats": ("gguf_file", "gguf_tokenizer", "mxfp4", "tokenizer_files", "tokenizer_settings"),
     "dialogues": (
         "dialogue", "json_files", "sources", "json_values", "weights", "tool_calls", "schemas", "parsing", "holdout",
+        "weight_file",
     ),
     "rendering": (
         "rendered_text", "reasoning", "written", "call_arguments", "template_rendering", "template_process",
@@ -45,11 +46,17 @@ _ROOMS = {
         "run_directory", "initial_state", "model_card", "trained_models", "export", "compilation_cache", "console",
         "loop", "run",
     ),
-    "evaluation": ("scoring", "escaping", "response_text", "k_passes", "differences", "agreement"),
+    "evaluation": (
+        "contexts", "scored_trees", "scoring", "escaping", "response_text", "k_passes", "k_pass_scores", "differences",
+        "agreement", "selection",
+    ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
+    "diagnosis": (
+        "run_figures", "finding", "statistics", "update_findings", "loss_findings", "findings", "measurements",
+    ),
     "commands": (
-        "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "compare",
-        "export", "chat", "plot", "plan",
+        "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "select",
+        "compare", "export", "chat", "plot", "diagnose", "plan",
     ),
 }
 # fmt: on

@@ -40,6 +40,7 @@ _DATA = config_inputs.define_data()
 _OUT = flags.DEFINE_string("out", "", "The .json file to write; an existing one is replaced.")
 
 _RECORDED = (
+    "weights",
     "max_length",
     "chat_template",
     "chat_template_kwargs",

@@ -4,15 +4,21 @@
 
 Writes one line of JSON per dialogue, in the order of the input:
 
-    {"id": "a1", "tokens": 19, "nll": 61.2,
+    {"id": "a1", "content": "93f1c2d47a60b58e", "tokens": 19, "nll": 61.2,
      "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2}]}
 
-`id` is that of the dialogue, or its index; `turn` counts its assistant messages from 0, and `message` is the index in
-`messages`; `nll` is summed over the `tokens` of the response, its end of turn included. Every assistant message is
-scored unless it has "train": false or weight 0; other weights have no effect. A response that exceeds the model's
-context together with its history is left out and counted in "turns_cut". With --config.data.on_error=skip, records that
-are no valid dialogues or that the chat template refuses have no line and are listed in scores.skipped.txt. The file
-appears when it is complete. The last lines of output are nats per token, perplexity and tokens per second.
+`id` is that of the dialogue, or its index; `content` is a hash of its messages and tools; `turn` counts its assistant
+messages from 0, and `message` is the index in `messages`; `nll` is summed over the `tokens` of the response, its end of
+turn included. Every assistant message is scored unless it has "train": false or weight 0; other weights have no effect.
+A response that exceeds the model's context together with its history is left out and counted in "turns_cut". With
+--config.data.on_error=skip, records that are no valid dialogues or that the chat template refuses have no line and are
+listed in scores.skipped.txt. The file appears when it is complete. The last lines of output are nats per token,
+perplexity and tokens per second.
+
+--context also scores the same tokens of each response behind less: "nll_last" behind the system message and the
+dialogue from the last user message on, "nll_none" behind the bare generation prompt. Where the chat template has no
+generation prompt, "nll_none" is behind an empty user message, and the turn says so ("none_follows"). --context=all
+writes both; `dialog_jax select` chooses what to train on by them. The contexts of a dialogue are branches of one tree.
 
 With --top_k=N --top_k_out=FILE.safetensors a second file holds the model's N likeliest tokens and their
 log-probabilities at the place of every scored token: what a student needs to train on the same dialogues with this
@@ -40,7 +46,7 @@ from dialog_jax import atomic_files
 from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.evaluation import k_passes, scoring
+from dialog_jax.evaluation import contexts, k_pass_scores, k_passes, scoring
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering import template_process
@@ -58,6 +64,13 @@ _ADAPTER = config_inputs.define_adapter()
 _BASE = config_inputs.define_base()
 _OUT = flags.DEFINE_string("out", None, "The .jsonl file to write; an existing one is replaced.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights and of the computation.")
+_CONTEXT = flags.DEFINE_enum(
+    "context",
+    "full",
+    list(contexts.CONTEXTS),
+    "Behind what each response is scored: its full history, or also behind none, behind only the last user message, or "
+    "behind all of these.",
+)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Number of likeliest tokens that --top_k_out holds.", lower_bound=0)
 _TOP_K_OUT = flags.DEFINE_string(
     "top_k_out", "", "The .safetensors file to write these tokens to, for training a student."
@@ -67,12 +80,13 @@ _PASSES = flags.DEFINE_enum(
 )
 
 _WARNINGS_SHOWN = 20
+_NLL = {"nll": "", "nll_last": " behind the last user message", "nll_none": " behind the bare generation prompt"}
 
 
 def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, console: rich.console.Console) -> str:
     """Writes the file, complete or not at all; returns a summary. Warnings go to the console."""
     totals: collections.Counter[str] = collections.Counter()
-    nll = 0.0
+    nll: collections.Counter[str] = collections.Counter()  # by field of a turn
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -86,7 +100,9 @@ def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, co
             totals["turns"] += len(score.record["turns"])
             totals["tokens"] += score.record["tokens"]
             totals["read"] += score.tokens_read
-            nll += score.record["nll"]
+            for turn in score.record["turns"]:
+                nll.update({name: turn[name] for name in _NLL if name in turn})
+                totals["empty messages"] += "none_follows" in turn
             if warning := _warning(score, context):
                 totals["warnings"] += 1
                 if totals["warnings"] <= _WARNINGS_SHOWN:
@@ -100,9 +116,15 @@ def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, co
         f"{out}: {totals['dialogues']:,} dialogues, {totals['turns']:,} responses of {totals['tokens']:,} tokens"
     ]
     if totals["tokens"]:
-        mean = nll / totals["tokens"]
-        perplexity = math.exp(mean) if mean < 700 else math.inf
-        summary.append(f"{mean:.4f} nats per token, perplexity {perplexity:,.2f}")
+        for name, value in nll.items():
+            mean = value / totals["tokens"]
+            perplexity = math.exp(mean) if mean < 700 else math.inf
+            summary.append(f"{mean:.4f} nats per token, perplexity {perplexity:,.2f}{_NLL[name]}")
+    if totals["empty messages"]:
+        summary.append(
+            f"the chat template has no generation prompt; nll_none of {totals['empty messages']:,} responses is behind "
+            f"an {contexts.EMPTY_MESSAGE}"
+        )
     summary.append(f"{totals['read']:,} tokens read in {seconds:.1f} s: {totals['read'] / seconds:,.0f} tokens/s")
     return "\n".join(summary)
 
@@ -162,12 +184,13 @@ def main() -> None:
         if refused is not None:
             make_passes = functools.partial(k_passes.make_passes, tokenizer=tokenizer, **options)
             dialogues = _leave_out_refused(dialogues, make_passes, refused)
-        scores = k_passes.score_dialogues(
+        scores = k_pass_scores.score_dialogues(
             dialogues,
             tokenizer,
             model.config,
             model.parameters,
             compute_dtype=dtype,
+            contexts=contexts.CONTEXTS[_CONTEXT.value],
             **options,
         )
     else:
@@ -177,6 +200,7 @@ def main() -> None:
             model.config,
             model.parameters,
             compute_dtype=dtype,
+            contexts=contexts.CONTEXTS[_CONTEXT.value],
             top_k=_TOP_K.value,
             skipped=refused,
         )

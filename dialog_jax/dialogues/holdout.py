@@ -30,6 +30,11 @@ def hash_dialogue(dialogue: Dialogue) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
+def format_hash(dialogue: Dialogue) -> str:
+    """Returns the hash as text, by which files about a data set recognize its dialogues: `0093f1c2d47a60b5`."""
+    return f"{hash_dialogue(dialogue):016x}"
+
+
 def find_limit(dialogues: Iterable[Dialogue], share: float) -> int:
     """Returns the number such that the dialogues whose hash is below it are held out.
 

@@ -1,13 +1,13 @@
 """The K passes that one pass replaces: each response alone after its prompt, as a plain causal sequence.
 
-The reference for everything else (`evaluation.agreement`, `dialog_jax score --passes=k`), and therefore naive: text
+The reference for everything else (`evaluation.agreement`, `evaluation.k_pass_scores`), and therefore naive: text
 from the tokenizer's `apply_chat_template`, tokens from the tokenizer's own call, the logits of all positions and their
 log-softmax. Knows no tree, row, target list or fused loss; shares only the decoder with training.
 """
 
+import dataclasses
 import functools
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,18 +16,18 @@ import numpy as np
 import transformers
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from dialog_jax.dialogues.dialogue import Dialogue
+from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import escaping, response_text
-from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder, parameter_trees
 from dialog_jax.model.decoder_config import DecoderConfig
 
 _SHORTEST_LENGTH = 128
+_PROBE = "Qx7 zebra"  # a text that no template contains
 
 
 class Pass(NamedTuple):
-    """One response after its prompt. The token at index i has position i."""
+    """One response after a prompt. The token at index i has position i."""
 
     message: int
     """Index in the dialogue's messages."""
@@ -107,6 +107,56 @@ def make_passes(
     return passes
 
 
+def replace_prompt(
+    one: Pass,
+    context: str,
+    dialogue: Dialogue,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    allow_special_tokens: bool = False,
+    virtual_tokens: Sequence[int] = (),
+) -> tuple[Pass, bool]:
+    """Returns (the pass with the tokens of its response after another prompt, whether an empty user message is in it).
+
+    Args:
+      context: `last`, the messages from the last user message on behind the system message; or `none`, the generation
+        prompt and the BOS token alone. An empty user message precedes it if the template has no generation prompt.
+
+    Raises:
+      UserError: the template refuses the prompt.
+    """
+    original = dialogue
+    if not allow_special_tokens:
+        dialogue = escaping.escape_special_tokens(dialogue, tokenizer)
+    encode = _encode if dialogue == original else escaping.encode_escaped
+    kwargs = dict(chat_template_kwargs or {})
+    has_empty_message = False
+    if context == "last":
+        history = dialogue.ancestors(one.message)
+        roles = [dialogue.messages[index].role for index in history]
+        system = next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+        users = [place for place, role in enumerate(roles) if role == "user"]
+        history = (*history[:system], *history[users[-1] if users else system :])
+        prompt = _render(dialogue, history, tokenizer, kwargs | {"add_generation_prompt": True})
+    else:
+        probe = dataclasses.replace(dialogue, messages=(Message(role="user", content=_PROBE),), parents=())
+        text = _render(probe, (0,), tokenizer, kwargs)
+        prompt = _render(probe, (0,), tokenizer, kwargs | {"add_generation_prompt": True})
+        if prompt.startswith(text) and prompt[len(text) :].strip():
+            prompt = prompt[len(text) :]
+            bos = tokenizer.bos_token or ""
+            if text.startswith(bos) and not prompt.startswith(bos):  # it may be the token that begins a message
+                prompt = bos + prompt
+        else:
+            has_empty_message = True
+            empty = dataclasses.replace(probe, messages=(Message(role="user", content=""),))
+            prompt = _render(empty, (0,), tokenizer, kwargs | {"add_generation_prompt": True})
+    prompt_ids = [*virtual_tokens, *encode(tokenizer, prompt)[0]]
+    tokens = np.concatenate([np.array(prompt_ids, np.int32), one.tokens[one.start :]])
+    return one._replace(tokens=tokens, start=len(prompt_ids)), has_empty_message
+
+
 def compute_response_nll(
     model: DecoderConfig, parameters: dict, one: Pass, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float32[np.ndarray, " r"]:
@@ -134,55 +184,6 @@ def compute_nll_and_gradient(
         nll, gradient = _add_gradient(model, remat, trained, frozen or {}, gradient, tokens, weight)
         all_nll.append(np.asarray(nll)[response])
     return all_nll, gradient
-
-
-def score_dialogues(
-    dialogues: Iterable[Dialogue],
-    tokenizer: transformers.PreTrainedTokenizerFast,
-    model: DecoderConfig,
-    parameters: dict,
-    *,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    allow_special_tokens: bool = False,
-    responses: str = "rendered",
-    stop_tokens: Collection[int] = (),
-    compute_dtype: jax.typing.DTypeLike,
-) -> Iterator[Score]:
-    """Yields what `scoring.score_dialogues` yields, from one forward pass per response.
-
-    Raises:
-      UserError: what `make_passes` raises, or a loss is not finite; names the dialogue.
-    """
-    virtual_tokens = [model.vocab_size + index for index in range(len(parameters.get(decoder.SOFT_PROMPT, ())))]
-    for dialogue in dialogues:
-        passes = make_passes(
-            dialogue,
-            tokenizer,
-            chat_template_kwargs,
-            allow_special_tokens=allow_special_tokens,
-            responses=responses,
-            stop_tokens=stop_tokens,
-            virtual_tokens=virtual_tokens,
-        )
-        fitting_passes = [one for one in passes if len(one.tokens) <= model.context]
-        turns = []
-        for one in fitting_passes:
-            nll = math.fsum(compute_response_nll(model, parameters, one, compute_dtype=compute_dtype))
-            if not math.isfinite(nll):
-                raise UserError(
-                    f"{dialogue.name}: the loss of message {one.message} is {nll}. The model's weights are damaged or "
-                    "overflow the type they are computed in; try float32."
-                )
-            turns.append({"turn": one.turn, "message": one.message, "tokens": len(one.tokens) - one.start, "nll": nll})
-        record: dict[str, Any] = {
-            "id": dialogue.id,
-            "tokens": sum(turn["tokens"] for turn in turns),
-            "nll": math.fsum(turn["nll"] for turn in turns),
-            "turns": turns,
-        }
-        if len(passes) > len(fitting_passes):
-            record["turns_cut"] = len(passes) - len(fitting_passes)
-        yield Score(record, dialogue.name, sum(len(one.tokens) for one in fitting_passes))
 
 
 def _check_escaped(original: Dialogue, escaped: str, indices: Sequence[int], tokenizer, kwargs) -> None:

@@ -6,7 +6,6 @@ and few programs are compiled.
 """
 
 import collections
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,52 +13,66 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from dialog_jax.batching import batches, packing
+from dialog_jax.dialogues import holdout
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.evaluation import contexts as contexts_lib
+from dialog_jax.evaluation import scored_trees
+from dialog_jax.evaluation.scored_trees import ScoredTree
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import score_steps
 from dialog_jax.training.loss import TargetScores
-from dialog_jax.trees import dataset, division, fitting, prefix_tree, refusals, teacher_file
-from dialog_jax.trees.fitting import Excerpt
-from dialog_jax.trees.objectives import ObjectiveConfig
-from dialog_jax.trees.prefix_tree import Tree
+from dialog_jax.trees import dataset, prefix_tree, teacher_file
 from dialog_jax.trees.teacher_file import Signal
 
 _WINDOW = 1024  # dialogues that are packed together
-_RENDER_BATCH = 128  # paths that are rendered by one call
 _SHORTEST_ROW = 256
 _PACKED_ROW = 1024  # rows of shorter dialogues are filled up to this length
 _BATCH_TOKENS = 8192  # of a batch of several rows, on accelerators; on CPU a batch is one row
 
-_ALL = ObjectiveConfig()  # trains on every response
+_TURN_FIELDS = ("turn", "message", "tokens", "nll", "nll_last", "nll_none", "none_follows")
 
 
 class Score(NamedTuple):
     """The scores of one dialogue."""
 
     record: dict[str, Any]
-    """{"id", "tokens", "nll", "turns": [{"turn", "message", "tokens", "nll"}]}; nll in nats, summed over the
-    `tokens` of the response including its end of turn. Also "turns_cut", if responses exceed the context: how many."""
+    """What `make_record` returns."""
     name: str
     """Of the dialogue, as in messages to the user."""
     tokens_read: int
     """Tokens that went through the model."""
+    token_nll: Sequence[Float[np.ndarray, " _"]] = ()
+    """The loss of each token of each scored response behind its full history, in the order of "turns"; empty from K
+    passes."""
     signals: Sequence[Signal] = ()
     """The likeliest tokens at each token of each scored response, in the order of "turns"; empty for top_k = 0."""
 
 
-class _ScoredTree(NamedTuple):
-    """Sequences of one dialogue that share a tree."""
+def make_record(dialogue: Dialogue, turns: Sequence[dict[str, Any]], turns_cut: int) -> dict[str, Any]:
+    """Returns the record of a dialogue's scores.
 
-    dialogue: int  # index in the window
-    tree: Tree
-    sequences: list[RenderedSequence]  # message_index is that of the dialogue
-    nodes: list[Int[np.ndarray, " _"]]  # of each sequence in the tree
+        {"id": "a1", "content": "93f1c2d47a60b58e", "tokens": 19, "nll": 61.2,
+         "turns": [{"turn": 0, "message": 1, "tokens": 19, "nll": 61.2, "nll_last": 61.2, "nll_none": 70.4}]}
+
+    `content` is a hash of what the template reads of the dialogue, by which `select` and training recognize it. `nll`
+    is in nats, summed over the `tokens` of the response including its end of turn. `nll_last` and `nll_none` are there
+    if asked for, and "turns_cut" if responses exceed the context.
+    """
+    record: dict[str, Any] = {
+        "id": dialogue.id,
+        "content": holdout.format_hash(dialogue),
+        "tokens": sum(turn["tokens"] for turn in turns),
+        "nll": math.fsum(turn["nll"] for turn in turns),
+        "turns": list(turns),
+    }
+    if turns_cut:
+        record["turns_cut"] = turns_cut
+    return record
 
 
 def score_dialogues(
@@ -69,16 +82,18 @@ def score_dialogues(
     parameters: dict,
     *,
     compute_dtype: jax.typing.DTypeLike,
+    contexts: Sequence[str] = (),
     top_k: int = 0,
     skipped: list[str] | None = None,
 ) -> Iterator[Score]:
     """Yields the scores of `dialogues`, in their order.
 
     Assistant messages of weight above 0 are scored; the weight does not scale their loss. A response that exceeds the
-    model's context together with its prompt is left out and counted in "turns_cut".
+    model's context together with one of its prompts is left out and counted in "turns_cut".
 
     Args:
       compute_dtype: of the forward pass; log-probabilities are float32, sums over a response float64.
+      contexts: behind what else than its full history each response is scored: `last`, `none` (`contexts.CONTEXTS`).
       top_k: number of likeliest tokens in `signals`.
       skipped: where to append the error of each dialogue that the chat template refuses, which is then left out; None
         to raise it.
@@ -92,10 +107,11 @@ def score_dialogues(
     on_cpu = all(device.platform == "cpu" for device in jax.tree.leaves(parameters)[0].devices())
     remaining = iter(dialogues)
     while window := list(itertools.islice(remaining, _WINDOW)):
-        turns: list[list[dict[str, Any]]] = [[] for _ in window]
+        turns: list[dict[int, dict[str, Any]]] = [collections.defaultdict(dict) for _ in window]
+        token_nll: list[dict[int, np.ndarray]] = [{} for _ in window]
         signals: list[list[Signal]] = [[] for _ in window]
         tokens_read = [0] * len(window)
-        trees, turns_cut, errors = _build_trees(window, renderer, model.context)
+        trees, turns_cut, errors = scored_trees.build_trees(window, renderer, model.context, contexts)
         for error in errors.values():
             if skipped is None:
                 raise error
@@ -103,102 +119,45 @@ def score_dialogues(
         for row, scores in _score_rows(trees, model.context, 1 if on_cpu else _BATCH_TOKENS, score_step, parameters):
             for tree, node_scores in _split_row(row, scores):
                 tokens_read[tree.dialogue] += len(tree.tree.tokens)
-                turns[tree.dialogue] += _list_turns(window[tree.dialogue], tree, np.asarray(node_scores.nll))
+                for message, fields, losses in _list_turns(window[tree.dialogue], tree, np.asarray(node_scores.nll)):
+                    turns[tree.dialogue][message].update(fields)
+                    if "nll" in fields:
+                        token_nll[tree.dialogue][message] = losses
                 if top_k:
                     signals[tree.dialogue] += _list_signals(tree, node_scores)
         for index, dialogue in enumerate(window):
             if index in errors:
                 continue
-            turns[index].sort(key=lambda turn: turn["message"])
             signals[index].sort(key=lambda signal: signal.message)
-            record: dict[str, Any] = {
-                "id": dialogue.id,
-                "tokens": sum(turn["tokens"] for turn in turns[index]),
-                "nll": math.fsum(turn["nll"] for turn in turns[index]),
-                "turns": turns[index],
-            }
-            if turns_cut[index]:
-                record["turns_cut"] = turns_cut[index]
-            yield Score(record, dialogue.name, tokens_read[index], signals[index])
-
-
-def _build_trees(
-    window: Sequence[Dialogue], renderer: Renderer, context: int
-) -> tuple[list[_ScoredTree], list[int], dict[int, UserError]]:
-    """Returns the trees of the window's dialogues, and what is left out.
-
-    That is for each dialogue the number of its responses that exceed the context, and by index in the window the errors
-    of dialogues that the chat template refuses.
-    """
-    errors: dict[int, UserError] = {}
-    render = functools.partial(_render_fitting, renderer=renderer, context=context)
-    paths = [(index, path) for index, dialogue in enumerate(window) for path in fitting.unfold(dialogue, _ALL)]
-    paths = [(index, path) for index, path in paths if path.supervised_messages]
-    sequences: list[list[RenderedSequence]] = [[] for _ in window]
-    turns_cut = [0] * len(window)
-    for start in range(0, len(paths), _RENDER_BATCH):
-        part = paths[start : start + _RENDER_BATCH]
-        rendered = refusals.call_with_each(render, [path for _, path in part])
-        for (index, path), selected in zip(part, rendered, strict=True):
-            if isinstance(selected, UserError):
-                errors.setdefault(index, selected)
-                continue
-            turns_cut[index] += len(path.supervised_messages) - len(selected)
-            sequences[index] += [
-                sequence._replace(message_index=path.original_indices[sequence.message_index]) for sequence in selected
+            ordered = [
+                {name: fields[name] for name in _TURN_FIELDS if name in fields}
+                for _, fields in sorted(turns[index].items())
             ]
-    trees = []
-    for index, dialogue_sequences in enumerate(sequences):
-        if index not in errors and dialogue_sequences:
-            trees += _divide(index, dialogue_sequences, context)
-    return trees, turns_cut, errors
-
-
-def _render_fitting(paths: Sequence[Excerpt], *, renderer: Renderer, context: int) -> list[list[RenderedSequence]]:
-    """Returns for each path its sequences of at most `context` tokens."""
-    rendered = renderer.render([path.dialogue for path in paths], max_length=context)
-    return [list(sequences) for sequences in rendered]
-
-
-def _divide(dialogue: int, sequences: Sequence[RenderedSequence], context: int) -> list[_ScoredTree]:
-    """Returns trees of at most `context` tokens in which each of a dialogue's sequences is scored once."""
-    tree, all_nodes = prefix_tree.build_trie([sequence.tokens for sequence in sequences])
-    parts = division.divide_tree(tree, context)
-    groups: list[list[int]] = [[] for _ in parts]
-    for number, sequence_nodes in enumerate(all_nodes):
-        next(group for group, part in zip(groups, parts, strict=True) if sequence_nodes[-1] in part).append(number)
-    trees = []
-    for group, part, part_tree in zip(groups, parts, division.select_nodes(tree, parts), strict=True):
-        nodes = [np.searchsorted(part, all_nodes[number]) for number in group]
-        weight = np.zeros(len(part), np.float32)
-        for number, sequence_nodes in zip(group, nodes, strict=True):
-            weight[sequence_nodes[max(sequences[number].start, 1) :]] = 1  # nothing predicts a first token
-        trees.append(
-            _ScoredTree(dialogue, part_tree._replace(weight=weight), [sequences[number] for number in group], nodes)
-        )
-    return trees
+            record = make_record(dialogue, ordered, turns_cut[index])
+            nll = [token_nll[index][turn["message"]] for turn in ordered]
+            yield Score(record, dialogue.name, tokens_read[index], nll, signals[index])
 
 
 def _score_rows(
-    scored_trees: Sequence[_ScoredTree],
+    scored_trees: Sequence[ScoredTree],
     context: int,
     batch_tokens: int,
     score_step: Callable[[dict, batches.Batch], TargetScores],
     parameters: dict,
-) -> Iterator[tuple[list[_ScoredTree], TargetScores]]:
+) -> Iterator[tuple[list[ScoredTree], TargetScores]]:
     """Yields (the trees of each row, the scores [S, ...] of its targets)."""
     if not scored_trees:
         return
     # A row has a soft prompt once. None of its tokens is a target, so the targets of a row are in the trees' order.
     trees = dataset.concatenate_trees(
         [scored_tree.tree for scored_tree in scored_trees],
-        shared_prefix_lengths=[scored_tree.sequences[0].virtual for scored_tree in scored_trees],
+        shared_prefix_lengths=[scored_tree.variants[0].sequence.virtual for scored_tree in scored_trees],
     )
 
     def start(length: int, rows: list[list[int]]) -> tuple[list[list[int]], TargetScores]:
         return rows, score_step(parameters, batches.fill_rows(trees, rows, max_length=length))
 
-    def finish(rows: list[list[int]], scores: TargetScores) -> Iterator[tuple[list[_ScoredTree], TargetScores]]:
+    def finish(rows: list[list[int]], scores: TargetScores) -> Iterator[tuple[list[ScoredTree], TargetScores]]:
         scores = jax.device_get(scores)
         for b, row in enumerate(rows):
             yield [scored_trees[number] for number in row], jax.tree.map(lambda array, b=b: array[b], scores)
@@ -257,7 +216,7 @@ def _find_row_length(tokens: int, longest: int) -> int:
     return length
 
 
-def _split_row(row: Sequence[_ScoredTree], scores: TargetScores) -> Iterator[tuple[_ScoredTree, TargetScores]]:
+def _split_row(row: Sequence[ScoredTree], scores: TargetScores) -> Iterator[tuple[ScoredTree, TargetScores]]:
     """Yields (each tree of a row, the scores of its nodes, 0 where a node is no target).
 
     A row of two trees with three nodes each, of which nodes 1 and 2 and node 2 are targets, has nll [5, 6, 7, 0, ...].
@@ -278,10 +237,15 @@ def _split_row(row: Sequence[_ScoredTree], scores: TargetScores) -> Iterator[tup
         start = stop
 
 
-def _list_turns(dialogue: Dialogue, scored_tree: _ScoredTree, nll: Float[np.ndarray, " nodes"]) -> list[dict[str, Any]]:
-    """Returns one entry per response; a token that two responses share is counted in both."""
-    turns = []
-    for sequence, nodes in zip(scored_tree.sequences, scored_tree.nodes, strict=True):
+def _list_turns(
+    dialogue: Dialogue, scored_tree: ScoredTree, nll: Float[np.ndarray, " nodes"]
+) -> Iterator[tuple[int, dict[str, Any], Float[np.ndarray, " _"]]]:
+    """Yields (message index, fields of its entry, loss of each token) for each response and context of a tree.
+
+    A token that two responses share is counted in both.
+    """
+    for variant, nodes in zip(scored_tree.variants, scored_tree.nodes, strict=True):
+        sequence = variant.sequence
         response = nodes[max(sequence.start, 1) :]
         value = math.fsum(nll[response])
         if not math.isfinite(value):
@@ -289,15 +253,24 @@ def _list_turns(dialogue: Dialogue, scored_tree: _ScoredTree, nll: Float[np.ndar
                 f"{dialogue.name}: the loss of message {sequence.message_index} is {value}. The model's weights are "
                 "damaged or overflow the type they are computed in; try float32."
             )
-        turns.append({"turn": sequence.turn, "message": sequence.message_index, "tokens": len(response), "nll": value})
-    return turns
+        message = sequence.message_index
+        fields: dict[str, Any]
+        if variant.context == "full":
+            fields = {"turn": sequence.turn, "message": message, "tokens": len(response), "nll": value}
+        else:
+            fields = {f"nll_{variant.context}": value}
+            if variant.follows_empty_message:
+                fields["none_follows"] = contexts_lib.EMPTY_MESSAGE
+        yield message, fields, nll[response]
 
 
-def _list_signals(scored_tree: _ScoredTree, scores: TargetScores) -> list[Signal]:
-    """Returns one entry per response."""
+def _list_signals(scored_tree: ScoredTree, scores: TargetScores) -> list[Signal]:
+    """Returns one entry per response, behind its full history."""
     assert scores.top_token is not None and scores.top_log_probability is not None
     signals = []
-    for sequence, nodes in zip(scored_tree.sequences, scored_tree.nodes, strict=True):
+    for (sequence, context, _), nodes in zip(scored_tree.variants, scored_tree.nodes, strict=True):
+        if context != "full":
+            continue
         # Without a soft prompt, so that the signals also serve a student with another one or none.
         start = max(sequence.start, sequence.virtual + 1)
         response = nodes[start:]

@@ -113,6 +113,28 @@ class ChatTemplate:
             for index in group:
                 yield index, next(texts), next(texts)
 
+    def bare_prompt(self, dialogue: Dialogue) -> tuple[str, bool]:
+        """Returns (the generation prompt behind no message, False), for the tools and variables of a dialogue.
+
+        prompt    <bos><user> Qx7 zebra <end> <assistant>
+        history   <bos><user> Qx7 zebra <end>
+        returned  <bos><assistant>
+
+        If the template writes nothing after a history, (the prompt behind an empty user message, True).
+
+        Raises:
+          UserError: the template refuses a user message alone.
+        """
+        probe = dataclasses.replace(dialogue, messages=(Message(role="user", content=PROBE),), parents=())
+        history, prompt = self._render_texts(probe, [Job(1), Job(1, True)])
+        header = prompt.removeprefix(history) if prompt.startswith(history) else ""
+        if header.strip():
+            bos = self._variables.get("bos_token") or ""  # of some tokenizers, with it begins every message
+            has_bos = history.startswith(bos) and not header.startswith(bos)
+            return (bos if has_bos else "") + header, False
+        empty = dataclasses.replace(probe, messages=(Message(role="user", content=""),))
+        return self.text(empty, 1, add_generation_prompt=True), True
+
     def reads_tools(self, dialogue: Dialogue, index: int, prompt: str) -> bool:
         """Returns whether the prompt of message `index` is another one without the dialogue's tools, or refused."""
         if not dialogue.tools:

@@ -172,6 +172,15 @@ class Renderer:
         text = self._template.text(dialogue, len(dialogue.messages), add_generation_prompt=True)
         return self.virtual_tokens.prepend(self._encoder.encode(text))
 
+    def encode_bare_prompt(self, dialogue: Dialogue) -> tuple[Int32[np.ndarray, " n"], bool]:
+        """Returns (the token ids of `ChatTemplate.bare_prompt`, whether an empty user message precedes it).
+
+        With a soft prompt, its tokens come first.
+        """
+        dialogue = self._escaper.escape_dialogue(dataclasses.replace(dialogue, messages=(), parents=()))
+        text, follows_empty_message = self._template.bare_prompt(dialogue)
+        return self.virtual_tokens.prepend(self._encoder.encode(text)), follows_empty_message
+
     def encode_shared_prefix(self, dialogue: Dialogue) -> Int32[np.ndarray, " n"]:
         """Returns the token ids of what precedes the content of the first message that is not a system message.
 

@@ -49,6 +49,8 @@ class DataConfig:
     """Share of the training data that is held out if `validation` is empty, chosen by a hash of each dialogue."""
     teacher: str = ""
     """A teacher's predictions on the training data, for loss.distillation: a file from dialog_jax score --top_k=N."""
+    weights: str = ""
+    """Other weights for the responses of `train`: a file from dialog_jax select. They multiply those of the data."""
     train_split: str = "train"
     """The split of a hub data set that `train` names; files have none."""
     validation_split: str = "validation"
@@ -187,10 +189,11 @@ class TrainConfig:
     """Of the order of the data, of new adapters, and of dropout."""
 
     def __post_init__(self):
-        if self.data.mix and (self.data.train or self.data.teacher):
+        if self.data.mix and (self.data.train or self.data.teacher or self.data.weights):
             raise UserError(
-                f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r} and data.teacher "
-                f"{self.data.teacher!r}; leave data.train empty, and a teacher to a single set."
+                f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r}, data.teacher "
+                f"{self.data.teacher!r} and data.weights {self.data.weights!r}; leave data.train empty, and a teacher "
+                "and weights to a single set."
             )
         mixture.check_mix(self.data.mix)
         parsing.check_roles(self.data.roles)

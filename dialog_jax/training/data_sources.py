@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 
-from dialog_jax.dialogues import holdout, parsing
+from dialog_jax.dialogues import holdout, parsing, weight_file
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.training.config import TrainConfig
@@ -20,6 +20,8 @@ class Files:
     """The split of hub data sets; files have none."""
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """As `data.roles`."""
+    weights: str = ""
+    """As `data.weights`; empty where the weights are those of the data."""
 
     @property
     def name(self) -> str:
@@ -30,8 +32,13 @@ class Files:
         """Yields each record as a dialogue or as its error.
 
         Raises:
-          UserError: a file is missing or not of the format of its name, or holds no record.
+          UserError: a file is missing or not of the format of its name, or holds no record; what `WeightFile.apply`
+            raises.
         """
+        records = self._read_records()
+        yield from weight_file.read_file(self.weights).apply(records) if self.weights else records
+
+    def _read_records(self) -> Iterator[Dialogue | UserError]:
         for path in self.paths:
             empty = True
             for record in parsing.iterate_dialogues(path, split=self.split, roles=self.roles):
@@ -132,7 +139,7 @@ def training_sources(config: TrainConfig) -> dict[str, Source]:
     """Returns what a run trains on, by the config's field: `data.train`, or `data.mix.NAME` of each set."""
     division = None if config.data.validation else _make_division(config)
     return {
-        field: _make_source(config, (path,), config.data.train_split, division)
+        field: _make_source(config, (path,), config.data.train_split, division, weights=config.data.weights)
         for field, path in _training_paths(config).items()
     }
 
@@ -158,7 +165,7 @@ def find_source(config: TrainConfig, name: str) -> Source:
         raise UserError("data.train is empty. Name a file or hub data set: --config.data.train=...")
     if name not in paths:
         raise UserError(f"--data={name}: the config names no such data; it names {', '.join(paths)} and validation.")
-    return _make_source(config, (paths[name],), config.data.train_split)
+    return _make_source(config, (paths[name],), config.data.train_split, weights=config.data.weights)
 
 
 def _training_paths(config: TrainConfig) -> dict[str, str]:
@@ -167,8 +174,10 @@ def _training_paths(config: TrainConfig) -> dict[str, str]:
     return {"data.train": config.data.train} if config.data.train else {}
 
 
-def _make_source(config: TrainConfig, paths: tuple[str, ...], split: str, division: Division | None = None) -> Source:
-    files = Files(paths=paths, split=split, roles=config.data.roles)
+def _make_source(
+    config: TrainConfig, paths: tuple[str, ...], split: str, division: Division | None = None, *, weights: str = ""
+) -> Source:
+    files = Files(paths=paths, split=split, roles=config.data.roles, weights=weights)
     return Source(files=files, on_error=config.data.on_error, division=division)
 
 

@@ -223,6 +223,7 @@ def _make_figures(run: Run, update: _Update, values: StepMetrics, seconds: float
     previous_updates = update.step - 1 - values.skipped + bool(values.skipped_in_a_row)
     schedule = optimizer.make_schedule(config.optimizer, run.steps)
     figures: dict[str, Any] = {
+        "epoch": update.step * config.rows * config.gradient_accumulation / run.plan.rows_per_epoch,
         "loss": values.loss,
         "nll": values.nll,
         "gradient_norm": values.gradient_norm,

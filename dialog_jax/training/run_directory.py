@@ -54,6 +54,7 @@ _BY_CONTENT = (
     "data.train",
     "data.validation",
     "data.teacher",
+    "data.weights",
 )  # their content is in the hashes
 
 

@@ -16,6 +16,7 @@ import transformers
 
 from dialog_jax import atomic_files
 from dialog_jax.batching.mixture import Mixture
+from dialog_jax.dialogues import weight_file
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.inference import loading
@@ -46,6 +47,7 @@ _NOT_IN_TREES = {
     "template_time",
     "cache_dir",
     "teacher",
+    "weights",
     "workers",
 }
 
@@ -154,7 +156,8 @@ def _prepare_trees(
     teacher: TeacherFile | None,
 ) -> tuple[Trees, str]:
     """Returns (the trees of a source, from the cache if they are there; a hash of everything that determines them)."""
-    files = [pathlib.Path(path).expanduser() for path in source.files.paths]
+    weights = [source.files.weights] if source.files.weights else []
+    files = [pathlib.Path(path).expanduser() for path in [*source.files.paths, *weights]]
     versions = [_file_version(file) for file in files]
     key = {
         "dialogues": [_hash_dialogues(source.files, path) for path in source.files.paths],
@@ -171,6 +174,8 @@ def _prepare_trees(
         key["virtual_tokens"] = dataclasses.asdict(renderer.virtual_tokens)
     if teacher is not None:
         key["teacher"] = teacher.digest
+    if weights:
+        key["weights"] = weight_file.read_file(source.files.weights).digest
     with console.status(f"preparing {source.name}"):
         trees = disk_cache.load_or_build(
             config.data.cache_dir or directory / "trees",
@@ -204,7 +209,7 @@ def _hash_dialogues(source: Files, path: str) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     else:
-        for record in dataclasses.replace(source, paths=(path,)).iterate():
+        for record in dataclasses.replace(source, paths=(path,), weights="").iterate():
             content = str(record) if isinstance(record, UserError) else dataclasses.asdict(record)
             digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
 from dialog_jax.formats import tokenizer_files
 from dialog_jax.inference import loading
-from dialog_jax.model import adapters, model_files, parameter_trees, pretrained
+from dialog_jax.model import adapters, model_files, parameter_trees, peft_reading, pretrained
 from dialog_jax.rendering.tokenizers import load_tokenizer
 from dialog_jax.training import checkpoints, metrics, optimizer, run_directory, trainable
 from dialog_jax.training.run_directory import RunModel
@@ -123,6 +123,30 @@ def assemble(
         own = parameter_trees.unflatten(flat | parameter_trees.flatten(own))
     scales = {path: jnp.asarray(scale) for path, scale in selection.scales.items()}
     return parameter_trees.merge(adapters.attach_scales(own, scales), added)
+
+
+def load_initial(run: pathlib.Path, model: RunModel, base: pathlib.Path) -> dict[str, Any]:
+    """Returns all parameters of a run's model before its first update, float32, as one tree.
+
+    Args:
+      base: the files of the model that the run began with.
+
+    Raises:
+      UserError: the run continued an adapter that is not where its config says.
+    """
+    config = run_directory.read_config(run)
+    adapter = None
+    if config.adapter:
+        adapter = peft_reading.read_adapter(atomic_files.expand_home(config.adapter), model.decoder, base=base)
+    tokenizer = load_tokenizer(tokenizer_files.find_tokenizer(run))
+    parts = trainable.make_parameters(
+        model.selection._replace(soft_prompt=config.soft_prompt) if not adapter else model.selection,
+        pretrained.load_parameters(base, model.decoder, added_rows=model.base.added_rows),
+        jax.random.key(config.seed),
+        soft_prompt_text=tokenizer(config.soft_prompt.text)["input_ids"],
+        adapter=adapter,
+    )
+    return parameter_trees.merge(*parts)
 
 
 def is_whole(model: RunModel) -> bool:

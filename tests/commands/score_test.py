@@ -6,6 +6,7 @@ The oracle renders and tokenises every turn with the tokenizer's own chat interf
 import functools
 import json
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -143,7 +144,7 @@ class ScoreTest(parameterized.TestCase):
         self.assertEqual([record["id"] for record in written], ["text", 7, 2, 3])
         total = total_tokens = 0
         for record, dialogue in zip(written, _DIALOGUES, strict=True):
-            self.assertEqual(list(record), ["id", "tokens", "nll", "turns"])
+            self.assertEqual(list(record), ["id", "content", "tokens", "nll", "turns"])
             expected = _oracle(model, parameters, tokenizer, _messages(dialogue), "<|im_end|>")
             self.assertEqual(
                 [(turn["message"], turn["tokens"]) for turn in record["turns"]], [(m, n) for m, _, n, _ in expected]
@@ -179,6 +180,74 @@ class ScoreTest(parameterized.TestCase):
             *_, (_, _, tokens, nll) = _oracle(model, parameters, tokenizer, alone, FAMILIES[family].end_of_turn)
             self.assertEqual(turn["tokens"], tokens)
             self.assertAlmostEqual(turn["nll"], nll, delta=1e-5 * nll)
+
+    @parameterized.product(family=("chatml", "qwen3", "mistral"), passes=("one", "k"))
+    @pytest.mark.quick_every(6)
+    def test_the_same_response_behind_less_history(self, family, passes):
+        model, parameters, tokenizer = self.save_model(family)
+        end_of_turn = FAMILIES[family].end_of_turn
+        records = [_DIALOGUES[1], _DIALOGUES[3], _TREE]
+        written, told, error = self.score(records, "--context=all", f"--passes={passes}")
+        plain, _, _ = self.score(records, f"--passes={passes}")
+        self.assertEmpty(error)
+        lists = [_messages(records[0]), _messages(records[1])]
+        lists += [[_TREE["messages"][0], _TREE["messages"][index]] for index in (1, 2)]
+        turns = [turn for record in written for turn in record["turns"]]
+        full = [turn for record in plain for turn in record["turns"]]
+        expected = [(messages, *one) for messages in lists for one in _sequences(tokenizer, messages, end_of_turn)]
+        # By hand: which messages are left behind the last user message, and what the templates write without any.
+        last = {1: [0], 2: [0, 1], 6: [0, 5]}
+        bare = {
+            "chatml": "<|im_start|>assistant\n",
+            "qwen3": "<|im_start|>assistant\n",
+            "mistral": "<s>[INST]  [/INST]",
+        }
+        for turn, full_turn, (messages, index, ids, start) in zip(turns, full, expected, strict=True):
+            self.assertEqual(set(turn) - set(full_turn) - {"none_follows"}, {"nll_last", "nll_none"})
+            np.testing.assert_allclose(turn["nll"], full_turn["nll"], rtol=1e-5)
+            plain_messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+            history = [plain_messages[i] for i in last[index]]
+            prompts = {
+                "nll_last": tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False),
+                "nll_none": bare[family],
+            }
+            for name, prompt in prompts.items():
+                prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+                nll = _alone(model, parameters, [*prompt_ids, *ids[start:]])[len(prompt_ids) - 1 :].sum()
+                np.testing.assert_allclose(turn[name], nll, rtol=1e-5)
+            self.assertEqual(turn.get("none_follows"), "empty user message" if family == "mistral" else None)
+        self.assertNotAlmostEqual(turns[1]["nll"], turns[1]["nll_last"], places=2)
+        tokens = sum(turn["tokens"] for turn in turns)
+        total = sum(turn["nll_none"] for turn in turns)
+        self.assertIn(f"{total / tokens:.4f} nats per token, perplexity", told)
+        self.assertEqual("nll_none of 5 responses is behind an empty user message" in told, family == "mistral")
+
+    @pytest.mark.full
+    def test_contexts_are_branches_of_one_tree_and_results_of_tools_stay(self):
+        self.save_model("qwen3")
+        call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+        messages = [
+            {"role": "user", "content": f"{_LONG} {_LONG}"},
+            {"role": "assistant", "content": "Paris."},
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "2."},
+        ]
+        scores, reads = {}, {}
+        for context in ("full", "last", "none", "all"):
+            ((record,), told, _) = self.score([{"messages": messages}], f"--context={context}")
+            scores[context] = record["turns"]
+            reads[context] = int(re.search(r"([\d,]+) tokens read", told)[1].replace(",", ""))
+        self.assertEqual([set(turns[0]) & {"nll_last", "nll_none"} for turns in scores.values()], [
+            set(), {"nll_last"}, {"nll_none"}, {"nll_last", "nll_none"},
+        ])  # fmt: skip
+        self.assertEqual(scores["last"][0]["nll_last"], scores["last"][0]["nll"])
+        (short, _, _) = self.score([{"messages": messages[2:]}])
+        np.testing.assert_allclose(scores["all"][1]["nll_last"], short[0]["turns"][0]["nll"], rtol=1e-5)
+        # The second response is behind less twice, the first once; neither is read again with its full history.
+        self.assertLess(reads["all"], 1.5 * reads["full"])
+        self.assertEqual(reads["all"] - reads["full"], reads["last"] + reads["none"] - 2 * reads["full"])
 
     @parameterized.parameters("chatml", "qwen3")
     @pytest.mark.full
@@ -293,8 +362,9 @@ class ScoreTest(parameterized.TestCase):
             {"id": "untrained", "messages": [*_DIALOGUES[0]["messages"][:1], {**_OTHER, "weight": 0}]},
         ]
         written, told, error = self.score([silent[0], _DIALOGUES[0], silent[1]])
-        self.assertEqual(written[0], {"id": "asks", "tokens": 0, "nll": 0.0, "turns": []})
-        self.assertEqual(written[2], {"id": "untrained", "tokens": 0, "nll": 0.0, "turns": []})
+        for record, identifier in ((written[0], "asks"), (written[2], "untrained")):
+            self.assertRegex(record.pop("content"), "^[0-9a-f]{16}$")
+            self.assertEqual(record, {"id": identifier, "tokens": 0, "nll": 0.0, "turns": []})
         self.assertLen(written[1]["turns"], 1)
         self.assertIn("dialogue asks (data.jsonl:1): nothing to score", error)
         self.assertIn("dialogue untrained (data.jsonl:3): nothing to score", error)

@@ -161,7 +161,6 @@ class PassesTest(parameterized.TestCase):
                 "dialog_jax.model",  # decoder
                 "dialog_jax.model.decoder_config",
                 "dialog_jax.evaluation",  # escaping, response_text
-                "dialog_jax.evaluation.scoring",  # the record Score
             },
         )
 

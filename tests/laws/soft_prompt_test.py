@@ -17,7 +17,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 from dialog_jax.batching import batches
-from dialog_jax.evaluation import k_passes, scoring
+from dialog_jax.evaluation import k_pass_scores, scoring
 from dialog_jax.inference import generation
 from dialog_jax.model import decoder
 from dialog_jax.rendering.sequences import Renderer
@@ -200,17 +200,19 @@ class ScoringTest(absltest.TestCase):
         model, parameters, virtual_tokens = setup("qwen3")
         tokenizer, dialogues = chat_templates.train_tokenizer("qwen3"), random_dialogues(6)
         renderer = Renderer(tokenizer, virtual_tokens=virtual_tokens)
+        options = {"compute_dtype": jnp.float32, "contexts": ("last", "none")}
         with mock.patch.object(batches, "fill_rows", wraps=batches.fill_rows) as fill:
-            scores = list(scoring.score_dialogues(dialogues, renderer, model, parameters, compute_dtype=jnp.float32))
+            scores = list(scoring.score_dialogues(dialogues, renderer, model, parameters, **options))
         self.assertLess(fill.call_count, len(dialogues))
         for call in fill.call_args_list:
             batch = batches.fill_rows(*call.args, **call.kwargs)
             self.assertEqual((batch.tokens >= model.vocab_size).sum(), _PROMPT)
-        expected = k_passes.score_dialogues(dialogues, tokenizer, model, parameters, compute_dtype=jnp.float32)
+        expected = k_pass_scores.score_dialogues(dialogues, tokenizer, model, parameters, **options)
         for score, other in zip(scores, expected, strict=True):
             np.testing.assert_allclose(score.record.pop("nll"), other.record.pop("nll"), rtol=1e-5)
             for turn, other_turn in zip(score.record["turns"], other.record["turns"], strict=True):
-                np.testing.assert_allclose(turn.pop("nll"), other_turn.pop("nll"), rtol=1e-4)
+                for name in ("nll", "nll_last", "nll_none"):
+                    np.testing.assert_allclose(turn.pop(name), other_turn.pop(name), rtol=1e-4)
             self.assertEqual(score.record, other.record)
 
 

@@ -108,7 +108,11 @@ class ConfigTest(parameterized.TestCase):
         ({"data": DataConfig(validation="v", mix={"a": {"train": "a"}})}, "data.mix has neither weight nor epochs"),
         (
             {"data": DataConfig(train="t", validation="v", mix={"a": {"train": "a", "weight": 1}})},
-            "data.mix names a beside data.train 't' and data.teacher ''; leave data.train empty",
+            "data.mix names a beside data.train 't', data.teacher '' and data.weights ''; leave data.train empty",
+        ),
+        (
+            {"data": DataConfig(validation="v", weights="w", mix={"a": {"train": "a", "weight": 1}})},
+            "data.weights 'w'; leave data.train empty, and a teacher and weights to a single set",
         ),
         (
             {"data": DataConfig(train="t", validation="v", workers=-2)},
