@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "chats with a model in the terminal",
     "plot": "draws loss over steps, and held-out loss by turn",
     "plan": "estimates whether a run fits given devices, and how fast it would be",
+    "report": "writes one HTML page about a run, its data and its dialogues",
 }
 
 

@@ -27,7 +27,10 @@ _ROOMS = {
         "refusals", "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
-    "audit": ("inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures"),
+    "audit": (
+        "inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures", "sentences",
+        "token_messages",
+    ),
     "attention": ("mask", "cached", "blockwise", "pallas_gpu", "splash", "dispatch"),
     "model": (
         "lora_config", "soft_prompt_config", "rotary", "decoder_config", "quantization", "matrices", "parameter_trees",
@@ -38,15 +41,18 @@ _ROOMS = {
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config_fields", "optimizer_config", "config", "data_sources", "optimizer", "sharding", "trainable", "loss",
-        "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints", "metrics", "run_inputs",
-        "run_directory", "initial_state", "model_card", "trained_models", "export", "compilation_cache", "console",
-        "loop", "run",
+        "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints", "metrics", "sessions",
+        "run_inputs", "run_directory", "initial_state", "model_card", "trained_models", "export", "compilation_cache",
+        "console", "loop", "run",
     ),
-    "evaluation": ("scoring", "escaping", "response_text", "k_passes", "differences", "agreement"),
+    "evaluation": (
+        "tree_scores", "scoring", "token_scores", "escaping", "response_text", "k_passes", "differences", "agreement",
+    ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
+    "report": ("dialogue_views", "token_columns", "charts", "run_facts", "page"),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "compare",
-        "export", "chat", "plot", "plan",
+        "export", "chat", "plot", "plan", "report",
     ),
 }
 # fmt: on
