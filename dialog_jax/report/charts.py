@@ -16,6 +16,7 @@ _MAX_POINTS = 1500  # of a curve; more are averaged
 _BLUE, _ORANGE, _GREEN, _GRAY = "#2f78c4", "#c9701a", "#1f8f63", "#7d8797"
 _DASHES = {_BLUE: [1, 0], _ORANGE: [6, 3], _GREEN: [2, 2], _GRAY: [1, 0]}
 _HEIGHT = 220  # pixels
+_WHOLE = "datum.value % 1 ? '' : format(datum.value, ',d')"  # there is no step 1.5
 _Point = tuple[int | float | str, int | float]  # x, y
 
 
@@ -105,7 +106,15 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
         for line in lines
         for place, value in line.points
     ]
-    legend = {"title": None, "orient": "top", "labelLimit": 320, "symbolType": "stroke", "symbolSize": 300}
+    legend = {
+        "title": None,
+        "orient": "top",
+        "labelLimit": 320,
+        "symbolType": "stroke",
+        "symbolSize": 500,
+        "symbolStrokeWidth": 3,
+        "symbolOpacity": 1,
+    }
     colors = {
         "field": "line",
         "type": "nominal",
@@ -120,7 +129,7 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
     }
     place: dict[str, Any] = {"field": "x", "type": x_type, "title": x}
     if x_type == "quantitative":
-        place |= {"scale": {"nice": False}, "axis": {"format": ",d", "tickMinStep": 1, "grid": False}}
+        place |= {"scale": {"nice": False}, "axis": {"labelExpr": _WHOLE, "grid": False}}
     else:
         place |= {"sort": None, "axis": {"labelAngle": 0, "labelOverlap": True, "grid": False}}
     tooltip = [
@@ -144,12 +153,21 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
         **_start_spec(f"{title}: {', '.join(names)}", values),
         "encoding": {
             "x": place,
-            "y": {"field": "y", "type": "quantitative", "title": y, "scale": {"zero": False}, "axis": {"tickCount": 5}},
+            "y": {
+                "field": "y",
+                "type": "quantitative",
+                "title": y,
+                "scale": {"zero": False},
+                "axis": {"tickCount": 5, "format": "~g"},
+            },
             "color": colors,
         },
         "layer": [
             line,
-            {"transform": [{"filter": "datum.marked"}], "mark": {"type": "point", "filled": True, "clip": True}},
+            *[
+                {"transform": [{"filter": "datum.marked"}], "mark": {"type": "point", "filled": True, "clip": True}}
+                for _ in range(any(one.marked for one in lines))
+            ],
             {
                 "mark": {"type": "point", "filled": True, "size": 90, "clip": True},
                 "params": [hover],
@@ -164,7 +182,7 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
 
 def _start_spec(description: str, values: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "description": description,
         "width": "container",
         "height": _HEIGHT,
@@ -249,16 +267,17 @@ def draw_roles(audit: Audit) -> Chart:
         {"origin": origin, "tokens": tokens, "share": tokens / audit.tokens}
         for origin, tokens in sentences.name_roles(audit).items()
     ]
-    position = {"field": "origin", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 220}}
+    position = {"field": "origin", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 280}}
     spec = {
         **_start_spec("Tokens by origin", values),
-        "height": {"step": 34},
+        "height": 34 * len(values),
         "encoding": {
             "y": position,
             "x": {
                 "field": "tokens",
                 "type": "quantitative",
                 "title": "tokens",
+                "scale": {"domainMax": 1.2 * max(value["tokens"] for value in values)},  # room for the labels
                 "axis": {"format": "~s", "tickCount": 4},
             },
             "tooltip": [

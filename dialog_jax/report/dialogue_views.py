@@ -94,7 +94,10 @@ def decode_nodes(tree: Tree, renderer: Renderer) -> list[str]:
     before = backend.decode_batch(contexts, skip_special_tokens=False)
     strings = [[*context, token] for context, token in zip(contexts, tokens, strict=True)]
     after = backend.decode_batch(strings, skip_special_tokens=False)
-    return [_cut_common(earlier, text).replace("\ufffd", "") for earlier, text in zip(before, after, strict=True)]
+    return [
+        text[len(earlier) :] if text.startswith(earlier) else _cut_common(earlier, text)
+        for earlier, text in zip(before, (text.rstrip("\ufffd") for text in after), strict=True)
+    ]
 
 
 def _cut_common(earlier: str, text: str) -> str:

@@ -27,7 +27,7 @@ from dialog_jax.report.run_facts import Run, Table
 ALTERNATIVES = 3
 """Number of likeliest tokens that are shown of each token."""
 _SCRIPTS = ("tokens.js", "charts.js", "list.js", "dialogue.js", "hover.js", "page.js")
-_VEGA_LITE = "5.20"
+_VEGA_LITE = "6.4"
 _SNIPPET = 200  # characters
 _CURVES = {
     "Learning rate": "learning rate",
@@ -91,7 +91,7 @@ def render(
     step_charts = charts.draw_steps({run.name: (run.metrics, run.evaluations) for run in runs}) if runs else []
     turn_charts = charts.draw_turns(_list_evaluations(runs))
     data_charts = (
-        [charts.draw_lengths(audit, max_length), charts.draw_roles(audit), charts.draw_fills(audit, max_length)]
+        [charts.draw_lengths(audit, max_length), charts.draw_fills(audit, max_length), charts.draw_roles(audit)]
         if audit.trees
         else []
     )
@@ -275,7 +275,7 @@ def _describe_dialogues(views: Sequence[DialogueView], models: Sequence[ScoredMo
     counts: dict[str, int] = {}
     for view in views:
         counts[view.group] = counts.get(view.group, 0) + 1
-    parts = ", ".join(f"the first {count:,} of {group}" for group, count in counts.items()) or "none"
+    parts = ", ".join(f"the first {count:,} of the {group} data" for group, count in counts.items()) or "none"
     losses = (
         "A loss is the weighted mean over the targets of the dialogue, in nats per token."
         if models

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 from dialog_jax.evaluation.token_scores import TokenScores
 from dialog_jax.rendering.sequences import Renderer
@@ -30,13 +31,15 @@ class Texts:
         self._strings: dict[str, int] = {}
         self._tokens: dict[int, int] = {}
 
-    def add_string(self, text: str) -> int:
-        """Returns the number of a text."""
-        return self._strings.setdefault(text, len(self._strings))
+    def add_strings(self, texts: Sequence[str]) -> Int64[np.ndarray, " N"]:
+        """Returns the numbers of texts."""
+        return np.array([self._strings.setdefault(text, len(self._strings)) for text in texts], np.int64)
 
-    def add_token(self, token: int) -> int:
-        """Returns the number of a token."""
-        return self._tokens.setdefault(token, len(self._tokens))
+    def add_tokens(self, tokens: Int[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
+        """Returns the numbers of tokens."""
+        values, places = np.unique(tokens, return_inverse=True)
+        numbers = [self._tokens.setdefault(token, len(self._tokens)) for token in values.tolist()]
+        return np.array(numbers, np.int64)[places]
 
     def pack(self) -> str:
         """Returns {"strings": [...], "ids": [...], "spellings": [...]}: the ids and the spellings of the tokens."""
@@ -69,8 +72,8 @@ def pack_dialogue(view: DialogueView, scores: Sequence[TokenScores], texts: Text
     size = len(tree.tokens)
     columns = [
         np.where(tree.parent < 0, 0, np.arange(size) - tree.parent),
-        np.array([texts.add_string(text) for text in view.texts]),
-        np.array([texts.add_token(token) for token in tree.tokens.tolist()]),
+        texts.add_strings(view.texts),
+        texts.add_tokens(tree.tokens),
         np.array(view.messages) + 1,
         tree.turn + 1,
         tree.weight.astype("<f4").view("<u4"),
@@ -80,8 +83,7 @@ def pack_dialogue(view: DialogueView, scores: Sequence[TokenScores], texts: Text
         losses = np.rint(np.where(scored, one.nll, 0).astype(np.float64) * NATS)
         columns.append(np.where(scored, losses.astype(np.int64), _NOT_SCORED))
         for place in range(one.top_token.shape[1]):
-            tokens = [texts.add_token(token) for token in one.top_token[:, place].tolist()]
-            columns += [np.array(tokens), np.rint(one.top_probability[:, place] * SHARES)]
+            columns += [texts.add_tokens(one.top_token[:, place]), np.rint(one.top_probability[:, place] * SHARES)]
     planes = [column.astype("<u4").view(np.uint8).reshape(size, 4).T.tobytes() for column in columns]
     return _compress(b"".join(planes))
 

@@ -187,7 +187,7 @@ class CommandTest(absltest.TestCase):
         self.assertRegex(told, r"report\.html: \d\.\d MB; open it in a browser")
         data = pages.read_data(html)
         self.assertEqual((data["models"], data["differences"]), (["before", "after"], [[1, 0]]))
-        self.assertEqual([one["group"] for one in data["dialogues"]], ["held out"] * 4 + ["training"] * 4)
+        self.assertEqual([one["group"] for one in data["dialogues"]], ["held-out"] * 4 + ["training"] * 4)
         out = self.directory / "scores.jsonl"
         for place, model in enumerate((f"--config.model={self.base}", f"--config.model={self.run_path}")):
             running.run("score", model, f"--base={self.base}", f"--config.data.train={self.data}", f"--out={out}")

@@ -30,7 +30,7 @@ async function drawChart(figure) {
   const spec = structuredClone(state.chart.spec);
   if (state.domain) spec.encoding.x.scale = { ...spec.encoding.x.scale, domain: state.domain };
   const plot = figure.querySelector(".plot");
-  plot.classList.toggle("bars", typeof spec.height === "object");
+  plot.classList.toggle("bars", spec.height < 200);
   const theme = document.documentElement.dataset.theme;
   state.view?.finalize();
   // Expressions are interpreted, not compiled, so that the page needs no permission to evaluate text.
@@ -101,6 +101,11 @@ function prepareCharts() {
   }
 }
 
+let chartsAreStale = false;
+
+// A chart that is hidden has no width; it is drawn again when it is shown.
 function redrawCharts() {
+  chartsAreStale = document.getElementById("overview").hidden;
+  if (chartsAreStale) return;
   for (const [figure, state] of drawnCharts) if (state.view) drawChart(figure);
 }

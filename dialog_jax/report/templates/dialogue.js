@@ -1,7 +1,7 @@
 // One dialogue: as chat bubbles along one path, and as its tree with every branch.
 "use strict";
 
-const MOST_NATS = 6; // loss of the strongest color
+const MOST_NATS = 8; // loss of the strongest color
 const MOST_CHANGE = 2; // change of the loss, in nats, of the strongest color
 const ROLE_NAMES = { template: "chat template" };
 
@@ -39,7 +39,7 @@ function colorSpan(span, node) {
     [strength, name] = [Math.abs(change) / MOST_CHANGE, change < 0 ? "good" : "bad"];
   }
   if (kind === "weight") [strength, name] = [node.weight / shown.largestWeight, "weigh"];
-  strength = Math.min(1, strength) ** 0.75;
+  strength = Math.min(1, strength) ** 0.85;
   if (strength < 0.02) return;
   span.classList.add(name);
   if (strength > 0.35) span.classList.add("dark");

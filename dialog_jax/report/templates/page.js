@@ -29,6 +29,7 @@ async function route() {
   const wasDialogue = !article.hidden;
   article.hidden = true;
   overview.hidden = false;
+  if (chartsAreStale) redrawCharts();
   if (wasDialogue && location.hash === "#dialogues") scrollTo({ top: overviewScroll, behavior: "instant" });
   else if (location.hash.length > 1) document.getElementById(location.hash.slice(1))?.scrollIntoView();
 }

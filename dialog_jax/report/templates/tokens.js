@@ -106,5 +106,6 @@ function formatDifference(value, digits = 3) {
   return Number(text) === 0 ? text : `${value < 0 ? "−" : "+"}${text}`;
 }
 function formatShare(share) {
+  if (share > 0 && share < 0.0001) return "< 0.01 %";
   return share >= 0.0995 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toFixed(share >= 0.01 ? 1 : 2)} %`;
 }
