@@ -1,6 +1,7 @@
 """The loss of every token of a tree is that of separate passes; division, contexts and soft prompts change nothing."""
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 
@@ -25,6 +26,16 @@ def _paths(tree):
         while tree.parent[path[0]] >= 0:
             path.insert(0, int(tree.parent[path[0]]))
         yield path
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(config, parameters, tokens):
+    """The probabilities of the four likeliest tokens after each token of a line, and these tokens."""
+    length = tokens.shape[1]
+    hidden = decoder.hidden_states(
+        config, parameters, tokens, jnp.arange(length)[None], jnp.full((1, length), length, jnp.int32)
+    )
+    return jax.lax.top_k(jax.nn.softmax(hidden[0] @ decoder.unembedding(config, parameters).T), 4)
 
 
 class TokenScoresTest(absltest.TestCase):
@@ -53,13 +64,9 @@ class TokenScoresTest(absltest.TestCase):
                 tokens[0, : len(path)] = tree.tokens[path]
                 expected = tiny_run.losses(model.config, model.parameters, tokens)[0, : len(path) - 1]
                 np.testing.assert_allclose(scores.nll[path[1:]], expected, atol=2e-5)
-                hidden = decoder.hidden_states(
-                    model.config, model.parameters, tokens, np.arange(256)[None], np.full((1, 256), 256, np.int32)
-                )
-                logits = hidden[0, : len(path) - 1] @ decoder.unembedding(model.config, model.parameters).T
-                probability, token = jax.lax.top_k(jax.nn.softmax(logits), 4)
-                np.testing.assert_array_equal(scores.top_token[path[1:]], token)
-                np.testing.assert_allclose(scores.top_probability[path[1:]], probability, atol=1e-5)
+                probability, token = _predict(model.config, model.parameters, tokens)
+                np.testing.assert_array_equal(scores.top_token[path[1:]], token[: len(path) - 1])
+                np.testing.assert_allclose(scores.top_probability[path[1:]], probability[: len(path) - 1], atol=1e-5)
 
     @pytest.mark.full
     def test_tree_that_is_divided_has_the_same_losses_and_tokens_beyond_the_context_have_none(self):

@@ -237,6 +237,7 @@ class CommandTest(absltest.TestCase):
         ):
             _, error = running.run("report", *flags)
             self.assertIn(message, error)
+        page.bundle_vega.cache_clear()
         with mock.patch.dict("sys.modules", {"vl_convert": None}):
             _, error = running.run("report", run, out)
         self.assertIn("Run: pip install 'dialog_jax[report]'", error)
