@@ -170,12 +170,12 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
     (tree,) = weighting.build_trees([sequences], objective)
     if tree is None:
         raise UserError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
-    try:
-        messages = token_messages.find_messages(tree, sequences, renderer)
-        roles = [dialogue.messages[message].role if message >= 0 else _TEMPLATE for message in messages]
-    except UserError as error:
-        roles = [_TEMPLATE if turn < 0 else "assistant" for turn in tree.turn]
-        console.print(f"the roles of the history cannot be determined: {error}", markup=False, soft_wrap=True)
+    messages, errors = token_messages.find_messages(tree, sequences, renderer)
+    roles = [dialogue.messages[message].role if message >= 0 else _TEMPLATE for message in messages]
+    for error in errors:
+        console.print(
+            f"the role of a message in the history cannot be determined: {error}", markup=False, soft_wrap=True
+        )
     if _TOKENS.value:
         for line, role in token_lines(tree, roles, renderer):
             console.print(line, style=_COLORS[role], markup=False, soft_wrap=True)

@@ -158,7 +158,7 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
                 "type": "quantitative",
                 "title": y,
                 "scale": {"zero": False},
-                "axis": {"tickCount": 5, "format": "~g"},
+                "axis": {"tickCount": 5, "labelExpr": "format(datum.value, '.4~g')"},
             },
             "color": colors,
         },
@@ -199,7 +199,7 @@ def draw_turns(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     charts = []
     for title, field, unit in (
         ("Held-out loss by turn", "loss", "loss, nats per token"),
-        ("Held-out accuracy by turn", "accuracy", "share of targets that have the highest probability"),
+        ("Held-out accuracy by turn", "accuracy", "share of targets predicted"),
     ):
         colors = (_ORANGE, _BLUE, _GREEN)
         lines = [
@@ -242,6 +242,7 @@ def draw_lengths(audit: Audit, max_length: int) -> Chart:
                         "field": "y",
                         "type": "quantitative",
                         "title": "share of dialogues with at most as many",
+                        "stack": None,
                         "axis": {"format": ".0%", "tickCount": 5},
                     },
                     "tooltip": [

@@ -5,17 +5,16 @@ is. Knows no models and no HTML.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from dialog_jax.audit import inspection, token_messages
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.trees import prefix_tree, weighting
+from dialog_jax.trees import weighting
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
-from dialog_jax.trees.weighting import SupervisedSequence
 
 _CONTEXT = 8  # tokens that are decoded before a token, so that spaces and characters of several tokens come out right
 
@@ -62,23 +61,10 @@ def make_views(
             if tree is None:
                 notes.append(f"not shown: {one.name} has nothing to train on under the objective {objective.name}")
                 continue
-            try:
-                messages = token_messages.find_messages(tree, sequences, renderer)
-            except UserError as error:
-                notes.append(f"{one.name}: the messages of its history cannot be told from the template: {error}")
-                messages = _find_responses(tree, sequences)
+            messages, errors = token_messages.find_messages(tree, sequences, renderer)
+            notes += [f"shown as a part of the chat template in a history: {error}" for error in errors]
             views.append(DialogueView(one, group, tree, decode_nodes(tree, renderer), messages))
     return views, notes
-
-
-def _find_responses(tree: Tree, sequences: Sequence[SupervisedSequence]) -> list[int]:
-    """Returns the index of the response that each node belongs to; -1 outside responses."""
-    messages = [-1] * len(tree.tokens)
-    _, nodes_of_sequences = prefix_tree.build_trie([one.tokens for one in sequences])
-    for one, nodes in zip(sequences, nodes_of_sequences, strict=True):
-        for node in nodes[one.sequence.start :] if one.original_index >= 0 else ():
-            messages[node] = one.original_index
-    return messages
 
 
 def decode_nodes(tree: Tree, renderer: Renderer) -> list[str]:

@@ -95,11 +95,11 @@ function makeHeader(nodes) {
   const targets = nodes.filter((node) => node.weight > 0);
   const header = make("header", {}, make("span", { class: `role ${role}` }, ROLE_NAMES[role] ?? role));
   if (!targets.length) {
-    if (role !== "template") header.append(make("span", {}, `${integer.format(nodes.length)} tokens, not trained`));
+    if (role !== "template") header.append(make("span", {}, `${integer.format(nodes.length)} token${nodes.length > 1 ? "s" : ""}, not trained`));
     return header;
   }
   const turn = targets[0].turn;
-  header.append(make("span", {}, (turn >= 0 ? `turn ${turn}, ` : "") + `${integer.format(targets.length)} targets`));
+  header.append(make("span", {}, (turn >= 0 ? `turn ${turn}, ` : "") + `${integer.format(targets.length)} target${targets.length > 1 ? "s" : ""}`));
   const losses = report.models.map((_, model) => meanLoss(nodes, model));
   if (losses.some((loss) => loss !== null)) {
     header.append(make("span", {}, `loss ${losses.map((loss) => formatLoss(loss, 2)).join(" → ")}`));
@@ -156,6 +156,7 @@ function makeChat() {
   const container = make("div", { class: "bubbles" });
   let children = shown.tree.roots;
   let key = -1;
+  shown.hidden = 0;
   while (children.length) {
     let child = children[0];
     if (children.length > 1) {
@@ -165,7 +166,10 @@ function makeChat() {
     const run = followRun(child);
     for (const group of splitByMessage(run)) {
       const role = roleOf(group[0]);
-      if (role === "template" && !view.template && group.every((node) => node.weight === 0)) continue;
+      if (role === "template" && !view.template && group.every((node) => node.weight === 0)) {
+        shown.hidden += group.length;
+        continue;
+      }
       const kind = role === "template" ? "strip" : `bubble ${role}`;
       container.append(make("section", { class: kind, "aria-label": ROLE_NAMES[role] ?? role }, role === "template" ? "" : makeHeader(group), makeTokens(group)));
     }
@@ -297,6 +301,7 @@ function showLayout() {
   const tokens = make("div", { id: "tokens", role: "group", "aria-label": "Tokens. The arrow keys move from token to token, Escape leaves." }, body);
   document.getElementById("tokens").replaceWith(tokens);
   document.getElementById("template-toggle").hidden = view.layout !== "chat";
+  document.getElementById("hidden-count").textContent = shown.hidden ? ` (${integer.format(shown.hidden)} hidden)` : "";
   shown.order = [...tokens.querySelectorAll(".t[data-node]")];
   shown.order[0]?.setAttribute("tabindex", "0");
   listenToTokens(tokens);
@@ -325,7 +330,7 @@ async function openDialogue(place) {
   const toggle = make("label", { id: "template-toggle" });
   const box = make("input", { type: "checkbox", onchange: () => ((view.template = box.checked), showLayout()) });
   box.checked = view.template;
-  toggle.append(box, " template tokens");
+  toggle.append(box, " template tokens", make("span", { id: "hidden-count", class: "note" }));
   article.replaceChildren(
     make("div", { class: "bar" }, make("a", { href: "#dialogues" }, "← All dialogues"), make("span", { class: "bar right" }, move(-1, "← previous"), move(1, "next →"))),
     make("h1", { id: "dialogue-heading", tabindex: "-1" }, entry.name),
