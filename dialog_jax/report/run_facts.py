@@ -101,7 +101,7 @@ def _describe_change(run: Run, name: str, form: str, unit: str) -> str:
     return " → ".join(values) + unit if values else "not evaluated"
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: int | float) -> str:
     """Returns 0.4 s, 75 s as 1 min 15 s, and so on."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -55,6 +55,7 @@ class TokenScoresTest(absltest.TestCase):
             self.trees, model or self.model, **({"compute_dtype": jnp.float32, "top_k": 4} | changes)
         )
 
+    @pytest.mark.full
     def test_losses_and_alternatives_are_those_of_separate_passes(self):
         model = self.model
         for tree, scores in zip(self.trees, self.score(), strict=True):
