@@ -49,7 +49,7 @@ _ROOMS = {
         "tree_scores", "scoring", "token_scores", "escaping", "response_text", "k_passes", "differences", "agreement",
     ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
-    "report": ("dialogue_views", "token_columns", "charts", "run_facts", "page"),
+    "report": ("dialogue_views", "token_columns", "charts", "data_charts", "run_facts", "page"),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "compare",
         "export", "chat", "plot", "plan", "report",

@@ -1,4 +1,4 @@
-"""Figures to Vega-Lite charts, each with the columns of its table.
+"""Figures of runs to Vega-Lite charts, each with the columns of its table.
 
 A page draws them with Vega-Lite's JavaScript, which is part of the page. Colors and dashes are chosen so that lines can
 be told apart on a light and on a dark background, and without colors. Knows no HTML.
@@ -9,12 +9,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dialog_jax.audit import sentences
-from dialog_jax.audit.figures import Audit
-
 _MAX_POINTS = 1500  # of a curve; more are averaged
-_BLUE, _ORANGE, _GREEN, _GRAY = "#2f78c4", "#c9701a", "#1f8f63", "#7d8797"
-_DASHES = {_BLUE: [1, 0], _ORANGE: [6, 3], _GREEN: [2, 2], _GRAY: [1, 0]}
+BLUE, ORANGE, GREEN, GRAY = "#2f78c4", "#c9701a", "#1f8f63", "#7d8797"
+_DASHES = {BLUE: [1, 0], ORANGE: [6, 3], GREEN: [2, 2], GRAY: [1, 0]}
 _HEIGHT = 220  # pixels
 _WHOLE = "datum.value % 1 ? '' : format(datum.value, ',d')"  # there is no step 1.5
 _Point = tuple[int | float | str, int | float]  # x, y
@@ -50,7 +47,7 @@ def draw_steps(runs: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any
     """
     several = len(runs) > 1
     loss = []
-    for (name, (steps, evaluations)), colors in zip(runs.items(), ((_GRAY, _BLUE), (_GREEN, _ORANGE)), strict=False):
+    for (name, (steps, evaluations)), colors in zip(runs.items(), ((GRAY, BLUE), (GREEN, ORANGE)), strict=False):
         label = f"{name}: " if several else ""
         loss.append(Line(f"{label}the step's own batch", colors[0], _read_points(steps, "loss")))
         loss.append(Line(f"{label}held-out dialogues", colors[1], _read_points(evaluations, "loss"), marked=True))
@@ -66,7 +63,7 @@ def draw_steps(runs: Mapping[str, tuple[list[dict[str, Any]], list[dict[str, Any
         ("Peak memory of a device", "GB", {"peak_memory_gb": ""}),
     ):
         lines = []
-        palette = itertools.cycle((_BLUE, _ORANGE, _GREEN, _GRAY))
+        palette = itertools.cycle((BLUE, ORANGE, GREEN, GRAY))
         for name, (steps, _) in runs.items():
             for field, label in fields.items():
                 names = [name] * (several or not label) + [label] * bool(label)
@@ -150,7 +147,7 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
     if x_type == "quantitative":
         line["params"] = [zoom]
     return {
-        **_start_spec(f"{title}: {', '.join(names)}", values),
+        **start_spec(f"{title}: {', '.join(names)}", values),
         "encoding": {
             "x": place,
             "y": {
@@ -180,7 +177,12 @@ def _make_line_spec(title: str, lines: Sequence[Line], *, x: str, x_type: str, y
     }
 
 
-def _start_spec(description: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+def start_spec(description: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what every chart has.
+
+    Args:
+      description: what a screen reader says of it.
+    """
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "description": description,
@@ -201,7 +203,7 @@ def draw_turns(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
         ("Held-out loss by turn", "loss", "loss, nats per token"),
         ("Held-out accuracy by turn", "accuracy", "share of targets predicted"),
     ):
-        colors = (_ORANGE, _BLUE, _GREEN)
+        colors = (ORANGE, BLUE, GREEN)
         lines = [
             Line(name, color, [(str(turn["turn"]), turn[field]) for turn in one["turns"]], marked=True)
             for (name, one), color in zip(evaluations.items(), colors, strict=False)
@@ -217,137 +219,3 @@ def draw_turns(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
             note = "A turn with few targets has a noisy mean: hover over a point, or open the table."
             charts.append(Chart(title, note, spec, columns))
     return charts
-
-
-def draw_lengths(audit: Audit, max_length: int) -> Chart:
-    """Returns the share of dialogues up to each length, and `max_length`."""
-    percentiles = audit.token_percentiles
-    values: list[dict[str, Any]] = [{"x": size, "y": share / 100} for share, size in enumerate(percentiles)]
-    fitting = sum(size <= max_length for size in percentiles) - 1
-    share = f"{fitting} %" if fitting < 100 else "all"
-    spec = {
-        **_start_spec(f"Tokens of a dialogue: the share of dialogues up to each length; {share} fit a row", values),
-        "layer": [
-            {
-                "mark": {"type": "area", "interpolate": "step-after", "opacity": 0.25, "color": _BLUE, "line": True},
-                "encoding": {
-                    "x": {
-                        "field": "x",
-                        "type": "quantitative",
-                        "title": "tokens",
-                        "scale": {"type": "log", "nice": False},
-                        "axis": {"format": ",d", "tickCount": 8, "grid": False},
-                    },
-                    "y": {
-                        "field": "y",
-                        "type": "quantitative",
-                        "title": "share of dialogues with at most as many",
-                        "stack": None,
-                        "axis": {"format": ".0%", "tickCount": 5},
-                    },
-                    "tooltip": [
-                        {"field": "y", "type": "quantitative", "title": "share", "format": ".0%"},
-                        {"field": "x", "type": "quantitative", "title": "have at most, tokens", "format": ",d"},
-                    ],
-                },
-            },
-            {
-                "data": {"values": [{"x": max_length}]},
-                "mark": {"type": "rule", "color": _ORANGE, "strokeWidth": 2, "strokeDash": [6, 3]},
-                "encoding": {"x": {"field": "x", "type": "quantitative"}},
-            },
-        ],
-    }
-    sentence = f"The dashed line is max_length = {max_length:,}: of {audit.trees:,} dialogues, {share} fit a row whole."
-    return Chart("Lengths of dialogues", sentence, spec, [("y", "share of dialogues"), ("x", "have at most, tokens")])
-
-
-def draw_roles(audit: Audit) -> Chart:
-    """Returns the number of tokens by origin."""
-    values: list[dict[str, Any]] = [
-        {"origin": origin, "tokens": tokens, "share": tokens / audit.tokens}
-        for origin, tokens in sentences.name_roles(audit).items()
-    ]
-    position = {"field": "origin", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 280}}
-    spec = {
-        **_start_spec("Tokens by origin", values),
-        "height": 34 * len(values),
-        "encoding": {
-            "y": position,
-            "x": {
-                "field": "tokens",
-                "type": "quantitative",
-                "title": "tokens",
-                "scale": {"domainMax": 1.2 * max(value["tokens"] for value in values)},  # room for the labels
-                "axis": {"format": "~s", "tickCount": 4},
-            },
-            "tooltip": [
-                {"field": "origin", "type": "nominal", "title": " "},
-                {"field": "tokens", "type": "quantitative", "title": "tokens", "format": ",d"},
-                {"field": "share", "type": "quantitative", "title": "share", "format": ".1%"},
-            ],
-        },
-        "layer": [
-            {
-                "mark": {"type": "bar", "cornerRadiusEnd": 3},
-                "encoding": {
-                    "color": {
-                        "condition": {"test": "indexof(datum.origin, 'trained') == 0", "value": _BLUE},
-                        "value": _GRAY,
-                    }
-                },
-            },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 5},
-                "encoding": {"text": {"field": "share", "type": "quantitative", "format": ".1%"}},
-            },
-        ],
-    }
-    columns = [("origin", "tokens of"), ("tokens", "tokens"), ("share", "share")]
-    return Chart("Whose tokens", "Only trained responses have a loss; everything else is context.", spec, columns)
-
-
-def draw_fills(audit: Audit, max_length: int) -> Chart:
-    """Returns how full rows of several lengths are."""
-    values: list[dict[str, Any]] = [
-        {"length": f"{fill.max_length:,}", "used": fill.used, "rows": fill.rows, "lost": fill.targets_lost}
-        for fill in audit.fills
-    ]
-    tooltip = [
-        {"field": "length", "type": "nominal", "title": "max_length"},
-        {"field": "used", "type": "quantitative", "title": "used", "format": ".1%"},
-        {"field": "rows", "type": "quantitative", "title": "rows", "format": ",d"},
-        {"field": "lost", "type": "quantitative", "title": "targets lost", "format": ".2%"},
-    ]
-    spec = {
-        **_start_spec("Share of the tokens of a row that are used, by max_length", values),
-        "encoding": {
-            "x": {"field": "length", "type": "ordinal", "sort": None, "title": "max_length", "axis": {"labelAngle": 0}},
-            "y": {
-                "field": "used",
-                "type": "quantitative",
-                "title": "share of a row that is no padding",
-                "scale": {"domain": [0, 1]},
-                "axis": {"format": ".0%", "tickCount": 5},
-            },
-            "tooltip": tooltip,
-        },
-        "layer": [
-            {
-                "mark": {"type": "bar", "cornerRadiusEnd": 3},
-                "encoding": {
-                    "color": {
-                        "condition": {"test": f"datum.length == '{max_length:,}'", "value": _BLUE},
-                        "value": _GRAY,
-                    }
-                },
-            },
-            {
-                "mark": {"type": "text", "baseline": "bottom", "dy": -3},
-                "encoding": {"text": {"field": "used", "type": "quantitative", "format": ".0%"}},
-            },
-        ],
-    }
-    columns = [("length", "max_length"), ("used", "used"), ("rows", "rows"), ("lost", "targets lost")]
-    note = f"The blue bar is max_length = {max_length:,} of this config, with truncate = {audit.truncate}."
-    return Chart("How full rows are", note, spec, columns)

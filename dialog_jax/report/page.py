@@ -19,7 +19,7 @@ from dialog_jax.audit.figures import Audit
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation.token_scores import TokenScores
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.report import charts, run_facts, token_columns
+from dialog_jax.report import charts, data_charts, run_facts, token_columns
 from dialog_jax.report.charts import Chart
 from dialog_jax.report.dialogue_views import DialogueView
 from dialog_jax.report.run_facts import Run, Table
@@ -91,7 +91,11 @@ def render(
     step_charts = charts.draw_steps({run.name: (run.metrics, run.evaluations) for run in runs}) if runs else []
     turn_charts = charts.draw_turns(_list_evaluations(runs))
     data_charts = (
-        [charts.draw_lengths(audit, max_length), charts.draw_fills(audit, max_length), charts.draw_roles(audit)]
+        [
+            data_charts.draw_lengths(audit, max_length),
+            data_charts.draw_fills(audit, max_length),
+            data_charts.draw_roles(audit),
+        ]
         if audit.trees
         else []
     )

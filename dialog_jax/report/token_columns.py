@@ -89,4 +89,4 @@ def pack_dialogue(view: DialogueView, scores: Sequence[TokenScores], texts: Text
 
 
 def _compress(data: bytes) -> str:
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()

@@ -126,6 +126,27 @@ class ReportTest(BrowserCase):
         loaded = self.browser.execute_script("return performance.getEntriesByType('resource').map((one) => one.name)")
         self.assertEmpty([url for url in loaded if not url.startswith("data:")])
 
+    def test_curve_is_zoomed_by_its_buttons_and_shows_a_point_on_hover(self):
+        figure = self.wait_for("figure[data-chart='chart-0']")
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
+        self.wait_for("figure[data-chart='chart-0'] svg")
+
+        def labels():
+            return [one.text for one in figure.find_elements(By.CSS_SELECTOR, ".role-axis-label text") if one.text]
+
+        def press(label):
+            before = labels()
+            figure.find_element(By.XPATH, f".//button[text()='{label}']").click()
+            WebDriverWait(self.browser, _SECONDS).until(lambda _: labels() and labels() != before)
+            return labels()
+
+        whole = labels()
+        self.assertNotEqual(press("+"), whole)
+        self.assertEqual(press("all"), whole)
+        webdriver.ActionChains(self.browser).move_to_element(figure.find_element(By.TAG_NAME, "svg")).perform()
+        tooltip = self.wait_for("#vg-tooltip-element.visible").text
+        self.assertRegex(tooltip, r"step\s*:?\s*\d")
+
     def test_hover_shows_the_figures_of_the_token(self):
         self.open_dialogue(_LONGER)
         columns, texts = pages.read_dialogue(self.html, _LONGER), pages.read_texts(self.html)
