@@ -90,7 +90,7 @@ def render(
     ]
     step_charts = charts.draw_steps({run.name: (run.metrics, run.evaluations) for run in runs}) if runs else []
     turn_charts = charts.draw_turns(_list_evaluations(runs))
-    data_charts = (
+    audit_charts = (
         [
             data_charts.draw_lengths(audit, max_length),
             data_charts.draw_fills(audit, max_length),
@@ -99,7 +99,7 @@ def render(
         if audit.trees
         else []
     )
-    named = {f"chart-{number}": chart for number, chart in enumerate([*step_charts, *turn_charts, *data_charts])}
+    named = {f"chart-{number}": chart for number, chart in enumerate([*step_charts, *turn_charts, *audit_charts])}
     names = iter(named)
     report = {
         "models": [model.name for model in models],
@@ -125,7 +125,7 @@ def render(
             "name": data_name,
             "findings": audit.findings,
             "figures": sentences.describe_figures(audit),
-            "charts": _take(names, data_charts),
+            "charts": _take(names, audit_charts),
             "rows": _tabulate_fills(audit),
         },
         dialogues={"note": _describe_dialogues(views, models), "hidden": remarks},
