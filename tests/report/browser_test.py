@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import unittest
 from unittest import mock
 
 import numpy as np
@@ -57,7 +58,7 @@ class BrowserCase(absltest.TestCase):
         if not all(_find_programs()):
             message = "chromium and chromedriver are not installed: apt-get install chromium chromium-driver"
             assert not os.environ.get("DIALOG_JAX_NEEDS_BROWSER"), message
-            raise cls.skipTest(cls(), message)
+            raise unittest.SkipTest(message)
         cls.directory = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.browser = start_browser()
         cls.addClassCleanup(cls.browser.quit)
