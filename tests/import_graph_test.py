@@ -28,7 +28,10 @@ _ROOMS = {
         "refusals", "dialogue_trees", "chunks", "dataset", "worker_pool", "disk_cache",
     ),
     "batching": ("packing", "mixture", "row_stream", "load_balance", "batches"),
-    "audit": ("inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures"),
+    "audit": (
+        "inspection", "row_lengths", "unread", "finding_kinds", "findings", "tally", "figures", "sentences",
+        "token_messages",
+    ),
     "attention": (
         "mask", "cached", "blockwise", "pallas_gpu_kernels", "pallas_gpu", "splash", "probing", "dispatch",
     ),
@@ -42,21 +45,22 @@ _ROOMS = {
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config_fields", "optimizer_config", "config", "data_sources", "optimizer", "sharding", "trainable", "loss",
-        "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints", "metrics", "run_inputs",
-        "run_directory", "initial_state", "model_card", "trained_models", "export", "compilation_cache", "console",
-        "loop", "run",
+        "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints", "metrics", "sessions",
+        "run_inputs", "run_directory", "initial_state", "model_card", "trained_models", "export", "compilation_cache",
+        "console", "loop", "run",
     ),
     "evaluation": (
-        "contexts", "scored_trees", "scoring", "escaping", "response_text", "k_passes", "k_pass_scores", "differences",
-        "agreement", "selection",
+        "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",
+        "k_pass_scores", "differences", "agreement", "selection",
     ),
     "planning": ("hlo", "compiling", "workload", "estimating"),
     "diagnosis": (
         "run_figures", "finding", "statistics", "update_findings", "loss_findings", "findings", "measurements",
     ),
+    "report": ("dialogue_views", "token_columns", "charts", "data_charts", "run_facts", "page"),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "select",
-        "compare", "export", "chat", "plot", "diagnose", "plan",
+        "compare", "export", "chat", "plot", "report", "diagnose", "plan",
     ),
 }
 # fmt: on

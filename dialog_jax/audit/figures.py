@@ -53,6 +53,8 @@ class Audit:
     """Number of tokens of the sequences prompt ++ response, one per trained response."""
     changed: int
     """Number of dialogues whose history the template renders differently from how it was generated."""
+    branching: int
+    """Number of dialogues whose tree branches, for that reason or because a message has several answers."""
     roles: dict[str, int]
     """Number of tokens by origin: contents of each role, trained responses with their end of turn, and the rest."""
     end_of_turn: str | None
@@ -66,6 +68,8 @@ class Audit:
     dialogue_tokens: Spread | None
     response_tokens: Spread | None
     responses_each: Spread | None
+    token_percentiles: list[int]
+    """Tokens of a dialogue at the percentiles 0, 1, ..., 100; empty if no dialogue is trained on."""
     soft_prompt: int
     """Number of tokens of a soft prompt, which each row has once."""
     truncate: str
@@ -178,6 +182,7 @@ def _summarize(tally: Tally) -> Audit:
         first_not_verbatim=tally.not_verbatim[:_PLACES],
         k_pass_tokens=counts["k_pass_tokens"],
         changed=counts["changed"],
+        branching=counts["branching"],
         roles={
             **{role: tally.roles[role] for role in ROLES if tally.roles[role]},
             "responses": tally.roles["responses"],
@@ -191,6 +196,7 @@ def _summarize(tally: Tally) -> Audit:
         dialogue_tokens=row_lengths.measure_spread(tally.tree_tokens),
         response_tokens=row_lengths.measure_spread(tally.response_tokens),
         responses_each=row_lengths.measure_spread(tally.responses_each),
+        token_percentiles=row_lengths.measure_percentiles(tally.tree_tokens),
         soft_prompt=soft_prompt,
         truncate=tally.tools.config.truncate,
         fills=fills,

@@ -82,6 +82,13 @@ def measure_spread(values: Sequence[tuple[int, str]]) -> Spread | None:
     return Spread(median=median, most=most, longest=longest, where=where)
 
 
+def measure_percentiles(values: Sequence[tuple[int, str]]) -> list[int]:
+    """Returns the percentiles 0, 1, ..., 100 of (length, name) pairs, each a length that occurs; [] of no pairs."""
+    if not values:
+        return []
+    return np.quantile([size for size, _ in values], np.arange(101) / 100, method="inverted_cdf").tolist()
+
+
 def measure_lengths(
     dialogue: Dialogue, excerpts: Sequence[Excerpt], renderer: Renderer, config: TreeConfig, lengths: Sequence[int]
 ) -> list[Measure]:

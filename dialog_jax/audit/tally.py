@@ -88,6 +88,7 @@ def add_dialogue(tally: Tally, dialogue: Dialogue, excerpts: Sequence[Excerpt]) 
         tally.findings.add("refused_skipped" if tools.config.on_error == "skip" else "refused", refusal)
     tally.tree_tokens.append((len(tree.tokens), dialogue.name))
     tally.counts["targets"] += int((tree.weight > 0).sum())
+    tally.counts["branching"] += not (tree.subtree_end == len(tree.tokens)).all()
     tally.roles["responses"] += int((tree.turn >= 0).sum())
     for kind, place in dialogue_trees.list_unwritten(excerpts):
         tally.findings.add(f"{kind}_not_written", f"{dialogue.name}: {place}")

@@ -26,8 +26,8 @@ import rich.table
 from absl import flags
 
 from dialog_jax import atomic_files
+from dialog_jax.audit import sentences
 from dialog_jax.audit.figures import Audit, make_audit
-from dialog_jax.audit.row_lengths import Spread
 from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
@@ -54,88 +54,11 @@ _PLACES = 3  # printed per finding
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
-def figures(audit: Audit) -> list[tuple[str, str]]:
-    """Returns (heading, sentence) of each figure."""
-    refused = audit.records - audit.dialogues
-    sentences = [
-        (
-            "dialogues",
-            f"{audit.records:,} records" + (f", {refused:,} of them refused" if refused else "") + f"; {audit.trees:,} "
-            "dialogues have something to train on",
-        )
-    ]
-    if not audit.trees:
-        return sentences
-    untrained = f", {audit.untrained:,} assistant messages are not" if audit.untrained else ""
-    sentences.append(("responses", f"{audit.responses:,} are trained on{untrained}"))
-    sentences.append(
-        (
-            "tokens",
-            f"{audit.tokens:,}, of them {audit.targets:,} targets ({audit.targets / audit.tokens:.1%})",
-        )
-    )
-    if audit.responses:
-        sentences.append(
-            (
-                "one pass",
-                f"{audit.k_pass_tokens / audit.tokens:.1f} times fewer tokens than the {audit.k_pass_tokens:,} of "
-                f"{audit.responses:,} separate sequences, one per response",
-            )
-        )
-    changed = f"rendered differently from how it was generated in {audit.changed:,} of {audit.trees:,} dialogues"
-    sentences.append(("history", changed if audit.changed else "rendered as it was generated, in every dialogue"))
-    if audit.not_verbatim:
-        sentences.append(
-            (
-                "as recorded",
-                f"{audit.not_verbatim:,} of {audit.responses:,} responses are rendered differently from what is "
-                f"recorded, the first {audit.first_not_verbatim[0]}; data.responses=verbatim trains what is recorded",
-            )
-        )
-    sentences += [("end of turn", _end_of_turn(audit)), ("beginning", _beginning(audit))]
-    if audit.soft_prompt:
-        sentences.append(("soft prompt", f"{audit.soft_prompt:,} tokens of each row"))
-    for heading, spread in (
-        ("tokens of a dialogue", audit.dialogue_tokens),
-        ("tokens of a response", audit.response_tokens),
-        ("responses of a dialogue", audit.responses_each),
-    ):
-        if spread is not None:
-            sentences.append((heading, _spread(spread)))
-    return sentences
-
-
-def _spread(spread: Spread) -> str:
-    return f"median {spread.median:,}, 95 % at most {spread.most:,}, longest {spread.longest:,} ({spread.where})"
-
-
-def _end_of_turn(audit: Audit) -> str:
-    if audit.end_of_turn is None:
-        return "the chat template writes no special token after a response"
-    trained = audit.last_targets.get(audit.end_of_turn, 0)
-    return f"{audit.end_of_turn} is the last target of {trained:,} of {audit.responses:,} responses"
-
-
-def _beginning(audit: Audit) -> str:
-    if audit.bos is None:
-        return "the tokenizer has no BOS token"
-    added = (
-        "the tokenizer itself would add one: give it rendered text with add_special_tokens=False"
-        if audit.bos_added
-        else "the tokenizer itself adds none"
-    )
-    return f"{audit.bos_written:,} of {audit.trees:,} dialogues begin with BOS ({audit.bos}); {added}"
-
-
 def tables(audit: Audit) -> list[rich.table.Table]:
     """Returns two tables: tokens by role, and rows of several lengths."""
     roles = rich.table.Table("tokens of", "", "share", title="Whose tokens", title_justify="left", box=None)
-    names = {
-        "responses": "trained responses, end of turn included",
-        "rest": "the chat template" + (", and history that it renders differently" if audit.changed else ""),
-    }
-    for role, tokens in audit.roles.items():
-        roles.add_row(names.get(role, f"{role} messages"), f"{tokens:,}", f"{tokens / audit.tokens:.1%}")
+    for origin, tokens in sentences.name_roles(audit).items():
+        roles.add_row(origin, f"{tokens:,}", f"{tokens / audit.tokens:.1%}")
     lengths = rich.table.Table(title=f"Rows, with truncate = {audit.truncate}", box=None)
     for heading in ("max_length", "rows", "full", "divided", "repeated", "shortened", "left out", "targets lost"):
         lengths.add_column(heading, justify="right")
@@ -158,9 +81,9 @@ def tables(audit: Audit) -> list[rich.table.Table]:
 
 def show(audit: Audit, console: rich.console.Console) -> None:
     """Prints figures, tables and findings."""
-    sentences = figures(audit)
-    width = max(len(heading) for heading, _ in sentences)
-    for heading, sentence in sentences:
+    figures = sentences.describe_figures(audit)
+    width = max(len(heading) for heading, _ in figures)
+    for heading, sentence in figures:
         console.print(f"{heading:<{width}}  {sentence}", markup=False, soft_wrap=True)
     for table in tables(audit) if audit.trees else []:
         console.print()

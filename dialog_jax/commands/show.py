@@ -14,23 +14,22 @@ token is visible to the tokens from itself to before its `end`.
 """
 
 import collections
-import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import rich.console
 import rich.text
 from absl import flags
 
-from dialog_jax.audit import inspection
+from dialog_jax.audit import inspection, token_messages
 from dialog_jax.commands import config_flag, config_inputs
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.rendering.sequences import MessageSpan, Renderer
+from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import TrainConfig
-from dialog_jax.trees import prefix_tree, weighting
+from dialog_jax.trees import weighting
 from dialog_jax.trees.prefix_tree import Tree
 from dialog_jax.trees.weighting import SupervisedSequence
 
@@ -44,54 +43,6 @@ _TEMPLATE = "template"
 _COLORS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", _TEMPLATE: "default"}
 _GUTTER = 9  # columns
 _CONTEXT = 8  # tokens decoded together with those that follow them
-
-
-def node_roles(
-    dialogue: Dialogue, tree: Tree, sequences: Sequence[SupervisedSequence], renderer: Renderer
-) -> list[str]:
-    """Returns for each node of the tree the role of the message it belongs to, or `template`.
-
-    Raises:
-      UserError: the template changes more than a message's own place when the message changes.
-    """
-    roles = [_TEMPLATE] * len(tree.tokens)
-    _, nodes_of_sequences = prefix_tree.build_trie([one.tokens for one in sequences])
-    before: np.ndarray = np.zeros(0, np.int32)  # the tokens of the previous sequence, and the spans of its messages
-    spans: dict[int, tuple[int, int]] = {}
-    for one, nodes in zip(sequences, nodes_of_sequences, strict=True):
-        shared = prefix_tree.common_prefix_length(before, one.sequence.tokens) if len(before) else 0
-        spans = {message: span for message, span in spans.items() if span[1] <= shared}
-        spans |= {
-            one.excerpt.original_indices[place.message_index]: (place.start, place.stop)
-            for place in _locate_messages(one, spans, renderer)
-        }
-        if one.original_index >= 0:
-            spans[one.original_index] = one.sequence.start, len(one.sequence.tokens)
-        for message, (start, stop) in spans.items():
-            for node in nodes[start:stop]:
-                roles[node] = dialogue.messages[message].role
-        before = one.sequence.tokens
-    return roles
-
-
-def _locate_messages(one: SupervisedSequence, known: Collection[int], renderer: Renderer) -> tuple[MessageSpan, ...]:
-    """Returns the spans in a sequence of the messages before its response, without the `known` ones."""
-    messages = one.excerpt.dialogue.messages
-    stop = one.sequence.message_index + 1 or len(messages)
-    # Only the response has a weight, so that the renderer yields no sequence for other messages.
-    weighted = tuple(
-        dataclasses.replace(message, weight=float(index == one.sequence.message_index), parts=())
-        for index, message in enumerate(messages[:stop])
-    )
-    unknown = [
-        message for message, number in zip(weighted, one.excerpt.original_indices, strict=False) if number not in known
-    ]
-    (rendered,) = renderer.render(
-        [dataclasses.replace(one.excerpt.dialogue, messages=weighted)],
-        full=one.sequence.turn < 0,
-        locate=lambda message: any(message is other for other in unknown),
-    )
-    return list(rendered)[-1].message_spans
 
 
 def lines(tree: Tree, roles: Sequence[str], renderer: Renderer) -> Iterator[tuple[str, rich.text.Text]]:
@@ -219,11 +170,12 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
     (tree,) = weighting.build_trees([sequences], objective)
     if tree is None:
         raise UserError(f"{dialogue.name} has nothing to train on under the objective {objective.name}.")
-    try:
-        roles = node_roles(dialogue, tree, sequences, renderer)
-    except UserError as error:
-        roles = [_TEMPLATE if turn < 0 else "assistant" for turn in tree.turn]
-        console.print(f"the roles of the history cannot be determined: {error}", markup=False, soft_wrap=True)
+    messages, errors = token_messages.find_messages(tree, sequences, renderer)
+    roles = [dialogue.messages[message].role if message >= 0 else _TEMPLATE for message in messages]
+    for error in errors:
+        console.print(
+            f"the role of a message in the history cannot be determined: {error}", markup=False, soft_wrap=True
+        )
     if _TOKENS.value:
         for line, role in token_lines(tree, roles, renderer):
             console.print(line, style=_COLORS[role], markup=False, soft_wrap=True)

@@ -247,6 +247,9 @@ def _make_figures(run: Run, update: _Update, values: StepMetrics, seconds: float
             selection=run.selection,
         )
         figures["mfu"] = flops / seconds / (peak * run.mesh.devices.size)
+    memory = metrics.measure_peak_memory(run.mesh.local_devices)
+    if memory is not None:
+        figures["peak_memory_gb"] = memory / 1e9
     if update.startup_seconds is not None:
         figures["startup_seconds"] = update.startup_seconds
     return figures

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +100,12 @@ def find_peak_flops(device: jax.Device) -> float | None:
     """Returns the peak dense bfloat16 FLOP/s of a device; None where it is unknown, as on CPUs."""
     kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+def measure_peak_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Returns the most bytes that one of the devices has had in use; None where it is not known, as on CPUs."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 class Evaluation:

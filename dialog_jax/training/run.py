@@ -34,6 +34,7 @@ from dialog_jax.training import (
     run_directory,
     run_inputs,
     score_steps,
+    sessions,
     sharding,
     signals,
     train_step,
@@ -131,6 +132,8 @@ def run(
         if line:
             console.print(line)
         distributed.run_primary_first(lambda: _claim(directory, config, inputs, selection, hashes, changes))
+        if distributed.is_primary() and start < steps:
+            sessions.add_session(directory, start)
 
         # Train.
         training = Run(

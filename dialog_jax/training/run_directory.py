@@ -15,6 +15,7 @@ output_dir/
   damaged/           checkpoints that could not be read
   metrics.jsonl      one line per update
   evaluation.jsonl   held-out figures, one line per evaluation; step 0 is before training
+  sessions.jsonl     one line per process that trained here: its start, versions and devices
   tensorboard/       the same for TensorBoard
 """
 

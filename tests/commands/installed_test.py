@@ -77,6 +77,7 @@ class InstalledTest(absltest.TestCase):
         (package,) = self.bin.parent.glob("lib/python*/site-packages/dialog_jax")
         self.assertTrue((package / "py.typed").is_file())
         self.assertNotEmpty(list((package / "planning" / "shapes").glob("*.json")))
+        self.assertTrue((package / "report" / "templates" / "report.html.jinja").is_file())
 
     def test_python_of_the_readme_trains_and_replies(self):
         (code,) = re.findall(r"```python\n(.*?)```", (_ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

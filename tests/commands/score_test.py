@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from dialog_jax.evaluation import scoring
+from dialog_jax.evaluation import tree_scores
 from dialog_jax.model import decoder, saving
 from dialog_jax.trees import dataset, prefix_tree
 from tests.commands import running
@@ -440,7 +440,7 @@ class BatchesTest(parameterized.TestCase):
             for size, span in zip(sizes, spans, strict=True)
         ]
         seen, shapes, room = [], set(), 0
-        for length, rows in scoring._make_batches(dataset.concatenate_trees(trees), context, 4096):
+        for length, rows in tree_scores.make_batches(dataset.concatenate_trees(trees), context, 4096):
             shapes.add((length, len(rows)))
             room += length * len(rows)
             for row in rows:

@@ -254,7 +254,8 @@ class ShowTest(parameterized.TestCase):
         told, error = self.show({"prompt": "Hi", "completion": "Hello!"}, f"--config.data.chat_template={template}")
         self.assertEmpty(error)
         self.assertIn(
-            "the roles of the history cannot be determined: dialogue 0 (data.jsonl:1): message 0 (user)", told
+            "the role of a message in the history cannot be determined: dialogue 0 (data.jsonl:1): message 0 (user)",
+            told,
         )
         self.assertIn("         HI<|im_end|>⏎\n         <|im_start|>assistant⏎\nturn 0   ⟦Hello!<|im_end|>⟧\n", told)
 

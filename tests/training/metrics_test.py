@@ -3,7 +3,9 @@
 import pathlib
 import resource
 import struct
+from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest
 from tensorboardX.proto import event_pb2
@@ -68,6 +70,17 @@ class FlopsTest(absltest.TestCase):
         self.assertEqual(count(lora=lora, frozen_dtype="nf4"), frozen + 3 * 10 * factors * 4 / 6)
         everywhere = LoraConfig(rank=1, targets=("embed_tokens", "lm_head"))
         self.assertEqual(count(lora=everywhere), frozen + 3 * (10 * 32 + 4 * (32 + 100)))
+
+
+class PeakMemoryTest(absltest.TestCase):
+    def test_peak_is_that_of_the_fullest_device_and_unknown_on_cpus(self):
+        devices = [
+            mock.Mock(spec=jax.Device, memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak, "bytes_in_use": 1})
+            for peak in (3, 7, 5)
+        ]
+        self.assertEqual(metrics.measure_peak_memory(devices), 7)
+        self.assertIsNone(metrics.measure_peak_memory([mock.Mock(spec=jax.Device, memory_stats=lambda: None)]))
+        self.assertIsNone(metrics.measure_peak_memory(jax.devices()))
 
 
 class EvaluationTest(absltest.TestCase):

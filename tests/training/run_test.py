@@ -28,7 +28,7 @@ from dialog_jax.model import decoder, saving
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
-from dialog_jax.training import checkpoints, metrics, run_directory, run_inputs
+from dialog_jax.training import checkpoints, metrics, run_directory, run_inputs, sessions
 from dialog_jax.training import loop as loop_lib
 from dialog_jax.training import run as run_lib
 from dialog_jax.training import train_step as step_lib
@@ -106,6 +106,11 @@ class RunTest(parameterized.TestCase):
         self.assertNotEmpty(list((self.directory / "run" / "tensorboard").iterdir()))
         best = min(held_out[1:], key=lambda line: line["loss"])["step"]
         self.assertEqual(self.steps_of("run"), sorted({4, 6, best}))
+        (session,) = sessions.read_sessions(self.directory / "run")
+        self.assertEqual((session["step"], session["processes"], session["devices"]), (0, 1, {"cpu": 8}))
+        self.assertEqual(session["packages"]["jax"], jax.__version__)
+        self.run_in("run")  # finished: it trains nothing
+        self.assertLen(sessions.read_sessions(self.directory / "run"), 1)
 
     def test_run_without_validation_data_holds_a_share_out_and_says_so(self):
         data = dataclasses.replace(self.config.data, validation="", validation_share=0.2)
