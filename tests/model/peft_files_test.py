@@ -27,7 +27,7 @@ from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
 from tests.training import tiny
 
-FULL_PARAMETERS = ("experts_transposed", "experts_down")  # of the full tier: see tests/conftest.py
+FULL_PARAMETERS = ("experts", "experts_transposed", "experts_down")  # of the full tier: see tests/conftest.py
 
 _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 _EVERYWHERE = ("all-linear", "embed_tokens", "lm_head")
