@@ -50,7 +50,8 @@ def _measure_product(old: Sequence[Any], new: Sequence[Any], scale: Any) -> floa
     if all(np.array_equal(one, two) for one, two in zip(old, new, strict=True)):
         return 0.0
     (a0, b0), (a, b) = ([np.asarray(factor, np.float64) for factor in factors] for factors in (old, new))
-    scales = np.asarray(scale, np.float64)[..., None, :]
+    # Experts have an axis that their scale lacks.
+    scales = np.expand_dims(np.asarray(scale, np.float64), tuple(range(np.ndim(scale) - 1, a.ndim - 1)))
     p, q = np.concatenate([a * scales, -a0 * scales], axis=-1), np.concatenate([b, b0], axis=-2)
     grams = p.swapaxes(-1, -2) @ p, q @ q.swapaxes(-1, -2)
     return math.sqrt(max(float((grams[0] * grams[1]).sum()), 0.0))

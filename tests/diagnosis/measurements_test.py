@@ -56,6 +56,19 @@ class MeasurementsTest(absltest.TestCase):
         self.assertEqual(change(matrix, {"lora_a": trained["lora_a"], "lora_b": matrix["lora_b"]}), 0.0)
         self.assertEqual(change(matrix | trained, trained), 0.0)
 
+    def test_change_of_lora_on_experts_is_that_of_all_their_products(self):
+        rng = np.random.default_rng(0)
+        shapes = {"weight": (2, 3, 6, 5), "lora_a": (2, 3, 6, 4), "lora_b": (2, 3, 4, 5)}  # layers, experts, in, out
+        matrix = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        before = matrix | {
+            "lora_b": np.zeros(shapes["lora_b"], np.float32),
+            "lora_scale": np.float32([[2] * 4, [1] * 4]),
+        }
+        after = {name: matrix[name] for name in ("lora_a", "lora_b")}
+        ((_, _, change),) = measurements.measure_changes({"w": before}, {"w": after})
+        products = matrix["lora_a"].astype(np.float64) @ matrix["lora_b"].astype(np.float64)
+        np.testing.assert_allclose(change, np.sqrt(4 * (products[0] ** 2).sum() + (products[1] ** 2).sum()), rtol=1e-6)
+
     def test_losses_of_first_middle_and_last_tokens(self):
         scores = [_score([5.0, 1.0, 2.0, 3.0], [9.0]), _score(), _score([7.0, 3.0, 4.0])]
         found = measurements.measure_responses(scores, has_end=True)
