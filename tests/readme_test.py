@@ -142,6 +142,9 @@ class DocumentTest(parameterized.TestCase):
             used = {re.split(r"[=.]", word.removeprefix("--"))[0] for word in words if word.startswith("--")}
             self.assertEmpty(used - flags, f"dialog_jax {command}")
 
+    def test_readme_links_every_document(self):
+        self.assertEmpty(set(_DOCS[1:]) - set(re.findall(r"\]\(([^)\s#]+)", _read("README.md"))))
+
     def test_every_document_checks_something(self):
         text = "".join(map(_read, _DOCS))
         self.assertGreater(len(re.findall(r"`(test_\w+)`", text)), 50)

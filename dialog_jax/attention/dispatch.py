@@ -36,12 +36,14 @@ _PROBE_LENGTH = 1100
 _TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 
 # Messages of JAX and XLA, in exceptions of general classes, for a kernel that a device cannot run: this jaxlib has no
-# Pallas for the device; Triton does not support so old a device; the blocks exceed the shared memory.
+# Pallas for the device; Triton does not support so old a device; the blocks exceed the shared memory of a GPU or the
+# vector memory of a TPU.
 _UNSUPPORTED_MESSAGES = (
     "Cannot lower pallas_call on platform",
     "UNIMPLEMENTED",
     "Triton support is only enabled for",
     "Shared memory size limit exceeded",
+    "in memory space vmem",
 )
 
 

@@ -122,19 +122,6 @@ def _count_records(
         yield record
 
 
-def _read_embedding_rows(model: str) -> int | None:
-    """Returns the number of rows that config.json of a local model says its embedding has; None if it says nothing."""
-    file = pathlib.Path(model).expanduser() / "config.json"
-    if not model or not file.is_file():
-        return None
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}. Download or save the model again.") from None
-    rows = fields.get("vocab_size", (fields.get("text_config") or {}).get("vocab_size"))
-    return rows if isinstance(rows, int) else None
-
-
 def main() -> int:
     config = config_flag.read(_CONFIG)
     out = entry.require_file_path(_OUT) if _OUT.value else None
@@ -142,7 +129,7 @@ def main() -> int:
     source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
         records = _count_records(config_inputs.iterate_records(source), status)
-        embedding_rows = None if config.resize_embedding else _read_embedding_rows(config.model)
+        embedding_rows = None if config.resize_embedding else config_inputs.read_embedding_rows(config.model)
         audit = make_audit(records, tokenizer, renderer, config.make_tree_config(), embedding_rows=embedding_rows)
     if out:
         write(audit, config, source, out)

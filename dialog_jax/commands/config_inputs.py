@@ -133,3 +133,16 @@ def renderer_options(config: TrainConfig) -> dict[str, Any]:
         "template_time": config.data.template_time,
         "responses": config.data.responses,
     }
+
+
+def read_embedding_rows(model: str) -> int | None:
+    """Returns the number of rows that config.json of a local model says its embedding has; None if it says nothing."""
+    file = pathlib.Path(model).expanduser() / "config.json"
+    if not model or not file.is_file():
+        return None
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}. Download or save the model again.") from None
+    rows = fields.get("vocab_size", (fields.get("text_config") or {}).get("vocab_size"))
+    return rows if isinstance(rows, int) else None

@@ -6,7 +6,7 @@ Reads the figures of the run so far, compares its best checkpoint with the model
 dialogues with both, and looks for held-out responses in the training data. `certain` findings were counted, `likely`
 and `possible` ones are what the figures suggest; docs/diagnose.md has all kinds with their thresholds. The exit code is
 1 if there is a finding, else 0. What cannot be checked, because the model or the data is not here, is listed: of
-absolute paths a run keeps only the last part, so name them with --base, --train and --validation.
+absolute paths a run keeps only the last part, so name them with --base, --train, --validation, --weights and --adapter.
 
 With --overfit, a copy of the model is trained on 8 dialogues of the training data for 50 steps, in a temporary
 directory. If their loss does not fall by half, the model cannot learn with this config, whatever the data.
@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import rich.console
 from absl import flags
@@ -37,13 +38,19 @@ from dialog_jax.evaluation import scoring
 from dialog_jax.model import parameter_trees
 from dialog_jax.training import compilation_cache, data_sources, run_directory, trainable, trained_models
 from dialog_jax.training import run as run_lib
-from dialog_jax.training.config import TrainConfig
+from dialog_jax.training.config import MeshConfig, TrainConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
 
 _RUN = flags.DEFINE_string("run", None, "Directory of a run: the --output_dir of dialog_jax train.")
 _BASE = config_inputs.define_base()
 _TRAIN = flags.DEFINE_string("train", "", "The training data, if it is not where the run's config.json says.")
 _VALIDATION = flags.DEFINE_string("validation", "", "The held-out data, if it is not where config.json says.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "", "The file of weights (data.weights), if it is not where config.json says."
+)
+_ADAPTER = flags.DEFINE_string(
+    "adapter", "", "The adapter that the run continued, if it is not where config.json says."
+)
 _OVERFIT = flags.DEFINE_bool("overfit", False, "Train a copy on 8 dialogues for 50 steps: can the model learn at all?")
 
 _SAMPLE, _SAMPLE_CHARACTERS = 64, 1 << 17  # held-out dialogues that are scored, and their text: about 32,000 tokens
@@ -60,8 +67,13 @@ def read_config(run: pathlib.Path) -> TrainConfig:
             "--train and --validation are for runs with one training set; this one has data.mix. Start the command "
             "where its relative paths begin."
         )
-    train, validation = _TRAIN.value or config.data.train, _VALIDATION.value or config.data.validation
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=train, validation=validation))
+    data = dataclasses.replace(
+        config.data,
+        train=_TRAIN.value or config.data.train,
+        validation=_VALIDATION.value or config.data.validation,
+        weights=_WEIGHTS.value or config.data.weights,
+    )
+    return dataclasses.replace(config, data=data, adapter=_ADAPTER.value or config.adapter)
 
 
 def measure(run: pathlib.Path, config: TrainConfig, figures: Figures) -> Figures:
@@ -87,20 +99,28 @@ def measure(run: pathlib.Path, config: TrainConfig, figures: Figures) -> Figures
         entry.print_message(f"scoring {len(sample):,} of {len(held_out):,} held-out dialogues with both models")
         options: dict[str, Any] = {"compute_dtype": jnp.float32, "skipped": []}
         scores = [
-            list(scoring.score_dialogues(sample, model.renderer, model.config, parameters, **options))
+            attempt(
+                "responses held_out",
+                lambda parameters=parameters: list(
+                    scoring.score_dialogues(sample, model.renderer, model.config, parameters, **options)
+                ),
+            )
             for parameters in (before, model.parameters)
         ]
+        missing.setdefault("responses", "no held-out response has three tokens")
+        missing.setdefault("held_out", "fewer than two held-out dialogues have a response")
         has_end = model.renderer.end_of_turn is not None
-        measured["responses"] = measurements.measure_responses(scores[0], has_end=has_end)
-        measured["held_out"] = measurements.measure_held_out_change(*scores)
+        measured["responses"] = scores[0] and measurements.measure_responses(scores[0], has_end=has_end)
+        measured["held_out"] = (all(scores) and measurements.measure_held_out_change(*scores)) or None
     return dataclasses.replace(figures, missing=missing, **measured)
 
 
 def _choose_sample(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
-    """Returns the first dialogues, limited in number and in text; at least two, which an error needs."""
-    sizes = [sum(len(message.content) for message in dialogue.messages) for dialogue in dialogues[:_SAMPLE]]
+    """Returns dialogues from all of the data, limited in number and in text; at least two, which an error needs."""
+    sample = dialogues[:: max(1, len(dialogues) // _SAMPLE)][:_SAMPLE]
+    sizes = [sum(len(message.content) for message in dialogue.messages) for dialogue in sample]
     count = sum(total <= _SAMPLE_CHARACTERS for total in itertools.accumulate(sizes))
-    return list(dialogues[: max(2, count)])
+    return list(sample[: max(2, count)])
 
 
 def _iterate_training(config: TrainConfig) -> Iterator[Dialogue]:
@@ -114,8 +134,9 @@ def _load_models(run: pathlib.Path, config: TrainConfig) -> tuple[dict, Any, lis
     base = trained_models.find_base(run, model, _BASE.value)
     options = config_inputs.renderer_options(config) | {"report": entry.print_message}
     options["chat_template"] = ""  # the run's tokenizer has it
-    tuned = trained_models.load_model(str(run), base=str(base), **options)
-    before = trained_models.load_initial(run, model, base)
+    needed = "" if trained_models.is_whole(model) else str(base)
+    tuned = trained_models.load_model(str(run), base=needed, **options)
+    before = trained_models.load_initial(run, model, base, adapter=config.adapter)
     paths = parameter_trees.flatten(trainable.abstract_parameters(model.selection).trained)
     trained, _ = parameter_trees.split(tuned.parameters, lambda path: path in paths)
     return before, tuned, measurements.measure_changes(before, trained)
@@ -129,16 +150,21 @@ def overfit(run: pathlib.Path, config: TrainConfig) -> tuple[str, Finding | None
     base = trained_models.find_base(run, run_directory.read_model(run), _BASE.value)
     with tempfile.TemporaryDirectory() as directory:
         data = pathlib.Path(directory) / "few.jsonl"
-        data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        # What JSON has no type for, such as a date in a Parquet file, is no part of a message.
+        data.write_text("".join(json.dumps(record, default=str) + "\n" for record in records), encoding="utf-8")
         default = dataclasses.replace(config, optimizer=OptimizerConfig()).resolve().optimizer.learning_rate
         rate = default if config.soft_prompt.tokens else _OVERFIT_FACTOR * default
         few = dataclasses.replace(
             config,
             model=str(base),
+            tokenizer=str(run / "tokenizer"),
+            mesh=MeshConfig(),
+            rows=jax.device_count(),
             data=dataclasses.replace(
                 config.data,
                 train=str(data),
                 validation=str(data),
+                chat_template="",  # the run's tokenizer has it
                 mix={},
                 weights="",
                 teacher="",
@@ -207,7 +233,10 @@ def main() -> int:
     findings, unchecked = findings_lib.diagnose(measure(run, config, figures))
     print(describe(run, figures))
     if _OVERFIT.value:
-        outcome, finding = overfit(run, config)
+        try:
+            outcome, finding = overfit(run, config)
+        except UserError as error:
+            outcome, finding = f"overfit: not done: {error}", None
         print(outcome)
         if finding:
             findings["cannot_learn"] = finding

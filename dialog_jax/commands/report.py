@@ -9,9 +9,9 @@ the best checkpoint by held-out loss, and scores every token of each dialogue wi
 of another run with the same tokenizer. Without a run no weights are read: the page shows the data as training would
 see it.
 
-Shown are the first --dialogues, one half from the held-out data of a run and one half from its training data. With a
-run, the only fields of --config are data.train, data.mix, data.validation and adapter, for files that have moved: of an
-absolute path a run keeps only the last part.
+Shown are the first --dialogues, one half from the held-out data of a run and one half from its training data, in equal
+parts from the sets of a mixture. With a run, the only fields of --config are data.train, data.mix, data.validation,
+data.weights and adapter, for files that have moved: of an absolute path a run keeps only the last part.
 """
 
 import dataclasses
@@ -51,7 +51,8 @@ _AGAINST = flags.DEFINE_string("against", "", "Directory of another run, to comp
 _DIALOGUES = flags.DEFINE_integer("dialogues", 200, "Number of dialogues to show.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "The .html file to write; an existing one is replaced.")
 
-_WITH_RUN = ("data.train", "data.mix", "data.validation", "adapter")  # fields that name files
+_REMARKS = 50  # on the page
+_WITH_RUN = ("data.train", "data.mix", "data.validation", "data.weights", "adapter")  # fields that name files
 
 
 def main() -> None:
@@ -69,8 +70,9 @@ def main() -> None:
 
 def _report_data(config: TrainConfig, status: rich.status.Status) -> str:
     """Returns the page of data and a tokenizer."""
-    if _AGAINST.value:
-        raise UserError(f"--against={_AGAINST.value} is compared with a run. Name one: --run=DIRECTORY")
+    for flag in (_AGAINST, _BASE):
+        if flag.value:
+            raise UserError(f"--{flag.name}={flag.value} needs a run. Name one: --run=DIRECTORY")
     tokenizer, renderer = config_inputs.open_renderer(config)
     sources = {"training": [data_sources.find_source(config, name) for name in config.data.mix or ("train",)]}
     if config.data.validation:
@@ -78,7 +80,13 @@ def _report_data(config: TrainConfig, status: rich.status.Status) -> str:
     plain = renderer.with_virtual_tokens(virtual_tokens.NONE)
     views, remarks = _make_views(sources, plain, config)
     status.update("auditing the data")
-    audit = make_audit(_iterate(sources["training"]), tokenizer, renderer, config.make_tree_config())
+    audit = make_audit(
+        _iterate(sources["training"]),
+        tokenizer,
+        renderer,
+        config.make_tree_config(),
+        embedding_rows=None if config.resize_embedding else config_inputs.read_embedding_rows(config.model),
+    )
     name = _name_sources(sources["training"])
     return page.render(
         title=name,
@@ -98,6 +106,8 @@ def _report_run(given: TrainConfig, status: rich.status.Status) -> str:
     """Returns the page of one or two runs."""
     paths = [atomic_files.expand_home(name) for name in (_RUN.value, _AGAINST.value) if name]
     runs = [_read_run(path) for path in paths]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=str(path)) for run, path in zip(runs, paths, strict=True)]
     run = runs[0]
     # The page shows the run's own config; files are read where they are now.
     config = _apply(run.config, given)
@@ -109,7 +119,7 @@ def _report_run(given: TrainConfig, status: rich.status.Status) -> str:
     base = trained_models.find_base(run.path, run.model, _BASE.value)
 
     status.update("loading the model")
-    after = _load_run(run, config)
+    after = _load_run(run, config, _BASE.value)
     renderer = after.renderer.with_virtual_tokens(virtual_tokens.NONE)
     status.update("reading the dialogues")
     views, remarks = _make_views(sources, renderer, config)
@@ -121,7 +131,8 @@ def _report_run(given: TrainConfig, status: rich.status.Status) -> str:
     tokenizer = fingerprint(after.tokenizer)
     del after
     for other in runs[1:]:
-        model = _load_run(other, other.config)
+        has_same_base = run_directory.read_hashes(other.path)["model"] == run_directory.read_hashes(run.path)["model"]
+        model = _load_run(other, other.config, _BASE.value if has_same_base else "")
         if fingerprint(model.tokenizer) != tokenizer:
             raise UserError(
                 f"{other.path} has another tokenizer than {run.path}, so that losses of its tokens cannot be compared. "
@@ -178,6 +189,8 @@ def _apply(config: TrainConfig, given: TrainConfig) -> TrainConfig:
         data = dataclasses.replace(data, train=given.data.train, mix=given.data.mix)
     if given.data.validation:
         data = dataclasses.replace(data, validation=given.data.validation)
+    if given.data.weights:
+        data = dataclasses.replace(data, weights=given.data.weights)
     return dataclasses.replace(config, data=data, adapter=given.adapter or config.adapter)
 
 
@@ -190,7 +203,8 @@ def _check_files(run: Run, sources: Iterable[Source]) -> None:
             if is_file_name and not file.exists():
                 raise UserError(
                     f"{run.path} names the data {path!r}, which is not here; of an absolute path, a run keeps only the "
-                    "last part. Name it: --config.data.train=PATH, --config.data.validation=PATH"
+                    "last part. Name it: --config.data.train=PATH, --config.data.validation=PATH, or for a mixture "
+                    "--config.data.mix=..."
                 )
 
 
@@ -199,8 +213,10 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
     return {**config_inputs.renderer_options(config), "chat_template": "", "report": entry.print_message}
 
 
-def _load_run(run: Run, config: TrainConfig) -> Model:
-    return trained_models.load_model(str(run.path), base=_BASE.value, **_model_options(config))
+def _load_run(run: Run, config: TrainConfig, base: str) -> Model:
+    """Returns the model of a run; `base` is what it began with if its config does not say where that is."""
+    base = "" if trained_models.is_whole(run.model) else base
+    return trained_models.load_model(str(run.path), base=base, **_model_options(config))
 
 
 def _iterate(sources: Iterable[Source]) -> Iterator[Dialogue | UserError]:
@@ -219,11 +235,16 @@ def _make_views(
     remarks: list[str] = []
     for number, (group, group_sources) in enumerate(sources.items()):
         limit = (_DIALOGUES.value - len(views)) // (len(sources) - number)
-        group_views, group_remarks = dialogue_views.make_views(
-            _iterate(group_sources), group, renderer, config.objective, limit
-        )
-        views += group_views
-        remarks += group_remarks
+        for index, source in enumerate(group_sources):
+            share = limit // (len(group_sources) - index)
+            source_views, source_remarks = dialogue_views.make_views(
+                _iterate([source]), group, renderer, config.objective, share
+            )
+            views += source_views
+            remarks += source_remarks
+            limit -= len(source_views)
+    if len(remarks) > _REMARKS:
+        remarks = [*remarks[:_REMARKS], f"and {len(remarks) - _REMARKS:,} more"]
     return views, remarks
 
 

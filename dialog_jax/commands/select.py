@@ -80,6 +80,8 @@ def main() -> None:
     out = entry.require_file_path(_OUT, "weights.jsonl")
     if not _SCORES.value:
         raise UserError("--scores is missing. Pass it, for instance --scores=scores.jsonl.")
+    if out.resolve() in {pathlib.Path(path).expanduser().resolve() for path in _SCORES.value}:
+        raise UserError(f"--out={out} is one of --scores, which it would replace. Name another file.")
     name = entry.required(_CRITERION, "ifd")
     if (_KEEP.value is not None) + (_THRESHOLD.value is not None) + _WEIGH.value != 1:
         raise UserError("needs one of --keep=SHARE, --threshold=VALUE and --weigh.")

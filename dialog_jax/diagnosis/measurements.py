@@ -38,7 +38,9 @@ def measure_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
             factors = [f"{parent}/{factor}" for factor in adapters.TRAINED]
             scale = old[f"{parent}/{adapters.SCALE}"]
             change = _measure_product([old[one] for one in factors], [new[one] for one in factors], scale)
-            changes.append(ParameterChange(parent, _norm(old[f"{parent}/weight"]), change))
+            # The update of a tied unembedding has no matrix of its own.
+            matrix = next(one for one in (f"{parent}/weight", "embedding/weight", "embedding") if one in old)
+            changes.append(ParameterChange(parent, _norm(old[matrix]), change))
     return changes
 
 

@@ -111,7 +111,9 @@ def _parse_line(line: Any, where: str) -> tuple[str | int, Entry]:
         identifier, content, turns, turns_cut = line["id"], line["content"], line["turns"], line.get("turns_cut", 0)
         weight_by_message = {turn["message"]: turn["weight"] for turn in turns}
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: is no line of weights ({type(error).__name__}: {error}). {_REMEDY}") from None
+        raise UserError(
+            f"{where}: is not a line of a weight file ({type(error).__name__}: {error}). {_REMEDY}"
+        ) from None
     values = weight_by_message.values()
     is_valid = (
         isinstance(identifier, str | int)
@@ -122,7 +124,7 @@ def _parse_line(line: Any, where: str) -> tuple[str | int, Entry]:
         and len(weight_by_message) == len(turns)
     )
     if not is_valid:
-        raise UserError(f"{where}: has an id, a message or a weight that is none, or a message twice. {_REMEDY}")
+        raise UserError(f"{where}: has an invalid id, message index or weight, or lists a message twice. {_REMEDY}")
     return identifier, Entry(content, {index: float(value) for index, value in weight_by_message.items()}, turns_cut)
 
 

@@ -150,7 +150,7 @@ def replace_prompt(
                 prompt = bos + prompt
         else:
             has_empty_message = True
-            empty = dataclasses.replace(probe, messages=(Message(role="user", content=""),))
+            empty = dataclasses.replace(probe, tools=None, messages=(Message(role="user", content=""),))
             prompt = _render(empty, (0,), tokenizer, kwargs | {"add_generation_prompt": True})
     prompt_ids = [*virtual_tokens, *encode(tokenizer, prompt)[0]]
     tokens = np.concatenate([np.array(prompt_ids, np.int32), one.tokens[one.start :]])

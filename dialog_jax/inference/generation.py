@@ -25,8 +25,8 @@ class Session:
 
     A prompt reuses the cache of the longest prefix that it shares with the tokens before it, and computes the rest. A
     prompt that extends the last one costs only its new tokens; one that goes back (a regenerated reply, `/reset`) is
-    correct too. If it goes back by more than 512 tokens and layers with windows no longer have what precedes it, all of
-    it is computed.
+    correct too. If it goes back so far that layers with windows no longer have what precedes it (by 130 to 512 tokens,
+    the padding of the last call included), all of it is computed.
     """
 
     def __init__(self, config: DecoderConfig, parameters: dict, *, compute_dtype: jax.typing.DTypeLike = jnp.float32):

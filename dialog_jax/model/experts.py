@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dialog_jax.model import grouped_products
 from dialog_jax.model.decoder_config import Experts
@@ -110,7 +110,7 @@ def run(
     is_chosen = jax.nn.one_hot(expert[order], count)  # [Nk, E]
 
     def multiply(rows, name):
-        product = _multiply(rows, matrices[f"w_{name}"], sizes)
+        product = _multiply(rows, matrices[f"w_{name}"], sizes, is_computed)
         bias = matrices.get(f"b_{name}")
         if bias is not None:
             assert not isinstance(bias, Mapping)
@@ -128,12 +128,15 @@ def run(
     return total.astype(x.dtype).reshape(x.shape)
 
 
-def _multiply(rows: Float[Array, "M in"], matrix: Matrix, sizes: Int[Array, "E"]) -> Float[Array, "M out"]:
-    """Returns the product of each row with the matrix of its expert; see `grouped_products.multiply`."""
+def _multiply(
+    rows: Float[Array, "M in"], matrix: Matrix, sizes: Int[Array, "E"], is_computed: Bool[Array, "M 1"]
+) -> Float[Array, "M out"]:
+    """Returns the product of each row with the matrix of its expert, unspecified where it is not computed."""
     if not isinstance(matrix, Mapping):
         return grouped_products.multiply(rows, matrix.astype(rows.dtype), sizes)
-    low = _multiply(rows, matrix["lora_a"], sizes) * jnp.expand_dims(matrix["lora_scale"].astype(rows.dtype), 0)
-    return _multiply(rows, matrix["weight"], sizes) + _multiply(low, matrix["lora_b"], sizes)
+    low = _multiply(rows, matrix["lora_a"], sizes, is_computed)
+    low = jnp.where(is_computed, low, 0) * jnp.expand_dims(matrix["lora_scale"].astype(rows.dtype), 0)
+    return _multiply(rows, matrix["weight"], sizes, is_computed) + _multiply(low, matrix["lora_b"], sizes, is_computed)
 
 
 def activate(config: Experts, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -158,11 +158,14 @@ def _serving_name(module: str, wrapped: bool) -> str:
 
 
 def _list_targets(modules: Iterable[PeftModule], adapted: Collection[str], wrapped: bool) -> list[str]:
-    """Returns the ends of the names if all modules with these ends are adapted, otherwise the names."""
+    """Returns the ends of the names if all modules with these ends are adapted, otherwise the names.
+
+    A model that also reads images has other modules with the same ends, and PEFT would adapt them too.
+    """
     every = [module.name for module in modules if not module.parameter]
     targets = [name for name in every if name in adapted]
     ends = {name.rpartition(".")[2] for name in targets}
-    if [name for name in every if name.rpartition(".")[2] in ends] == targets:
+    if not wrapped and [name for name in every if name.rpartition(".")[2] in ends] == targets:
         return sorted(ends)
     return sorted(_serving_name(name, wrapped) for name in targets)
 

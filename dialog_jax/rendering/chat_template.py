@@ -114,13 +114,13 @@ class ChatTemplate:
                 yield index, next(texts), next(texts)
 
     def bare_prompt(self, dialogue: Dialogue) -> tuple[str, bool]:
-        """Returns (the generation prompt behind no message, False), for the tools and variables of a dialogue.
+        """Returns (the generation prompt behind no message, False), for the variables of a dialogue.
 
         prompt    <bos><user> Qx7 zebra <end> <assistant>
         history   <bos><user> Qx7 zebra <end>
         returned  <bos><assistant>
 
-        If the template writes nothing after a history, (the prompt behind an empty user message, True).
+        If the template writes nothing after a history, (the prompt behind an empty user message without tools, True).
 
         Raises:
           UserError: the template refuses a user message alone.
@@ -132,7 +132,7 @@ class ChatTemplate:
             bos = self._variables.get("bos_token") or ""  # of some tokenizers, with it begins every message
             has_bos = history.startswith(bos) and not header.startswith(bos)
             return (bos if has_bos else "") + header, False
-        empty = dataclasses.replace(probe, messages=(Message(role="user", content=""),))
+        empty = dataclasses.replace(probe, tools=None, messages=(Message(role="user", content=""),))
         return self.text(empty, 1, add_generation_prompt=True), True
 
     def reads_tools(self, dialogue: Dialogue, index: int, prompt: str) -> bool:

@@ -11,7 +11,7 @@ def draw_lengths(audit: Audit, max_length: int) -> Chart:
     """Returns the share of dialogues up to each length, and `max_length`."""
     percentiles = audit.token_percentiles
     values: list[dict[str, Any]] = [{"x": size, "y": share / 100} for share, size in enumerate(percentiles)]
-    fitting = sum(size <= max_length for size in percentiles) - 1
+    fitting = max(0, sum(size <= max_length - audit.soft_prompt for size in percentiles) - 1)
     share = f"{fitting} %" if fitting < 100 else "all"
     spec = {
         **start_spec(f"Tokens of a dialogue: the share of dialogues up to each length; {share} fit a row", values),

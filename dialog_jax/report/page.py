@@ -173,7 +173,13 @@ def _take(names: Any, group: Sequence[Chart]) -> list[str]:
 
 
 def _join_messages(view: DialogueView) -> str:
-    return "\n".join([str(view.dialogue.id), *(message.content for message in view.dialogue.messages)])
+    """Returns what a search looks in: the id, and the content, tool calls and reasoning of each message."""
+    texts = [str(view.dialogue.id)]
+    for message in view.dialogue.messages:
+        texts.append(message.content)
+        if message.fields:
+            texts.append(json.dumps(dict(message.fields), ensure_ascii=False, default=str))
+    return "\n".join(texts)
 
 
 def _list_evaluations(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:

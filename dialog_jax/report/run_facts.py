@@ -18,6 +18,7 @@ _NAMES_SHOWN = 50  # dialogues per reason
 class Run(NamedTuple):
     """What is read of a run's directory."""
 
+    name: str
     path: pathlib.Path
     config: TrainConfig
     model: RunModel
@@ -26,10 +27,6 @@ class Run(NamedTuple):
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @property
     def before(self) -> dict[str, Any] | None:
@@ -52,6 +49,7 @@ class Table(NamedTuple):
 def read_run(path: pathlib.Path, config: TrainConfig, model: RunModel, checkpoint: Checkpoint) -> Run:
     """Returns the run with its figures."""
     return Run(
+        name=path.resolve().name,
         path=path,
         config=config,
         model=model,

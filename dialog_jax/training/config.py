@@ -151,7 +151,7 @@ class TrainConfig:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     soft_prompt: SoftPromptConfig = dataclasses.field(default_factory=SoftPromptConfig)
     freeze: tuple[str, ...] = ()
-    """Patterns of the paths of parameters that are not trained, such as embedding or layers/attention/*."""
+    """Patterns of the paths of parameters that are not trained, such as embedding or layers/*attention/*."""
     train_only: tuple[str, ...] = ()
     """Patterns of the paths of the only parameters that are trained, in place of `freeze`."""
     frozen_dtype: str = "auto"
@@ -196,6 +196,11 @@ class TrainConfig:
                 "and weights to a single set."
             )
         mixture.check_mix(self.data.mix)
+        if self.data.weights and self.objective.needs_full_rendering:
+            raise UserError(
+                f"data.weights chooses responses, and objective.name={self.objective.name!r} also trains on other "
+                "tokens, whatever their weights. Use conditional or last, or leave data.weights empty."
+            )
         parsing.check_roles(self.data.roles)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
             raise UserError(

@@ -296,8 +296,8 @@ def shard_experts(mesh: Mesh, run: Callable = experts.run) -> Callable:
 
 
 def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Returns whether the backward pass keeps a value: not the gathered matrices of all layers."""
-    return primitive.name != "all_gather"
+    """Returns whether the backward pass keeps a value: not the gathered matrices of all layers, in any type."""
+    return primitive.name not in ("all_gather", "convert_element_type")
 
 
 def _find_expert_layout(path: str, by_expert: bool, by_width: bool) -> tuple[str | None, ...]:

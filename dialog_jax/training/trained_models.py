@@ -125,26 +125,27 @@ def assemble(
     return parameter_trees.merge(adapters.attach_scales(own, scales), added)
 
 
-def load_initial(run: pathlib.Path, model: RunModel, base: pathlib.Path) -> dict[str, Any]:
+def load_initial(run: pathlib.Path, model: RunModel, base: pathlib.Path, *, adapter: str) -> dict[str, Any]:
     """Returns all parameters of a run's model before its first update, float32, as one tree.
 
     Args:
       base: the files of the model that the run began with.
+      adapter: directory of the adapter that the run continued; empty if it began without.
 
     Raises:
-      UserError: the run continued an adapter that is not where its config says.
+      UserError: the adapter is not there.
     """
     config = run_directory.read_config(run)
-    adapter = None
-    if config.adapter:
-        adapter = peft_reading.read_adapter(atomic_files.expand_home(config.adapter), model.decoder, base=base)
+    continued = None
+    if adapter:
+        continued = peft_reading.read_adapter(atomic_files.expand_home(adapter), model.decoder, base=base)
     tokenizer = load_tokenizer(tokenizer_files.find_tokenizer(run))
     parts = trainable.make_parameters(
-        model.selection._replace(soft_prompt=config.soft_prompt) if not adapter else model.selection,
+        model.selection if continued else model.selection._replace(soft_prompt=config.soft_prompt),
         pretrained.load_parameters(base, model.decoder, added_rows=model.base.added_rows),
         jax.random.key(config.seed),
         soft_prompt_text=tokenizer(config.soft_prompt.text)["input_ids"],
-        adapter=adapter,
+        adapter=continued,
     )
     return parameter_trees.merge(*parts)
 

@@ -174,6 +174,7 @@ _UNSUPPORTED = (
     jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such custom call\nsecond line"),
     jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Triton support is only enabled for Ampere GPUs and up"),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 110592"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M."),
 )
 _BUGS = (
     TypeError("attend() takes 3 arguments"),

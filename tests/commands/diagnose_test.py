@@ -47,6 +47,14 @@ class DiagnoseTest(absltest.TestCase):
         self.assertRegex(out, "not checked: learning_rate_low, unmoved_parameters, template_mismatch, .*: .*model")
         self.assertIn("contaminated", out)
 
+    def test_a_run_that_trained_all_weights_is_measured_too(self):
+        config = tiny.run_config(self.directory, steps=1, evaluate_every=1, checkpoint_every=1)
+        shutil.copyfile(self.directory / "train.jsonl", self.directory / "validation.jsonl")
+        run.run(config, self.directory / "run", console=rich.console.Console(file=io.StringIO()))
+        out, _ = self.diagnose()
+        self.assertIn("contaminated", out)
+        self.assertNotIn("not checked", out)
+
     def test_what_is_no_run_is_an_error(self):
         tiny.run_config(self.directory)
         out, error = running.run("diagnose", f"--run={self.directory}")

@@ -118,6 +118,10 @@ class SelectTest(absltest.TestCase):
             (["--criterion=length", "--keep=30"], "--keep is 30; it must be above 0 and at most 1"),
             (["--criterion=random", "--keep=0.5", "--prefer=low"], "--prefer=low has no effect on the baseline random"),
             (["--criterion=ifd", "--keep=0.5"], "needs nll_none"),
+            (
+                ["--criterion=length", "--keep=0.5", f"--out={self.scores}"],
+                "is one of --scores, which it would replace",
+            ),
         ):
             out, error = self.select(*flags)
             self.assertEmpty(out)

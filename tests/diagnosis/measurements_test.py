@@ -69,6 +69,13 @@ class MeasurementsTest(absltest.TestCase):
         products = matrix["lora_a"].astype(np.float64) @ matrix["lora_b"].astype(np.float64)
         np.testing.assert_allclose(change, np.sqrt(4 * (products[0] ** 2).sum() + (products[1] ** 2).sum()), rtol=1e-6)
 
+    def test_update_of_a_tied_unembedding_is_measured_against_the_embedding(self):
+        ones = np.ones((2, 3))
+        head = {"lora_a": np.zeros((3, 1)), "lora_b": np.ones((1, 2)), "lora_scale": np.ones(1)}
+        after = {"lora_a": np.ones((3, 1)), "lora_b": np.ones((1, 2))}
+        ((path, norm, change),) = measurements.measure_changes({"embedding": ones, "lm_head": head}, {"lm_head": after})
+        self.assertEqual((path, norm, change), ("lm_head", np.sqrt(6), np.sqrt(6)))
+
     def test_losses_of_first_middle_and_last_tokens(self):
         scores = [_score([5.0, 1.0, 2.0, 3.0], [9.0]), _score(), _score([7.0, 3.0, 4.0])]
         found = measurements.measure_responses(scores, has_end=True)

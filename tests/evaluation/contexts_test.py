@@ -1,5 +1,7 @@
 """The tokens of a response behind less history: literal, and those of the K passes for every template family."""
 
+import dataclasses
+
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -40,6 +42,15 @@ class ContextsTest(parameterized.TestCase):
         self.assertEqual(bare["none"], "<bos><start_of_turn>model\nHello!<end_of_turn>")
         ((bare),) = self.texts("mistral", one, ("none",))
         self.assertEqual(bare["none"], "<s>[INST]  [/INST] Hello!</s>")
+
+    def test_an_empty_user_message_is_not_told_of_tools(self):
+        tokenizer = chat_templates.train_tokenizer.__wrapped__("mistral")
+        tokenizer.chat_template = "{% if tools %}[TOOLS] {% endif %}" + tokenizer.chat_template
+        one = dataclasses.replace(dialogue(("user", "Hi"), ("assistant", "Hello!")), tools=({"name": "clock"},))
+        (sequences,) = Renderer(tokenizer).render([one])
+        ((full, bare),) = contexts.add_contexts(one, list(sequences), Renderer(tokenizer), ("none",))
+        self.assertIn("[TOOLS]", tokenizer.decode(full.sequence.tokens))
+        self.assertNotIn("[TOOLS]", tokenizer.decode(bare.sequence.tokens))
 
     def test_without_a_user_message_last_is_the_full_history(self):
         one = dialogue(("system", "Greet."), ("assistant", "Hello!"), ("assistant", "Are you there?"))

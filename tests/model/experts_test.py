@@ -265,6 +265,54 @@ class Mxfp4Test(absltest.TestCase):
 
 
 class LoraTest(parameterized.TestCase):
+    def test_what_products_leave_in_rows_of_no_expert_reaches_no_gradient(self):
+        exact = grouped_products.multiply
+
+        def spoil(rows, sizes):
+            return jnp.where((jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, jnp.nan)
+
+        @jax.custom_vjp
+        def multiply(x, matrices, sizes):
+            return spoil(exact(x, matrices, sizes), sizes)
+
+        def forward(x, matrices, sizes):
+            return multiply(x, matrices, sizes), (x, matrices, sizes)
+
+        def backward(residuals, gradient):
+            x, matrices, sizes = residuals
+            by_x, by_matrices = jax.vjp(lambda x, matrices: exact(x, matrices, sizes), x, matrices)[1](gradient)
+            return spoil(by_x, sizes), by_matrices, None
+
+        multiply.defvjp(forward, backward)
+        rng = np.random.default_rng(0)
+
+        def draw(*shape):
+            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+        shapes = {"w_gate": (8, 24), "w_up": (8, 24), "w_down": (24, 8)}
+        matrices = {
+            name: {"weight": draw(4, i, o), "lora_a": draw(4, i, 2), "lora_b": draw(4, 2, o), "lora_scale": jnp.ones(2)}
+            for name, (i, o) in shapes.items()
+        }
+        choice = jnp.array([[[0, 2], [3, 1], [4, 4], [2, 0], [4, 4]]])  # two tokens are padding
+
+        @jax.jit
+        def gradients(x, matrices):
+            def total(x, matrices):
+                return jnp.sum(experts.run(_EXPERTS, x, choice, jnp.full(choice.shape, 0.5), matrices) ** 2)
+
+            return jax.grad(total, argnums=(0, 1))(x, matrices)
+
+        x = draw(1, 5, 8)
+        expected = gradients(x, matrices)
+        with mock.patch.object(grouped_products, "multiply", multiply):
+            jax.clear_caches()
+            spoiled = gradients(x, matrices)
+        for tree in (spoiled, expected):
+            for matrix in tree[1].values():
+                del matrix["lora_scale"]  # which is frozen
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), spoiled, expected)
+
     def test_all_linear_is_what_computes_every_token(self):
         scales = adapters.find_scales(_GLM, LoraConfig(rank=2))
         feed_forwards = {path: len(scale) for path, scale in scales.items() if "attention" not in path}

@@ -274,6 +274,16 @@ class RoundTripTest(parameterized.TestCase):
             fields = json.loads((directory / peft_files.CONFIG).read_text())
             self.assertEqual(fields["target_modules"], ["lm_head", f"{prefix}layers.1.mlp.up_proj"])
 
+    def test_targets_in_a_model_that_reads_images_are_none_of_its_other_parts(self):
+        scales, factors = draw_adapter(LoraConfig(rank=1))
+        for wrapped, number in ((False, 7), (True, 14)):  # ends of names; the modules of two layers
+            directory = self.directory / str(wrapped)
+            directory.mkdir()
+            peft_files.write_lora(directory, _MODEL, scales, factors, base_name="some", wrapped=wrapped)
+            targets = json.loads((directory / peft_files.CONFIG).read_text())["target_modules"]
+            self.assertLen(targets, number)
+            self.assertEqual({target.startswith("model.language_model.") for target in targets}, {wrapped})
+
     @parameterized.parameters("bfloat16", "float16")
     def test_type_of_the_factors_can_be_chosen(self, dtype):
         scales, factors = draw_adapter(LoraConfig(rank=2, alpha=2.0, targets=("q_proj",)))

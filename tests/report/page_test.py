@@ -189,8 +189,9 @@ class CommandTest(absltest.TestCase):
         self.assertEqual((data["models"], data["differences"]), (["before", "after"], [[1, 0]]))
         self.assertEqual([one["group"] for one in data["dialogues"]], ["held-out"] * 4 + ["training"] * 4)
         out = self.directory / "scores.jsonl"
-        for place, model in enumerate((f"--config.model={self.base}", f"--config.model={self.run_path}")):
-            running.run("score", model, f"--base={self.base}", f"--config.data.train={self.data}", f"--out={out}")
+        run_flags = f"--config.model={self.run_path}", f"--base={self.base}"
+        for place, flags in enumerate(((f"--config.model={self.base}",), run_flags)):
+            running.run("score", *flags, f"--config.data.train={self.data}", f"--out={out}")
             for number, line in enumerate(out.read_text().splitlines()[:4]):
                 columns = pages.read_dialogue(html, number)
                 for turn in json.loads(line)["turns"]:
@@ -209,6 +210,12 @@ class CommandTest(absltest.TestCase):
         self.assertLen(set(losses), 3)
         names = {value["line"] for value in data["charts"]["chart-0"]["spec"]["data"]["values"]}
         self.assertContainsSubset({"run: held-out dialogues", "other: held-out dialogues"}, names)
+
+    def test_runs_of_one_name_and_a_run_of_all_weights_are_told_apart(self):
+        other = pages.write_run(self.directory / "elsewhere", seed=2, whole=True)[2]
+        html, _, error = self.report(f"--against={other}", "--dialogues=2")
+        self.assertEmpty(error)
+        self.assertEqual(pages.read_data(html)["models"], ["before", str(self.run_path), str(other)])
 
     def test_page_of_data_alone_has_no_losses_and_reads_no_weights(self):
         out = self.directory / "data.html"

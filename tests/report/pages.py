@@ -1,6 +1,7 @@
 """A run with its data, made without training, for reports of it; and a reader of pages, in NumPy."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import re
@@ -51,18 +52,17 @@ def records():
     return [plain, longer, answers, weighted, attack]
 
 
-def write_run(directory, name="run", *, seed=1):
-    """Writes base, data and a run with LoRA and a soft prompt there; returns the paths of base, data and run."""
+def write_run(directory, name="run", *, seed=1, whole=False):
+    """Writes base, data and a run there, of all weights or with LoRA and a soft prompt; returns the three paths."""
     base, data, run = directory / "base", directory / "data.jsonl", directory / name
+    directory.mkdir(exist_ok=True)
     if not base.exists():
         hand_made.save_model(base, max_length=512)
         data.write_text("".join(json.dumps(record) + "\n" for record in records()))
-    config = TrainConfig(
-        model=str(base),
-        data=DataConfig(train=str(data), validation=str(data), max_length=256),
-        lora=LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj")),
-        soft_prompt=SoftPromptConfig(tokens=3),
-    )
+    config = TrainConfig(model=str(base), data=DataConfig(train=str(data), validation=str(data), max_length=256))
+    if not whole:
+        lora = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"))
+        config = dataclasses.replace(config, lora=lora, soft_prompt=SoftPromptConfig(tokens=3))
     hand_made.make_run(run, config, base, losses={0: 4.0, seed: 3.0})
     figures = {"gradient_norm": 1.0, "learning_rate": 1e-4, "skipped": 0, "seconds": 1.5, "tokens": 200, "targets": 90}
     speeds = {"tokens_per_second": 133.0, "response_tokens_per_second": 60.0}

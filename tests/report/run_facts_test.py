@@ -27,7 +27,7 @@ class RunFactsTest(absltest.TestCase):
         (self.directory / "inputs.json").write_text("{}")
 
     def make_run(self, **changes):
-        run = run_facts.Run(self.directory, self.config, None, Checkpoint(2, {}, 2), [], [], [])
+        run = run_facts.Run("run", self.directory, self.config, None, Checkpoint(2, {}, 2), [], [], [])
         return run._replace(**changes)
 
     def write_trees(self, name, key, **report):

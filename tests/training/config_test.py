@@ -13,6 +13,7 @@ from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config
 from dialog_jax.training.config import DataConfig, LossConfig, TrainConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
+from dialog_jax.trees.objectives import ObjectiveConfig
 
 
 def example(**changes):
@@ -113,6 +114,10 @@ class ConfigTest(parameterized.TestCase):
         (
             {"data": DataConfig(validation="v", weights="w", mix={"a": {"train": "a", "weight": 1}})},
             "data.weights 'w'; leave data.train empty, and a teacher and weights to a single set",
+        ),
+        (
+            {"data": DataConfig(train="t", validation="v", weights="w"), "objective": ObjectiveConfig(name="joint")},
+            "data.weights chooses responses, and objective.name='joint' also trains on other tokens",
         ),
         (
             {"data": DataConfig(train="t", validation="v", workers=-2)},

@@ -213,7 +213,7 @@ function makeSvg(tag, attributes, ...children) {
 function makeMap() {
   const { nodes, roots } = shown.tree;
   const width = 1000;
-  const length = Math.max(...nodes.map((node) => node.position)) + 1;
+  const length = nodes.reduce((most, node) => Math.max(most, node.position), 0) + 1;
   const scale = (width - 20) / length;
   const gap = 22;
   const shapes = [];
@@ -317,7 +317,7 @@ async function openDialogue(place) {
   const article = document.getElementById("dialogue");
   const entry = report.dialogues[place];
   const tree = await loadTree(place);
-  shown = { place, entry, tree, spans: new Map(), largestWeight: Math.max(...tree.nodes.map((node) => node.weight)) };
+  shown = { place, entry, tree, spans: new Map(), largestWeight: tree.nodes.reduce((most, node) => Math.max(most, node.weight), 0) };
   view.chosen = new Map();
   const listed = selectDialogues().map((one) => one.place);
   const index = listed.indexOf(place);
