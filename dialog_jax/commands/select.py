@@ -27,6 +27,8 @@ was scored. Held-out dialogues keep the weights of the data.
 docs/select.md has the sources.
 """
 
+import pathlib
+
 import numpy as np
 from absl import flags
 

@@ -7,6 +7,7 @@ page's own scripts and styles are part of the file; its policy forbids every req
 import functools
 import importlib.metadata
 import importlib.resources
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
