@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException, ElementNotInteractableException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -74,6 +75,17 @@ class BrowserCase(absltest.TestCase):
     def wait_for(self, selector):
         WebDriverWait(self.browser, _SECONDS).until(lambda _: self.all(selector), f"there is no {selector}")
         return self.all(selector)[0]
+
+    def click(self, element):
+        """Clicks on an element once nothing covers it; charts that are still being drawn move what is below them."""
+
+        def try_to_click(browser):
+            browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+            element.click()
+            return True
+
+        ignored = (ElementClickInterceptedException, ElementNotInteractableException)
+        WebDriverWait(self.browser, _SECONDS, ignored_exceptions=ignored).until(try_to_click)
 
     def style(self, element, name):
         return element.value_of_css_property(name)
@@ -137,7 +149,7 @@ class ReportTest(BrowserCase):
 
         def press(label):
             before = labels()
-            figure.find_element(By.XPATH, f".//button[text()='{label}']").click()
+            self.click(figure.find_element(By.XPATH, f".//button[text()='{label}']"))
             WebDriverWait(self.browser, _SECONDS).until(lambda _: labels() and labels() != before)
             return labels()
 
@@ -190,7 +202,7 @@ class ReportTest(BrowserCase):
             expected = [one["name"] for one in sorted(report, key=key)]
             self.assertEqual(self.names(), expected)
         heading = self.all("#list thead button")[3]  # tokens
-        heading.click()
+        self.click(heading)
         tokens = [int(row.find_elements(By.TAG_NAME, "td")[2].text) for row in self.all("#list tbody tr")]
         self.assertEqual(tokens, sorted(tokens))
         self.assertEqual(self.all("#list thead th")[3].get_attribute("aria-sort"), "ascending")
@@ -205,10 +217,10 @@ class ReportTest(BrowserCase):
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self.assertLess(brightness(), 60)
         button = self.wait_for("#theme")
-        button.click()
+        self.click(button)
         self.assertEqual(button.text, "Theme: light")
         self.assertGreater(brightness(), 200)
-        button.click()
+        self.click(button)
         self.assertLess(brightness(), 60)
 
     def test_text_of_a_dialogue_stays_text(self):
@@ -262,7 +274,7 @@ class ReportTest(BrowserCase):
         self.choose("layout", "chat")
         before = self.wait_for("#tokens").text
         other = self.wait_for(".fork button[aria-pressed='false']")
-        other.click()
+        self.click(other)
         self.assertNotEqual(self.wait_for("#tokens").text, before)
         texts = {"Hello, friend!" in text for text in (before, self.wait_for("#tokens").text)}
         self.assertEqual(texts, {True, False})
