@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from unittest import mock
 
+import pytest
 from absl.testing import absltest
 
 from dialog_jax.batching import batches
@@ -47,6 +48,7 @@ class CheckTest(absltest.TestCase):
         code = int(error.rpartition("[exit code ")[2].rstrip("]")) if "[exit code " in error else 0
         return code, told, error
 
+    @pytest.mark.full
     def test_dialogues_that_spell_special_tokens_agree(self):
         spelled = record(1)
         for message in spelled["messages"]:

@@ -92,9 +92,17 @@ class WeightFileTest(parameterized.TestCase):
         ("line without dialogue", lambda a, b: ([a, b, {**b, "id": "c"}], None), "1 lines .* such as that of 'c'"),
         ("same id", lambda a, b: ([a, b], [*_RECORDS, _RECORDS[0]]), r"dialogue a \(data\[2\]\): an earlier dialogue"),
         ("same line", lambda a, b: ([a, b, b], None), "jsonl:3: has the id 1 of an earlier line"),
-        ("no weight", lambda a, b: ([a, {**b, "turns": [{"message": 1}]}], None), "jsonl:2: is no line of weights"),
-        ("negative", lambda a, b: ([a, {**b, "turns": [{"message": 1, "weight": -1}]}], None), "jsonl:2: has an id"),
-        ("no object", lambda a, b: ([a, 3], None), "jsonl:2: is no line of weights"),
+        (
+            "no weight",
+            lambda a, b: ([a, {**b, "turns": [{"message": 1}]}], None),
+            "jsonl:2: is not a line of a weight file",
+        ),
+        (
+            "negative",
+            lambda a, b: ([a, {**b, "turns": [{"message": 1, "weight": -1}]}], None),
+            "jsonl:2: has an invalid id",
+        ),
+        ("no object", lambda a, b: ([a, 3], None), "jsonl:2: is not a line of a weight file"),
     )
     def test_what_does_not_match_is_an_error_with_its_place(self, make, message):
         first, second = _parse()

@@ -116,6 +116,7 @@ class TrainedTest(parameterized.TestCase):
         self.assertGreater(outcome.responses, 5)
 
     @parameterized.parameters(*sorted(_KINDS))
+    @pytest.mark.full
     def test_any_split_gives_the_same_update_and_frozen_parameters_keep_their_bits(self, kind):
         before, after, metrics = one_update(
             _KINDS[kind], mesh=MeshConfig(data=2, fsdp=2, tensor=2), rows=4, micro_batches=2

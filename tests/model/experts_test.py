@@ -87,6 +87,7 @@ _spoil_gradient.defvjp(
 
 
 class PaddingTest(absltest.TestCase):
+    @pytest.mark.full
     def test_padding_changes_no_other_token(self):
         parameters = tiny.parameters(_MODEL)
         tokens = np.random.default_rng(0).integers(0, 61, 40)
@@ -265,6 +266,7 @@ class Mxfp4Test(absltest.TestCase):
 
 
 class LoraTest(parameterized.TestCase):
+    @pytest.mark.full
     def test_what_products_leave_in_rows_of_no_expert_reaches_no_gradient(self):
         exact = grouped_products.multiply
 
@@ -339,6 +341,7 @@ class LoraTest(parameterized.TestCase):
 
     @pytest.mark.full
     @parameterized.parameters(_MODEL, _GLM)
+    @pytest.mark.full
     def test_model_with_updates_equals_the_merged_model_and_one_expert_after_the_other(self, model):
         lora = LoraConfig(rank=2, alpha=3.0, targets=("gate_proj", "up_proj", "down_proj"), rank_pattern={"up_proj": 3})
         scales = adapters.find_scales(model, lora)

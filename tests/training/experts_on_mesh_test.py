@@ -66,6 +66,7 @@ class ShardExpertsTest(parameterized.TestCase):
     @parameterized.parameters(
         ("by expert", 6, 24, 32), ("by width", 5, 24, 32), ("by neither", 5, 7, 32), ("uneven over fsdp", 6, 24, 31)
     )
+    @pytest.mark.full
     def test_output_and_gradients_are_those_of_one_device(self, _, count, width, depth):
         config = Experts(count=count, active=2, width=width, biases=True, clamp=1.5, gate_slope=1.7)
         keys = jax.random.split(jax.random.key(0), 12)

@@ -371,6 +371,7 @@ class RunTest(parameterized.TestCase):
         self.assertEqual(self.run_in("run").step, 6)
         self.assert_same("whole", "run")
 
+    @pytest.mark.full
     def test_numbers_of_another_type_are_refused_and_the_same_by_name_are_not(self):
         self.run_in("run", steps=2)
         with self.assertRaisesRegex(ValueError, "compute_dtype: float32 before, bfloat16 now"):
@@ -385,6 +386,7 @@ class RunTest(parameterized.TestCase):
         data = dataclasses.replace(self.config.data, train=str(moved))
         self.assertEqual(self.run_in("run", steps=2, data=data).step, 2)
 
+    @pytest.mark.full
     def test_finished_run_is_left_alone(self):
         first = self.run_in("run", steps=2)
         again = self.run_in("run", steps=2)

@@ -64,6 +64,7 @@ class WrapperRunTest(absltest.TestCase):
         self.assertEqual((out / "preprocessor_config.json").read_text(), '{"size": 8}')
         self.assertEqual(pretrained.load_config(out), pretrained.load_config(self.directory / "model"))
 
+    @pytest.mark.full
     def test_export_has_the_other_parts_and_needs_the_base(self):
         tower = self.run_training()
         (self.directory / "model").rename(self.directory / "moved")

@@ -117,6 +117,7 @@ class StorageTest(parameterized.TestCase):
         self.assertEqual(got.report, wanted.report)
         self.assertEqual(tuple(got.skipped), tuple(wanted.skipped))
 
+    @pytest.mark.full
     def test_bad_records_are_left_out_and_listed_whatever_builds_the_trees(self):
         given = arguments(family="gemma", on_error="skip")
         refused = [said(("system", "a"), ("user", "b"), ("assistant", "c"), id=number) for number in (3, 20)]
@@ -382,11 +383,13 @@ class WorkersTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"dialogue 1 \(said.jsonl:2\) to dialogue 2 .* not rendered after 1"):
             self.build(batches, arguments(template=template), seconds=1.0)
 
+    @pytest.mark.full
     def test_what_needs_too_much_memory_is_named(self):
         huge = said(("user", "a " * 3_000_000), ("assistant", "b"), id=1)
         with self.assertRaisesRegex(ValueError, r"dialogue 1 \(said.jsonl:2\): (need more memory|the process that)"):
             self.build([[turns(1)], [huge], [turns(1, id=2)]], arguments(max_length=10**8), memory=300 << 20)
 
+    @pytest.mark.full
     def test_bug_in_a_worker_is_an_error_with_its_traceback_and_not_a_users(self):
         broken = turns(1, id=1)
         object.__setattr__(broken, "messages", (None,))  # no data gives this, so that what it causes is a bug

@@ -94,6 +94,7 @@ class EarlySignalTest(absltest.TestCase):
         processes[1].send_signal(signal.SIGTERM)
         return [int(process.communicate()[0]) for process in processes]
 
+    @pytest.mark.full
     def test_signal_before_the_first_step_stops_all_at_the_step_gone_on_from(self):
         self.assertEqual(self.stopped("early"), [10, 10])
 

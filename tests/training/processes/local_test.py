@@ -42,7 +42,7 @@ class LaunchTest(parameterized.TestCase):
         self.assertEqual(sorted(printed.splitlines()), ["[0] error 0", "[0] out 0", "[1] error 1", "[1] out 1"])
 
     @parameterized.parameters(("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGKILL)", 137))
-    @pytest.mark.quick_every(2)
+    @pytest.mark.full
     def test_first_failure_ends_all_and_is_the_exit_code(self, failure, wanted):
         code, _, seconds = launched(f"time.sleep(0.5)\nif me: {failure}\ntime.sleep(60)")
         self.assertEqual(code, wanted)
