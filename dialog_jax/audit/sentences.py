@@ -3,6 +3,8 @@
 from dialog_jax.audit.figures import Audit
 from dialog_jax.audit.row_lengths import Spread
 
+FILL_HEADINGS = ("max_length", "rows", "full", "divided", "repeated", "shortened", "left out", "targets lost")
+
 
 def describe_figures(audit: Audit) -> list[tuple[str, str]]:
     """Returns (heading, sentence) of each figure."""
@@ -86,3 +88,20 @@ def name_roles(audit: Audit) -> dict[str, int]:
         "rest": "the chat template" + (", and history that it renders differently" if audit.changed else ""),
     }
     return {names.get(role, f"{role} messages"): tokens for role, tokens in audit.roles.items()}
+
+
+def list_fills(audit: Audit) -> list[list[str]]:
+    """Returns the figures of rows of each length, under `FILL_HEADINGS`."""
+    return [
+        [
+            f"{fill.max_length:,}",
+            f"{fill.rows:,}",
+            f"{fill.used:.1%}",
+            f"{fill.divided:,}",
+            f"{fill.repeated:,}",
+            f"{fill.shortened:,}",
+            f"{fill.cut:,}",
+            f"{fill.targets_lost:.2%}",
+        ]
+        for fill in audit.fills
+    ]

@@ -60,19 +60,10 @@ def tables(audit: Audit) -> list[rich.table.Table]:
     for origin, tokens in sentences.name_roles(audit).items():
         roles.add_row(origin, f"{tokens:,}", f"{tokens / audit.tokens:.1%}")
     lengths = rich.table.Table(title=f"Rows, with truncate = {audit.truncate}", box=None)
-    for heading in ("max_length", "rows", "full", "divided", "repeated", "shortened", "left out", "targets lost"):
+    for heading in sentences.FILL_HEADINGS:
         lengths.add_column(heading, justify="right")
-    for fill in audit.fills:
-        lengths.add_row(
-            f"{fill.max_length:,}",
-            f"{fill.rows:,}",
-            f"{fill.used:.1%}",
-            f"{fill.divided:,}",
-            f"{fill.repeated:,}",
-            f"{fill.shortened:,}",
-            f"{fill.cut:,}",
-            f"{fill.targets_lost:.2%}",
-        )
+    for figures in sentences.list_fills(audit):
+        lengths.add_row(*figures)
     for column in roles.columns[1:]:
         column.justify = "right"
     lengths.title_justify = "left"

@@ -127,7 +127,7 @@ def render(
             "findings": audit.findings,
             "figures": sentences.describe_figures(audit),
             "charts": _take(names, audit_charts),
-            "rows": _tabulate_fills(audit),
+            "rows": Table(list(sentences.FILL_HEADINGS), sentences.list_fills(audit)),
         },
         dialogues={"note": _describe_dialogues(views, models), "hidden": remarks},
         footer=f"Made by dialog_jax {_find_version()}. This file is complete: it loads nothing from elsewhere.",
@@ -261,24 +261,6 @@ def _describe_runs(
         "turn_charts": turn_names,
         "missing": ", ".join(missing),
     }
-
-
-def _tabulate_fills(audit: Audit) -> Table:
-    headings = ["max_length", "rows", "used", "divided", "tokens repeated", "shortened", "left out", "targets lost"]
-    rows = [
-        [
-            f"{fill.max_length:,}",
-            f"{fill.rows:,}",
-            f"{fill.used:.1%}",
-            f"{fill.divided:,}",
-            f"{fill.repeated:,}",
-            f"{fill.shortened:,}",
-            f"{fill.cut:,}",
-            f"{fill.targets_lost:.2%}",
-        ]
-        for fill in audit.fills
-    ]
-    return Table(headings, rows)
 
 
 def _describe_dialogues(views: Sequence[DialogueView], models: Sequence[ScoredModel]) -> str:
