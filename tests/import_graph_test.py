@@ -44,10 +44,10 @@ _ROOMS = {
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
-        "config_fields", "optimizer_config", "config", "data_sources", "optimizer", "sharding", "trainable", "loss",
-        "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints", "metrics", "sessions",
-        "run_inputs", "run_directory", "initial_state", "model_card", "trained_models", "export", "compilation_cache",
-        "console", "loop", "run",
+        "config_fields", "optimizer_config", "config", "data_sources", "config_renderer", "optimizer", "sharding",
+        "trainable", "loss", "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints",
+        "metrics", "sessions", "run_inputs", "run_directory", "initial_state", "model_card", "trained_models", "export",
+        "compilation_cache", "console", "loop", "run",
     ),
     "evaluation": (
         "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",
@@ -57,7 +57,7 @@ _ROOMS = {
     "diagnosis": (
         "run_figures", "finding", "statistics", "update_findings", "loss_findings", "findings", "measurements",
     ),
-    "report": ("dialogue_views", "token_columns", "charts", "data_charts", "run_facts", "page"),
+    "report": ("tree_html", "dialogue_views", "token_columns", "charts", "data_charts", "run_facts", "page"),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "select",
         "compare", "export", "chat", "plot", "report", "diagnose", "plan",
@@ -129,6 +129,7 @@ class ImportGraphTest(absltest.TestCase):
             "training.optimizer_config",
             "training.config",
             "training.data_sources",
+            "training.config_renderer",
             *_CONFIGS,
         ):
             names = _graph()[module]

@@ -31,7 +31,7 @@ from dialog_jax.audit.figures import Audit, make_audit
 from dialog_jax.commands import config_flag, config_inputs, entry
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.training import data_sources
+from dialog_jax.training import config_renderer, data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.data_sources import Source
 
@@ -116,10 +116,10 @@ def _count_records(
 def main() -> int:
     config = config_flag.read(_CONFIG)
     out = entry.require_file_path(_OUT) if _OUT.value else None
-    tokenizer, renderer = config_inputs.open_renderer(config)
+    tokenizer, renderer = config_renderer.open_renderer(config)
     source = data_sources.find_source(config, _DATA.value)
     with rich.console.Console(stderr=True).status("reading") as status:
-        records = _count_records(config_inputs.iterate_records(source), status)
+        records = _count_records(source.iterate_records(), status)
         embedding_rows = None if config.resize_embedding else config_inputs.read_embedding_rows(config.model)
         audit = make_audit(records, tokenizer, renderer, config.make_tree_config(), embedding_rows=embedding_rows)
     if out:

@@ -90,4 +90,4 @@ def main() -> None:
     if not models[0]:
         raise UserError("there is no model to compare. Name some: --models=FIRST,SECOND.")
     source = data_sources.find_source(config, _DATA.value)
-    compare(models, config, config_inputs.find_dialogue(source, _INDEX.value), _TURN.value)
+    compare(models, config, source.find_dialogue(_INDEX.value), _TURN.value)

@@ -36,7 +36,14 @@ from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import scoring
 from dialog_jax.model import parameter_trees
-from dialog_jax.training import compilation_cache, data_sources, run_directory, trainable, trained_models
+from dialog_jax.training import (
+    compilation_cache,
+    config_renderer,
+    data_sources,
+    run_directory,
+    trainable,
+    trained_models,
+)
 from dialog_jax.training import run as run_lib
 from dialog_jax.training.config import MeshConfig, TrainConfig
 from dialog_jax.training.optimizer_config import OptimizerConfig
@@ -132,7 +139,7 @@ def _load_models(run: pathlib.Path, config: TrainConfig) -> tuple[dict, Any, lis
     """Returns (all parameters before training, the model of the best checkpoint, how far its parameters moved)."""
     model = run_directory.read_model(run)
     base = trained_models.find_base(run, model, _BASE.value)
-    options = config_inputs.renderer_options(config) | {"report": entry.print_message}
+    options = config_renderer.renderer_options(config) | {"report": entry.print_message}
     options["chat_template"] = ""  # the run's tokenizer has it
     needed = "" if trained_models.is_whole(model) else str(base)
     tuned = trained_models.load_model(str(run), base=needed, **options)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
-from dialog_jax.commands import config_flag, config_inputs, entry
+from dialog_jax.commands import config_flag, entry
 from dialog_jax.errors import UserError
 from dialog_jax.model import hf_config, pretrained, tensor_files
 from dialog_jax.model.decoder_config import DecoderConfig
@@ -25,7 +25,7 @@ from dialog_jax.planning import compiling, estimating, hlo, workload
 from dialog_jax.planning.compiling import StepPlan
 from dialog_jax.planning.estimating import Chip
 from dialog_jax.planning.workload import Workload
-from dialog_jax.training import metrics, sharding
+from dialog_jax.training import config_renderer, metrics, sharding
 from dialog_jax.training.config import TrainConfig
 
 _CONFIG = config_flag.define()
@@ -76,7 +76,7 @@ def _plan(config: TrainConfig, kind: str) -> None:
     if chip:  # slices may be smaller than the largest
         chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
     narrow = config.compute_dtype == "bfloat16" or (config.compute_dtype == "auto" and chip is not None)
-    virtual_tokens = config_inputs.count_virtual_tokens(config)
+    virtual_tokens = config_renderer.count_virtual_tokens(config)
     work = workload.measure_workload(config, model, dialogues=_DIALOGUES.value, virtual_tokens=virtual_tokens)
     if work is None:
         work = workload.assume_workload(config, model, tokens=_TOKENS.value, targets=_TARGETS.value)

@@ -40,7 +40,7 @@ from dialog_jax.report import dialogue_views, page, run_facts
 from dialog_jax.report.dialogue_views import DialogueView
 from dialog_jax.report.page import ScoredModel
 from dialog_jax.report.run_facts import Run
-from dialog_jax.training import compilation_cache, data_sources, run_directory, trained_models
+from dialog_jax.training import compilation_cache, config_renderer, data_sources, run_directory, trained_models
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.data_sources import Source
 
@@ -73,7 +73,7 @@ def _report_data(config: TrainConfig, status: rich.status.Status) -> str:
     for flag in (_AGAINST, _BASE):
         if flag.value:
             raise UserError(f"--{flag.name}={flag.value} needs a run. Name one: --run=DIRECTORY")
-    tokenizer, renderer = config_inputs.open_renderer(config)
+    tokenizer, renderer = config_renderer.open_renderer(config)
     sources = {"training": [data_sources.find_source(config, name) for name in config.data.mix or ("train",)]}
     if config.data.validation:
         sources["held-out"] = [data_sources.validation_source(config)]
@@ -210,7 +210,7 @@ def _check_files(run: Run, sources: Iterable[Source]) -> None:
 
 def _model_options(config: TrainConfig) -> dict[str, Any]:
     # The tokenizer in the directory of a run has its chat template.
-    return {**config_inputs.renderer_options(config), "chat_template": "", "report": entry.print_message}
+    return {**config_renderer.renderer_options(config), "chat_template": "", "report": entry.print_message}
 
 
 def _load_run(run: Run, config: TrainConfig, base: str) -> Model:
@@ -220,7 +220,7 @@ def _load_run(run: Run, config: TrainConfig, base: str) -> Model:
 
 
 def _iterate(sources: Iterable[Source]) -> Iterator[Dialogue | UserError]:
-    return itertools.chain.from_iterable(map(config_inputs.iterate_records, sources))
+    return itertools.chain.from_iterable(source.iterate_records() for source in sources)
 
 
 def _name_sources(sources: Iterable[Source]) -> str:

@@ -52,7 +52,7 @@ from dialog_jax.formats import tokenizer_files
 from dialog_jax.rendering import template_process
 from dialog_jax.rendering.template_process import TemplateStopped
 from dialog_jax.rendering.tokenizers import fingerprint
-from dialog_jax.training import compilation_cache, data_sources, trained_models
+from dialog_jax.training import compilation_cache, config_renderer, data_sources, trained_models
 from dialog_jax.training.config import require_fields
 from dialog_jax.training.data_sources import Source
 from dialog_jax.trees import teacher_file
@@ -168,7 +168,7 @@ def main() -> None:
     source = data_sources.find_source(config, _DATA.value)
     _check_files(source, out, top_k_out)
     dtype = jnp.dtype(_DTYPE.value)
-    options = config_inputs.renderer_options(config)
+    options = config_renderer.renderer_options(config)
     model = trained_models.load_model(
         config.model, base=_BASE.value, dtype=dtype, **config_inputs.model_options(config)
     )

@@ -27,7 +27,7 @@ from dialog_jax.commands import config_flag, config_inputs
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.sequences import Renderer
-from dialog_jax.training import data_sources
+from dialog_jax.training import config_renderer, data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.trees import weighting
 from dialog_jax.trees.prefix_tree import Tree
@@ -161,7 +161,7 @@ def _print(console: rich.console.Console, before: str, text: rich.text.Text) -> 
 
 def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console) -> None:
     """Prints the dialogue, as text or as a table of its tokens."""
-    _, renderer = config_inputs.open_renderer(config)
+    _, renderer = config_renderer.open_renderer(config)
     objective = config.objective
     (excerpts,) = inspection.render_dialogues([dialogue], renderer, objective)
     if isinstance(excerpts, UserError):
@@ -193,4 +193,4 @@ def show(dialogue: Dialogue, config: TrainConfig, console: rich.console.Console)
 def main() -> None:
     config = config_inputs.read_config(_CONFIG, _ADAPTER)
     source = data_sources.find_source(config, _DATA.value)
-    show(config_inputs.find_dialogue(source, _INDEX.value), config, rich.console.Console(highlight=False))
+    show(source.find_dialogue(_INDEX.value), config, rich.console.Console(highlight=False))

@@ -126,6 +126,24 @@ class Source:
                 f"{count:,} dialogues of this set. Lower data.validation_share, or give data.validation."
             )
 
+    def iterate_records(self) -> Iterator[Dialogue | UserError]:
+        """Returns an iterator over the records of this side, each a dialogue or its error, whatever `on_error` is."""
+        return filter(self.selects, self.files.iterate())
+
+    def find_dialogue(self, index: int) -> Dialogue:
+        """Returns the dialogue of one record.
+
+        Raises:
+          UserError: the record is not a dialogue, or the index is out of range.
+        """
+        count = 0
+        for count, record in enumerate(self.iterate_records(), start=1):
+            if count > index:
+                if isinstance(record, UserError):
+                    raise record
+                return record
+        raise UserError(f"index {index}: {self.name} has {count:,} records, counted from 0.")
+
     def read(self, skipped: list[str]) -> Iterator[Dialogue]:
         """Yields the dialogues of this side; appends the errors that `iterate` yields to `skipped`."""
         for record in self.iterate():

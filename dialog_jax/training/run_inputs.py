@@ -25,7 +25,7 @@ from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.model.peft_reading import Adapter
 from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.rendering.tokenizers import fingerprint
-from dialog_jax.training import data_sources
+from dialog_jax.training import config_renderer, data_sources
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.data_sources import Files, Source
 from dialog_jax.trees import disk_cache, teacher_file
@@ -90,15 +90,12 @@ def read_inputs(config: TrainConfig, directory: pathlib.Path, console: rich.cons
     Raises:
       UserError: a file is missing or broken, or model, tokenizer and data do not fit together.
     """
+    options = config_renderer.renderer_options(config) | {"template_time": config.data.template_time or now}
     model = loading.open_model(
         config.model,
         adapter=config.adapter,
         tokenizer=config.tokenizer,
-        chat_template=config.data.chat_template,
-        chat_template_kwargs=config.data.chat_template_kwargs,
-        allow_special_tokens=config.data.allow_special_tokens,
-        template_time=config.data.template_time or now,
-        responses=config.data.responses,
+        **options,
         resize_embedding=config.resize_embedding,
         soft_prompt_tokens=config.soft_prompt.tokens,
         row_length=config.data.max_length,

@@ -65,7 +65,7 @@ class CompareTest(absltest.TestCase):
 
     def test_dialogue_or_turn_that_is_not_there_is_explained(self):
         _, error = self.compare("--index=2")
-        self.assertIn("--index=2: data.jsonl has 2 records, counted from 0", error)
+        self.assertIn("index 2: data.jsonl has 2 records, counted from 0", error)
         _, error = self.compare("--index=1", "--turn=3")
         self.assertIn("dialogue second (data.jsonl:2) has 3 assistant messages; --turn=3 counts them from 0", error)
 

@@ -121,7 +121,7 @@ class ErrorsTest(absltest.TestCase):
             running.run("show", *self.flags)
 
     def test_error_of_the_machine_is_one_line_and_another_of_the_system_a_bug(self):
-        opened = "dialog_jax.commands.config_inputs.open_renderer"
+        opened = "dialog_jax.training.config_renderer.open_renderer"
         with mock.patch(opened, side_effect=PermissionError(13, "Permission denied", "x")):
             _, error = running.run("audit", *self.flags)
         self.assertEqual(error, "dialog_jax audit: [Errno 13] Permission denied: 'x'\n[exit code 1]")
@@ -178,7 +178,7 @@ class ErrorsTest(absltest.TestCase):
                 self.assertRegex(error, rf"^dialog_jax {command}: --out=.*{message}.*\n\[exit code 1\]$")
 
     def test_interruption_is_one_line(self):
-        with mock.patch("dialog_jax.commands.config_inputs.open_renderer", side_effect=KeyboardInterrupt):
+        with mock.patch("dialog_jax.training.config_renderer.open_renderer", side_effect=KeyboardInterrupt):
             _, error = running.run("audit", *self.flags)
         self.assertEqual(error, "dialog_jax audit: interrupted\n[exit code 130]")
 

@@ -285,7 +285,7 @@ class ShowTest(parameterized.TestCase):
         self.assertIn("⟦Hello!", self.picture(records, "--index=1"))
         for flags, told in (
             (["--index=0"], r"dialog_jax show: dialogue 0 \(data\.jsonl:1\): has the keys 'prompt'"),
-            (["--index=2"], r"dialog_jax show: --index=2: data.jsonl has 2 records, counted from 0"),
+            (["--index=2"], r"dialog_jax show: index 2: data.jsonl has 2 records, counted from 0"),
             (
                 ["--index=1", "--config.objective.turn_weights=(0,)"],
                 r"dialog_jax show: dialogue 1 \(data.jsonl:2\) has nothing to train on",

@@ -6,7 +6,6 @@ import tempfile
 
 from absl.testing import absltest
 
-from dialog_jax.commands import config_inputs
 from dialog_jax.errors import UserError
 from dialog_jax.training import data_sources
 from dialog_jax.training.config import DataConfig, TrainConfig
@@ -71,7 +70,7 @@ class DataSourcesTest(absltest.TestCase):
         trained_on = self.contents(data_sources.find_source(config, "validation"))
         file.write_text("{\n" + file.read_text())
         validation = data_sources.find_source(config, "validation")
-        records = list(config_inputs.iterate_records(validation))
+        records = list(validation.iterate_records())
         self.assertIsInstance(records[0], UserError)
         self.assertEqual([record.messages[0].content for record in records[1:]], trained_on)
         with self.assertRaisesRegex(UserError, "few.jsonl:1: not JSON"):
