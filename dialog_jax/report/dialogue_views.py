@@ -1,18 +1,23 @@
-"""Dialogues to what a page shows of them: their whole trees, with the text and the message of each token.
+"""Dialogues to what a page or a notebook shows of them: their whole trees, with text and message of each token.
 
 In: dialogues, as training reads them. Out: trees of complete dialogues under the objective, whatever the row length
-is. Knows no models and no HTML.
+is. Knows no models.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dialog_jax.audit import inspection, token_messages
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
+from dialog_jax.rendering import virtual_tokens
 from dialog_jax.rendering.sequences import Renderer
+from dialog_jax.report import tree_html
+from dialog_jax.training import config_renderer, data_sources
+from dialog_jax.training.config import TrainConfig
 from dialog_jax.trees import weighting
+from dialog_jax.trees.fitting import Excerpt
 from dialog_jax.trees.objectives import ObjectiveConfig
 from dialog_jax.trees.prefix_tree import Tree
 
@@ -20,7 +25,7 @@ _CONTEXT = 8  # tokens that are decoded before a token, so that spaces and chara
 
 
 class DialogueView(NamedTuple):
-    """A dialogue as a page shows it."""
+    """A dialogue as a page shows it. As the value of a notebook cell, it shows its tree."""
 
     dialogue: Dialogue
     group: str
@@ -30,6 +35,34 @@ class DialogueView(NamedTuple):
     """What each node adds to the text before it; empty for a token that ends within a character."""
     messages: list[int]
     """The index of the message that each node belongs to; -1 for what the chat template adds."""
+    remarks: list[str]
+    """About what could not be determined."""
+
+    def _repr_html_(self) -> str:
+        roles = [message.role for message in self.dialogue.messages]
+        return tree_html.draw(
+            self.tree, self.texts, self.messages, roles, name=self.dialogue.name, remarks=self.remarks
+        )
+
+
+def view_dialogue(config: TrainConfig, index: int = 0, *, data: str = "train") -> DialogueView:
+    """Returns a dialogue of a config's data, as training sees it, to be looked at in a notebook.
+
+    Args:
+      config: names the data, and a model or tokenizer; no weights are read.
+      index: of the record, from 0.
+      data: `train`, `validation`, or the name of a set in data.mix.
+
+    Raises:
+      UserError: there is no such dialogue, or it cannot be rendered or has nothing to train on.
+    """
+    _, renderer = config_renderer.open_renderer(config)
+    renderer = renderer.with_virtual_tokens(virtual_tokens.NONE)
+    dialogue = data_sources.find_source(config, data).find_dialogue(index)
+    (excerpts,) = inspection.render_dialogues([dialogue], renderer, config.objective)
+    if isinstance(excerpts, UserError):
+        raise excerpts
+    return _make_view(dialogue, excerpts, data, renderer, config.objective)
 
 
 def make_views(
@@ -56,15 +89,27 @@ def make_views(
                 notes.append(f"not shown: {excerpts}")
                 continue
             assert isinstance(one, Dialogue)
-            (sequences,) = weighting.select_supervised(one, [excerpts], objective)
-            (tree,) = weighting.build_trees([sequences], objective)
-            if tree is None:
-                notes.append(f"not shown: {one.name} has nothing to train on under the objective {objective.name}")
+            try:
+                view = _make_view(one, excerpts, group, renderer, objective)
+            except UserError as error:
+                notes.append(f"not shown: {error}")
                 continue
-            messages, errors = token_messages.find_messages(tree, sequences, renderer)
-            notes += [f"shown as a part of the chat template in a history: {error}" for error in errors]
-            views.append(DialogueView(one, group, tree, decode_nodes(tree, renderer), messages))
+            views.append(view)
+            notes += view.remarks
     return views, notes
+
+
+def _make_view(
+    dialogue: Dialogue, excerpts: Sequence[Excerpt], group: str, renderer: Renderer, objective: ObjectiveConfig
+) -> DialogueView:
+    """Returns the view of a rendered dialogue; raises UserError if nothing in it is trained on."""
+    (sequences,) = weighting.select_supervised(dialogue, [excerpts], objective)
+    (tree,) = weighting.build_trees([sequences], objective)
+    if tree is None:
+        raise UserError(f"{dialogue.name} has nothing to train on under the objective {objective.name}")
+    messages, errors = token_messages.find_messages(tree, sequences, renderer)
+    remarks = [f"shown as a part of the chat template in a history: {error}" for error in errors]
+    return DialogueView(dialogue, group, tree, decode_nodes(tree, renderer), messages, remarks)
 
 
 def decode_nodes(tree: Tree, renderer: Renderer) -> list[str]:

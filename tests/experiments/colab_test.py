@@ -100,6 +100,12 @@ class ExecutedTest(absltest.TestCase):
         self.assertEqual((asked["rows"], asked["gradient_accumulation"], asked["data"]["max_length"]), (1, 2, 512))
         self.assertEqual((asked["checkpoint_every"], asked["compute_dtype"]), (1, "float32"))
 
+    def test_tree_of_a_dialogue_is_shown(self):
+        (shown,) = [output for output in self.outputs("tree") if output.output_type == "display_data"]
+        first = json.loads((self.directory / "train.jsonl").read_text().splitlines()[0])
+        self.assertIn(first["id"], shown.data["text/html"])
+        self.assertRegex(shown.data["text/html"], r'class="on" style="--w:1.0" title="token \d+, position \d+')
+
     def test_plot_is_shown(self):
         (shown,) = [output for output in self.outputs("plot") if output.output_type == "display_data"]
         self.assertIn("image/png", shown.data)
