@@ -71,6 +71,7 @@ class AdaptedModelTest(parameterized.TestCase):
             nll[name] = json.loads(out.read_text())["nll"]
         np.testing.assert_allclose(list(nll.values()), nll["merged"], rtol=1e-5)
 
+    @pytest.mark.full
     def test_runs_are_compared_with_models(self):
         told, error = running.run(
             "compare",

@@ -21,7 +21,8 @@ _REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 _WITH_MESSAGE_TREE = ("gemma3_text", "gemma2", "gpt_oss")
 # What is read of gemma4_unified_text is what is read of gemma4_text.
 _FAMILIES = tuple(name for name in families.FAMILIES if name != "gemma4_unified_text")
-FULL_PARAMETERS = tuple(name for name in _FAMILIES if name != "gemma3_text")  # see tests/conftest.py
+# See tests/conftest.py: of the quick tier is gemma3_text with qwen3's template.
+FULL_PARAMETERS = ("chatml", *(name for name in _FAMILIES if name != "gemma3_text"))
 
 
 @functools.cache

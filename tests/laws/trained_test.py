@@ -106,6 +106,7 @@ class TrainedTest(parameterized.TestCase):
         *((kind, "chatml") for kind in sorted(_KINDS)),
         *((kind, "qwen3") for kind in ("full", "lora", "soft prompt and lora")),
     )
+    @pytest.mark.quick_every(9)  # the last, whose template strips reasoning
     def test_one_pass_equals_k_passes(self, kind, family):
         tokenizer = chat_templates.train_tokenizer(family)
         model = tiny.config(len(tokenizer))
@@ -161,6 +162,7 @@ class TrainedTest(parameterized.TestCase):
         self.assertEqual(step._cache_size(), 1)
 
     @parameterized.parameters(*sorted(_KINDS))
+    @pytest.mark.full
     def test_cache_gives_the_logits_of_the_full_forward_pass(self, kind):
         trees, model = prepared(_KINDS[kind].soft_prompt.tokens)
         parameters = parameter_trees.merge(*make_parameters(_KINDS[kind], model))

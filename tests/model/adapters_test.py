@@ -88,6 +88,7 @@ class UpdateTest(parameterized.TestCase):
         self.assertLessEqual(float(jnp.abs(a).max()), 1 / 16)
         self.assertAlmostEqual(float(jnp.std(a)), 1 / 16 / np.sqrt(3), delta=1e-3)
 
+    @pytest.mark.full
     def test_columns_beyond_a_layers_rank_have_no_gradient(self):
         lora = LoraConfig(rank=4, targets=("v_proj",), rank_pattern={r"layers\.0\.self_attn\.v_proj": 1})
         parameters, _, _ = adapted(_TIED, lora)

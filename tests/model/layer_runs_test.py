@@ -62,7 +62,6 @@ _MODELS = {
         (5, 5, 0, 5, 9, 0), experts=Experts(count=4, active=2, width=8, dense_layers=(1, 4), shared_width=8)
     ),
 }
-FULL_PARAMETERS = ("without a period", "alternating experts", "experts and two attentions")
 
 
 def make_parameters(model):
@@ -127,6 +126,7 @@ class RunsTest(parameterized.TestCase):
         self.assertEqual({run.kind for run in runs}, {0})
 
     @parameterized.parameters(*_MODELS)
+    @pytest.mark.full
     def test_hidden_states_are_those_of_a_loop_over_layers(self, name):
         model = _MODELS[name]
         parameters = make_parameters(model)

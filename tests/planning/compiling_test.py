@@ -176,6 +176,7 @@ class CollectivesTest(absltest.TestCase):
         self.assertAlmostEqual(reduced / (2 * step_plan.memory.parameters), 1, delta=0.01)
         self.assertEqual({len(one.group) for one in step_plan.collectives}, {8})
 
+    @pytest.mark.full
     def test_divided_parameters_are_gathered_for_forward_and_backward_pass_and_rows_stay_where_they_are(self):
         step_plan = compiled(MeshConfig(data=1, fsdp=8), run_config(remat="full"))
 

@@ -277,6 +277,7 @@ class UpdateTest(absltest.TestCase):
         embedding = state.parameters["embedding"]
         self.assertEqual(embedding.addressable_shards[0].data.shape, (embedding.shape[0], embedding.shape[1] // 8))
 
+    @pytest.mark.full
     def test_bfloat16_compute_keeps_float32_masters(self):
         run, state = start(MeshConfig(), devices=1, compute_dtype=jnp.bfloat16)
         state, metrics = run(state, batch_of(1, 8))
