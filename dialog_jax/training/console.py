@@ -1,13 +1,16 @@
 """What a run prints while it trains, and the clocks behind its figures."""
 
+import contextlib
+import datetime
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import rich.console
 import rich.progress
+import rich.table
 
 
 def quiet_libraries() -> None:
@@ -81,14 +84,17 @@ class Progress:
 
     def __init__(self, console: rich.console.Console, steps: int, start: int):
         self._console, self._steps = console, steps
+        self._first: tuple[int, float] | None = None  # the first update that this process shows, and when
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(),
+            rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),  # what others leave
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("{task.fields[left]}"),
             console=console,
+            expand=True,
         )
-        self._task = self._bar.add_task("", total=steps, completed=start)
+        self._task = self._bar.add_task("starting", total=steps, completed=start, left="")
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -101,12 +107,36 @@ class Progress:
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         """Shows one update."""
-        text = f"loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        parts = [f"loss {figures['loss']:.3f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
+        if "peak_memory_gb" in figures:
+            parts.append(f"{figures['peak_memory_gb']:.1f} GB")
+        text, left = "  ".join(parts), self._estimate_seconds_left(step)
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, description=text)
+            described = "" if left is None else f"{datetime.timedelta(seconds=round(left))} left"
+            self._bar.update(self._task, completed=step, description=text, left=described)
         elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
-            minutes = (self._steps - step) * figures["seconds"] / 60
-            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {minutes:.1f} min left")
+            described = "" if left is None else f"  {left / 60:.1f} min left"
+            self._console.print(f"step {step:,} of {self._steps:,}  {text}{described}")
+
+    def _estimate_seconds_left(self, step: int) -> float | None:
+        """Returns the remaining steps times the mean time of a step, with evaluations and saves; None at the first.
+
+        The mean is over the steps after the first of this process, which contains compilation.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+            return None
+        first_step, first_time = self._first
+        return (self._steps - step) * (now - first_time) / (step - first_step)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Says on the bar that the block evaluates."""
+        before = self._bar.tasks[0].description
+        self._bar.update(self._task, description="evaluating")
+        yield
+        self._bar.update(self._task, description=before)
 
     def print(self, line: str) -> None:
         """Prints a line above the bar."""
