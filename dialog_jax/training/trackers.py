@@ -3,6 +3,9 @@
 All of them get the same figures under the same names: train/loss, held_out/loss, held_out_turns/0 and so on. The run's
 own files have these figures in any case, so a tracker that fails is reported and left out, and the run goes on. Only
 process 0 has trackers. A library is imported only by a run that names its tracker.
+
+A run that was killed repeats the steps after its last checkpoint, with the same losses. They are sent again: what the
+killed process sent last may be lost, and over the step both are one curve.
 """
 
 import contextlib
@@ -16,16 +19,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-import tensorboardX
 from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from dialog_jax import atomic_files
 from dialog_jax.errors import UserError
-from dialog_jax.training import distributed, metrics, run_directory, sessions
+from dialog_jax.training import distributed, run_directory, sessions
 from dialog_jax.training.config import TrainConfig
 
-IDS = "trackers.json"
+_IDS = "trackers.json"
 _PROJECT = "dialog_jax"
 _EXTRAS = ("wandb", "trackio")  # trackers whose library is an extra of the same name
 _UPLOAD_SECONDS = 30  # for what is not uploaded yet when a run ends
@@ -36,8 +38,6 @@ _INTERRUPTED = 255  # exit code that wandb gives a run which Ctrl-C ended
 class Tracker(Protocol):
     """One program. Any method can raise any error of its library."""
 
-    continued: bool
-    """Whether it has figures of an earlier session, which are shown again if they are sent again."""
     place: str
     """Where its figures are, to be printed; empty if that goes without saying."""
 
@@ -53,8 +53,7 @@ def check(config: TrainConfig) -> None:
     for name in _EXTRAS:
         if name in config.trackers and importlib.util.find_spec(name) is None:
             raise UserError(
-                f"trackers names {name}, which is not installed. Run: pip install 'dialog_jax[{name}]', or pip install "
-                f"{name}"
+                f"trackers names {name}, which is not installed. Run: pip install -e '.[{name}]', or pip install {name}"
             )
     if "wandb" in config.trackers:
         _check_login()
@@ -78,7 +77,6 @@ def _check_login() -> None:
 class _TensorBoard:
     """Event files in tensorboard/, one per session. The newest hides steps of the earlier ones that it repeats."""
 
-    continued = False
     place = ""
 
     def __init__(self, directory: pathlib.Path, step: int, config: Mapping[str, Any]):
@@ -90,9 +88,10 @@ class _TensorBoard:
         self._writer.write_event(event_pb2.Event(step=step + 1 if step else 0, session_log=session))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            summary = tensorboardX.summary.scalar(name, value)
-            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        # Not tensorboardX.summary.scalar, which changes names.
+        values = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        summary = summary_pb2.Summary(value=values)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
     def close(self, exit_code: int) -> None:
@@ -107,14 +106,16 @@ class _Wandb:
         del step
         import wandb
 
-        run_id, self.continued = _read_run_id(directory, "wandb")
+        run_id = _find_run_id(directory, "wandb")
         settings = wandb.Settings(
             silent=True,
             console="off",
             disable_git=True,
             disable_code=True,
             save_code=False,
-            x_disable_machine_info=True,  # name of the machine, path and arguments of the program, e-mail address
+            host="",
+            x_disable_machine_info=True,  # hardware, path and arguments of the program, e-mail address
+            x_disable_stats=True,
             x_save_requirements=False,
             finish_timeout=_UPLOAD_SECONDS,
             finish_timeout_raises=True,
@@ -133,9 +134,8 @@ class _Wandb:
         self._run.define_metric("step", hidden=True)
         for name in ("train/*", "held_out/*", "held_out_turns/*"):
             self._run.define_metric(name, step_metric="step")
-        _write_run_id(directory, "wandb", run_id)
         self._upload = f"wandb sync {pathlib.Path(self._run.dir).parent}"
-        self.place = f"offline; upload with: {self._upload}" if self._run.offline else self._run.url
+        self.place = f"offline; upload with: {self._upload}" if self._run.offline else self._run.url or ""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log({"step": step, **figures})
@@ -154,14 +154,13 @@ class _Trackio:
         del step
         import trackio
 
-        run_id, self.continued = _read_run_id(directory, "trackio")
+        run_id = _find_run_id(directory, "trackio")
         project, name = os.environ.get("TRACKIO_PROJECT", _PROJECT), directory.resolve().name
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project, name, config=dict(config), embed=False, auto_log_gpu=False, auto_log_cpu=False
             )
         self._run.id = run_id  # trackio resumes by name alone, and directories in several places may have the same name
-        _write_run_id(directory, "trackio", run_id)
         self.place = f"run {name}; {self._run.url or f'show it with: trackio show --project {project}'}"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -176,35 +175,28 @@ class _Trackio:
         context_vars.current_run.set(None)  # or it is finished again when the process ends, with a line on the console
 
 
-_TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+_TRACKERS: dict[str, Callable[[pathlib.Path, int, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
+}
 
 
-def _read_run_id(directory: pathlib.Path, name: str) -> tuple[str, bool]:
-    """Returns (the id of the run at a tracker, whether an earlier session has begun it there)."""
-    ids = _read_ids(directory)
-    return ids.get(name) or secrets.token_hex(8), name in ids
-
-
-def _write_run_id(directory: pathlib.Path, name: str, run_id: str) -> None:
-    atomic_files.write_text(directory / IDS, json.dumps(_read_ids(directory) | {name: run_id}) + "\n")
-
-
-def _read_ids(directory: pathlib.Path) -> dict[str, str]:
-    file = directory / IDS
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def _find_run_id(directory: pathlib.Path, name: str) -> str:
+    """Returns the id that a run has at a tracker, the same in all its sessions."""
+    file = directory / _IDS
+    ids = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if name not in ids:
+        ids[name] = secrets.token_hex(8)
+        atomic_files.write_text(file, json.dumps(ids) + "\n")
+    return ids[name]
 
 
 class Trackers:
-    """The open trackers of a run.
+    """The open trackers of a run; `report` prints a line."""
 
-    Args:
-      report: prints a line.
-      last_steps: {"train": step, "held_out": step}, the last ones of earlier sessions that this one repeats, if it
-        does, with the same result. A tracker that has them does not get them twice.
-    """
-
-    def __init__(self, report: Callable[[str], None], last_steps: Mapping[str, int]):
-        self._report, self._last_steps = report, last_steps
+    def __init__(self, report: Callable[[str], None]):
+        self._report = report
         self._open: dict[str, Tracker] = {}
 
     def open(self, name: str, directory: pathlib.Path, step: int, config: Mapping[str, Any]) -> None:
@@ -216,19 +208,18 @@ class Trackers:
 
     def train(self, step: int, figures: Mapping[str, float]) -> None:
         """Sends the figures of update `step`."""
-        self._log("train", step, {f"train/{name}": value for name, value in figures.items()})
+        self._log(step, {f"train/{name}": value for name, value in figures.items()})
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Sends the result of `metrics.Evaluation.figures` after update `step`."""
         values = {f"held_out/{name}": figures[name] for name in ("loss", "accuracy")}
         turns = {f"held_out_turns/{turn['turn']}": turn["loss"] for turn in figures["turns"]}
-        self._log("held_out", step, values | turns)
+        self._log(step, values | turns)
 
-    def _log(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
+    def _log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, tracker in list(self._open.items()):
-            if not tracker.continued or step > self._last_steps.get(kind, -1):
-                with self._survive_errors(name):
-                    tracker.log(step, figures)
+            with self._survive_errors(name):
+                tracker.log(step, figures)
 
     def close(self, exit_code: int) -> None:
         """Ends the run at every tracker, see `Tracker.close`."""
@@ -250,18 +241,15 @@ class Trackers:
 
 @contextlib.contextmanager
 def open_trackers(
-    config: TrainConfig, directory: pathlib.Path, step: int, report: Callable[[str], None], *, changed: bool
+    config: TrainConfig, directory: pathlib.Path, step: int, report: Callable[[str], None]
 ) -> Iterator[Trackers]:
     """Opens the trackers of the config on process 0, and no other; closes them with the outcome of the block.
-
-    Enter it before `metrics.Writer` is made, which removes the lines of steps that the run repeats.
 
     Args:
       step: from which the run resumes.
       report: prints a line.
-      changed: whether config or data differ from those of earlier sessions, so that repeated steps have other figures.
     """
-    trackers = Trackers(report, {} if changed else _read_last_steps(directory))
+    trackers = Trackers(report)
     if distributed.is_primary():
         versions = {f"packages.{name}": version for name, version in sessions.read_versions().items()}
         for name in config.trackers:
@@ -275,9 +263,3 @@ def open_trackers(
         raise
     finally:
         trackers.close(exit_code)
-
-
-def _read_last_steps(directory: pathlib.Path) -> dict[str, int]:
-    files = {"train": "metrics.jsonl", "held_out": "evaluation.jsonl"}
-    records = {kind: metrics.read_records(directory / file) for kind, file in files.items()}
-    return {kind: lines[-1]["step"] for kind, lines in records.items() if lines}
