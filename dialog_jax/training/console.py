@@ -121,13 +121,13 @@ class Progress:
         parts = [f"loss {figures['loss']:.3f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
         if "peak_memory_gb" in figures:
             parts.append(f"{figures['peak_memory_gb']:.1f} GB")
-        text, left = "  ".join(parts), self._estimate_seconds_left(step)
+        text, seconds = "  ".join(parts), self._estimate_seconds_left(step)
         if self._console.is_terminal:
-            described = "" if left is None else f"{_format_time(left)} left"
-            self._bar.update(self._task, completed=step, description=text, left=described)
+            left = "" if seconds is None else f"{_format_time(seconds)} left"
+            self._bar.update(self._task, completed=step, description=text, left=left)
         elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
-            described = "" if left is None else f"  {left / 60:.1f} min left"
-            self._console.print(f"step {step:,} of {self._steps:,}  {text}{described}")
+            left = "" if seconds is None else f"  {seconds / 60:.1f} min left"
+            self._console.print(f"step {step:,} of {self._steps:,}  {text}{left}")
 
     def _estimate_seconds_left(self, step: int) -> float | None:
         """Returns the remaining steps times the mean time of a step, with evaluations and saves; None at the first.

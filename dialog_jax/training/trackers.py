@@ -250,12 +250,12 @@ def open_trackers(
       report: prints a line.
     """
     trackers = Trackers(report)
-    if distributed.is_primary():
-        versions = {f"packages.{name}": version for name, version in sessions.read_versions().items()}
-        for name in config.trackers:
-            trackers.open(name, directory, step, run_directory.flatten_config(config) | versions)
     exit_code = 1
     try:
+        if distributed.is_primary():
+            versions = {f"packages.{name}": version for name, version in sessions.read_versions().items()}
+            for name in config.trackers:
+                trackers.open(name, directory, step, run_directory.flatten_config(config) | versions)
         yield trackers
         exit_code = 0
     except KeyboardInterrupt:
