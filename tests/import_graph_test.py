@@ -47,7 +47,7 @@ _ROOMS = {
         "config_fields", "optimizer_config", "config", "data_sources", "config_renderer", "optimizer", "sharding",
         "trainable", "loss", "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints",
         "metrics", "sessions", "run_inputs", "run_directory", "initial_state", "model_card", "trained_models", "export",
-        "compilation_cache", "console", "loop", "run",
+        "compilation_cache", "console", "trackers", "loop", "run",
     ),
     "evaluation": (
         "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",

@@ -34,7 +34,7 @@ _CURVES = {
     "Learning rate": "learning rate",
     "Gradient norm": "gradient norm",
     "Speed": "tokens per second",
-    "Peak memory of a device": "memory, which JAX does not know of a CPU",
+    "Peak memory of a device": "peak memory",
 }
 """What is said to be missing, by the title of its chart."""
 

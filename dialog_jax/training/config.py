@@ -32,6 +32,7 @@ RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,6 +186,9 @@ class TrainConfig:
     """Number of newest checkpoints to keep, in case one is damaged. The best by held-out loss is kept as well."""
     max_bad_steps: int = 5
     """Consecutive steps with a loss or gradient that is not finite, each skipped, after which a run stops."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Programs that show the figures: tensorboard, wandb, trackio, or several. metrics.jsonl and evaluation.jsonl have
+    the figures in any case."""
     seed: int = 0
     """Of the order of the data, of new adapters, and of dropout."""
 
@@ -248,6 +252,11 @@ class TrainConfig:
             raise UserError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
         if self.frozen_dtype not in FROZEN_DTYPES:
             raise UserError(f"frozen_dtype is {self.frozen_dtype!r}; it must be one of {', '.join(FROZEN_DTYPES)}.")
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        if unknown or len(set(self.trackers)) < len(self.trackers):
+            raise UserError(
+                f"trackers is {','.join(self.trackers)!r}; name each of {', '.join(TRACKERS)} at most once. () is none."
+            )
         if self.freeze and self.train_only:
             raise UserError("freeze and train_only are both set; the one says what is frozen, the other what is not.")
         if self.adapter and self.lora.rank:

@@ -1,13 +1,16 @@
 """What a run prints while it trains, and the clocks behind its figures."""
 
+import contextlib
 import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import rich.console
 import rich.progress
+import rich.table
+import rich.text
 
 
 def quiet_libraries() -> None:
@@ -76,19 +79,33 @@ def find_process_start() -> float:
     return now - max(0.0, age)
 
 
+def _format_time(seconds: float) -> str:
+    """Returns "26:03:09", also for more than a day, where `datetime.timedelta` and rich take more columns."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class _Elapsed(rich.progress.ProgressColumn):
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(_format_time(task.elapsed or 0.0))
+
+
 class Progress:
     """Shows updates while it is open: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, console: rich.console.Console, steps: int, start: int):
         self._console, self._steps = console, steps
+        self._first: tuple[int, float] | None = None  # the first update that this process shows, and when
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(),
+            rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),  # what others leave
+            rich.progress.TextColumn("{task.description}"),
+            _Elapsed(),
+            rich.progress.TextColumn("{task.fields[left]}"),
             console=console,
+            expand=True,
         )
-        self._task = self._bar.add_task("", total=steps, completed=start)
+        self._task = self._bar.add_task("starting", total=steps, completed=start, left="")
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -101,12 +118,36 @@ class Progress:
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         """Shows one update."""
-        text = f"loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        parts = [f"loss {figures['loss']:.3f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
+        if "peak_memory_gb" in figures:
+            parts.append(f"{figures['peak_memory_gb']:.1f} GB")
+        text, seconds = "  ".join(parts), self._estimate_seconds_left(step)
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, description=text)
+            left = "" if seconds is None else f"{_format_time(seconds)} left"
+            self._bar.update(self._task, completed=step, description=text, left=left)
         elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
-            minutes = (self._steps - step) * figures["seconds"] / 60
-            self._console.print(f"step {step:,} of {self._steps:,}  {text}  {minutes:.1f} min left")
+            left = "" if seconds is None else f"  {seconds / 60:.1f} min left"
+            self._console.print(f"step {step:,} of {self._steps:,}  {text}{left}")
+
+    def _estimate_seconds_left(self, step: int) -> float | None:
+        """Returns the remaining steps times the mean time of a step, with evaluations and saves; None at the first.
+
+        The mean is over the steps after the first of this process, which contains compilation.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+            return None
+        first_step, first_time = self._first
+        return (self._steps - step) * (now - first_time) / (step - first_step)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Says on the bar that the block evaluates."""
+        before = self._bar.tasks[0].description
+        self._bar.update(self._task, description="evaluating")
+        yield
+        self._bar.update(self._task, description=before)
 
     def print(self, line: str) -> None:
         """Prints a line above the bar."""

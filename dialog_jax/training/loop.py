@@ -17,12 +17,13 @@ from orbax.checkpoint import CheckpointManager
 from dialog_jax.batching import batches
 from dialog_jax.batching.batches import Batch, Plan
 from dialog_jax.errors import UserError
-from dialog_jax.training import checkpoints, distributed, metrics, optimizer, sharding
+from dialog_jax.training import checkpoints, distributed, metrics, optimizer, sharding, trackers
 from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.console import Clock, Progress, Startup
 from dialog_jax.training.run_inputs import Inputs
 from dialog_jax.training.score_steps import EvaluationSums
 from dialog_jax.training.signals import Listener, StoppedError
+from dialog_jax.training.trackers import Trackers
 from dialog_jax.training.train_step import StepMetrics, TrainState
 from dialog_jax.training.trainable import Selection
 
@@ -50,6 +51,7 @@ class _Outputs(NamedTuple):
     directory: pathlib.Path
     """Of the checkpoints."""
     writer: metrics.Writer | metrics.NullWriter
+    trackers: Trackers
     progress: Progress
     losses: dict[int, float]
     """Held-out loss by step, up to the current one."""
@@ -92,10 +94,11 @@ def train(
     with contextlib.ExitStack() as stack:
         place = directory / "checkpoints"
         manager = stack.enter_context(checkpoints.open_manager(place))
+        open_trackers = stack.enter_context(trackers.open_trackers(run.config, directory, start, console.print))
         writer = metrics.Writer(directory, step=start) if distributed.is_primary() else metrics.NullWriter()
         stack.enter_context(contextlib.closing(writer))
         progress = stack.enter_context(Progress(console, run.steps, start))
-        _train_steps(run, state, _Outputs(manager, place, writer, progress, losses), startup)
+        _train_steps(run, state, _Outputs(manager, place, writer, open_trackers, progress, losses), startup)
 
 
 def _train_steps(run: Run, state: TrainState, outputs: _Outputs, startup: Startup) -> None:
@@ -162,6 +165,7 @@ def _place_batch(run: Run, batch: Batch) -> Batch:
 
 def _report(step: int, figures: Mapping[str, float], outputs: _Outputs) -> None:
     outputs.writer.train(step, figures)
+    outputs.trackers.train(step, figures)
     outputs.progress.show(step, figures)
 
 
@@ -169,16 +173,17 @@ def _evaluate(run: Run, step: int, state: TrainState, outputs: _Outputs) -> None
     """Writes and shows held-out figures after `step`; returns early and without figures if a signal arrives."""
     data = run.config.data
     evaluation = metrics.Evaluation()
-    for batch, _ in batches.evaluation_batches(
-        run.inputs.held_out,
-        max_length=data.max_length,
-        rows=run.config.rows,
-        limit=run.config.evaluate_rows,
-        local_rows=sharding.find_local_rows(run.mesh, run.config.rows),
-    ):
-        evaluation.add(run.evaluation_step(state.parameters, _place_batch(run, batch)))
-        if run.listener.received:
-            return
+    with outputs.progress.evaluating():
+        for batch, _ in batches.evaluation_batches(
+            run.inputs.held_out,
+            max_length=data.max_length,
+            rows=run.config.rows,
+            limit=run.config.evaluate_rows,
+            local_rows=sharding.find_local_rows(run.mesh, run.config.rows),
+        ):
+            evaluation.add(run.evaluation_step(state.parameters, _place_batch(run, batch)))
+            if run.listener.received:
+                return
     figures = evaluation.figures()
     loss = figures["loss"]
     if not math.isfinite(loss):
@@ -187,6 +192,7 @@ def _evaluate(run: Run, step: int, state: TrainState, outputs: _Outputs) -> None
             "optimizer.learning_rate."
         )
     outputs.writer.evaluation(step, figures)
+    outputs.trackers.evaluation(step, figures)
     outputs.losses[step] = loss
     outputs.progress.print(
         f"step {step:,}: held-out loss {loss:.4f}, accuracy {figures['accuracy']:.2%} on {figures['targets']:,} targets"

@@ -1,19 +1,17 @@
-"""Evaluation sums to figures, FLOPs of a step, and figures to JSONL and TensorBoard files."""
+"""Evaluation sums to figures, FLOPs of a step, and figures to JSONL files."""
 
 import contextlib
 import json
 import math
 import os
 import pathlib
-import time
+import resource
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
-from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import adapters, decoder, parameter_trees, tensor_names
@@ -103,7 +101,13 @@ def find_peak_flops(device: jax.Device) -> float | None:
 
 
 def measure_peak_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Returns the most bytes that one of the devices has had in use; None where it is not known, as on CPUs."""
+    """Returns the most bytes that one of the devices has had in use; None where it is not known.
+
+    The memory of a CPU is that of this process: its largest resident size since it started.
+    """
+    if all(device.platform == "cpu" for device in devices):
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((peak for peak in peaks if peak is not None), default=None)
 
@@ -159,7 +163,7 @@ def _write_errors() -> Iterator[None]:
 
 
 class Writer:
-    """Appends figures to `metrics.jsonl`, `evaluation.jsonl` and TensorBoard files in a run's directory.
+    """Appends figures to `metrics.jsonl` and `evaluation.jsonl` in a run's directory.
 
     Lines are only appended. Values that are not finite are null.
 
@@ -176,32 +180,16 @@ class Writer:
         directory.mkdir(parents=True, exist_ok=True)
         self._train = _open_from(directory / "metrics.jsonl", step)
         self._evaluation = _open_from(directory / "evaluation.jsonl", step)
-        (directory / "tensorboard").mkdir(exist_ok=True)
-        # Not a SummaryWriter: its thread ends at the first error, such as a full disk, and later writes block forever.
-        self._tensorboard = event_file_writer.EventsWriter(str(directory / "tensorboard" / "events"), f".{step}")
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides earlier events of later steps
-        self._tensorboard.write_event(event_pb2.Event(step=step + 1 if step else 0, session_log=session))
 
     @_write_errors()
     def train(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes the figures of update `step` (the first is 1)."""
         _write_line(self._train, {"step": step, **figures})
-        for name, value in figures.items():
-            self._scalar(f"train/{name}", value, step)
 
     @_write_errors()
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Writes the result of `Evaluation.figures` after update `step`."""
         _write_line(self._evaluation, {"step": step, **figures})
-        for name in ("loss", "accuracy"):
-            self._scalar(f"held_out/{name}", figures[name], step)
-        for turn in figures["turns"]:
-            self._scalar(f"held_out_turns/{turn['turn']}", turn["loss"], step)
-        self._tensorboard.flush()
-
-    def _scalar(self, name: str, value: int | float, step: int) -> None:
-        summary = tensorboardX.summary.scalar(name, value)
-        self._tensorboard.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
     @_write_errors()
     def sync(self) -> None:
@@ -213,7 +201,7 @@ class Writer:
     def close(self) -> None:
         """Flushes and closes the files."""
         with contextlib.ExitStack() as stack:  # all of them, even if closing one fails
-            for file in (self._train, self._evaluation, self._tensorboard):
+            for file in (self._train, self._evaluation):
                 stack.callback(file.close)
 
 

@@ -37,6 +37,7 @@ from dialog_jax.training import (
     sessions,
     sharding,
     signals,
+    trackers,
     train_step,
     trainable,
 )
@@ -90,6 +91,7 @@ def run(
     distributed.check_same("config", run_directory.flatten_config(config))
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
+    distributed.run_on_all_hosts(lambda: trackers.check(config) if distributed.is_primary() else None)
     with signals.listen() as listener, contextlib.ExitStack() as stack:
         # Open: the directory is empty, or holds this run and no other process trains there.
         distributed.run_primary_first(lambda: _lock(directory, stack))

@@ -16,7 +16,9 @@ output_dir/
   metrics.jsonl      one line per update
   evaluation.jsonl   held-out figures, one line per evaluation; step 0 is before training
   sessions.jsonl     one line per process that trained here: its start, versions and devices
-  tensorboard/       the same for TensorBoard
+  trackers.json      ids of the run at Weights & Biases and Trackio
+  tensorboard/       the figures for TensorBoard
+  wandb/             what the library of Weights & Biases keeps, or all figures if it is offline
 """
 
 import contextlib
@@ -47,7 +49,15 @@ from dialog_jax.training.trainable import Selection
 SCALES = "scales.safetensors"
 _BEFORE_A_CLAIM = {"licences", "trees", "skipped.txt", "tokenizer", "model.json", SCALES, "inputs.json", "lock"}
 # Fields that may differ when a run is resumed.
-_MAY_CHANGE = ("mesh.", "data.cache_dir", "data.workers", "keep_checkpoints", "max_bad_steps", "compute_dtype")
+_MAY_CHANGE = (
+    "mesh.",
+    "data.cache_dir",
+    "data.workers",
+    "keep_checkpoints",
+    "max_bad_steps",
+    "trackers",
+    "compute_dtype",
+)
 _BY_CONTENT = (
     "model",
     "adapter",

@@ -156,8 +156,10 @@ def _prepare_trees(
     weights = [source.files.weights] if source.files.weights else []
     files = [pathlib.Path(path).expanduser() for path in [*source.files.paths, *weights]]
     versions = [_file_version(file) for file in files]
+    with console.status(f"reading {source.name}"):
+        dialogues = [_hash_dialogues(source.files, path) for path in source.files.paths]
     key = {
-        "dialogues": [_hash_dialogues(source.files, path) for path in source.files.paths],
+        "dialogues": dialogues,
         "held_out": [source.held_out, source.division.limit if source.division else 0],
         "tokenizer": fingerprint(renderer.tokenizer),
         "chat_template": renderer.tokenizer.chat_template,

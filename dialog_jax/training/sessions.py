@@ -22,12 +22,6 @@ def add_session(directory: pathlib.Path, step: int) -> None:
     {"step": 0, "started": "2026-07-01T12:00:00+00:00", "devices": {"NVIDIA H100": 8}, "processes": 1,
      "python": "3.11.2", "system": "Linux x86_64", "packages": {"jax": "0.10.2", ...}}
     """
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
     session = {
         "step": step,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -35,10 +29,21 @@ def add_session(directory: pathlib.Path, step: int) -> None:
         "processes": jax.process_count(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": versions,
+        "packages": read_versions(),
     }
     with (directory / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(session) + "\n")
+
+
+def read_versions() -> dict[str, str]:
+    """Returns the versions of the packages on which a run's numbers depend."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return versions
 
 
 def read_sessions(directory: pathlib.Path) -> list[dict[str, Any]]:

@@ -52,6 +52,15 @@ class ConfigTest(parameterized.TestCase):
         self.assertEqual((built.optimizer.learning_rate, built.objective.roles), (0.5, ("user",)))
         self.assertEqual(built.loss, LossConfig(z_loss=1e-4))
 
+    def test_trackers_are_known_and_named_once(self):
+        overridden = config.to_config_dict(TrainConfig())
+        overridden.trackers = ("tensorboard,wandb,trackio",)  # as a flag gives it
+        self.assertEqual(config.from_config_dict(overridden).trackers, config.TRACKERS)
+        self.assertEqual(TrainConfig(trackers=()).trackers, ())
+        for names in (("wandb", "mlflow"), ("wandb", "wandb")):
+            with self.assertRaisesRegex(UserError, "at most once"):
+                TrainConfig(trackers=names)
+
     def test_names_can_be_separated_by_commas(self):
         overridden = config.to_config_dict(TrainConfig())
         overridden.lora.rank = 4

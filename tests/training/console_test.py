@@ -1,10 +1,13 @@
-"""The seconds before the first step, against a clock that the test moves, and what libraries print."""
+"""The seconds before the first step and those left, by a clock that the test moves, and what is printed."""
 
+import io
+import re
 import subprocess
 import sys
 import time
 from unittest import mock
 
+import rich.console
 from absl.testing import absltest
 
 from dialog_jax.training import console
@@ -39,6 +42,51 @@ class StartupTest(absltest.TestCase):
         done = subprocess.run([sys.executable, "-c", code, repr(sys.path)], capture_output=True, text=True, check=True)
         self.assertBetween(float(done.stdout), before - 0.1, before + 0.4)
         self.assertLess(console.find_process_start(), before)
+
+
+class ProgressTest(absltest.TestCase):
+    def show(self, *steps, total, **console_options):
+        """What is shown of steps that take 2 s each."""
+        output = io.StringIO()
+        terminal = rich.console.Console(file=output, soft_wrap=True, highlight=False, **console_options)
+        figures = {"loss": 2.34567, "tokens_per_second": 1234567.8, "peak_memory_gb": 123.45}
+        with console.Progress(terminal, total, 0) as progress:
+            with progress.evaluating():
+                self.refresh(progress, terminal)
+            progress.print("step 0: held-out loss 3.1")
+            for step in steps:
+                with mock.patch.object(time, "monotonic", lambda step=step: 100.0 + 2 * step):
+                    progress.show(step, figures)
+                self.refresh(progress, terminal)
+        return output.getvalue()
+
+    def refresh(self, progress, terminal):
+        if terminal.is_terminal:
+            progress._bar.refresh()
+
+    def test_pipe_has_plain_lines_with_the_time_left_after_the_first_step(self):
+        shown = self.show(1, 2, 3, 6, total=121)
+        line = "loss 2.346  1,234,568 tokens/s  123.5 GB"
+        self.assertEqual(
+            shown.splitlines(),
+            [
+                "step 0: held-out loss 3.1",
+                f"step 1 of 121  {line}",
+                f"step 2 of 121  {line}  4.0 min left",
+                f"step 6 of 121  {line}  3.8 min left",
+            ],
+        )
+
+    def test_bar_of_80_columns_has_all_figures_in_one_line(self):
+        shown = self.show(1, 2, total=50_000, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+        lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n").split("\n")]
+        self.assertNotEmpty([line for line in lines if re.search(r"^ +0/50000 .* evaluating 0:00:00$", line)])
+        self.assertIn("step 0: held-out loss 3.1", lines)
+        self.assertRegex(
+            lines[-1] or lines[-2],
+            r"^ +2/50000 .*loss 2\.346  1,234,568 tokens/s  123\.5 GB \d:\d\d:\d\d 27:46:36 left$",
+        )
+        self.assertLessEqual(max(map(len, lines)), 80)
 
 
 class QuietTest(absltest.TestCase):

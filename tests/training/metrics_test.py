@@ -2,13 +2,11 @@
 
 import pathlib
 import resource
-import struct
 from unittest import mock
 
 import jax
 import numpy as np
 from absl.testing import absltest
-from tensorboardX.proto import event_pb2
 
 from dialog_jax.errors import UserError
 from dialog_jax.model.lora_config import LoraConfig
@@ -17,15 +15,6 @@ from dialog_jax.training.config import TrainConfig
 from dialog_jax.training.score_steps import EvaluationSums
 from tests.rendering import chat_templates
 from tests.training import tiny
-
-
-def events(file):
-    """What a file of TensorBoard holds: records of a length, a checksum, an event and a checksum."""
-    data = file.read_bytes()
-    while data:
-        (size,) = struct.unpack("<Q", data[:8])
-        yield event_pb2.Event.FromString(data[12 : 12 + size])
-        data = data[16 + size :]
 
 
 class FlopsTest(absltest.TestCase):
@@ -73,14 +62,17 @@ class FlopsTest(absltest.TestCase):
 
 
 class PeakMemoryTest(absltest.TestCase):
-    def test_peak_is_that_of_the_fullest_device_and_unknown_on_cpus(self):
+    def test_peak_is_that_of_the_fullest_device_or_of_the_process_on_cpus(self):
         devices = [
             mock.Mock(spec=jax.Device, memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak, "bytes_in_use": 1})
             for peak in (3, 7, 5)
         ]
         self.assertEqual(metrics.measure_peak_memory(devices), 7)
         self.assertIsNone(metrics.measure_peak_memory([mock.Mock(spec=jax.Device, memory_stats=lambda: None)]))
-        self.assertIsNone(metrics.measure_peak_memory(jax.devices()))
+        before = metrics.measure_peak_memory(jax.devices())
+        np.ones(2**27 + before, np.uint8)  # more than there was ever
+        grown = metrics.measure_peak_memory(jax.devices()) - before
+        self.assertBetween(grown, 2**27, 2**27 + before)
 
 
 class EvaluationTest(absltest.TestCase):
@@ -138,26 +130,6 @@ class WriterTest(absltest.TestCase):
             file.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
             with self.assertRaisesRegex(ValueError, r"^metrics.jsonl:2: not a record of a step"):
                 metrics.read_records(file)
-
-    def test_tensorboard_shows_each_step_once(self):
-        directory = pathlib.Path(self.create_tempdir().full_path)
-        shown = {}
-        for start, steps in ((0, (1, 2, 3)), (0, (1, 2, 3, 4)), (2, (3, 4))):  # twice from the beginning, and from 2
-            before = set((directory / "tensorboard").glob("*"))
-            writer = metrics.Writer(directory, step=start)
-            for step in steps:
-                writer.train(step, {"loss": 10.0 * start + step})
-            writer.close()
-            (file,) = {*(directory / "tensorboard").iterdir()} - before
-            for event in events(file):
-                if event.session_log.status == event_pb2.SessionLog.START:
-                    shown = {step: value for step, value in shown.items() if step < event.step}
-                for value in event.summary.value:
-                    self.assertEqual(value.tag, "train/loss")
-                    self.assertNotIn(event.step, shown)
-                    shown[event.step] = value.simple_value
-            file.rename(file.with_name(f"{len(before)}"))  # two may begin in the same second
-        self.assertEqual(shown, {1: 1.0, 2: 2.0, 3: 23.0, 4: 24.0})
 
     def test_full_disk_is_an_error_with_a_remedy_and_nobody_waits(self):
         writer = metrics.Writer(pathlib.Path(self.create_tempdir().full_path), step=0)

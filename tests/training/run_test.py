@@ -359,7 +359,7 @@ class RunTest(parameterized.TestCase):
         self.run_in("whole", optimizer=optimizer)
         with self.stopping_in("_evaluate", signal.SIGTERM), self.assertRaises(StoppedError):
             self.run_in("run", optimizer=optimizer)
-        self.run_in("run", optimizer=optimizer, mesh=MeshConfig(data=4, fsdp=1, tensor=2))
+        self.run_in("run", optimizer=optimizer, mesh=MeshConfig(data=4, fsdp=1, tensor=2), trackers=())
         gap = tiny.largest_difference(self.parameters_of("run", 6), self.parameters_of("whole", 6))
         self.assertLess(gap, 1e-6)
 
