@@ -3,8 +3,9 @@
 `axolotl_fields` has the fields; this module reads the file and its data sets. No field is left out in silence.
 """
 
+import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -43,7 +44,7 @@ def convert(file: pathlib.Path) -> Conversion:
     order = dict.fromkeys(["base_model", *_DATA_FIELDS, *axolotl_fields.RULES, *fields])
     for name in (name for name in order if name in fields):
         if rule := axolotl_fields.RULES.get(name):
-            _add(conversion, name, lambda rule=rule, name=name: rule(fields[name], fields))
+            _add(conversion, name, functools.partial(rule, fields[name], fields))
         elif name == "datasets":
             _convert_data(conversion, fields[name])
         elif name == "test_datasets":
@@ -73,7 +74,7 @@ def _read(file: pathlib.Path) -> dict[Any, Any]:
     return fields
 
 
-def _add(conversion: Conversion, name: str, read) -> None:
+def _add(conversion: Conversion, name: str, read: Callable[[], list[Entry]]) -> None:
     """Adds the entries of a field, or the reason why it has none."""
     try:
         entries = read()
@@ -104,14 +105,19 @@ def _convert_data(conversion: Conversion, value: Any) -> None:
     for index, one in enumerate(value):
         for name, part in one.items():
             if name != "path" and part is not None:
-                full_name = f"datasets[{index}].{name}"
-                _add(conversion, full_name, lambda name=name, part=part: _read_part(name, part, len(paths), roles))
+                read = functools.partial(_read_part, name, part, one, len(paths), roles)
+                _add(conversion, f"datasets[{index}].{name}", read)
     if roles:
         conversion.entries.append(Entry("data.roles", roles))
 
 
-def _read_part(name: str, value: Any, sets: int, roles: dict[str, str]) -> list[Entry]:
-    """Returns the entries of a field of a data set; its further names of roles are added to `roles`."""
+def _read_part(name: str, value: Any, fields: Mapping[str, Any], sets: int, roles: dict[str, str]) -> list[Entry]:
+    """Returns the entries of a field of a data set; its further names of roles are added to `roles`.
+
+    Args:
+      fields: of the data set.
+      sets: number of data sets.
+    """
     if name == "type":
         if value not in _TYPES:
             raise NotCarriedError(f"records of {value!r} are not read here: write messages, or prompt and completion")
@@ -133,7 +139,7 @@ def _read_part(name: str, value: Any, sets: int, roles: dict[str, str]) -> list[
     elif name in ("roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja"):
         if sets > 1:
             raise NotCarriedError("one for all data here")
-        return axolotl_fields.RULES[name](value, {})
+        return axolotl_fields.RULES[name](value, fields)
     else:
         raise NotCarriedError(_IN_RECORD)
     return []
@@ -144,12 +150,14 @@ def _check_mapping(names: Mapping[str, Any]) -> None:
         raise NotCarriedError(f"messages have role and content, or from and value, here; rename {', '.join(wrong)}")
 
 
-def _read_roles(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (name in the data, role) of names that are not known anyway."""
+def _read_roles(value: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the role of each name in the data that is not known anyway."""
+    roles: dict[str, str] = {}
     for role, names in value.items():
-        for name in names if isinstance(names, list) else [names]:
-            if ROLE_NAMES.get(name) != role:
-                yield str(name), ROLE_NAMES.get(role, role)
+        if str(role) not in ROLE_NAMES:
+            raise NotCarriedError(f"{role!r} is no role here")
+        roles.update({str(name): ROLE_NAMES[str(role)] for name in (names if isinstance(names, list) else [names])})
+    return {name: role for name, role in roles.items() if ROLE_NAMES.get(name) != role}
 
 
 def _convert_test_data(conversion: Conversion, value: Any) -> None:

@@ -190,26 +190,29 @@ def _read_checkpointing(value: Any, fields: Fields) -> list[Entry]:
     return [Entry("remat", "full" if value else "none")]
 
 
+def _find_checkpoints(fields: Fields) -> int | None:
+    """Returns save_steps if it is a multiple of eval_steps, as checkpoint_every must be of evaluate_every."""
+    saves, evaluations = integer(fields.get("save_steps", 0)), integer(fields["eval_steps"])
+    return saves if evaluations > 0 and saves > 0 and not saves % evaluations else None
+
+
 def _read_evaluation(value: Any, fields: Fields) -> list[Entry]:
     every = integer(value)
-    saves = fields.get("save_steps")
-    has_saves = isinstance(saves, int) and not saves % every
-    return [Entry("evaluate_every", every), Entry("checkpoint_every", saves if has_saves else every)]
+    return [Entry("evaluate_every", every), Entry("checkpoint_every", _find_checkpoints(fields) or every)]
 
 
 def _read_saves(value: Any, fields: Fields) -> list[Entry]:
     every = integer(value)
-    evaluations = fields.get("eval_steps")
-    if not evaluations:
+    if "eval_steps" not in fields:
         comment = "There is an evaluation before each checkpoint, since the best is kept."
         return [Entry("evaluate_every", every, comment), Entry("checkpoint_every", every)]
-    if every % integer(evaluations):
+    if _find_checkpoints(fields) is None:
         raise NotCarriedError("no multiple of eval_steps, as checkpoint_every must be of evaluate_every")
     return []  # read with eval_steps
 
 
 def read_roles_to_train(value: Any, fields: Fields) -> list[Entry]:
-    roles = [ROLE_NAMES.get(role) for role in value] if isinstance(value, list) else [None]
+    roles = [ROLE_NAMES.get(str(role)) for role in value] if isinstance(value, list) else []
     if set(roles) == {"assistant"}:
         return []
     if not roles or None in roles:

@@ -20,8 +20,8 @@ from dialog_jax.model.decoder_config import DecoderConfig
 from dialog_jax.planning import compiling, simulated_devices
 from dialog_jax.training import metrics, sharding
 
-SHARE = 0.9
-"""Of the memory of a device that a step may take; the rest is for the program itself."""
+SHARE = 0.8
+"""Of the memory of a device that a step may take; the rest is for what the estimate does not see."""
 _RANK = 16
 
 # Run in a process of its own: this one simulates devices, and memory that JAX takes on an accelerator is free again.
@@ -62,14 +62,17 @@ class Trial(NamedTuple):
 
     way: Way
     needed: int
-    """Bytes of a device for one row per device."""
+    """Bytes of a device for one row per device. On accelerators what any compiler needs: the CPU's compiler, which makes
+    the estimate, keeps float32 copies of bfloat16 arrays."""
     per_row: int
-    """Bytes of a device for a further row, at most; 0 if only the state was counted."""
+    """Bytes of a device for a further row; 0 if only the state was counted."""
+    is_bound: bool
+    """Whether `needed` is only what any compiler needs."""
     fits: bool
 
     @property
     def description(self) -> str:
-        at_least = "" if self.per_row else "at least "
+        at_least = "at least " if self.is_bound else ""
         return f"{self.way.name}: {at_least}{self.needed / 1e9:.1f} GB{'' if self.fits else ', too much'}"
 
 
@@ -124,10 +127,15 @@ def try_ways(entries: Sequence[Entry], model: DecoderConfig, devices: Devices) -
     for way in list_ways(devices):
         state = round(way.state_bytes * parameters)
         if state > limit:
-            trials.append(Trial(way, state, 0, fits=False))
+            trials.append(Trial(way, state, 0, is_bound=True, fits=False))
             continue
         memory = _measure([*entries, *way.entries], model, devices, simulated)
-        trials.append(Trial(way, memory.compiled, memory.temporaries, fits=memory.compiled <= limit))
+        if devices.platform == "cpu":
+            needed, per_row = memory.compiled, memory.temporaries
+        else:
+            needed, per_row = memory.lower_bound, memory.activations + memory.batch
+        is_bound = devices.platform != "cpu"
+        trials.append(Trial(way, needed, per_row, is_bound=is_bound, fits=needed <= limit))
         if trials[-1].fits:
             break
     return trials

@@ -126,6 +126,8 @@ class AxolotlTest(parameterized.TestCase):
         ("message_property_mappings", {"role": "speaker"}, "rename role: speaker"),
         ("split", "train[:20%]", "a part of a split"),
         ("name", "subset", "docs/data.md"),
+        ("roles", {"narrator": ["x"]}, "'narrator' is no role here"),
+        ("roles_to_train", "all", "'all' are no roles"),
     )
     def test_data_that_is_read_otherwise_is_listed(self, name, value, reason):
         conversion = self.convert_fields(datasets=[{"path": "a/b", name: value}])
@@ -148,6 +150,13 @@ class AxolotlTest(parameterized.TestCase):
     def test_checkpoints_alone_are_preceded_by_evaluations(self):
         values = config_text.build_config(self.convert_fields(save_steps=30).entries)
         self.assertEqual((values.evaluate_every, values.checkpoint_every), (30, 30))
+
+    @parameterized.parameters((30, 20), (30, 0), (30, -10))
+    def test_checkpoints_between_evaluations_are_listed(self, saves, evaluations):
+        conversion = self.convert_fields(save_steps=saves, eval_steps=evaluations)
+        self.assertIn("no multiple of eval_steps", conversion.left["save_steps"])
+        values = config_text.build_config(conversion.entries)
+        self.assertEqual(values.evaluate_every, values.checkpoint_every)
 
     @parameterized.parameters(
         ("a: [", "not YAML"),

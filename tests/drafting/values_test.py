@@ -66,7 +66,7 @@ class MemoryTest(parameterized.TestCase):
             lora, nf4 = config.lora.rank > 0, config.frozen_dtype == "nf4"
             state = int(_PARAMETERS * ((0.53 if nf4 else 2) if lora else 12) / max(1, config.mesh.fsdp))
             gradients = 0 if lora else 4 * _PARAMETERS // max(1, config.mesh.fsdp)
-            return Memory(state, 0, 0, 0, 0, 0, temporaries=int(gradients + activations))
+            return Memory(state, 0, 0, 0, gradients, int(activations), temporaries=int(gradients + activations))
 
         devices = Devices(platform, "chip", number, int(gigabytes * 1e9))
         with (
@@ -77,11 +77,11 @@ class MemoryTest(parameterized.TestCase):
             return memory.try_ways(_ENTRIES, tiny.config(512), devices), devices
 
     @parameterized.parameters(
-        (24, 1, "all weights"),  # 16 + 1 GB in 21.6
-        (18.5, 1, "LoRA"),  # 16.65 for 17
+        (24, 1, "all weights"),  # 16 + 1 in 19.2 GB
+        (18.5, 1, "LoRA"),  # all weights need 17, and 14.8 may be used
         (12, 8, "all weights, divided over 8 devices"),
-        (4, 1, "LoRA"),  # 2 + 1 in 3.6
-        (3, 1, "LoRA on an NF4 base"),  # 0.53 + 1 in 2.7
+        (4, 1, "LoRA"),  # 2 + 1 in 3.2
+        (3, 1, "LoRA on an NF4 base"),  # 0.53 + 1 in 2.4
     )
     def test_first_way_that_fits_is_chosen(self, gigabytes, number, name):
         trials, devices = self.choose(gigabytes, number=number)
@@ -92,20 +92,20 @@ class MemoryTest(parameterized.TestCase):
         self.assertEqual(config.lora.rank, 16 if "LoRA" in name else 0)
         self.assertEqual(config.frozen_dtype, "nf4" if "NF4" in name else "auto")
         self.assertEqual(config.mesh.fsdp, number if "divided" in name else 1)
-        self.assertIn("LoRA: 3.0 GB" if name == "LoRA" else trials[-1].description, entries[0].comment)
+        self.assertIn("LoRA: at least 3.0 GB" if name == "LoRA" else trials[-1].description, entries[0].comment)
 
     def test_what_does_not_fit_is_said(self):
         trials, devices = self.choose(1)
         self.assertEqual([trial.fits for trial in trials], [False] * 4)
         self.assertEqual(trials[0].description, "all weights: at least 16.0 GB, too much")
-        self.assertIn("NOTHING FITS in 90% of it", values.make_way_entries(trials, devices)[0].comment)
+        self.assertIn("NOTHING FITS in 80% of it", values.make_way_entries(trials, devices)[0].comment)
         self.assertEqual(build_config(values.make_way_entries(trials, devices)).remat, "full")
 
     @parameterized.parameters(
-        (24, "cpu", 1), (19, "gpu", 1), (24, "gpu", 1), (28, "gpu", 2), (60, "gpu", 8), (105, "gpu", 16)
+        (24, "cpu", 1), (22, "gpu", 1), (24, "gpu", 2), (26, "gpu", 4), (31, "gpu", 8), (60, "gpu", 16)
     )
     def test_rows_are_as_many_as_fit(self, gigabytes, platform, rows):
-        # 17 GB with one row, of which 5 GB are counted for each further row.
+        # 17 GB with one row, 1 GB for each further one.
         trials, devices = self.choose(gigabytes, platform=platform)
         self.assertEqual(memory.choose_rows(trials[-1], devices, rows_per_update=16), rows)
 
