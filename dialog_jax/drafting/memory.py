@@ -62,8 +62,8 @@ class Trial(NamedTuple):
 
     way: Way
     needed: int
-    """Bytes of a device for one row per device. On accelerators what any compiler needs: the CPU's compiler, which makes
-    the estimate, keeps float32 copies of bfloat16 arrays."""
+    """Bytes of a device for one row per device. On accelerators what any compiler needs: the CPU's, which makes the
+    estimate, keeps float32 copies of bfloat16 arrays."""
     per_row: int
     """Bytes of a device for a further row; 0 if only the state was counted."""
     is_bound: bool
