@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "chats with a model in the terminal",
     "plot": "draws loss over steps, and held-out loss by turn",
     "diagnose": "says why a run does not learn, and what to change",
+    "init": "writes a commented config for a model and data, or from one of Axolotl",
     "plan": "estimates whether a run fits given devices, and how fast it would be",
     "report": "writes one HTML page about a run, its data and its dialogues",
 }

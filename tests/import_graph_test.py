@@ -53,14 +53,15 @@ _ROOMS = {
         "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",
         "k_pass_scores", "differences", "agreement", "selection",
     ),
-    "planning": ("hlo", "compiling", "workload", "estimating"),
+    "planning": ("hlo", "model_shapes", "simulated_devices", "compiling", "workload", "estimating"),
+    "drafting": ("config_text", "survey", "memory", "values", "axolotl_fields", "axolotl_reasons", "axolotl"),
     "diagnosis": (
         "run_figures", "finding", "statistics", "update_findings", "loss_findings", "findings", "measurements",
     ),
     "report": ("tree_html", "dialogue_views", "token_columns", "charts", "data_charts", "run_facts", "page"),
     "commands": (
         "config_flag", "help_text", "entry", "config_inputs", "train", "audit", "show", "check", "score", "select",
-        "compare", "export", "chat", "plot", "report", "diagnose", "plan",
+        "compare", "export", "chat", "plot", "report", "diagnose", "plan", "init",
     ),
 }
 # fmt: on

@@ -38,8 +38,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if not {"--help", "-h"}.isdisjoint(arguments):
             from dialog_jax.commands import help_text  # imports transformers, which must be quiet by now
 
+            own_flags = flags.FLAGS.get_flags_for_module(module.__name__)
             shared = [flags.FLAGS[name] for name in ("adapter", "base", "data", "debug") if name in flags.FLAGS]
-            own_flags = [*flags.FLAGS.get_flags_for_module(module.__name__), *shared]
+            own_flags += [flag for flag in shared if flag not in own_flags]
             print(help_text.format_help(module.__doc__ or "", own_flags, with_config="config" in flags.FLAGS))
             return 0
         positional = flags.FLAGS(sys.argv)[1:]

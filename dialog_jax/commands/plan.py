@@ -7,21 +7,16 @@ on the CPU; nothing is allocated, and of the model only config.json is read. Cou
 program, before the CPU's own passes. Sizes are in GB of 1e9 bytes.
 """
 
-import os
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
 from dialog_jax.commands import config_flag, entry
-from dialog_jax.errors import UserError
-from dialog_jax.model import hf_config, pretrained, tensor_files
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.planning import compiling, estimating, hlo, workload
+from dialog_jax.planning import compiling, estimating, hlo, model_shapes, simulated_devices, workload
 from dialog_jax.planning.compiling import StepPlan
 from dialog_jax.planning.estimating import Chip
 from dialog_jax.planning.workload import Workload
@@ -52,26 +47,16 @@ _TARGETS = flags.DEFINE_float(
 )
 _DIALOGUES = flags.DEFINE_integer("sample", 1000, "Largest number of dialogues of the data to prepare.", lower_bound=1)
 
-_SHAPES = pathlib.Path(__file__).parents[1] / "planning" / "shapes"
-
 
 def main() -> None:
     devices, kind = entry.required(_DEVICES, "8"), entry.required(_KIND, "h100")
     config = config_flag.read(_CONFIG)
-    _simulate(devices)
-    _plan(config, kind)
+    _plan(config, simulated_devices.simulate_devices(devices), kind)
 
 
-def _simulate(devices: int) -> None:
-    # JAX reads this variable when it first looks for devices, not when it is imported.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    jax.config.update("jax_platforms", "cpu")
-    assert jax.device_count() == devices, f"JAX was initialized before: it has {jax.device_count()} devices."
-
-
-def _plan(config: TrainConfig, kind: str) -> None:
-    model = _load_shape(config.model).for_length(config.data.max_length)
-    mesh = sharding.make_mesh(config.mesh)
+def _plan(config: TrainConfig, devices: Sequence[jax.Device], kind: str) -> None:
+    model = model_shapes.load_shape(config.model).for_length(config.data.max_length)
+    mesh = sharding.make_mesh(config.mesh, devices)
     chip = estimating.CHIPS.get(kind)
     if chip:  # slices may be smaller than the largest
         chip = chip._replace(group_size=min(chip.group_size, mesh.size // mesh.shape.get("dcn_data", 1)))
@@ -107,24 +92,6 @@ def _plan(config: TrainConfig, kind: str) -> None:
     ]
     for lines in sections:
         print("", *lines, sep="\n")
-
-
-def _load_shape(name: str) -> DecoderConfig:
-    """Returns the shape of a model: of a local directory or file, of planning/shapes, or of config.json on the Hub."""
-    path = pathlib.Path(name).expanduser()
-    if path.exists():
-        return pretrained.load_config(path)
-    file = _SHAPES / f"{path.name}.json"
-    if not file.exists():
-        known = ", ".join(sorted(path.stem for path in _SHAPES.glob("*.json")))
-        try:
-            file = pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
-        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-            raise UserError(
-                f"model {name!r} is no local directory or file and none of the known shapes {known}, and its "
-                f"config.json could not be loaded from the Hugging Face Hub ({type(error).__name__}). Check the name."
-            ) from error
-    return hf_config.from_json(file, tensor_files.read_json(file))
 
 
 def _gigabytes(size: int | float) -> str:

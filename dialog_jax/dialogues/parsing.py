@@ -225,11 +225,16 @@ def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]
         raise UserError(f"{where} has no {key!r}; {roles}. Add it.")
     if not isinstance(speaker, str):
         raise UserError(f"{where} has {key} {quote(speaker)}; {roles}. Write one of them.")
-    guesses = (role for name, role in role_names.items() if name in speaker.lower())
     raise UserError(
         f"{where} has {key} {speaker!r}; {roles}. Rename it in the data, or map it: "
-        f"--config.data.roles=\"{{'{speaker}': '{next(guesses, 'assistant')}'}}\"."
+        f"--config.data.roles=\"{{'{speaker}': '{guess_role(speaker)}'}}\"."
     )
+
+
+def guess_role(speaker: str) -> str:
+    """Returns the role that an unknown name of a speaker probably has: "The User" -> "user"."""
+    guesses = (role for name, role in schemas.ROLE_NAMES.items() if name in speaker.lower())
+    return next(guesses, "assistant")
 
 
 def _parse_calls(item: Mapping[str, Any], where: str) -> list[Any]:

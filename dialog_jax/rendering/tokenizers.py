@@ -20,6 +20,10 @@ _MODEL = "model_it_is_used_with"  # attribute of a tokenizer: the name or path o
 _BOM = "\ufeff"  # with which some editors begin a file
 
 
+class NoChatTemplateError(UserError):
+    """The tokenizer has no chat template, and none was given."""
+
+
 def load_tokenizer(
     name_or_path: str | pathlib.Path, *, chat_template: str = "", model: str | pathlib.Path = ""
 ) -> transformers.PreTrainedTokenizerFast:
@@ -46,7 +50,7 @@ def load_tokenizer(
     elif tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.chat_template.removeprefix(_BOM)
     if not tokenizer.chat_template:
-        raise UserError(
+        raise NoChatTemplateError(
             f"{path.name}: the tokenizer has no chat template, which says how a dialogue becomes text. "
             "Give one with chat_template (a Jinja file or its text); an instruction-tuned model has its own."
         )

@@ -75,7 +75,7 @@ class CommandsTest(parameterized.TestCase):
         lines = text.splitlines()
         self.assertLess(max(map(len, lines)), 101)
         self.assertIn("  --debug=False", lines)
-        has_config = command not in ("select", "export", "plot", "diagnose")
+        has_config = command not in ("select", "export", "plot", "diagnose", "init")
         self.assertEqual(has_config, "  --config.optimizer.learning_rate=-1.0" in lines)
         if has_config:
             self.assertIn("      Passes over the training data; read if steps is 0.", lines)

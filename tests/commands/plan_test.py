@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 from dialog_jax.errors import UserError
 from dialog_jax.model import decoder, families, hf_config, peft_files, saving
-from dialog_jax.planning import workload
+from dialog_jax.planning import model_shapes, workload
 from dialog_jax.training import metrics
 from dialog_jax.training.config import MeshConfig
 from tests.commands import running
@@ -137,11 +137,10 @@ class ShapesTest(parameterized.TestCase):
         ("llama_1b", 1, 1_235_814_400), ("llama_8b", 8, 8_030_261_248), ("llama_70b", 256, 70_553_706_496)
     )
     def test_experiment_has_the_published_shape_and_a_mesh_that_divides_it(self, experiment, devices, parameters):
-        with running.loaded("plan") as script:
-            namespace = {}
-            exec((_ROOT / "experiments" / f"{experiment}.py").read_text(), namespace)
-            config = namespace["get_config"]()
-            model = script._load_shape(config.model)
+        namespace = {}
+        exec((_ROOT / "experiments" / f"{experiment}.py").read_text(), namespace)
+        config = namespace["get_config"]()
+        model = model_shapes.load_shape(config.model)
         abstract = decoder.abstract_parameters(model)
         self.assertEqual(sum(leaf.size for leaf in jax.tree.leaves(abstract)), parameters)
         self.assertEqual(hf_config.to_json(model)["rope_parameters"]["rope_type"], "llama3")
@@ -171,8 +170,7 @@ class ShapesTest(parameterized.TestCase):
         ("phi-4", "phi3", 14_659_507_200),
     )
     def test_shape_has_the_published_number_of_parameters(self, name, family, parameters, active=None):
-        with running.loaded("plan") as script:
-            model = script._load_shape(f"publisher/{name}")
+        model = model_shapes.load_shape(f"publisher/{name}")
         self.assertEqual(model.family, family)
         self.assertEqual(metrics.count_parameters(model), (parameters, active or parameters))
 
