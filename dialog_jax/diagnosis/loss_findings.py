@@ -89,7 +89,9 @@ def find_memorizing(figures: Figures) -> Finding | None:
         later = figures.updates["nll"][figures.updates["step"] > steps[best]]
         later = later[np.isfinite(later)]
         rise = float(loss[-1] - loss[best])
-        if rise > _DIVERGENCE * loss[best] and len(later) >= 3 and statistics.fit_change(later).value < 0:
+        # Both, since a loss that falls after an explosion may still be above the first one.
+        falls = len(later) >= 3 and statistics.fit_change(later).value < 0 and later[-1] < later[0]
+        if rise > _DIVERGENCE * loss[best] and falls:
             reasons.append(
                 f"since step {steps[best]:,.0f}, held-out loss has risen from {loss[best]:.4f} to {loss[-1]:.4f} while "
                 "training loss fell"

@@ -142,6 +142,13 @@ class FindingsTest(parameterized.TestCase):
             self.assertEmpty(unchecked)
         self.assertEmpty(findings.format_findings(found, unchecked))
 
+    def test_loss_that_falls_after_an_explosion_is_no_memorizing_but_a_high_rate(self):
+        nll = np.where(_STEP == 1, 4.2, 13 + 40 * np.exp(-_STEP / 8))
+        norm = np.where(_STEP < 20, 150.0, 1.5)
+        found, _ = findings.diagnose(_healthy(**_updates(nll=nll, gradient_norm=norm), **_evaluations(4.5, 30, 18, 14)))
+        self.assertEqual({kind: one.confidence for kind, one in found.items()}, {"learning_rate_high": "likely"})
+        self.assertRegex(found["learning_rate_high"].what, r"training loss rose as well, from 4.2000 to 13.\d+$")
+
     def test_there_is_a_sick_run_of_each_kind(self):
         self.assertEqual(list(_SICK), list(findings.CHECKS))
 
