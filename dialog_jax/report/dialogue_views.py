@@ -46,12 +46,15 @@ class DialogueView(NamedTuple):
 
 
 def view_dialogue(config: TrainConfig, index: int = 0, *, data: str = "train") -> DialogueView:
-    """Returns a dialogue of a config's data, as training sees it, to be looked at in a notebook.
+    """Returns a dialogue of a config's data, with all that is trained in it, to be looked at in a notebook.
+
+    It is the whole dialogue, before it is fitted into rows and without a soft prompt; a remark says what training does
+    otherwise.
 
     Args:
       config: names the data, and a model or tokenizer; no weights are read.
       index: of the record, from 0.
-      data: `train`, `validation`, or the name of a set in data.mix.
+      data: `train` (all of data.train, also what is held out), `validation`, or the name of a set in data.mix.
 
     Raises:
       UserError: there is no such dialogue, or it cannot be rendered or has nothing to train on.
@@ -62,7 +65,16 @@ def view_dialogue(config: TrainConfig, index: int = 0, *, data: str = "train") -
     (excerpts,) = inspection.render_dialogues([dialogue], renderer, config.objective)
     if isinstance(excerpts, UserError):
         raise excerpts
-    return _make_view(dialogue, excerpts, data, renderer, config.objective)
+    view = _make_view(dialogue, excerpts, data, renderer, config.objective)
+    size, virtual = len(view.tree.tokens), config_renderer.count_virtual_tokens(config)
+    if virtual:
+        view.remarks.append(f"In training, the soft prompt's {virtual:,} virtual tokens precede it.")
+    if size + virtual > config.data.max_length:
+        view.remarks.append(
+            f"It is larger than a row of data.max_length = {config.data.max_length:,} tokens: training divides it, and "
+            f"shortens histories that are longer than a row (data.truncate = {config.data.truncate!r})."
+        )
+    return view
 
 
 def make_views(

@@ -138,7 +138,7 @@ class Source:
         """
         count = 0
         for count, record in enumerate(self.iterate_records(), start=1):
-            if count > index:
+            if count > index >= 0:
                 if isinstance(record, UserError):
                     raise record
                 return record
@@ -182,7 +182,7 @@ def find_source(config: TrainConfig, name: str) -> Source:
     if not paths:
         raise UserError("data.train is empty. Name a file or hub data set: --config.data.train=...")
     if name not in paths:
-        raise UserError(f"--data={name}: the config names no such data; it names {', '.join(paths)} and validation.")
+        raise UserError(f"data {name!r}: the config names no such data; name one of {', '.join(paths)} or validation.")
     return _make_source(config, (paths[name],), config.data.train_split, weights=config.data.weights)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -6,6 +7,7 @@ import numpy as np
 from absl.testing import absltest
 
 from dialog_jax.errors import UserError
+from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.report import dialogue_views, tree_html
 from dialog_jax.training.config import DataConfig, TrainConfig
 from dialog_jax.trees import prefix_tree
@@ -85,9 +87,23 @@ class ViewTest(absltest.TestCase):
         self.assertEqual("".join(text for _, text, _, _ in drawn.tokens).replace("·", "").count(pages.ATTACK), 2)
         self.assertLen(drawn.tokens, len(view.tree.tokens))
 
+        self.assertEmpty(view.remarks)
+        short = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, max_length=16), soft_prompt=SoftPromptConfig(tokens=4)
+        )
+        remarks = dialogue_views.view_dialogue(short, index=4).remarks
+        self.assertLen(remarks, 2)
+        self.assertIn("4 virtual tokens", remarks[0])
+        self.assertIn("data.max_length = 16 tokens", remarks[1])
+        self.assertIn(remarks[1].partition(":")[0], dialogue_views.view_dialogue(short, index=4)._repr_html_())
+
         answers = Reader(dialogue_views.view_dialogue(config, index=2)._repr_html_())
         self.assertLen(answers.summaries, 1)
-        for index, message in ((5, "has nothing to train on"), (6, r"index 6: data.jsonl has 6 records")):
+        for index, message in (
+            (5, "has nothing to train on"),
+            (6, "index 6: data.jsonl has 6 records"),
+            (-1, "index -1: data.jsonl has 6 records"),
+        ):
             with self.assertRaisesRegex(UserError, message):
                 dialogue_views.view_dialogue(config, index)
 

@@ -103,7 +103,7 @@ class DataSourcesTest(absltest.TestCase):
             (TrainConfig(data=DataConfig(mix=mix)), "a"),
         ):
             self.assertLen(self.contents(data_sources.find_source(config, name)), 30)
-            with self.assertRaisesRegex(UserError, f"--data=test: .* it names {name} and validation"):
+            with self.assertRaisesRegex(UserError, f"data 'test': .* name one of {name} or validation"):
                 data_sources.find_source(config, "test")
         with self.assertRaisesRegex(UserError, "data.train is empty"):
             data_sources.find_source(TrainConfig(), "train")
