@@ -187,8 +187,8 @@ class TrainConfig:
     max_bad_steps: int = 5
     """Consecutive steps with a loss or gradient that is not finite, each skipped, after which a run stops."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Programs that show the figures: tensorboard, wandb, trackio, or several. metrics.jsonl and evaluation.jsonl have
-    the figures in any case."""
+    """Experiment trackers to log to: tensorboard, wandb, trackio, or several. metrics.jsonl and evaluation.jsonl always
+    have all figures."""
     seed: int = 0
     """Of the order of the data, of new adapters, and of dropout."""
 
@@ -255,7 +255,8 @@ class TrainConfig:
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown or len(set(self.trackers)) < len(self.trackers):
             raise UserError(
-                f"trackers is {','.join(self.trackers)!r}; name each of {', '.join(TRACKERS)} at most once. () is none."
+                f"trackers is {','.join(self.trackers)!r}; name each of {', '.join(TRACKERS)} at most once, or () for "
+                "none."
             )
         if self.freeze and self.train_only:
             raise UserError("freeze and train_only are both set; the one says what is frozen, the other what is not.")

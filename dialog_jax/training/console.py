@@ -126,7 +126,7 @@ class Progress:
             left = "" if seconds is None else f"{_format_time(seconds)} left"
             self._bar.update(self._task, completed=step, description=text, left=left)
         elif step <= 2 or step == self._steps or step % max(1, self._steps // 20) == 0:
-            left = "" if seconds is None else f"  {seconds / 60:.1f} min left"
+            left = "" if seconds is None else f"  {_format_time(seconds)} left"
             self._console.print(f"step {step:,} of {self._steps:,}  {text}{left}")
 
     def _estimate_seconds_left(self, step: int) -> float | None:
@@ -143,7 +143,7 @@ class Progress:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Says on the bar that the block evaluates."""
+        """Shows `evaluating` on the bar during the block."""
         before = self._bar.tasks[0].description
         self._bar.update(self._task, description="evaluating")
         yield

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,8 +106,11 @@ def measure_peak_memory(devices: Sequence[jax.Device]) -> int | None:
     The memory of a CPU is that of this process: its largest resident size since it started.
     """
     if all(device.platform == "cpu" for device in devices):
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        status = pathlib.Path("/proc/self/status")
+        if status.exists():  # on Linux, where getrusage may give the peak of the process that started this one
+            peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(errors="replace"))
+            return int(peak[1]) * 1024 if peak else None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS, in bytes
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((peak for peak in peaks if peak is not None), default=None)
 

@@ -1,11 +1,11 @@
-"""Trackers: programs that show the figures of a run, each through its own library.
+"""Sends the figures of a run to experiment trackers, each through its own library.
 
 All of them get the same figures under the same names: train/loss, held_out/loss, held_out_turns/0 and so on. The run's
-own files have these figures in any case, so a tracker that fails is reported and left out, and the run goes on. Only
-process 0 has trackers. A library is imported only by a run that names its tracker.
+own files always have these figures, so a tracker that fails is reported and left out, and the run goes on. Only process
+0 has trackers. A library is imported only by a run that names its tracker.
 
-A run that was killed repeats the steps after its last checkpoint, with the same losses. They are sent again: what the
-killed process sent last may be lost, and over the step both are one curve.
+A run that was killed repeats the steps after its last checkpoint, with the same losses. They are sent again: the last
+figures before the kill may not have arrived, and plotted over the step both passes coincide.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from dialog_jax.training.config import TrainConfig
 _IDS = "trackers.json"
 _PROJECT = "dialog_jax"
 _EXTRAS = ("wandb", "trackio")  # trackers whose library is an extra of the same name
-_UPLOAD_SECONDS = 30  # for what is not uploaded yet when a run ends
+_CONNECT_SECONDS, _UPLOAD_SECONDS = 20, 30  # timeouts at the start, and for pending uploads at the end of a run
 _OFFLINE = ("offline", "dryrun", "disabled")  # modes of wandb that need no login
 _INTERRUPTED = 255  # exit code that wandb gives a run which Ctrl-C ended
 
@@ -39,7 +39,7 @@ class Tracker(Protocol):
     """One program. Any method can raise any error of its library."""
 
     place: str
-    """Where its figures are, to be printed; empty if that goes without saying."""
+    """Where its figures are, to be printed; empty if there is nothing to print."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Sends figures of a step."""
@@ -60,18 +60,28 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_login() -> None:
-    import wandb
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    wandb = _import_wandb()
+    settings = wandb.setup(wandb.Settings(show_info=False)).settings  # warnings, such as of failed uploads, are shown
+    # Of the environment of now, not of wandb's first use in this process.
+    if os.environ.get("WANDB_MODE", settings.mode) in _OFFLINE or wandb.run is not None:
+        return
     try:
-        has_login = settings.mode in _OFFLINE or wandb.login(prompt=False, verify=False)
+        has_login = wandb.login(prompt=False, verify=False)
     except wandb.Error as error:
         raise UserError(f"wandb: {error} Run: wandb login, or set WANDB_MODE=offline.") from error
     if not has_login:
         raise UserError(
-            "trackers names wandb, and there is no login to Weights & Biases. Run: wandb login, or set "
+            "trackers includes wandb, but you are not logged in to Weights & Biases. Run: wandb login, or set "
             "WANDB_MODE=offline to upload later."
         )
+
+
+def _import_wandb():
+    """Returns the module of wandb, which reports its own errors, with paths of this machine, unless told not to."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
 
 
 class _TensorBoard:
@@ -104,11 +114,13 @@ class _Wandb:
 
     def __init__(self, directory: pathlib.Path, step: int, config: Mapping[str, Any]):
         del step
-        import wandb
-
-        run_id = _find_run_id(directory, "wandb")
+        wandb = _import_wandb()
+        # An id of the environment, such as that of a sweep's trial, comes first.
+        run_id = os.environ.get("WANDB_RUN_ID") or _find_run_id(directory, "wandb")
         settings = wandb.Settings(
             silent=True,
+            reinit="create_new",  # a run of the caller's own, in a notebook, stays as it is
+            init_timeout=_CONNECT_SECONDS,
             console="off",
             disable_git=True,
             disable_code=True,
@@ -122,7 +134,8 @@ class _Wandb:
         )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
-            name=directory.resolve().name,
+            name=os.environ.get("WANDB_NAME", directory.resolve().name),
+            mode=os.environ.get("WANDB_MODE"),
             id=run_id,
             resume="allow",
             dir=directory,
@@ -130,12 +143,12 @@ class _Wandb:
             allow_val_change=True,
             settings=settings,
         )
-        # The step is a figure like others, because wandb drops what is logged for a step of its own that is over.
+        # The step is a figure like others, because wandb drops what is logged below its own count of steps.
         self._run.define_metric("step", hidden=True)
         for name in ("train/*", "held_out/*", "held_out_turns/*"):
             self._run.define_metric(name, step_metric="step")
         self._upload = f"wandb sync {pathlib.Path(self._run.dir).parent}"
-        self.place = f"offline; upload with: {self._upload}" if self._run.offline else self._run.url or ""
+        self.place = f"offline; upload with: {self._upload}" if self._run.offline else self._run.url or "disabled"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log({"step": step, **figures})
@@ -153,9 +166,12 @@ class _Trackio:
     def __init__(self, directory: pathlib.Path, step: int, config: Mapping[str, Any]):
         del step
         import trackio
+        from trackio import context_vars
 
         run_id = _find_run_id(directory, "trackio")
         project, name = os.environ.get("TRACKIO_PROJECT", _PROJECT), directory.resolve().name
+        self._run_before = context_vars.current_run.get()  # of the caller's own, in a notebook
+        context_vars.current_run.set(None)
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project, name, config=dict(config), embed=False, auto_log_gpu=False, auto_log_cpu=False
@@ -172,7 +188,7 @@ class _Trackio:
 
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
-        context_vars.current_run.set(None)  # or it is finished again when the process ends, with a line on the console
+        context_vars.current_run.set(self._run_before)  # or ours is finished again at exit, with a line on the console
 
 
 _TRACKERS: dict[str, Callable[[pathlib.Path, int, Mapping[str, Any]], Tracker]] = {
@@ -233,9 +249,10 @@ class Trackers:
             yield
         except Exception as error:  # errors of these libraries have no common class, and none is worth a run
             self._open.pop(name, None)
+            described = " ".join(f"{type(error).__name__}: {error}".split())
             self._report(
-                f"{name} failed and gets no more figures; metrics.jsonl and evaluation.jsonl have all of them. "
-                f"{type(error).__name__}: {error}"
+                f"{name} failed and is left out of this session; metrics.jsonl and evaluation.jsonl have all figures. "
+                f"{described}"
             )
 
 

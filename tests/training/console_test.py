@@ -72,8 +72,8 @@ class ProgressTest(absltest.TestCase):
             [
                 "step 0: held-out loss 3.1",
                 f"step 1 of 121  {line}",
-                f"step 2 of 121  {line}  4.0 min left",
-                f"step 6 of 121  {line}  3.8 min left",
+                f"step 2 of 121  {line}  0:03:58 left",
+                f"step 6 of 121  {line}  0:03:50 left",
             ],
         )
 

@@ -131,7 +131,7 @@ class TrackersTest(parameterized.TestCase):
         (line,) = self.lines[2:]
         self.assertEqual(
             line,
-            "tensorboard failed and gets no more figures; metrics.jsonl and evaluation.jsonl have all of them. "
+            "tensorboard failed and is left out of this session; metrics.jsonl and evaluation.jsonl have all figures. "
             "RuntimeError: no network",
         )
 
@@ -144,7 +144,7 @@ class TrackersTest(parameterized.TestCase):
         ):
             opened.train(1, {"loss": 0.5})
         (line,) = self.lines
-        self.assertStartsWith(line, "trackio failed and gets no more figures;")
+        self.assertStartsWith(line, "trackio failed and is left out of this session;")
         self.assertEndsWith(line, "OSError: no room")
         (file,) = (self.directory / "tensorboard").iterdir()
         self.assertEqual([event.step for event in read_events(file) if event.summary.value], [1])
@@ -252,9 +252,24 @@ class LibrariesTest(absltest.TestCase):
     def test_wandb_without_a_login_is_an_error_with_a_remedy(self):
         with (
             mock.patch.dict(os.environ, self.environment, clear=True),
-            self.assertRaisesRegex(UserError, "no login to Weights & Biases. Run: wandb login, or set WANDB_MODE=off"),
+            self.assertRaisesRegex(UserError, "not logged in to Weights & Biases. Run: wandb login, or set WANDB_MODE"),
         ):
             run_session(self.directory, "wandb", 0, 6)
+
+    def test_a_run_of_the_caller_at_wandb_stays_open_and_has_no_figures_of_ours(self):
+        environment = self.environment | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        self.enterContext(mock.patch.dict(os.environ, environment, clear=True))
+        import wandb
+
+        own = wandb.init(project="own", dir=self.directory.parent)
+        run_session(self.directory, "wandb", 0, 6)
+        own.log({"mine": 1})
+        own.finish()
+        (file,) = self.directory.parent.glob("wandb/offline-run-*/*.wandb")
+        records = [one.history for one in read_wandb(file) if one.WhichOneof("record_type") == "history"]
+        names = [item.key or item.nested_key[0] for one in records for item in one.item]
+        self.assertEqual([name for name in names if not name.startswith("_")], ["mine"])
+        self.assertLen(list((self.directory / "wandb").glob("offline-run-*")), 1)
 
     def test_trackio_has_one_curve_of_both_sessions(self):
         lines = self.run_sessions("trackio", TRACKIO_PROJECT="a_project")
