@@ -173,6 +173,16 @@ class FindingsTest(parameterized.TestCase):
     def test_what_is_no_finding(self, changes, kind):
         self.assertNotIn(kind, findings.diagnose(_healthy(**changes))[0])
 
+    def test_a_run_that_diverges_at_once_has_a_high_rate_and_memorizes_nothing(self):
+        # As with LoRA at a rate of 0.1: losses and norms have their peak in the first updates.
+        peak = np.exp(-_STEP / 4)
+        changes = _updates(nll=np.where(_STEP == 1, 4.2, 12 + 40 * peak), gradient_norm=1.5 + 300 * peak)
+        for loss in ((4.0, 50.0, 21.0, 13.0), (4.0, 30.0, 9.0, 5.2)):
+            found, _ = findings.diagnose(_healthy(**changes, **_evaluations(*loss)))
+            self.assertEqual(list(found), ["learning_rate_high"])
+            self.assertEqual(found["learning_rate_high"].confidence, "likely")
+            self.assertRegex(found["learning_rate_high"].what, "factor of 0.0.*, and the training loss rose as well")
+
     def test_what_could_not_be_measured_is_listed_with_the_reason(self):
         missing = {"changes": "the model is not here.", "responses": "the model is not here."}
         figures = _healthy(changes=None, responses=None, overlap=None, missing=missing)
