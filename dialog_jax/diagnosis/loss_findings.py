@@ -80,17 +80,20 @@ def _measure_jump(figures: Figures) -> statistics.Estimate | None:
 
 def find_memorizing(figures: Figures) -> Finding | None:
     jump, loss, steps = _measure_jump(figures), figures.evaluations["loss"], figures.evaluations["step"]
+    is_known = np.isfinite(figures.updates["nll"])
+    nll, nll_steps = figures.updates["nll"][is_known], figures.updates["step"][is_known]
     reasons = []
-    mean = float(np.nanmean(figures.updates["nll"]))
+    mean = float(nll.mean())
     if jump and jump.value < -_STRONG * jump.error and -jump.value > _DIVERGENCE * mean:
         reasons.append(f"training loss falls by {-jump.value:.4f} ± {jump.error:.4f} nats at the end of each epoch")
     if len(loss) > 2:
         best = int(loss.argmin())
-        later = figures.updates["nll"][figures.updates["step"] > steps[best]]
-        later = later[np.isfinite(later)]
+        later = nll[nll_steps > steps[best]]
         rise = float(loss[-1] - loss[best])
-        # Both, since a loss that falls after an explosion may still be above the first one.
-        falls = len(later) >= 3 and statistics.fit_change(later).value < 0 and later[-1] < later[0]
+        # The training loss of a run that has diverged falls from its peak, but stays above that of the first update.
+        falls = (
+            len(later) >= 3 and statistics.fit_change(later).value < 0 and statistics.measure_ends(later)[1] < nll[0]
+        )
         if rise > _DIVERGENCE * loss[best] and falls:
             reasons.append(
                 f"since step {steps[best]:,.0f}, held-out loss has risen from {loss[best]:.4f} to {loss[-1]:.4f} while "

@@ -40,6 +40,12 @@ def fit_change(values: Float64[np.ndarray, " n"]) -> Estimate:
     return fit(np.stack([np.ones_like(ramp), ramp], axis=1), values)[1]
 
 
+def measure_ends(values: Float64[np.ndarray, " n"]) -> tuple[float, float]:
+    """Returns the medians of the first and of the last fifth of the values; n is at least 1."""
+    fifth = max(1, len(values) // 5)
+    return float(np.median(values[:fifth])), float(np.median(values[-fifth:]))
+
+
 def fit_jump(epoch: Float64[np.ndarray, " n"], values: Float64[np.ndarray, " n"]) -> Estimate:
     """Returns by how much values change at the end of an epoch beyond their slope within epochs.
 

@@ -19,7 +19,7 @@ _EXHAUSTED = 0.01  # of the peak; schedules end at 0.1 of it by default
 _EXHAUSTED_SHARE = 0.25  # of the updates
 _SMALL_CHANGE = 1e-4  # of a parameter's norm; fine-tuning that lowers the loss moves parameters by 1e-3 to 1e-2
 _GROWTH = 2.0  # factor between the gradient norms of the first and the last fifth of a run
-_WORSE = 0.02  # of the first training loss, by which the losses of the last fifth of a run are above it
+_DIVERGED = 1.2  # times the loss before training, of training and held-out loss; the mean of a row varies by less
 _CLIPPED = 0.95  # share of the updates
 _FAR_CLIPPED = 5.0  # times the limit: to Adam, norms that are always just above it are as good as any
 _WASTE = 0.6  # share of the tokens of rows that are not padding; packing reaches 0.9 where dialogues are short
@@ -109,21 +109,17 @@ def find_high_rate(figures: Figures) -> Finding | None:
     loss, nll, norm = figures.evaluations["loss"], _column(figures, "nll"), _column(figures, "gradient_norm")
     if len(loss) < 2 or not loss[-1] > loss[0] or len(nll) < 2:
         return None
-    fifth = max(1, len(norm) // 5)
-    growth = float(np.median(norm[-fifth:]) / max(np.median(norm[:fifth]), 1e-30))
-    last = float(np.median(nll[-fifth:]))
-    # After an early explosion the loss falls, to a value above the first.
-    is_worse = last > (1 + _WORSE) * nll[0]
-    rises = is_worse or (len(nll) >= 3 and statistics.fit_change(nll).value > 0)
+    first_norm, last_norm = statistics.measure_ends(norm)
+    growth = last_norm / max(first_norm, 1e-30)
+    # The losses of a run that diverges at once fall from their peak, but stay above those before training.
+    diverged = min(loss[-1] / loss[0], statistics.measure_ends(nll)[1] / nll[0]) > _DIVERGED
+    rises = diverged or (len(nll) >= 3 and statistics.fit_change(nll).value > 0)
     if growth < _GROWTH and not rises:  # if training loss falls, memorizing explains it better
         return None
-    trend = ", and the training loss has a rising trend" if rises else ""
-    if is_worse:
-        trend = f", and the training loss rose as well, from {nll[0]:.4f} to {last:.4f}"
     return Finding(
-        "likely" if is_worse or (growth >= _GROWTH and rises) else "possible",
+        "likely" if diverged or (growth >= _GROWTH and rises) else "possible",
         f"held-out loss rose from {loss[0]:.4f} to {loss[-1]:.4f}, the gradient norm changed by a factor of "
-        f"{growth:.2f}{trend}",
+        f"{growth:.2f}{', and the training loss rose as well' if rises else ''}",
         f"Lower optimizer.learning_rate ({figures.learning_rate:.3g}) 3 to 10 times, or raise optimizer.warmup_steps.",
     )
 
