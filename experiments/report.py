@@ -45,8 +45,10 @@ class Options:
     """File of held-out dialogues."""
     results_dir: str = "experiments/results"
     """Directory for table and plot, created if missing."""
+    runs_dir: str = ""
+    """Directory for runs, which are kept and not trained again; empty for an experiment that keeps none."""
     steps: int = 0
-    """Updates of each training; 0 if nothing is trained."""
+    """Updates of each training; 0 if nothing is trained or the experiment determines them."""
     seed: int = 0
     """Seed of the order of the training data."""
 
@@ -62,11 +64,12 @@ class Options:
         return " ".join(["python", f"experiments/{self.name}.py", *shown])
 
 
-def run_script(main: Callable[[Options], None], name: str, *, steps: int = 0) -> None:
+def run_script(main: Callable[[Options], None], name: str, *, steps: int = 0, runs_dir: str = "") -> None:
     """Runs an experiment from the command line.
 
     Args:
-      steps: default of --steps; 0 for an experiment that does not train and has no such flag.
+      steps: default of --steps; 0 for an experiment that has no such flag.
+      runs_dir: default of --runs_dir; empty for an experiment that keeps no runs.
     """
     defaults = Options(name=name, steps=steps)
     flags.DEFINE_string("model", defaults.model, "Hugging Face model directory, .gguf file or Hub name.")
@@ -74,6 +77,9 @@ def run_script(main: Callable[[Options], None], name: str, *, steps: int = 0) ->
     flags.DEFINE_string("validation", defaults.validation, "File of held-out dialogues.")
     flags.DEFINE_string("results_dir", defaults.results_dir, "Directory for table and plot, created if missing.")
     names = ["model", "train", "validation", "results_dir"]
+    if runs_dir:
+        flags.DEFINE_string("runs_dir", runs_dir, "Directory for runs, which are kept and not trained again.")
+        names.append("runs_dir")
     if steps:
         flags.DEFINE_integer("steps", steps, "Updates of each training.", lower_bound=1)
         flags.DEFINE_integer("seed", defaults.seed, "Seed of the order of the training data.", lower_bound=0)
@@ -105,12 +111,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, seconds: float) -> list[pathlib.Path]:
+def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, seconds: float | None) -> list[pathlib.Path]:
     """Writes NAME.md and NAME.png into the results directory and returns their paths.
 
     Args:
       paragraphs: text after the head with command, date, versions, machine and time.
-      seconds: wall time of the experiment. CPU time is reported as well, since it depends less on other load.
+      seconds: wall time of the experiment. CPU time is reported as well, since it depends less on other load. None for
+        an experiment that keeps its runs, of which this process may have made a part.
     """
     directory = pathlib.Path(options.results_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,17 +125,18 @@ def write(options: Options, figure: Figure, paragraphs: Sequence[str], *, second
     with atomic_files.replace(picture) as unfinished:
         figure.savefig(unfinished, dpi=DPI)
     plt.close(figure)
-    head = "  \n".join(
-        [
-            f"Command: `{options.command}`",
-            f"Date: {datetime.date.today().isoformat()}",
-            f"Versions: {versions()}",
-            f"Machine: {machine()}",
-            f"Time: {seconds / 60:.1f} min, {_cpu_seconds() / 60:.1f} min of CPU time over all cores",
-        ]
-    )
+    head = [
+        f"Command: `{options.command}`",
+        f"Date: {datetime.date.today().isoformat()}",
+        f"Versions: {versions()}",
+        f"Machine: {machine()}",
+    ]
+    if seconds is not None:
+        head.append(f"Time: {seconds / 60:.1f} min, {_cpu_seconds() / 60:.1f} min of CPU time over all cores")
     text = directory / f"{options.name}.md"
-    atomic_files.write_text(text, "\n\n".join([head, *paragraphs, f"![{options.name}]({picture.name})"]) + "\n")
+    atomic_files.write_text(
+        text, "\n\n".join(["  \n".join(head), *paragraphs, f"![{options.name}]({picture.name})"]) + "\n"
+    )
     return [text, picture]
 
 

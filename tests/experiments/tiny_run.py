@@ -7,6 +7,7 @@ vocabulary at every position.
 import functools
 import json
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 
 from dialog_jax.inference import loading
 from dialog_jax.model import decoder, saving
+from dialog_jax.training import sharding
 from tests.laws import oracles
 from tests.rendering import chat_templates
 from tests.training import tiny
@@ -48,6 +50,12 @@ def save_dialogues(directory):
     for name, count, seed in (("train", 24, 0), ("validation", 12, 1)):
         lines = (json.dumps(record) + "\n" for record in records(count, seed))
         pathlib.Path(directory / f"{name}.jsonl").write_text("".join(lines))
+
+
+def one_device():
+    """A context in which runs of this process use one of the simulated devices, as a machine without others would."""
+    make_mesh = sharding.make_mesh
+    return mock.patch.object(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 def passes(dialogues, weigh=lambda turn, turns: 1.0):
