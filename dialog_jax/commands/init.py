@@ -1,4 +1,4 @@
-"""Writes a commented config for a model and data, or from a config of Axolotl.
+"""Writes a commented config for a model and data, or from an Axolotl config.
 
     dialog_jax init --model=MODEL --data=my.jsonl --out=my_config.py
     dialog_jax init --from=axolotl.yml --out=my_config.py
@@ -7,7 +7,7 @@ The first looks at the model's config, its chat template, up to 200 records of t
 that are here, and chooses the length of a row, what is trained, and the length of the run. The comments say why. No
 weights are read.
 
-The second carries over the fields of an Axolotl YAML file that have a counterpart, and lists all others, each with the
+The second carries over the fields of an Axolotl config that have a counterpart, and lists all others, each with the
 reason. It looks at neither model nor data.
 
 An existing file is never overwritten.
@@ -21,7 +21,7 @@ from absl import flags
 
 from dialog_jax import atomic_files
 from dialog_jax.commands import entry
-from dialog_jax.drafting import axolotl, config_text, memory, survey, values
+from dialog_jax.drafting import axolotl, axolotl_fields, config_text, memory, survey, values
 from dialog_jax.drafting.config_text import Entry
 from dialog_jax.errors import UserError
 from dialog_jax.planning import model_shapes
@@ -31,7 +31,7 @@ from dialog_jax.training.config import DataConfig, TrainConfig
 
 _MODEL = flags.DEFINE_string("model", None, "A model: a directory, a .gguf file or a name on the Hub.")
 _DATA = flags.DEFINE_string("data", None, "Dialogues to train on, as config.data.train: a file or a Hub data set.")
-_FROM = flags.DEFINE_string("from", None, "A YAML file of Axolotl, instead of --model and --data.")
+_FROM = flags.DEFINE_string("from", None, "An Axolotl config (YAML), instead of --model and --data.")
 _OUT = flags.DEFINE_string("out", None, "The .py file to write.")
 
 
@@ -53,10 +53,15 @@ def _convert(file: pathlib.Path, out: pathlib.Path) -> None:
     conversion = axolotl.convert(file)
     left = sorted(conversion.left.items(), key=lambda item: item[1].startswith("does not apply"))
     matters = [name for name, reason in left if not reason.startswith("does not apply")]
-    title = f"The config of {file.name}, a file of Axolotl."
+    title = f"The config of {file.name}, an Axolotl config."
     note = f" Not carried over: {', '.join(matters)}." if matters else ""
     _write(out, title + note, conversion.entries)
-    print(f"{len(conversion.carried):,} fields of {file.name} are carried over: {', '.join(conversion.carried)}.")
+    print(f"Carried over from {file.name}: {', '.join(conversion.carried)}.")
+    if conversion.defaults:
+        defaults = (f"{name} {value}" for name, value in conversion.defaults.items())
+        print(f"Axolotl's defaults: {', '.join(defaults)}.")
+    if any(entry.field == "rows" for entry in conversion.entries):
+        print(axolotl_fields.PER_DEVICE)
     if left:
         print("Not carried over:")
         width = max(len(name) for name, _ in left)

@@ -126,11 +126,14 @@ class InitTest(absltest.TestCase):
         file.write_text("base_model: m\nlearning_rate: 2e-5\nfrobnicate: 1\n")
         told, error = running.run("init", f"--from={file}", f"--out={self.out}")
         self.assertEmpty(error)
-        self.assertRegex(told, r"2 fields of axolotl.yml are carried over: base_model, learning_rate\.")
-        self.assertRegex(told, r"Not carried over:\n  frobnicate +unknown to init\n")
+        self.assertIn("Carried over from axolotl.yml: base_model, learning_rate.", told)
+        self.assertIn("Axolotl's defaults: sequence_len 512,", told)
+        self.assertIn("multiply by the number of devices", told)
+        self.assertRegex(told, r"Not carried over:\n  frobnicate +not recognized\n")
+        self.assertIn("5 % are held out", told)
         values = config.from_config_dict(config_flag._load(self.out))
         self.assertEqual((values.model, values.optimizer.learning_rate), ("m", 2e-5))
-        self.assertIn("Not carried over: frobnicate.", self.out.read_text())
+        self.assertIn("Not carried over: frobnicate, ", self.out.read_text())
 
     def test_nothing_is_overwritten_and_wrong_flags_are_explained(self):
         self.out.write_text("mine")
