@@ -31,6 +31,9 @@ from dialog_jax.training.config import DataConfig, TrainConfig
 
 _MODEL = flags.DEFINE_string("model", None, "A model: a directory, a .gguf file or a name on the Hub.")
 _DATA = flags.DEFINE_string("data", None, "Dialogues to train on, as config.data.train: a file or a Hub data set.")
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", "", "A Jinja file, as config.data.chat_template; empty for the tokenizer's own template."
+)
 _FROM = flags.DEFINE_string("from", None, "An Axolotl config (YAML), instead of --model and --data.")
 _OUT = flags.DEFINE_string("out", None, "The .py file to write.")
 
@@ -41,8 +44,10 @@ def main() -> None:
         raise UserError(f"--out={out}: a config is a Python file. Name one that ends in .py.")
     if out.exists():
         raise UserError(f"--out={out} exists, and init overwrites nothing. Name another file, or remove this one.")
-    if _FROM.value and (_MODEL.value or _DATA.value):
-        raise UserError("--from is given with --model or --data. Give --from alone, or --model and --data.")
+    if _FROM.value and (_MODEL.value or _DATA.value or _CHAT_TEMPLATE.value):
+        raise UserError(
+            "--from is given with --model, --data or --chat_template. Give --from alone, or --model and --data."
+        )
     if _FROM.value:
         _convert(pathlib.Path(_FROM.value).expanduser(), out)
     else:
@@ -67,7 +72,7 @@ def _convert(file: pathlib.Path, out: pathlib.Path) -> None:
         width = max(len(name) for name, _ in left)
         for name, reason in left:
             print(f"  {name:{width}}  {reason}")
-    _print_next(out)
+    _print_next(out, conversion.entries)
 
 
 def _draft(model: str, data: str, out: pathlib.Path) -> None:
@@ -77,7 +82,7 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
     facts = f"{shape.family}, {parameters / 1e6:,.0f} million parameters, context of {context:,} tokens"
     print(f"model     {facts}")
     entries = [Entry("model", model, f"{facts[0].upper()}{facts[1:]}.")]
-    base = TrainConfig(model=model, data=DataConfig(max_length=min(DataConfig.max_length, context)))
+    base = TrainConfig(model=model, data=_make_base_data(context))
     sample = survey.sample_records(data)
     try:
         tokenizer, renderer = config_renderer.open_renderer(base)
@@ -92,7 +97,7 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
         rows_per_epoch = fill.rows * sample.total / result.audit.records * (1 - base.data.validation_share)
         entries += values.make_data_entries(result, data, context)
         has_thinking = "enable_thinking" in str(tokenizer.chat_template)
-        entries += values.make_template_entries(result, has_thinking=has_thinking)
+        entries += values.make_template_entries(result, base.data.chat_template, has_thinking=has_thinking)
     max_length = config_text.build_config(entries).data.max_length
     devices = memory.find_devices()
     trials = memory.try_ways(entries, shape, devices)
@@ -101,7 +106,11 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
     entries += values.make_step_entries(rows, max_length, rows_per_epoch)
     _write(out, f"Fine-tunes {pathlib.Path(model).name} on {pathlib.Path(data).name}.", entries)
     _print_summary(entries, result)
-    _print_next(out)
+    _print_next(out, entries)
+
+
+def _make_base_data(context: int) -> DataConfig:
+    return DataConfig(max_length=min(DataConfig.max_length, context), chat_template=_CHAT_TEMPLATE.value)
 
 
 def _print_summary(entries: Sequence[Entry], result: survey.Survey | None) -> None:
@@ -134,7 +143,9 @@ flag overrides the file: --config.epochs=2.
     atomic_files.write_text(out, config_text.write_config(docstring, entries))
 
 
-def _print_next(out: pathlib.Path) -> None:
+def _print_next(out: pathlib.Path, entries: Sequence[Entry]) -> None:
+    mix = next((entry.value for entry in entries if entry.field == "data.mix"), {})
+    data = f" --data={next(iter(mix))}" if mix else ""
     print(f"\nWrote {out}. Next:")
-    print(f"  dialog_jax audit --config={out}")
+    print(f"  dialog_jax audit --config={out}{data}")
     print(f"  dialog_jax train --config={out} --output_dir=runs/{out.stem}")
