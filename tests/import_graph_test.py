@@ -60,10 +60,10 @@ _ROOMS = {
         "memory",
         "values",
         "axolotl_values",
+        "axolotl_adapters",
         "axolotl_reasons",
         "axolotl_fields",
         "axolotl_data",
-        "axolotl_defaults",
         "axolotl",
     ),
     "diagnosis": (

@@ -58,7 +58,7 @@ def _convert(file: pathlib.Path, out: pathlib.Path) -> None:
     conversion = axolotl.convert(file)
     left = sorted(conversion.left.items(), key=lambda item: item[1].startswith("does not apply"))
     matters = [name for name, reason in left if not reason.startswith("does not apply")]
-    title = f"The config of {file.name}, an Axolotl config."
+    title = f"Converted from {file.name}, an Axolotl config."
     note = f" Not carried over: {', '.join(matters)}." if matters else ""
     _write(out, title + note, conversion.entries)
     print(f"Carried over from {file.name}: {', '.join(conversion.carried)}.")
@@ -82,7 +82,8 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
     facts = f"{shape.family}, {parameters / 1e6:,.0f} million parameters, context of {context:,} tokens"
     print(f"model     {facts}")
     entries = [Entry("model", model, f"{facts[0].upper()}{facts[1:]}.")]
-    base = TrainConfig(model=model, data=_make_base_data(context))
+    max_length = min(DataConfig.max_length, context)
+    base = TrainConfig(model=model, data=DataConfig(max_length=max_length, chat_template=_CHAT_TEMPLATE.value))
     sample = survey.sample_records(data)
     try:
         tokenizer, renderer = config_renderer.open_renderer(base)
@@ -107,10 +108,6 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
     _write(out, f"Fine-tunes {pathlib.Path(model).name} on {pathlib.Path(data).name}.", entries)
     _print_summary(entries, result)
     _print_next(out, entries)
-
-
-def _make_base_data(context: int) -> DataConfig:
-    return DataConfig(max_length=min(DataConfig.max_length, context), chat_template=_CHAT_TEMPLATE.value)
 
 
 def _print_summary(entries: Sequence[Entry], result: survey.Survey | None) -> None:
@@ -144,7 +141,7 @@ flag overrides the file: --config.epochs=2.
 
 
 def _print_next(out: pathlib.Path, entries: Sequence[Entry]) -> None:
-    mix = next((entry.value for entry in entries if entry.field == "data.mix"), {})
+    mix = config_text.build_config(entries).data.mix
     data = f" --data={next(iter(mix))}" if mix else ""
     print(f"\nWrote {out}. Next:")
     print(f"  dialog_jax audit --config={out}{data}")

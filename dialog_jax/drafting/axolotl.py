@@ -1,7 +1,7 @@
 """An Axolotl YAML file to entries of a config, with a list of all that is not carried over.
 
-`axolotl_fields` has the rules of fields, `axolotl_data` those of data sets, `axolotl_defaults` the fields that a file
-leaves out. No field is left out in silence.
+`axolotl_fields` has the rules of fields and Axolotl's defaults, `axolotl_data` the rules of data sets. No field is left
+out in silence.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dialog_jax.drafting import axolotl_data, axolotl_defaults, axolotl_fields, axolotl_reasons, config_text
+from dialog_jax.drafting import axolotl_data, axolotl_fields, axolotl_reasons, config_text
 from dialog_jax.drafting.axolotl_values import Fields, NotCarriedError
 from dialog_jax.drafting.config_text import Entry
 from dialog_jax.errors import UserError
@@ -40,7 +40,7 @@ def convert(file: pathlib.Path) -> Conversion:
     """
     fields = {str(name): value for name, value in _read(file).items() if value is not None}
     _check_training(fields, file)
-    defaults = axolotl_defaults.find_defaults(fields)
+    defaults = axolotl_fields.find_defaults(fields)
     all_fields = {**defaults, **fields}
     conversion = Conversion([], [], {}, {})
     order = dict.fromkeys(["base_model", *_DATA, *axolotl_fields.RULES, *fields])

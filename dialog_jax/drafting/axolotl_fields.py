@@ -4,11 +4,10 @@ In: a value and the fields beside it. Out: entries of a config, or `NotCarriedEr
 has the same for readers.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from dialog_jax.dialogues.schemas import ROLE_NAMES, ROLES
-from dialog_jax.drafting import axolotl_reasons
+from dialog_jax.drafting import axolotl_adapters, axolotl_reasons
 from dialog_jax.drafting.axolotl_values import (
     Fields,
     NotCarriedError,
@@ -26,63 +25,9 @@ from dialog_jax.drafting.config_text import Entry
 
 PER_DEVICE = "Rows over all devices. Axolotl's micro_batch_size is per device: multiply by the number of devices."
 _FINAL = "Final learning rate as a fraction of the peak."
-_DEFAULT_RANK = 8  # PEFT's
 _ALL_MESSAGES = f'another objective, all messages: objective.name="roles" with objective.roles={ROLES}'
 _TRUNCATE = {"drop": "drop", "raise": "error"}
 _FUSED = ("cut_cross_entropy", "liger", "kernels")  # in names of plugins
-
-
-def _to_adapter(field: str, convert: Callable[[Any], Any]) -> Rule:
-    def apply(value: Any, fields: Fields) -> list[Entry]:
-        _check_adapter(fields)
-        return [Entry(field, convert(value))]
-
-    return apply
-
-
-def _check_adapter(fields: Fields) -> None:
-    if fields.get("lora_model_dir"):
-        raise NotCarriedError("the adapter in lora_model_dir has its own")
-    if not is_new_adapter(fields):
-        raise NotCarriedError("no effect without adapter: lora or qlora")
-
-
-def _read_adapter(value: Any, fields: Fields) -> list[Entry]:
-    if value not in ("lora", "qlora"):
-        raise NotCarriedError(f"{value!r} is not supported; lora and qlora are")
-    rank = [] if fields.get("lora_r") or fields.get("lora_model_dir") else [Entry("lora.rank", _DEFAULT_RANK)]
-    return [*rank, *([Entry("frozen_dtype", "nf4")] if value == "qlora" and not fields.get("load_in_4bit") else [])]
-
-
-def _quantize(kind: str) -> Rule:
-    def apply(value: Any, fields: Fields) -> list[Entry]:
-        if not boolean(value):
-            return []
-        if fields.get("adapter") not in ("lora", "qlora"):
-            raise NotCarriedError("without adapter: lora or qlora all weights are trained, in float32")
-        if kind == "int8" and (fields.get("load_in_4bit") or fields.get("adapter") == "qlora"):
-            raise NotCarriedError("the base is loaded in 4 bits")
-        return [Entry("frozen_dtype", kind)]
-
-    return apply
-
-
-def _read_targets(value: Any, fields: Fields) -> list[Entry]:
-    _check_adapter(fields)
-    if fields.get("lora_target_linear"):
-        raise NotCarriedError("lora_target_linear adapts these and all others")
-    if isinstance(value, str) and value != "all-linear":
-        raise NotCarriedError("a regular expression; list names")
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise NotCarriedError(f"{value!r} is not a list of names")
-    return [Entry("lora.targets", tuple(names))]
-
-
-def _read_linear(value: Any, fields: Fields) -> list[Entry]:
-    if not boolean(value) and is_new_adapter(fields) and not fields.get("lora_target_modules"):
-        raise NotCarriedError("all linear layers are adapted; set lora.targets")
-    return []
 
 
 def _read_weight_decay(value: Any, fields: Fields) -> list[Entry]:
@@ -106,23 +51,35 @@ def _read_packing(value: Any, fields: Fields) -> list[Entry]:
     )
 
 
+def _read_other(name: str, fields: Fields) -> int | None:
+    """Returns the value of another field; None if it is absent, or listed because it is not an integer."""
+    try:
+        return integer(fields[name])
+    except (KeyError, NotCarriedError):
+        return None
+
+
 def _read_batch_size(value: Any, fields: Fields) -> list[Entry]:
-    size, rows = integer(value), integer(fields["micro_batch_size"])
+    size, rows = integer(value), _read_other("micro_batch_size", fields)
     if "gradient_accumulation_steps" in fields:
         raise NotCarriedError("micro_batch_size and gradient_accumulation_steps determine it")
-    if rows < 1 or size % rows:
+    if not rows or rows < 1 or size % rows:
         raise NotCarriedError("not a multiple of micro_batch_size: set gradient_accumulation")
     return [Entry("gradient_accumulation", size // rows)]
 
 
 def _read_plugins(value: Any, fields: Fields) -> list[Entry]:
+    if not value:
+        return []
     names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
     others = [name for name in names if not any(part in name.lower() for part in _FUSED)]
     raise NotCarriedError(f"not supported: {', '.join(others)}" if others else axolotl_reasons.KERNEL)
 
 
 def _read_resume(value: Any, fields: Fields) -> list[Entry]:
-    if isinstance(value, str) and value:
+    if not value:
+        return []
+    if isinstance(value, str):
         raise NotCarriedError("not supported: a run resumes from its own checkpoints")
     raise NotCarriedError(axolotl_reasons.RESUMES)
 
@@ -201,22 +158,14 @@ def _read_checkpointing(value: Any, fields: Fields) -> list[Entry]:
     return [Entry("remat", "full" if value else "none")]
 
 
-def _read_steps(name: str, fields: Fields) -> int | None:
-    """Returns the value of another field; None if it is absent, or listed because it is not an integer."""
-    try:
-        return integer(fields[name])
-    except (KeyError, NotCarriedError):
-        return None
-
-
 def _read_evaluation(value: Any, fields: Fields) -> list[Entry]:
-    every, saves = integer(value), _read_steps("save_steps", fields)
+    every, saves = integer(value), _read_other("save_steps", fields)
     is_multiple = every > 0 and saves is not None and saves > 0 and not saves % every
     return [Entry("evaluate_every", every), Entry("checkpoint_every", saves if is_multiple else every)]
 
 
 def _read_saves(value: Any, fields: Fields) -> list[Entry]:
-    every, evaluations = integer(value), _read_steps("eval_steps", fields)
+    every, evaluations = integer(value), _read_other("eval_steps", fields)
     if evaluations is None:
         comment = "There is an evaluation before each checkpoint, since the best is kept."
         return [Entry("evaluate_every", every, comment), Entry("checkpoint_every", every)]
@@ -249,18 +198,7 @@ RULES: dict[str, Rule] = {
     "base_model": to("model", text),
     "tokenizer_config": to("tokenizer", text),
     "lora_model_dir": to("adapter", text),
-    "adapter": _read_adapter,
-    "lora_r": _to_adapter("lora.rank", integer),
-    "lora_alpha": _to_adapter("lora.alpha", number),
-    "lora_dropout": _to_adapter("lora.dropout", number),
-    "lora_target_modules": _read_targets,
-    "lora_target_linear": _read_linear,
-    "lora_rank_pattern": _to_adapter("lora.rank_pattern", mapping),
-    "lora_alpha_pattern": _to_adapter("lora.alpha_pattern", mapping),
-    "peft_use_rslora": _to_adapter("lora.rslora", boolean),
-    "loraplus_lr_ratio": _to_adapter("lora.learning_rate_ratio", number),
-    "load_in_4bit": _quantize("nf4"),
-    "load_in_8bit": _quantize("int8"),
+    **axolotl_adapters.RULES,
     "val_set_size": _read_validation_share,
     "sequence_len": to("data.max_length", integer),
     "excess_length_strategy": _read_excess,
@@ -307,3 +245,35 @@ RULES: dict[str, Rule] = {
     "resume_from_checkpoint": _read_resume,
     "seed": to("seed", integer),
 }
+
+# Axolotl's defaults that differ from ours.
+_DEFAULTS: dict[str, Any] = {
+    "val_set_size": 0,
+    "sequence_len": 512,
+    "excess_length_strategy": "drop",
+    "sample_packing": False,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler": "cosine",  # to 0
+    "adam_beta2": 0.999,
+    "save_total_limit": 4,
+}
+_ADAPTER_DEFAULTS: dict[str, Any] = {"lora_alpha": 8, "lora_target_linear": False}
+
+
+def find_defaults(fields: Fields) -> dict[str, Any]:
+    """Returns the defaults of fields that are absent and that would have an effect.
+
+    Source: `schemas/config.py`, `schemas/training.py` and `core/builders/base.py` of Axolotl; PEFT for `lora_alpha`.
+    """
+    defaults = {**_DEFAULTS, **(_ADAPTER_DEFAULTS if is_new_adapter(fields) else {})}
+    unread = set(fields)
+    if "test_datasets" in fields:
+        unread.add("val_set_size")
+    if "batch_size" in fields:  # it determines the number of micro-batches
+        unread.add("gradient_accumulation_steps")
+    if fields.get("optimizer") == "adafactor":
+        unread.add("adam_beta2")
+    if fields.get("lora_target_modules"):
+        unread.add("lora_target_linear")
+    return {name: value for name, value in defaults.items() if name not in unread}

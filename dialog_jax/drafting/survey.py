@@ -101,7 +101,10 @@ def survey(sample: Sample, renderer: Renderer, config: TrainConfig, *, embedding
     refused = [place for one in audit.findings if one.kind in _REFUSALS for place in one.first]
     if not audit.trees:
         first = refused[0] if refused else "no dialogue has a response to train on. Add assistant messages."
-        unknown = f" {describe_unknown(sample.unknown)}" if sample.unknown else ""
+        unknown = ""
+        if sample.unknown:
+            remedy = "Or rename them in the data; init takes no roles, experiments/finetune.py is a config to copy."
+            unknown = f" {describe_unknown(sample.unknown)} {remedy}"
         raise UserError(f"all of {len(dialogues):,} records were refused; the first: {first}{unknown}")
     findings = [one for one in audit.findings if one.level != "note" and one.kind not in (*_OF_LENGTH, *_REFUSALS)]
     return Survey(sample, audit, renderer.responses, findings, refused)

@@ -107,6 +107,7 @@ class InitTest(absltest.TestCase):
         data.write_text(json.dumps({"messages": named}) + "\n")
         _, error = running.run("init", f"--model={self.models / 'chatml'}", f"--data={data}", f"--out={other}")
         self.assertIn(speakers, error)
+        self.assertIn("Or rename them in the data", error)
         self.assertFalse(other.exists())
 
     def test_one_record_needs_held_out_data(self):

@@ -137,6 +137,7 @@ class AxolotlTest(parameterized.TestCase):
         ("resume_from_checkpoint", "out/checkpoint-1", "not supported"),
         ("eot_tokens", ["<|im_end|>"], "does not apply"),
         ("batch_size", 7.5, "is not an integer"),
+        ("lora_rank_pattern", {"q_proj": 4}, "no effect without adapter"),
         ("datasets", "a.jsonl", "needed a list of data sets, each with a path"),
     )
     def test_value_without_a_counterpart_is_listed(self, name, value, reason):
@@ -238,7 +239,13 @@ class AxolotlTest(parameterized.TestCase):
         self.assertEqual(config_text.build_config(conversion.entries).data.truncate, truncate)
 
     @parameterized.parameters(
-        ("tf32", False), ("fsdp", []), ("special_tokens", {}), ("tensor_parallel_size", 1), ("neftune_noise_alpha", 0)
+        ("tf32", False),
+        ("plugins", []),
+        ("resume_from_checkpoint", False),
+        ("fsdp", []),
+        ("special_tokens", {}),
+        ("tensor_parallel_size", 1),
+        ("neftune_noise_alpha", 0),
     )
     def test_what_is_off_is_not_lost(self, name, value):
         self.assertNotIn(name, self.convert_fields(**{name: value}).left)
