@@ -67,7 +67,7 @@ def sample_records(source: str) -> Sample:
         raise parsing.make_empty_error(source)
     unknown = [speaker for speaker, _ in speakers.most_common() if speaker not in schemas.ROLE_NAMES]
     guesses = {speaker: parsing.guess_role(speaker) for speaker in unknown}
-    # A part of the names would give dialogues of which a part is trained on.
+    # With a part of the names guessed, a dialogue's other speakers would still be refused.
     roles = {} if None in guesses.values() else {speaker: role for speaker, role in guesses.items() if role}
     return Sample(index + 1, sample, roles, [] if roles else unknown)
 
@@ -76,10 +76,8 @@ def describe_unknown(speakers: Sequence[str]) -> str:
     """Returns a sentence about speakers without a role."""
     names = ", ".join(repr(speaker) for speaker in speakers[:_SPEAKERS])
     others = f" and {len(speakers) - _SPEAKERS:,} others" if len(speakers) > _SPEAKERS else ""
-    return (
-        f"The roles of these speakers are not known: {names}{others}. Give each its role in data.roles: "
-        f'{{"{speakers[0]}": "user", ...}}.'
-    )
+    sentence = f"The roles of these speakers are not known: {names}{others}."
+    return sentence + ' Give each its role in data.roles: {"NAME": "user", ...}.'
 
 
 def survey(sample: Sample, renderer: Renderer, config: TrainConfig, *, embedding_rows: int) -> Survey:
