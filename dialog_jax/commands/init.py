@@ -1,4 +1,4 @@
-"""Writes a commented config for a model and data, or from a config of Axolotl.
+"""Writes a commented config for a model and data, or from an Axolotl config.
 
     dialog_jax init --model=MODEL --data=my.jsonl --out=my_config.py
     dialog_jax init --from=axolotl.yml --out=my_config.py
@@ -7,7 +7,7 @@ The first looks at the model's config, its chat template, up to 200 records of t
 that are here, and chooses the length of a row, what is trained, and the length of the run. The comments say why. No
 weights are read.
 
-The second carries over the fields of an Axolotl YAML file that have a counterpart, and lists all others, each with the
+The second carries over the fields of an Axolotl config that have a counterpart, and lists all others, each with the
 reason. It looks at neither model nor data.
 
 An existing file is never overwritten.
@@ -21,7 +21,7 @@ from absl import flags
 
 from dialog_jax import atomic_files
 from dialog_jax.commands import entry
-from dialog_jax.drafting import axolotl, config_text, memory, survey, values
+from dialog_jax.drafting import axolotl, axolotl_fields, config_text, memory, survey, values
 from dialog_jax.drafting.config_text import Entry
 from dialog_jax.errors import UserError
 from dialog_jax.planning import model_shapes
@@ -31,7 +31,10 @@ from dialog_jax.training.config import DataConfig, TrainConfig
 
 _MODEL = flags.DEFINE_string("model", None, "A model: a directory, a .gguf file or a name on the Hub.")
 _DATA = flags.DEFINE_string("data", None, "Dialogues to train on, as config.data.train: a file or a Hub data set.")
-_FROM = flags.DEFINE_string("from", None, "A YAML file of Axolotl, instead of --model and --data.")
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", "", "A Jinja file, as config.data.chat_template; empty for the tokenizer's own template."
+)
+_FROM = flags.DEFINE_string("from", None, "An Axolotl config (YAML), instead of --model and --data.")
 _OUT = flags.DEFINE_string("out", None, "The .py file to write.")
 
 
@@ -41,8 +44,10 @@ def main() -> None:
         raise UserError(f"--out={out}: a config is a Python file. Name one that ends in .py.")
     if out.exists():
         raise UserError(f"--out={out} exists, and init overwrites nothing. Name another file, or remove this one.")
-    if _FROM.value and (_MODEL.value or _DATA.value):
-        raise UserError("--from is given with --model or --data. Give --from alone, or --model and --data.")
+    if _FROM.value and (_MODEL.value or _DATA.value or _CHAT_TEMPLATE.value):
+        raise UserError(
+            "--from is given with --model, --data or --chat_template. Give --from alone, or --model and --data."
+        )
     if _FROM.value:
         _convert(pathlib.Path(_FROM.value).expanduser(), out)
     else:
@@ -53,16 +58,21 @@ def _convert(file: pathlib.Path, out: pathlib.Path) -> None:
     conversion = axolotl.convert(file)
     left = sorted(conversion.left.items(), key=lambda item: item[1].startswith("does not apply"))
     matters = [name for name, reason in left if not reason.startswith("does not apply")]
-    title = f"The config of {file.name}, a file of Axolotl."
+    title = f"Converted from {file.name}, an Axolotl config."
     note = f" Not carried over: {', '.join(matters)}." if matters else ""
     _write(out, title + note, conversion.entries)
-    print(f"{len(conversion.carried):,} fields of {file.name} are carried over: {', '.join(conversion.carried)}.")
+    print(f"Carried over from {file.name}: {', '.join(conversion.carried)}.")
+    if conversion.defaults:
+        defaults = (f"{name} {value}" for name, value in conversion.defaults.items())
+        print(f"Axolotl's defaults: {', '.join(defaults)}.")
+    if any(entry.field == "rows" for entry in conversion.entries):
+        print(axolotl_fields.PER_DEVICE)
     if left:
         print("Not carried over:")
         width = max(len(name) for name, _ in left)
         for name, reason in left:
             print(f"  {name:{width}}  {reason}")
-    _print_next(out)
+    _print_next(out, conversion.entries)
 
 
 def _draft(model: str, data: str, out: pathlib.Path) -> None:
@@ -72,7 +82,8 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
     facts = f"{shape.family}, {parameters / 1e6:,.0f} million parameters, context of {context:,} tokens"
     print(f"model     {facts}")
     entries = [Entry("model", model, f"{facts[0].upper()}{facts[1:]}.")]
-    base = TrainConfig(model=model, data=DataConfig(max_length=min(DataConfig.max_length, context)))
+    max_length = min(DataConfig.max_length, context)
+    base = TrainConfig(model=model, data=DataConfig(max_length=max_length, chat_template=_CHAT_TEMPLATE.value))
     sample = survey.sample_records(data)
     try:
         tokenizer, renderer = config_renderer.open_renderer(base)
@@ -87,7 +98,7 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
         rows_per_epoch = fill.rows * sample.total / result.audit.records * (1 - base.data.validation_share)
         entries += values.make_data_entries(result, data, context)
         has_thinking = "enable_thinking" in str(tokenizer.chat_template)
-        entries += values.make_template_entries(result, has_thinking=has_thinking)
+        entries += values.make_template_entries(result, base.data.chat_template, has_thinking=has_thinking)
     max_length = config_text.build_config(entries).data.max_length
     devices = memory.find_devices()
     trials = memory.try_ways(entries, shape, devices)
@@ -96,7 +107,7 @@ def _draft(model: str, data: str, out: pathlib.Path) -> None:
     entries += values.make_step_entries(rows, max_length, rows_per_epoch)
     _write(out, f"Fine-tunes {pathlib.Path(model).name} on {pathlib.Path(data).name}.", entries)
     _print_summary(entries, result)
-    _print_next(out)
+    _print_next(out, entries)
 
 
 def _print_summary(entries: Sequence[Entry], result: survey.Survey | None) -> None:
@@ -129,7 +140,9 @@ flag overrides the file: --config.epochs=2.
     atomic_files.write_text(out, config_text.write_config(docstring, entries))
 
 
-def _print_next(out: pathlib.Path) -> None:
+def _print_next(out: pathlib.Path, entries: Sequence[Entry]) -> None:
+    mix = config_text.build_config(entries).data.mix
+    data = f" --data={next(iter(mix))}" if mix else ""
     print(f"\nWrote {out}. Next:")
-    print(f"  dialog_jax audit --config={out}")
+    print(f"  dialog_jax audit --config={out}{data}")
     print(f"  dialog_jax train --config={out} --output_dir=runs/{out.stem}")

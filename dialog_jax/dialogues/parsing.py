@@ -225,16 +225,18 @@ def _find_role(speaker: Any, key: str, where: str, role_names: Mapping[str, str]
         raise UserError(f"{where} has no {key!r}; {roles}. Add it.")
     if not isinstance(speaker, str):
         raise UserError(f"{where} has {key} {quote(speaker)}; {roles}. Write one of them.")
+    guess = guess_role(speaker)
+    role = repr(guess) if guess else "ROLE"
     raise UserError(
         f"{where} has {key} {speaker!r}; {roles}. Rename it in the data, or map it: "
-        f"--config.data.roles=\"{{'{speaker}': '{guess_role(speaker)}'}}\"."
+        f"--config.data.roles=\"{{'{speaker}': {role}}}\"."
     )
 
 
-def guess_role(speaker: str) -> str:
-    """Returns the role that an unknown name of a speaker probably has: "The User" -> "user"."""
-    guesses = (role for name, role in schemas.ROLE_NAMES.items() if name in speaker.lower())
-    return next(guesses, "assistant")
+def guess_role(speaker: str) -> str | None:
+    """Returns the role that an unknown name of a speaker says: "The User" -> "user"; None if it says none, or two."""
+    guesses = {role for name, role in schemas.ROLE_NAMES.items() if name in speaker.lower()}
+    return guesses.pop() if len(guesses) == 1 else None
 
 
 def _parse_calls(item: Mapping[str, Any], where: str) -> list[Any]:

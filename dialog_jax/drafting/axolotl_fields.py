@@ -4,117 +4,84 @@ In: a value and the fields beside it. Out: entries of a config, or `NotCarriedEr
 has the same for readers.
 """
 
-import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from dialog_jax.dialogues.schemas import ROLE_NAMES
+from dialog_jax.dialogues.schemas import ROLE_NAMES, ROLES
+from dialog_jax.drafting import axolotl_adapters, axolotl_reasons
+from dialog_jax.drafting.axolotl_values import (
+    Fields,
+    NotCarriedError,
+    Rule,
+    boolean,
+    integer,
+    is_new_adapter,
+    mapping,
+    number,
+    only,
+    text,
+    to,
+)
 from dialog_jax.drafting.config_text import Entry
 
-Fields = Mapping[str, Any]
-Rule = Callable[[Any, Fields], list[Entry]]
-_DEFAULT_RANK = 8  # PEFT's
-_B2 = "AdamW's b2 is 0.99 here unless it is set, and 0.999 there."
+PER_DEVICE = "Rows over all devices. Axolotl's micro_batch_size is per device: multiply by the number of devices."
+_FINAL = "Final learning rate as a fraction of the peak."
+_ALL_MESSAGES = f'another objective, all messages: objective.name="roles" with objective.roles={ROLES}'
+_TRUNCATE = {"drop": "drop", "raise": "error"}
+_FUSED = ("cut_cross_entropy", "liger", "kernels")  # in names of plugins
 
 
-class NotCarriedError(Exception):
-    """A value has no counterpart here; the text says why."""
+def _read_weight_decay(value: Any, fields: Fields) -> list[Entry]:
+    decay = number(value)
+    if decay and (is_new_adapter(fields) or fields.get("lora_model_dir")):
+        raise NotCarriedError("adapters do not decay here")
+    return [Entry("optimizer.weight_decay", decay)]
 
 
-def _to(field: str, convert: Callable[[Any], Any], comment: str = "") -> Rule:
-    return lambda value, fields: [Entry(field, convert(value), comment)]
+def _read_excess(value: Any, fields: Fields) -> list[Entry]:
+    if value not in _TRUNCATE:
+        raise NotCarriedError('not cut off at the end here; data.truncate="split" keeps the most recent turns')
+    return [Entry("data.truncate", _TRUNCATE[value])]
 
 
-def _to_adapter(field: str, convert: Callable[[Any], Any]) -> Rule:
-    def apply(value: Any, fields: Fields) -> list[Entry]:
-        _check_adapter(fields)
-        return [Entry(field, convert(value))]
-
-    return apply
-
-
-def _check_adapter(fields: Fields) -> None:
-    if fields.get("lora_model_dir"):
-        raise NotCarriedError("the adapter in lora_model_dir has its own")
-    if fields.get("adapter") not in ("lora", "qlora"):
-        raise NotCarriedError("no effect without adapter: lora or qlora")
+def _read_packing(value: Any, fields: Fields) -> list[Entry]:
+    if boolean(value):
+        raise NotCarriedError(axolotl_reasons.PACKED)
+    raise NotCarriedError(
+        "dialogues were not packed there, so an update has more of them here: lower rows or gradient_accumulation"
+    )
 
 
-def text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise NotCarriedError(f"{value!r} is no text")
-    return value
-
-
-def number(value: Any) -> float:
-    """Returns a number; YAML reads 2e-5 as a text."""
+def _read_other(name: str, fields: Fields) -> int | None:
+    """Returns the value of another field; None if it is absent, or listed because it is not an integer."""
     try:
-        converted = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        converted = math.nan
-    if not math.isfinite(converted):
-        raise NotCarriedError(f"{value!r} is no number")
-    return converted
+        return integer(fields[name])
+    except (KeyError, NotCarriedError):
+        return None
 
 
-def integer(value: Any) -> int:
-    converted = number(value)
-    if converted != int(converted):
-        raise NotCarriedError(f"{value!r} is no whole number")
-    return int(converted)
+def _read_batch_size(value: Any, fields: Fields) -> list[Entry]:
+    size, rows = integer(value), _read_other("micro_batch_size", fields)
+    if "gradient_accumulation_steps" in fields:
+        raise NotCarriedError("micro_batch_size and gradient_accumulation_steps determine it")
+    if not rows or rows < 1 or size % rows:
+        raise NotCarriedError("not a multiple of micro_batch_size: set gradient_accumulation")
+    return [Entry("gradient_accumulation", size // rows)]
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise NotCarriedError(f"{value!r} is no mapping")
-    return dict(value)
-
-
-def boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise NotCarriedError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _only(*defaults: Any, reason: str) -> Rule:
-    """Returns the rule of a field whose values `defaults` say what is done here anyway."""
-
-    def apply(value: Any, fields: Fields) -> list[Entry]:
-        if value not in defaults:
-            raise NotCarriedError(reason)
+def _read_plugins(value: Any, fields: Fields) -> list[Entry]:
+    if not value:
         return []
-
-    return apply
-
-
-def _read_adapter(value: Any, fields: Fields) -> list[Entry]:
-    if value not in ("lora", "qlora"):
-        raise NotCarriedError(f"{value!r} is not supported; lora and qlora are")
-    rank = [] if fields.get("lora_r") or fields.get("lora_model_dir") else [Entry("lora.rank", _DEFAULT_RANK)]
-    return [*rank, *([Entry("frozen_dtype", "nf4")] if value == "qlora" and not fields.get("load_in_4bit") else [])]
+    names = [str(name) for name in value] if isinstance(value, list) else [str(value)]
+    others = [name for name in names if not any(part in name.lower() for part in _FUSED)]
+    raise NotCarriedError(f"not supported: {', '.join(others)}" if others else axolotl_reasons.KERNEL)
 
 
-def _quantize(kind: str) -> Rule:
-    def apply(value: Any, fields: Fields) -> list[Entry]:
-        if not boolean(value):
-            return []
-        if fields.get("adapter") not in ("lora", "qlora"):
-            raise NotCarriedError("without adapter: lora or qlora all weights are trained, in float32")
-        if kind == "int8" and (fields.get("load_in_4bit") or fields.get("adapter") == "qlora"):
-            raise NotCarriedError("the base is loaded in 4 bits")
-        return [Entry("frozen_dtype", kind)]
-
-    return apply
-
-
-def _read_targets(value: Any, fields: Fields) -> list[Entry]:
-    _check_adapter(fields)
-    if fields.get("lora_target_linear"):
-        raise NotCarriedError("lora_target_linear adapts these and all others")
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise NotCarriedError(f"{value!r} is no list of names")
-    return [Entry("lora.targets", tuple(names))]
+def _read_resume(value: Any, fields: Fields) -> list[Entry]:
+    if not value:
+        return []
+    if isinstance(value, str):
+        raise NotCarriedError("not supported: a run resumes from its own checkpoints")
+    raise NotCarriedError(axolotl_reasons.RESUMES)
 
 
 def _read_validation_share(value: Any, fields: Fields) -> list[Entry]:
@@ -135,13 +102,14 @@ def _read_template(value: Any, fields: Fields) -> list[Entry]:
 
 def _read_schedule(value: Any, fields: Fields) -> list[Entry]:
     if value in ("cosine", "linear"):
-        comment = "Falls to this share of the peak; there to 0, here by default to 0.1."
         fraction = number(fields.get("cosine_min_lr_ratio") or 0) if value == "cosine" else 0.0
-        return [Entry("optimizer.schedule", value), Entry("optimizer.final_fraction", fraction, comment)]
+        return [Entry("optimizer.schedule", value), Entry("optimizer.final_fraction", fraction, _FINAL)]
     if value in ("constant", "constant_with_warmup"):
         warmup = [Entry("optimizer.warmup_steps", 0)] if value == "constant" else []
         return [Entry("optimizer.schedule", "constant"), *warmup]
-    raise NotCarriedError("there is no such schedule; cosine is used. Others: linear, constant, warmup_stable_decay")
+    raise NotCarriedError(
+        "schedule not supported; cosine is used instead. Others: linear, constant, warmup_stable_decay"
+    )
 
 
 def _read_min_ratio(value: Any, fields: Fields) -> list[Entry]:
@@ -165,13 +133,13 @@ def _read_warmup_ratio(value: Any, fields: Fields) -> list[Entry]:
 
 def _read_optimizer(value: Any, fields: Fields) -> list[Entry]:
     if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"):
-        return [Entry("optimizer.name", "adamw", "" if "adam_beta2" in fields else _B2)]
+        return [Entry("optimizer.name", "adamw")]
     if value in ("adafactor", "muon"):
         return [Entry("optimizer.name", value)]
     if isinstance(value, str) and "adamw" in value:
         remedy = 'AdamW with float32 moments is used; moments_dtype="bfloat16" halves them'
-        raise NotCarriedError(f"moments of few bits, or in pages, are not supported: {remedy}. {_B2}")
-    raise NotCarriedError("there is no such optimizer; adamw is used. Others: adafactor, muon")
+        raise NotCarriedError(f"8-bit and paged optimizers are not supported: {remedy}")
+    raise NotCarriedError("optimizer not supported; adamw is used instead. Others: adafactor, muon")
 
 
 def _read_bf16(value: Any, fields: Fields) -> list[Entry]:
@@ -190,23 +158,18 @@ def _read_checkpointing(value: Any, fields: Fields) -> list[Entry]:
     return [Entry("remat", "full" if value else "none")]
 
 
-def _find_checkpoints(fields: Fields) -> int | None:
-    """Returns save_steps if it is a multiple of eval_steps, as checkpoint_every must be of evaluate_every."""
-    saves, evaluations = integer(fields.get("save_steps", 0)), integer(fields["eval_steps"])
-    return saves if evaluations > 0 and saves > 0 and not saves % evaluations else None
-
-
 def _read_evaluation(value: Any, fields: Fields) -> list[Entry]:
-    every = integer(value)
-    return [Entry("evaluate_every", every), Entry("checkpoint_every", _find_checkpoints(fields) or every)]
+    every, saves = integer(value), _read_other("save_steps", fields)
+    is_multiple = every > 0 and saves is not None and saves > 0 and not saves % every
+    return [Entry("evaluate_every", every), Entry("checkpoint_every", saves if is_multiple else every)]
 
 
 def _read_saves(value: Any, fields: Fields) -> list[Entry]:
-    every = integer(value)
-    if "eval_steps" not in fields:
+    every, evaluations = integer(value), _read_other("eval_steps", fields)
+    if evaluations is None:
         comment = "There is an evaluation before each checkpoint, since the best is kept."
         return [Entry("evaluate_every", every, comment), Entry("checkpoint_every", every)]
-    if _find_checkpoints(fields) is None:
+    if evaluations <= 0 or every <= 0 or every % evaluations:
         raise NotCarriedError("no multiple of eval_steps, as checkpoint_every must be of evaluate_every")
     return []  # read with eval_steps
 
@@ -227,63 +190,90 @@ def read_roles_to_train(value: Any, fields: Fields) -> list[Entry]:
     if set(roles) == {"assistant"}:
         return []
     if not roles or None in roles:
-        raise NotCarriedError(f"{value!r} are no roles; assistant messages are trained on")
+        raise NotCarriedError(f"{value!r} is not a list of roles; assistant messages are trained on")
     return [Entry("objective.name", "roles"), Entry("objective.roles", tuple(dict.fromkeys(roles)))]
 
 
 RULES: dict[str, Rule] = {
-    "base_model": _to("model", text),
-    "tokenizer_config": _to("tokenizer", text),
-    "lora_model_dir": _to("adapter", text),
-    "adapter": _read_adapter,
-    "lora_r": _to_adapter("lora.rank", integer),
-    "lora_alpha": _to_adapter("lora.alpha", number),
-    "lora_dropout": _to_adapter("lora.dropout", number),
-    "lora_target_modules": _read_targets,
-    "lora_target_linear": _only(True, False, reason="neither true nor false"),  # true is the default here
-    "peft_use_rslora": _to_adapter("lora.rslora", boolean),
-    "loraplus_lr_ratio": _to_adapter("lora.learning_rate_ratio", number),
-    "load_in_4bit": _quantize("nf4"),
-    "load_in_8bit": _quantize("int8"),
+    "base_model": to("model", text),
+    "tokenizer_config": to("tokenizer", text),
+    "lora_model_dir": to("adapter", text),
+    **axolotl_adapters.RULES,
     "val_set_size": _read_validation_share,
-    "sequence_len": _to("data.max_length", integer),
+    "sequence_len": to("data.max_length", integer),
+    "excess_length_strategy": _read_excess,
+    "sample_packing": _read_packing,
     "chat_template": _read_template,
-    "chat_template_jinja": _to("data.chat_template", text),
-    "chat_template_kwargs": _to("data.chat_template_kwargs", mapping),
-    "dataset_prepared_path": _to("data.cache_dir", text),
-    "dataset_num_proc": _to("data.workers", integer),
-    "dataset_processes": _to("data.workers", integer),
-    "train_on_inputs": _only(False, reason='another objective, which trains prompts too; objective.name="joint" is it'),
-    "train_on_eos": _only("turn", reason="the end of each trained response is trained, and no other"),
-    "roles_to_train": read_roles_to_train,
-    "label_smoothing_factor": _to("loss.label_smoothing", number),
-    "micro_batch_size": _to(
-        "rows",
-        integer,
-        "Over all devices, and there per device: multiply it by their number.",
+    "chat_template_jinja": to("data.chat_template", text),
+    "chat_template_kwargs": to("data.chat_template_kwargs", mapping),
+    "dataset_prepared_path": to("data.cache_dir", text),
+    "dataset_num_proc": to("data.workers", integer),
+    "dataset_processes": to("data.workers", integer),
+    "train_on_inputs": only(
+        False,
+        reason=_ALL_MESSAGES,
     ),
-    "gradient_accumulation_steps": _to("gradient_accumulation", integer),
-    "num_epochs": _to("epochs", number),
-    "max_steps": _to("steps", integer),
-    "learning_rate": _to("optimizer.learning_rate", number),
+    "train_on_eos": only("turn", reason="the end of each trained response is trained, and no other"),
+    "roles_to_train": read_roles_to_train,
+    "label_smoothing_factor": to("loss.label_smoothing", number),
+    "micro_batch_size": to("rows", integer, PER_DEVICE),
+    "batch_size": _read_batch_size,
+    "gradient_accumulation_steps": to("gradient_accumulation", integer),
+    "num_epochs": to("epochs", number),
+    "max_steps": to("steps", integer),
+    "learning_rate": to("optimizer.learning_rate", number),
     "lr_scheduler": _read_schedule,
     "cosine_min_lr_ratio": _read_min_ratio,
     "warmup_steps": _read_warmup,
     "warmup_ratio": _read_warmup_ratio,
     "optimizer": _read_optimizer,
-    "weight_decay": _to("optimizer.weight_decay", number),
-    "max_grad_norm": _to("optimizer.clip_norm", number),
-    "adam_beta1": _to("optimizer.b1", number),
-    "adam_beta2": _to("optimizer.b2", number),
-    "adam_epsilon": _to("optimizer.epsilon", number),
+    "weight_decay": _read_weight_decay,
+    "max_grad_norm": to("optimizer.clip_norm", number),
+    "adam_beta1": to("optimizer.b1", number),
+    "adam_beta2": to("optimizer.b2", number),
+    "adam_epsilon": to("optimizer.epsilon", number),
     "bf16": _read_bf16,
-    "fp16": _only(False, reason="float16 is not supported; compute_dtype is bfloat16 on accelerators"),
+    "fp16": only(False, reason="float16 is not supported; compute_dtype is bfloat16 on accelerators"),
     "gradient_checkpointing": _read_checkpointing,
     "eval_steps": _read_evaluation,
     "save_steps": _read_saves,
-    "save_total_limit": _to("keep_checkpoints", integer),
-    "use_tensorboard": _only(True, False, reason="neither true nor false"),
+    "save_total_limit": to("keep_checkpoints", integer),
+    "use_tensorboard": only(True, False, reason="neither true nor false"),
     "use_wandb": _read_wandb,
     "use_trackio": _read_trackio,
-    "seed": _to("seed", integer),
+    "plugins": _read_plugins,
+    "resume_from_checkpoint": _read_resume,
+    "seed": to("seed", integer),
 }
+
+# Axolotl's defaults that differ from ours.
+_DEFAULTS: dict[str, Any] = {
+    "val_set_size": 0,
+    "sequence_len": 512,
+    "excess_length_strategy": "drop",
+    "sample_packing": False,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler": "cosine",  # to 0
+    "adam_beta2": 0.999,
+    "save_total_limit": 4,
+}
+_ADAPTER_DEFAULTS: dict[str, Any] = {"lora_alpha": 8, "lora_target_linear": False}
+
+
+def find_defaults(fields: Fields) -> dict[str, Any]:
+    """Returns the defaults of fields that are absent and that would have an effect.
+
+    Source: `schemas/config.py`, `schemas/training.py` and `core/builders/base.py` of Axolotl; PEFT for `lora_alpha`.
+    """
+    defaults = {**_DEFAULTS, **(_ADAPTER_DEFAULTS if is_new_adapter(fields) else {})}
+    unread = set(fields)
+    if "test_datasets" in fields:
+        unread.add("val_set_size")
+    if "batch_size" in fields:  # it determines the number of micro-batches
+        unread.add("gradient_accumulation_steps")
+    if fields.get("optimizer") == "adafactor":
+        unread.add("adam_beta2")
+    if fields.get("lora_target_modules"):
+        unread.add("lora_target_linear")
+    return {name: value for name, value in defaults.items() if name not in unread}

@@ -44,14 +44,16 @@ class Devices(NamedTuple):
 
     @property
     def description(self) -> str:
-        kind = "the CPU" if self.platform == "cpu" else f"{self.number} x {self.kind}"
-        return f"{kind} with {self.memory / 1e9:.1f} GB{' each' if self.number > 1 else ''}"
+        """The memory, and what has it."""
+        each = f" of each of {self.number} x {self.kind}" if self.number > 1 else ""
+        return f"{self.memory / 1e9:.1f} GB{each}"
 
 
 class Way(NamedTuple):
     """A way to train."""
 
     name: str
+    """What is trained, such as "LoRA"; it begins a sentence."""
     state_bytes: float
     """Per parameter of the model, at least; what a device holds between steps, and gradients."""
     entries: tuple[Entry, ...]
@@ -71,9 +73,8 @@ class Trial(NamedTuple):
     fits: bool
 
     @property
-    def description(self) -> str:
-        at_least = "at least " if self.is_bound else ""
-        return f"{self.way.name}: {at_least}{self.needed / 1e9:.1f} GB{'' if self.fits else ', too much'}"
+    def size(self) -> str:
+        return f"{'at least ' if self.is_bound else ''}{self.needed / 1e9:.1f} GB"
 
 
 def find_devices() -> Devices:
@@ -101,17 +102,18 @@ def list_ways(devices: Devices) -> list[Way]:
     narrow = 4 if devices.platform == "cpu" else 2  # bytes of the compute type
     lora = Entry("lora.rank", _RANK)
     nf4 = Entry("frozen_dtype", "nf4")
-    everything = Entry("lora.rank", 0)
-    ways = [Way("all weights", 16, (everything,))]
-    if devices.number > 1:
-        fsdp = (everything, Entry("mesh.data", 1), Entry("mesh.fsdp", devices.number))
-        ways.append(Way(f"all weights, divided over {devices.number} devices", 16 / devices.number, fsdp))
-    return [
-        *ways,
+    ways = [
+        Way("all weights", 16, (Entry("lora.rank", 0),)),
         Way("LoRA", narrow, (lora,)),
         Way("LoRA on an NF4 base", 0.5, (lora, nf4)),
         Way("LoRA on an NF4 base, with everything recomputed", 0.5, (lora, nf4, Entry("remat", "full"))),
     ]
+    if devices.number == 1:
+        return ways
+    fsdp = (Entry("mesh.data", 1), Entry("mesh.fsdp", devices.number))
+    where = f", divided over {devices.number} devices"
+    divided = [Way(name + where, state / devices.number, (*fields, *fsdp)) for name, state, fields in ways]
+    return [way for pair in zip(ways, divided, strict=True) for way in pair]
 
 
 def try_ways(entries: Sequence[Entry], model: DecoderConfig, devices: Devices) -> list[Trial]:

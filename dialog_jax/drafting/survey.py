@@ -4,7 +4,7 @@ In: what `data.train` may name. Out: a `Survey`. Knows no model's structure and 
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dialog_jax.audit.figures import Audit, make_audit
@@ -16,6 +16,7 @@ from dialog_jax.rendering.sequences import Renderer
 from dialog_jax.training.config import TrainConfig
 
 LARGEST_SAMPLE = 200  # records that are audited
+_SPEAKERS = 5  # named in a sentence
 _REFUSALS = ("unreadable", "refused", "lost")  # kinds of findings
 _OF_LENGTH = ("cut", "shortened", "divided")  # kinds of findings that hold for one row length
 _LISTS = ("messages", "conversations", "prompt", "completion", "continuations")
@@ -29,7 +30,9 @@ class Sample(NamedTuple):
     records: list[tuple[int, str, Any]]
     """(index in the file, place for errors, record)."""
     roles: dict[str, str]
-    """Names of speakers, in any record, that are not known; with the role that each probably has."""
+    """Names of speakers, in any record, that are not known but say their role, with this role."""
+    unknown: list[str]
+    """Names of speakers that are not known and have no entry in `roles`, the most frequent first."""
 
 
 class Survey(NamedTuple):
@@ -63,7 +66,18 @@ def sample_records(source: str) -> Sample:
     if index < 0:
         raise parsing.make_empty_error(source)
     unknown = [speaker for speaker, _ in speakers.most_common() if speaker not in schemas.ROLE_NAMES]
-    return Sample(index + 1, sample, {speaker: parsing.guess_role(speaker) for speaker in unknown})
+    guesses = {speaker: parsing.guess_role(speaker) for speaker in unknown}
+    # With a part of the names guessed, a dialogue's other speakers would still be refused.
+    roles = {} if None in guesses.values() else {speaker: role for speaker, role in guesses.items() if role}
+    return Sample(index + 1, sample, roles, [] if roles else unknown)
+
+
+def describe_unknown(speakers: Sequence[str]) -> str:
+    """Returns a sentence about speakers without a role."""
+    names = ", ".join(repr(speaker) for speaker in speakers[:_SPEAKERS])
+    others = f" and {len(speakers) - _SPEAKERS:,} others" if len(speakers) > _SPEAKERS else ""
+    sentence = f"The roles of these speakers are not known: {names}{others}."
+    return sentence + ' Give each its role in data.roles: {"NAME": "user", ...}.'
 
 
 def survey(sample: Sample, renderer: Renderer, config: TrainConfig, *, embedding_rows: int) -> Survey:
@@ -85,7 +99,11 @@ def survey(sample: Sample, renderer: Renderer, config: TrainConfig, *, embedding
     refused = [place for one in audit.findings if one.kind in _REFUSALS for place in one.first]
     if not audit.trees:
         first = refused[0] if refused else "no dialogue has a response to train on. Add assistant messages."
-        raise UserError(f"all of {len(dialogues):,} records were refused; the first: {first}")
+        unknown = ""
+        if sample.unknown:
+            remedy = "Or rename them in the data; init takes no roles, experiments/finetune.py is a config to copy."
+            unknown = f" {describe_unknown(sample.unknown)} {remedy}"
+        raise UserError(f"all of {len(dialogues):,} records were refused; the first: {first}{unknown}")
     findings = [one for one in audit.findings if one.level != "note" and one.kind not in (*_OF_LENGTH, *_REFUSALS)]
     return Survey(sample, audit, renderer.responses, findings, refused)
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dialog_jax.audit.row_lengths import Fill, Spread
 from dialog_jax.drafting.config_text import Entry
 from dialog_jax.drafting.memory import SHARE, Devices, Trial
-from dialog_jax.drafting.survey import Sample, Survey
-from dialog_jax.errors import UserError
+from dialog_jax.drafting.survey import Sample, Survey, describe_unknown
 from dialog_jax.training.config import TrainConfig
 
 _TOKENS_PER_UPDATE = 16_384
@@ -35,6 +34,11 @@ def choose_length(fills: Sequence[Fill], responses: int, context: int) -> tuple[
     return usable[index], usable[index - 1] if index else None
 
 
+def describe_count(number: int, noun: str) -> str:
+    """Returns a number and what it counts: "1 record", "2,000 records"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def describe_length(fill: Fill, shorter: Fill | None, survey: Survey, context: int) -> str:
     """Returns the comment on data.max_length."""
     audit = survey.audit
@@ -44,14 +48,18 @@ def describe_length(fill: Fill, shorter: Fill | None, survey: Survey, context: i
     if not lost:
         sentences.append("Every response keeps all of its history.")
     elif lost <= _SHORTENED * audit.responses:
-        sentences.append(f"All but {lost:,} of {audit.responses:,} responses keep all of their history.")
+        sentences.append(
+            f"All but {lost:,} of {describe_count(audit.responses, 'response')} keep all of their history."
+        )
     else:
         sentences.append(
-            f"{lost:,} of {audit.responses:,} responses lose a part of their history or are left out: the model's "
-            f"context of {context:,} tokens allows no longer rows."
+            f"{lost:,} of {describe_count(audit.responses, 'response')} lose a part of their history or are left out: "
+            f"the model's context of {context:,} tokens allows no longer rows."
         )
     if shorter:
-        sentences.append(f"With {shorter.max_length:,}, {_count_losses(shorter):,} responses would lose a part.")
+        sentences.append(
+            f"With {shorter.max_length:,}, {describe_count(_count_losses(shorter), 'response')} would lose a part."
+        )
     sentences.append(f"Rows are {fill.used:.0%} full.")
     return " ".join(sentences)
 
@@ -59,15 +67,16 @@ def describe_length(fill: Fill, shorter: Fill | None, survey: Survey, context: i
 def make_data_entries(survey: Survey, data: str, context: int) -> list[Entry]:
     """Returns the entries of `data` for dialogues that can be rendered."""
     sample, audit = survey.sample, survey.audit
-    looked_at = f"{audit.records:,} of its" if audit.records < sample.total else "all of its"
+    records = describe_count(sample.total, "record")
+    sampled = f"Sampled {audit.records:,} of {records}" if audit.records < sample.total else f"Sampled all of {records}"
     entries = [
         Entry(
             "data.train",
             data,
-            f"Looked at {looked_at} {sample.total:,} records: {audit.trees:,} dialogues with {audit.responses:,} "
-            f"responses to train on, {audit.targets / audit.tokens:.0%} of the tokens.",
+            f"{sampled}: {describe_count(audit.trees, 'dialogue')}, "
+            f"{describe_count(audit.responses, 'trained response')}, {audit.targets / audit.tokens:.0%} of the tokens.",
         ),
-        *_make_role_entries(sample.roles),
+        *_make_role_entries(sample),
     ]
     if survey.refused:
         count = audit.records - audit.trees
@@ -75,8 +84,8 @@ def make_data_entries(survey: Survey, data: str, context: int) -> list[Entry]:
             Entry(
                 "data.on_error",
                 "skip",
-                f"Refused: {count:,} of {audit.records:,} records, at the first of which training would stop: "
-                f"{survey.refused[0]}",
+                f"Refused: {count:,} of {describe_count(audit.records, 'record')}, at the first of which training "
+                f"would stop: {survey.refused[0]}",
             )
         )
     fill, shorter = choose_length(audit.fills, audit.responses, context)
@@ -84,8 +93,7 @@ def make_data_entries(survey: Survey, data: str, context: int) -> list[Entry]:
         Entry(
             "data.validation_share",
             _DEFAULT.data.validation_share,
-            f"Held out: about {max(1, round(_DEFAULT.data.validation_share * sample.total)):,} of {sample.total:,} "
-            "records; or name a file in data.validation.",
+            _describe_held_out(sample.total),
         ),
         Entry("data.max_length", fill.max_length, describe_length(fill, shorter, survey, context)),
     ]
@@ -104,7 +112,7 @@ def make_data_entries(survey: Survey, data: str, context: int) -> list[Entry]:
                 "data.responses",
                 "rendered",
                 f'"verbatim" trains what is recorded: the chat template renders {audit.not_verbatim:,} of '
-                f"{audit.responses:,} responses differently.",
+                f"{describe_count(audit.responses, 'response')} differently.",
             )
         )
     return entries
@@ -113,25 +121,28 @@ def make_data_entries(survey: Survey, data: str, context: int) -> list[Entry]:
 def make_unrendered_entries(sample: Sample, data: str, max_length: int) -> list[Entry]:
     """Returns the entries of `data` for a tokenizer without a chat template."""
     return [
-        Entry("data.train", data, f"{sample.total:,} records."),
-        *_make_role_entries(sample.roles),
+        Entry("data.train", data, f"{describe_count(sample.total, 'record')}."),
+        *_make_role_entries(sample),
         Entry("data.max_length", max_length, "Not chosen by the data: without a chat template nothing has a length."),
         Entry(
             "data.chat_template",
             "",
             "SET THIS: the tokenizer has no chat template. Name a Jinja file, for example that of the model's "
-            "instruction-tuned sibling (chat_template.jinja on the Hub); then run dialog_jax audit.",
+            "instruction-tuned sibling (chat_template.jinja on the Hub), and run dialog_jax audit; or run init again "
+            "with --chat_template=FILE.",
         ),
     ]
 
 
-def make_template_entries(survey: Survey, *, has_thinking: bool) -> list[Entry]:
+def make_template_entries(survey: Survey, chat_template: str, *, has_thinking: bool) -> list[Entry]:
     """Returns the entries of a chat template that there is.
 
     Args:
+      chat_template: as data.chat_template.
       has_thinking: whether the template reads the variable enable_thinking.
     """
-    entries = [Entry("data.chat_template", "", f"Empty for the tokenizer's own. {describe_template(survey)}")]
+    own = "" if chat_template else "The tokenizer's own template. "
+    entries = [Entry("data.chat_template", chat_template, own + describe_template(survey))]
     if has_thinking:
         comment = 'Variables of the chat template: with {"enable_thinking": False} it asks for no reasoning.'
         entries.append(Entry("data.chat_template_kwargs", {}, comment))
@@ -157,13 +168,22 @@ def describe_template(survey: Survey) -> str:
 
 def make_way_entries(trials: Sequence[Trial], devices: Devices) -> list[Entry]:
     """Returns the entries of what is trained: those of the last trial."""
-    tried = "; ".join(trial.description for trial in trials)
     last = trials[-1]
     first, *others = last.way.entries
-    comment = f"{last.way.name[0].upper()}{last.way.name[1:]}. Memory of a step with one row per device, as dialog_jax "
-    comment += f"plan estimates it, for {devices.description}: {tried}."
-    if not last.fits:
-        comment += f" NOTHING FITS in {SHARE:.0%} of it: use a smaller model, shorter rows or another machine."
+    row = "one row" if devices.number == 1 else "one row per device"
+    too_large = ", ".join(f"{trial.way.name} ({trial.size})" for trial in trials if not trial.fits)
+    if last.fits:
+        verb = "are" if first.value == 0 else "is"
+        comment = (
+            f"{last.way.name[0].upper()}{last.way.name[1:]} {verb} trained: a step with {row} takes {last.size} of "
+            f"{devices.description} (dialog_jax plan's estimate)."
+        )
+        comment += f" Too large: {too_large}." if too_large else ""
+    else:
+        comment = (
+            f"None of these fits in {100 * SHARE:.0f} % of a device's memory, {devices.description}, with {row}: "
+            f"{too_large}. Use a smaller model, shorter rows or another machine."
+        )
     rate = "3e-4, the default with LoRA" if first.value else "2e-5, the default for all weights"
     return [
         first._replace(comment=comment),
@@ -189,7 +209,7 @@ def make_step_entries(rows: int, max_length: int, rows_per_epoch: float | None) 
         accumulation //= 2
     update = rows * accumulation
     entries = [
-        Entry("rows", rows, "Rows at once, over all devices: a multiple of their number."),
+        Entry("rows", rows, "Rows per micro-batch, over all devices; a multiple of the number of devices."),
         Entry("gradient_accumulation", accumulation, f"An update takes {update * max_length:,} tokens."),
     ]
     if rows_per_epoch is None:
@@ -203,23 +223,26 @@ def make_step_entries(rows: int, max_length: int, rows_per_epoch: float | None) 
         Entry(
             "epochs",
             epochs,
-            f"About {updates:,} updates per epoch, {total:,} in all. The checkpoint with the lowest held-out loss is "
-            "kept.",
+            f"About {describe_count(updates, 'update')} per epoch, {total:,} in all. The checkpoint with the lowest "
+            "held-out loss is kept.",
         ),
-        Entry("evaluate_every", every, f"In updates: about {total // every:,} evaluations."),
+        Entry("evaluate_every", every, f"In updates: about {describe_count(total // every, 'evaluation')}."),
         Entry("checkpoint_every", every),
     ]
 
 
-def check_context(context: int, fills: Sequence[Fill]) -> None:
-    """Raises UserError if the model's context is shorter than all rows that were looked at."""
-    if not any(fill.max_length <= context for fill in fills):
-        raise UserError(f"the model's context is {context:,} tokens, too short for dialogues. Use another model.")
-
-
-def _make_role_entries(roles: dict[str, str]) -> list[Entry]:
+def _make_role_entries(sample: Sample) -> list[Entry]:
+    if sample.unknown:
+        return [Entry("data.roles", {}, f"SET THIS: {describe_unknown(sample.unknown)}")]
     comment = "CHECK: names of speakers that are not known, each with the role that it probably has."
-    return [Entry("data.roles", roles, comment)] if roles else []
+    return [Entry("data.roles", sample.roles, comment)] if sample.roles else []
+
+
+def _describe_held_out(records: int) -> str:
+    if records == 1:
+        return "One record cannot be divided: NAME A FILE in data.validation."
+    held_out = max(1, round(_DEFAULT.data.validation_share * records))
+    return f"Held out: about {held_out:,} of {records:,} records; or name a file in data.validation."
 
 
 def _count_losses(fill: Fill) -> int:

@@ -47,7 +47,7 @@ class InitTest(absltest.TestCase):
         self.directory = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         self.out = self.directory / "my_config.py"
 
-    def init(self, dialogues, *, family="chatml"):
+    def init(self, dialogues, *flags, family="chatml"):
         """(standard output, config of the written file, its text); nothing is compiled."""
         data = self.directory / "my.jsonl"
         records = [one if isinstance(one, dict) else {"messages": one} for one in dialogues]
@@ -57,7 +57,8 @@ class InitTest(absltest.TestCase):
             mock.patch.object(memory.simulated_devices, "simulate_devices"),
             mock.patch.object(memory, "_measure", lambda *_: Memory(0, 0, 0, 0, 0, 0, temporaries=10**9)),
         ):
-            told, error = running.run("init", f"--model={self.models / family}", f"--data={data}", f"--out={self.out}")
+            model = f"--model={self.models / family}"
+            told, error = running.run("init", model, f"--data={data}", f"--out={self.out}", *flags)
         self.assertEmpty(error)
         values = config.from_config_dict(config_flag._load(self.out))
         self.assertEqual((values.model, values.data.train), (str(self.models / family), str(data)))
@@ -89,22 +90,50 @@ class InitTest(absltest.TestCase):
         self.assertEqual(dict(values.data.chat_template_kwargs), {})
 
     def test_unknown_roles_are_guessed_and_refused_records_skipped(self):
-        named = [{"role": "The user", "content": "Hi"}, {"role": "Bot", "content": "Hello"}]
+        named = [{"role": "The user", "content": "Hi"}, {"role": "AI assistant", "content": "Hello"}]
         told, values, text = self.init([named, pair(), {"nonsense": 1}])
-        self.assertEqual(dict(values.data.roles), {"The user": "user", "Bot": "assistant"})
+        self.assertEqual(dict(values.data.roles), {"The user": "user", "AI assistant": "assistant"})
         self.assertEqual(values.data.on_error, "skip")
         self.assertIn("Refused: 1 of 3 records", text)
-        self.assertIn("Looked at all of its 3 records: 2 dialogues", told)
+        self.assertIn("Sampled all of 3 records: 2 dialogues, 2 trained responses,", told)
+
+    def test_speakers_of_unknown_roles_are_named_and_not_guessed(self):
+        named = [{"role": "customer", "content": "Hi"}, {"role": "AI assistant", "content": "Hello"}]
+        _, values, text = self.init([named, pair()])
+        self.assertEqual((dict(values.data.roles), values.data.on_error), ({}, "skip"))
+        speakers = "The roles of these speakers are not known: 'customer', 'AI assistant'."
+        self.assertIn(f"SET THIS: {speakers} Give each its role in data.roles", text)
+        data, other = self.directory / "other.jsonl", self.directory / "other.py"
+        data.write_text(json.dumps({"messages": named}) + "\n")
+        _, error = running.run("init", f"--model={self.models / 'chatml'}", f"--data={data}", f"--out={other}")
+        self.assertIn(speakers, error)
+        self.assertIn("Or rename them in the data", error)
+        self.assertFalse(other.exists())
+
+    def test_one_record_needs_held_out_data(self):
+        _, _, text = self.init([pair()])
+        self.assertIn("Sampled all of 1 record: 1 dialogue, 1 trained response,", text)
+        self.assertIn("NAME A FILE in data.validation", text)
+        self.assertIn("About 1 update per epoch", text)
 
     def test_large_data_is_looked_at_in_part(self):
         with mock.patch.object(survey, "LARGEST_SAMPLE", 10):
             _, _, text = self.init([pair()] * 39)
-        self.assertIn("Looked at 10 of its 39 records: 10 dialogues with 10 responses", text)
+        self.assertIn("Sampled 10 of 39 records: 10 dialogues, 10 trained responses", text)
 
     def test_tokenizer_without_a_template_has_a_place_for_one(self):
         _, values, text = self.init([pair()], family="base")
         self.assertEqual((values.data.chat_template, values.data.max_length), ("", 1024))
         self.assertIn("SET THIS: the tokenizer has no chat template.", text)
+        self.assertIn("run init again with --chat_template=FILE", text)
+
+    def test_chat_template_of_a_file_is_looked_at(self):
+        file = self.directory / "chatml.jinja"
+        file.write_text(chat_templates.train_tokenizer("chatml").chat_template)
+        _, values, text = self.init([pair()] * 10, f"--chat_template={file}", family="base")
+        self.assertEqual((values.data.chat_template, values.data.max_length), (str(file), 512))
+        self.assertNotIn("The tokenizer's own template.", text)
+        self.assertIn("every dialogue is one path", text)
 
     @pytest.mark.full
     def test_memory_is_estimated_by_compiling_and_audit_takes_the_file_as_it_is(self):
@@ -116,7 +145,7 @@ class InitTest(absltest.TestCase):
                 "init", f"--model={self.models / 'chatml'}", f"--data={data}", f"--out={self.out}"
             )
         self.assertEmpty(error)
-        self.assertRegex(told, r"for the CPU with [\d.]+ GB: all weights: 0\.\d GB\.\n")
+        self.assertRegex(told, r"All weights are trained: a step with one row takes 0\.\d GB of [\d.]+ GB")
         told, error = running.run("audit", f"--config={self.out}")
         self.assertEmpty(error)
         self.assertIn("20 records; 20 dialogues have something to train on", told)
@@ -126,11 +155,20 @@ class InitTest(absltest.TestCase):
         file.write_text("base_model: m\nlearning_rate: 2e-5\nfrobnicate: 1\n")
         told, error = running.run("init", f"--from={file}", f"--out={self.out}")
         self.assertEmpty(error)
-        self.assertRegex(told, r"2 fields of axolotl.yml are carried over: base_model, learning_rate\.")
-        self.assertRegex(told, r"Not carried over:\n  frobnicate +unknown to init\n")
+        self.assertIn("Carried over from axolotl.yml: base_model, learning_rate.", told)
+        self.assertIn("Axolotl's defaults: sequence_len 512,", told)
+        self.assertIn("multiply by the number of devices", told)
+        self.assertRegex(told, r"Not carried over:\n  frobnicate +not recognized\n")
+        self.assertIn("5 % are held out", told)
         values = config.from_config_dict(config_flag._load(self.out))
         self.assertEqual((values.model, values.optimizer.learning_rate), ("m", 2e-5))
-        self.assertIn("Not carried over: frobnicate.", self.out.read_text())
+        self.assertIn("Not carried over: frobnicate, ", self.out.read_text())
+
+    def test_next_command_audits_a_set_of_several(self):
+        file = self.directory / "axolotl.yml"
+        file.write_text("base_model: m\ndatasets: [{path: a.jsonl}, {path: b.jsonl}]\n")
+        told, _ = running.run("init", f"--from={file}", f"--out={self.out}")
+        self.assertIn(f"dialog_jax audit --config={self.out} --data=set0\n", told)
 
     def test_nothing_is_overwritten_and_wrong_flags_are_explained(self):
         self.out.write_text("mine")
@@ -142,7 +180,7 @@ class InitTest(absltest.TestCase):
             ([model, data], "--out is missing"),
             ([model, other], "--data is missing"),
             ([data, other], "--model is missing"),
-            (["--from=a.yml", model, other], "--from is given with --model or --data"),
+            (["--from=a.yml", model, other], "--from is given with --model, --data or --chat_template"),
             (["--from=none.yml", other], "--from=none.yml: no such file"),
             ([f"--model={self.models / 'chatml'}", data, other], "d.jsonl: no such file"),
         ):

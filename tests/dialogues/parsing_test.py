@@ -120,18 +120,19 @@ class FormatsTest(_Files):
         self.assert_error(
             lambda: list(parsing.parse_records([record])),
             "message 0 has role 'Bot'",
-            """--config.data.roles="{'Bot': 'assistant'}\"""",
+            """--config.data.roles="{'Bot': ROLE}\"""",
         )
         record = {"messages": [{"role": "User", "content": "a"}]}
         for name, role in (
-            ("User", "user"),
-            ("tool_result", "tool"),
-            ("SYSTEM", "system"),
-            ("environment", "assistant"),
+            ("User", "'user'"),
+            ("tool_result", "'tool'"),
+            ("SYSTEM", "'system'"),
+            ("environment", "ROLE"),
+            ("user of a tool", "ROLE"),
         ):
             self.assert_error(
                 lambda name=name: list(parsing.parse_records([{"messages": [{"role": name, "content": "a"}]}])),
-                f"""--config.data.roles="{{'{name}': '{role}'}}\"""",
+                f"""--config.data.roles="{{'{name}': {role}}}\"""",
             )
         for fields, *problem in (
             ({}, "message 0 has no 'role'", "Add it."), ({"role": None}, "message 0 has no 'role'", "Add it."),

@@ -1,13 +1,17 @@
 """Values for data of known lengths and for devices of a known memory."""
 
+import os
 from unittest import mock
 
+import jax
+import pytest
 from absl.testing import absltest, parameterized
 
 from dialog_jax.audit.row_lengths import Fill
 from dialog_jax.drafting import memory, values
 from dialog_jax.drafting.config_text import Entry, build_config
 from dialog_jax.drafting.memory import Devices
+from dialog_jax.planning import model_shapes
 from dialog_jax.planning.compiling import Memory
 from tests.training import tiny
 
@@ -81,6 +85,8 @@ class MemoryTest(parameterized.TestCase):
         (18.5, 1, "LoRA"),  # all weights need 17, and 14.8 may be used
         (12, 8, "all weights, divided over 8 devices"),
         (4, 1, "LoRA"),  # 2 + 1 in 3.2
+        (2, 4, "LoRA, divided over 4 devices"),  # 0.5 + 1 in 1.6
+        (1.6, 2, "LoRA on an NF4 base, divided over 2 devices"),  # 0.27 + 1 in 1.28
         (3, 1, "LoRA on an NF4 base"),  # 0.53 + 1 in 2.4
     )
     def test_first_way_that_fits_is_chosen(self, gigabytes, number, name):
@@ -92,13 +98,18 @@ class MemoryTest(parameterized.TestCase):
         self.assertEqual(config.lora.rank, 16 if "LoRA" in name else 0)
         self.assertEqual(config.frozen_dtype, "nf4" if "NF4" in name else "auto")
         self.assertEqual(config.mesh.fsdp, number if "divided" in name else 1)
-        self.assertIn("LoRA: at least 3.0 GB" if name == "LoRA" else trials[-1].description, entries[0].comment)
+        verb = "are" if name.startswith("all") else "is"
+        self.assertIn(f"{name[0].upper()}{name[1:]} {verb} trained: a step with one row", entries[0].comment)
+        for trial in trials[:-1]:
+            self.assertIn(f"{trial.way.name} ({trial.size})", entries[0].comment)
 
     def test_what_does_not_fit_is_said(self):
         trials, devices = self.choose(1)
         self.assertEqual([trial.fits for trial in trials], [False] * 4)
-        self.assertEqual(trials[0].description, "all weights: at least 16.0 GB, too much")
-        self.assertIn("NOTHING FITS in 80% of it", values.make_way_entries(trials, devices)[0].comment)
+        self.assertEqual((trials[0].way.name, trials[0].size), ("all weights", "at least 16.0 GB"))
+        self.assertIn(
+            "None of these fits in 80 % of a device's memory", values.make_way_entries(trials, devices)[0].comment
+        )
         self.assertEqual(build_config(values.make_way_entries(trials, devices)).remat, "full")
 
     @parameterized.parameters(
@@ -108,6 +119,19 @@ class MemoryTest(parameterized.TestCase):
         # 17 GB with one row, 1 GB for each further one.
         trials, devices = self.choose(gigabytes, platform=platform)
         self.assertEqual(memory.choose_rows(trials[-1], devices, rows_per_update=16), rows)
+
+    @pytest.mark.full
+    def test_model_of_70_billion_parameters_is_divided_over_devices_of_24_gigabytes(self):
+        shape = model_shapes.load_shape("Llama-3.1-70B-Instruct")
+        devices = Devices("gpu", "chip", 8, 24 * 10**9)
+        entries = [*_ENTRIES, Entry("data.max_length", 1024)]
+        self.assertLen(jax.devices(), 8)  # before some are simulated
+        ways = memory.list_ways(devices)[-2:]  # to compile once
+        with mock.patch.dict(os.environ), mock.patch.object(memory, "list_ways", lambda devices: ways):
+            trials = memory.try_ways(entries, shape, devices)
+        self.assertEqual([trial.fits for trial in trials], [False, True])
+        self.assertEndsWith(trials[-1].way.name, "with everything recomputed, divided over 8 devices")
+        self.assertEqual(build_config(values.make_way_entries(trials, devices)).mesh.fsdp, 8)
 
     def test_rows_are_a_multiple_of_the_devices(self):
         trials, devices = self.choose(40, number=4)
