@@ -7,7 +7,7 @@ Command:   python experiments/selection.py
 Hardware:  two cores of an AMD EPYC without AVX-512; 3.5 GB of memory.
 Time:      28 min for the updates of the runs in the table, and more for scores, on a machine with much other work.
 Result:    no. At 10 % and 1,200 response tokens, ifd (+0.002 ± 0.024 nats per token), longest (+0.032 ± 0.036) and
-           everything (-0.012 ± 0.024) are as good as random responses, which lower the held-out loss from 4.443 to
+           everything (-0.012 ± 0.024) do not differ from random responses, which lower the held-out loss from 4.443 to
            3.944; history_gain (+0.155 ± 0.042), perplexity (+0.173 ± 0.051) and rho (+0.301 ± 0.062) are worse. These
            choose short responses, of 4.5 to 13.6 tokens, which are then seen 3 to 9 times. Wrong responses are ranked
            low by perplexity (area under the ROC curve 0.67 ± 0.09), perhaps by history_gain and ifd (0.61 ± 0.11 and
@@ -113,7 +113,7 @@ def compare_all(rows: Sequence[Row], tokens: Float64[np.ndarray, " n"]) -> tuple
     pairs = [(row, baselines.get(row.share, baselines[max(baselines)])) for row in rows]
     by_seed = [compare_rows(row, other, tokens, 0.0).by_seed for row, other in pairs if row is not other]
     deviation = pool_deviations(by_seed)
-    known = 0.0 if math.isnan(deviation) else deviation
+    known = 0.0 if math.isnan(deviation) else deviation  # one seed has the errors of held-out dialogues only
     return [compare_rows(row, other, tokens, known) for row, other in pairs], deviation
 
 
@@ -270,8 +270,9 @@ def write(experiment: Experiment, rankings: Mapping[str, Ranking]) -> None:
             f"LoRA of rank {sizes.rank} at a learning rate of {sizes.learning_rate:g}, on rows of "
             f"{selection_runs.MAX_LENGTH} tokens, {sizes.tokens:,} response tokens in about {sizes.updates} updates. "
             f"Dialogues are cut to {short_runs.MESSAGES} messages: a pool of {sizes.pool} dialogues with "
-            f"{3 * sizes.pool} responses, {sizes.held_out} held-out dialogues with {tokens.sum():,.0f} response "
-            f"tokens, and {sizes.tuning} others on which the second model of `rho` was tuned.",
+            f"{short_runs.MESSAGES // 2 * sizes.pool} responses, {sizes.held_out} held-out dialogues with "
+            f"{tokens.sum():,.0f} response tokens, and {sizes.tuning} others on which the second model of `rho` was "
+            "tuned.",
             f"Held-out loss in nats per token; before training it is {before.sum() / tokens.sum():.3f}. `above random` "
             "is the difference to random responses of the same share, of everything to the largest share, paired by "
             "seed and by held-out dialogue. A seed determines the random responses, the order of the data and the "

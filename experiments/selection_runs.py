@@ -34,6 +34,8 @@ from dialog_jax.trees.dialogue_trees import TreeConfig
 BASELINE, EVERYTHING = "random", "everything"
 CRITERIA = (BASELINE, "perplexity", "ifd", "history_gain", "rho", "longest")
 SHARES = (0.1, 0.3)
+POOLS = ("clean", "planted")
+"""The dialogues to choose from, and some of them with wrong responses."""
 MAX_LENGTH = 512
 
 
@@ -89,10 +91,6 @@ class Outcome(NamedTuple):
     """Of each held-out dialogue, summed over its responses."""
 
 
-POOLS = ("clean", "planted")
-"""The dialogues to choose from, and the same with wrong responses."""
-
-
 class Experiment(NamedTuple):
     """Where everything is, and how much of it."""
 
@@ -104,7 +102,7 @@ class Experiment(NamedTuple):
         return pathlib.Path(self.options.runs_dir)
 
     def file(self, *names: str) -> pathlib.Path:
-        """Dialogues (`pool clean`, `tuning`, `held_out`), and scores of them by a model (`pool clean tuned`)."""
+        """Dialogues (`clean`, `planted`, `tuning`, `held_out`), or scores of them by a model (`clean`, `tuned`)."""
         return self.directory / f"{'.'.join(names)}.jsonl"
 
 
