@@ -53,8 +53,8 @@ def read_short(path: str, *, first: int, count: int) -> list[dict[str, Any]]:
     return beginnings[first : first + count]
 
 
-def claim_directory(options: Options, settings: Mapping[str, Any]) -> pathlib.Path:
-    """Returns the directory of an experiment's runs, created if missing, once it is known to hold no others.
+def claim_directory(options: Options, settings: Mapping[str, Any]) -> None:
+    """Creates the directory of an experiment's runs if it is missing, and checks that it holds no others.
 
     Args:
       settings: what the runs depend on besides model and data, as JSON has it.
@@ -71,7 +71,6 @@ def claim_directory(options: Options, settings: Mapping[str, Any]) -> pathlib.Pa
         atomic_files.write_text(file, text)
     elif file.read_text(encoding="utf-8") != text:
         raise UserError(f"{file}: the runs there do not have the settings {text}. Name another --runs_dir.")
-    return directory
 
 
 def write_lines(file: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
