@@ -5,13 +5,15 @@ Question:  train on 10, 30 and 100 % of the responses of a pool, chosen by each 
            low?
 Command:   python experiments/selection.py
 Hardware:  two cores of an AMD EPYC without AVX-512; 3.5 GB of memory.
-Time:      28 min for the updates of the runs in the table, and more for scores, on a machine with much other work.
-Result:    no. At 10 % and 1,200 response tokens, ifd (+0.002 ± 0.024 nats per token), longest (+0.032 ± 0.036) and
-           everything (-0.012 ± 0.024) do not differ from random responses, which lower the held-out loss from 4.443 to
-           3.944; history_gain (+0.155 ± 0.042), perplexity (+0.173 ± 0.051) and rho (+0.301 ± 0.062) are worse. These
-           choose short responses, of 4.5 to 13.6 tokens, which are then seen 3 to 9 times. Wrong responses are ranked
-           low by perplexity (area under the ROC curve 0.67 ± 0.09), perhaps by history_gain and ifd (0.61 ± 0.11 and
-           0.12), and not by rho (0.41 ± 0.10). One seed; the runs at 30 % are not made yet.
+Time:      35 min for the updates of the runs in the table, and more for scores, on a machine with much other work.
+Result:    no. At 10 %, random responses lower the held-out loss from 4.443 to 3.944. ifd (+0.002 ± 0.024 nats per
+           token) and longest (+0.032 ± 0.036) do not differ from them; history_gain (+0.155 ± 0.042), perplexity
+           (+0.173 ± 0.051) and rho (+0.301 ± 0.062) are worse, and choose short responses, of 6.3, 13.6 and 4.5 tokens.
+           At 30 %, ifd does not differ (-0.011 ± 0.019) and perplexity is worse (+0.073 ± 0.044). Everything is 0.012
+           ± 0.024 below random responses at 10 %, and 0.024 ± 0.021 at 30 %. Wrong responses are ranked low by
+           perplexity (area under the ROC curve 0.67 ± 0.09), perhaps by history_gain and ifd (0.61 ± 0.11 and 0.12),
+           and not by rho (0.41 ± 0.10). One seed, so that differences of a few hundredths may be noise; the other
+           criteria at 30 % and the other seeds are not run yet.
            experiments/results/selection.md, selection.png
 """
 
@@ -277,7 +279,8 @@ def write(experiment: Experiment, rankings: Mapping[str, Ranking]) -> None:
             "is the difference to random responses of the same share, of everything to the largest share, paired by "
             "seed and by held-out dialogue. A seed determines the random responses, the order of the data and the "
             "initial LoRA. ± is 1.96 standard errors over held-out dialogues and seeds, the deviation of seeds pooled "
-            "over all rows. `min` is the time of the updates, on a machine that other work used as well.",
+            "over all rows. Runs end with a whole update, so that their response tokens are not quite equal. `min` is "
+            "the time of the updates, on a machine that other work used as well.",
             make_table(rows, differences, tokens),
             describe_noise(deviation, differences, rows),
             f"In a second pool, {sizes.planted} dialogues, {sizes.wrong:.0%} of the responses are exchanged. How often "

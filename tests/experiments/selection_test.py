@@ -58,7 +58,7 @@ class SelectionTest(absltest.TestCase):
         sizes = Sizes(pool=6, tuning=4, held_out=4, tokens=60, updates=2, tuning_updates=2, rank=2, seeds=(0,))
         options = Options(name="selection", **places, **files)
         with (
-            mock.patch.object(selection_runs, "CRITERIA", ("random", "rho")),
+            mock.patch.object(selection_runs, "CRITERIA", ("random",)),
             mock.patch.object(selection_runs, "SHARES", (0.3,)),
             mock.patch.object(selection, "CRITERIA", ("random", "rho", "history_gain")),
             tiny_run.one_device(),
@@ -67,7 +67,7 @@ class SelectionTest(absltest.TestCase):
             with mock.patch.object(short_runs, "train", side_effect=AssertionError):
                 selection.main(options, sizes)
         page = (directory / "results_dir" / "selection.md").read_text(encoding="utf-8")
-        for row in (r"100% everything \| 18", r"30% rho \| 5", r"30% random \| 5"):
+        for row in (r"100% everything \| 18", r"30% random \| 5"):
             self.assertRegex(page, rf"\| {row} \| [\d.]+ \| \d+ \| ")
         self.assertRegex(page, r"\| history_gain \| 0\.\d\d ± \d\.\d\d \| \d+% \|")
         self.assertGreater((directory / "results_dir" / "selection.png").stat().st_size, 10_000)
