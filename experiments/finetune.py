@@ -7,7 +7,7 @@ Command:   dialog_jax audit --config=experiments/finetune.py        # what train
 Hardware:  any. In float32, 16 bytes per parameter for weights, gradients and moments, and activations of `rows` rows.
 
 A field that is left out has its default; `dialog_jax train --help` lists all of them. A flag overrides the file:
---config.optimizer.learning_rate=1e-5.
+--config.optimizer.learning_rate=1e-5. `dialog_jax init` writes such a file after a look at your model and data.
 """
 
 import ml_collections
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     """One epoch over my.jsonl, 5% of which is held out; 8 rows of 1,024 tokens per update."""
     return config.to_config_dict(
         TrainConfig(
-            # A directory, a .gguf file or a name on the Hugging Face Hub; llama, qwen2 or qwen3.
+            # A directory, a .gguf file or a name on the Hugging Face Hub, of a family in docs/models.md.
             model="HuggingFaceTB/SmolLM2-135M-Instruct",
             data=DataConfig(
                 train="my.jsonl",
