@@ -3,7 +3,7 @@
 Knows the formats of records, and nothing of templates or tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dialog_jax.dialogues import tool_calls, weights
@@ -207,10 +207,25 @@ def _list_system(
     return [{"role": speaker, "content": values[0]}]
 
 
+def iterate_speakers(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the name of the speaker of each message of an unchecked record that has one, whatever its format."""
+    for key in (*_LISTS, "prompt", "completion", "continuations"):
+        items = _parse_messages(record.get(key))
+        for item in items if isinstance(items, list) else [items]:
+            if speaker := _find_speaker(item):
+                yield speaker
+
+
+def _find_speaker(item: Any) -> str | None:
+    """Returns the name of the speaker of a message that is not yet checked; None if it has none."""
+    speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
+    return speaker if isinstance(speaker, str) else None
+
+
 def _find_role(item: Any, role_names: Mapping[str, str]) -> str | None:
     """Returns the role of a message that is not yet checked; None if it has none."""
-    speaker = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
-    return role_names.get(speaker) if isinstance(speaker, str) else None
+    speaker = _find_speaker(item)
+    return role_names.get(speaker) if speaker is not None else None
 
 
 def _list_prompt(prompt: Any, name: str, role_names: Mapping[str, str]) -> list[Any]:

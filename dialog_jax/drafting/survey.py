@@ -19,7 +19,6 @@ LARGEST_SAMPLE = 200  # records that are audited
 _SPEAKERS = 5  # named in a sentence
 _REFUSALS = ("unreadable", "refused", "lost")  # kinds of findings
 _OF_LENGTH = ("cut", "shortened", "divided")  # kinds of findings that hold for one row length
-_LISTS = ("messages", "conversations", "prompt", "completion", "continuations")
 
 
 class Sample(NamedTuple):
@@ -58,7 +57,8 @@ def sample_records(source: str) -> Sample:
     sample: list[tuple[int, str, Any]] = []
     stride, index = 1, -1
     for index, (where, record) in enumerate(sources.read_records(source, split=TrainConfig().data.train_split)):
-        speakers.update(_iterate_speakers(record))
+        if isinstance(record, Mapping):
+            speakers.update(schemas.iterate_speakers(record))
         if index % stride == 0:
             sample.append((index, where, record))
         if len(sample) > LARGEST_SAMPLE:
@@ -119,13 +119,3 @@ def _parse(records: Iterable[tuple[int, str, Any]], roles: Mapping[str, str]) ->
             yield error
         else:
             yield dialogue
-
-
-def _iterate_speakers(record: Any) -> Iterator[str]:
-    """Yields the speaker of each message of a record, whatever its format."""
-    for key in _LISTS if isinstance(record, Mapping) else ():
-        messages = record.get(key)
-        for message in messages if isinstance(messages, list) else ():
-            speaker = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
-            if isinstance(speaker, str):
-                yield speaker

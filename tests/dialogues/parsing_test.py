@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
-from dialog_jax.dialogues import parsing
+from dialog_jax.dialogues import parsing, schemas
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 
@@ -201,6 +201,21 @@ class FormatsTest(_Files):
             [d.name for d in parsing.parse_records(records)],
             ["dialogue 0 (records[0])", "dialogue a (records[1])"],
         )
+
+
+class SpeakersTest(absltest.TestCase):
+    def test_speakers_of_each_format_are_those_of_the_messages(self):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "Bot", "content": "Hello"}]
+        turns = [{"from": "human", "value": "Hi"}, {"from": "Bot", "value": "Hello"}]
+        for record, speakers in (
+            ({"messages": messages, "continuations": ["Bye"]}, ["user", "Bot"]),
+            ({"conversations": turns}, ["human", "Bot"]),
+            ({"prompt": messages[:1], "completion": messages[1]}, ["user", "Bot"]),
+            ({"prompt": json.dumps(messages), "completion": "Bye"}, ["user", "Bot"]),
+            ({"prompt": "Hi", "completion": "Hello"}, []),
+            ({"messages": ["Hi", {"role": 3}, {"content": "Hi"}]}, []),
+        ):
+            self.assertEqual(list(schemas.iterate_speakers(record)), speakers)
 
 
 class FieldsOfRecordsTest(_Files):
