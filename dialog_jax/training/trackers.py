@@ -170,12 +170,15 @@ class _Trackio:
 
         run_id = _find_run_id(directory, "trackio")
         project, name = os.environ.get("TRACKIO_PROJECT", _PROJECT), directory.resolve().name
-        self._run_before = context_vars.current_run.get()  # of the caller's own, in a notebook
-        context_vars.current_run.set(None)
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._run = trackio.init(
-                project, name, config=dict(config), embed=False, auto_log_gpu=False, auto_log_cpu=False
-            )
+        # Ours is not the current run: that may be the caller's own, and is finished with a line when the process ends.
+        token = context_vars.current_run.set(None)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._run = trackio.init(
+                    project, name, config=dict(config), embed=False, auto_log_gpu=False, auto_log_cpu=False
+                )
+        finally:
+            context_vars.current_run.reset(token)
         self._run.id = run_id  # trackio resumes by name alone, and directories in several places may have the same name
         self.place = f"run {name}; {self._run.url or f'show it with: trackio show --project {project}'}"
 
@@ -184,11 +187,8 @@ class _Trackio:
 
     def close(self, exit_code: int) -> None:
         del exit_code  # a run has no state there
-        from trackio import context_vars
-
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
-        context_vars.current_run.set(self._run_before)  # or ours is finished again at exit, with a line on the console
 
 
 _TRACKERS: dict[str, Callable[[pathlib.Path, int, Mapping[str, Any]], Tracker]] = {
