@@ -196,10 +196,10 @@ class AdaptersTest(absltest.TestCase):
         again = parameter_trees.merge(adapters_test.attach(tiny.parameters(_PERIODIC), adapter.scales), adapter.factors)
         merged = adapters.merge_factors(_PERIODIC, parameters)[1]
         needed, *others = (run_in_scans(_PERIODIC, some, jnp.arange(19)[None]) for some in (parameters, again, merged))
-        # Merged matrices round otherwise, on each CPU in its own way.
-        atol = 5e-5 * float(jnp.abs(needed).max())
+        # Rounding is relative to the largest hidden state, on each CPU in its own way.
+        atol = 2e-5 * float(jnp.abs(needed).max())
         for other in others:
-            np.testing.assert_allclose(other, needed, rtol=0, atol=atol)
+            np.testing.assert_allclose(other, needed, rtol=2e-5, atol=atol)
 
     def test_matrices_of_both_attentions_are_quantized(self):
         config = TrainConfig(lora=LoraConfig(rank=2), frozen_dtype="nf4")
