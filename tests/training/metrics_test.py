@@ -2,10 +2,13 @@
 
 import pathlib
 import resource
+import subprocess
+import sys
 from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from dialog_jax.errors import UserError
@@ -73,6 +76,13 @@ class PeakMemoryTest(absltest.TestCase):
         np.ones(2**27 + before, np.uint8)  # more than there was ever
         grown = metrics.measure_peak_memory(jax.devices()) - before
         self.assertBetween(grown, 2**27, 2**28 + before)
+
+    @pytest.mark.full
+    def test_memory_of_the_process_that_started_this_one_does_not_count(self):
+        np.ones(2**29, np.uint8)
+        code = "import jax; from dialog_jax.training import metrics; print(metrics.measure_peak_memory(jax.devices()))"
+        ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        self.assertLess(int(ran.stdout), metrics.measure_peak_memory(jax.devices()) - 2**28)
 
 
 class EvaluationTest(absltest.TestCase):
