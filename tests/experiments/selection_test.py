@@ -9,7 +9,6 @@ import selection
 import selection_runs
 import short_runs
 from absl.testing import absltest
-from report import Options
 from selection import Row
 from selection_runs import Outcome, Sizes
 
@@ -51,12 +50,8 @@ class PlanTest(absltest.TestCase):
 class SelectionTest(absltest.TestCase):
     def test_experiment_writes_table_and_picture_and_trains_once(self):
         directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        tiny_run.save_model(directory)
-        tiny_run.save_dialogues(directory)
-        files = {field: str(directory / f"{field}.jsonl") for field in ("train", "validation")}
-        places = {field: str(directory / field) for field in ("runs_dir", "results_dir", "model")}
+        options = tiny_run.experiment_options(directory, "selection")
         sizes = Sizes(pool=6, tuning=4, held_out=4, tokens=60, updates=2, tuning_updates=2, rank=2, seeds=(0,))
-        options = Options(name="selection", **places, **files)
         with (
             mock.patch.object(selection_runs, "CRITERIA", ("random",)),
             mock.patch.object(selection_runs, "SHARES", (0.3,)),

@@ -9,7 +9,6 @@ from unittest import mock
 import short_runs
 import sick_runs
 from absl.testing import absltest
-from report import Options
 
 import tests
 from dialog_jax.errors import UserError
@@ -19,11 +18,7 @@ from tests.experiments import tiny_run
 class SickRunsTest(absltest.TestCase):
     def test_experiment_writes_table_and_picture_and_trains_once(self):
         directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        tiny_run.save_model(directory)
-        tiny_run.save_dialogues(directory)
-        files = {field: str(directory / f"{field}.jsonl") for field in ("train", "validation")}
-        places = {field: str(directory / field) for field in ("runs_dir", "results_dir", "model")}
-        options = Options(name="sick_runs", **places, **files)
+        options = tiny_run.experiment_options(directory, "sick_runs")
         sizes = sick_runs.Sizes(train=10, few=2, held_out=3, updates=4, evaluate_every=2, rank=2)
         chosen = {name: sick_runs.SICKNESSES[name] for name in ("contaminated",)}
         environment = {"XLA_FLAGS": tests.xla_flags(devices=1)}

@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 from dialog_jax.inference import loading
 from dialog_jax.model import decoder, saving
@@ -50,6 +51,15 @@ def save_dialogues(directory):
     for name, count, seed in (("train", 24, 0), ("validation", 12, 1)):
         lines = (json.dumps(record) + "\n" for record in records(count, seed))
         pathlib.Path(directory / f"{name}.jsonl").write_text("".join(lines))
+
+
+def experiment_options(directory, name):
+    """Options of an experiment that keeps its runs, with the model and the dialogues saved in `directory`."""
+    save_model(directory)
+    save_dialogues(directory)
+    files = {field: str(directory / f"{field}.jsonl") for field in ("train", "validation")}
+    places = {field: str(directory / field) for field in ("runs_dir", "results_dir", "model")}
+    return report.Options(name=name, **places, **files)
 
 
 def one_device():
