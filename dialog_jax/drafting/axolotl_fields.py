@@ -1,4 +1,4 @@
-"""Axolotl's fields and ours, as tables: what is carried over, how, and why the others are not.
+"""Axolotl's fields and ours, as tables: what is carried over and how, and Axolotl's defaults.
 
 In: a value and the fields beside it. Out: entries of a config, or `NotCarriedError` with a reason. docs/coming_from.md
 has the same for readers.
@@ -209,10 +209,7 @@ RULES: dict[str, Rule] = {
     "dataset_prepared_path": to("data.cache_dir", text),
     "dataset_num_proc": to("data.workers", integer),
     "dataset_processes": to("data.workers", integer),
-    "train_on_inputs": only(
-        False,
-        reason=_ALL_MESSAGES,
-    ),
+    "train_on_inputs": only(False, reason=_ALL_MESSAGES),
     "train_on_eos": only("turn", reason="the end of each trained response is trained, and no other"),
     "roles_to_train": read_roles_to_train,
     "label_smoothing_factor": to("loss.label_smoothing", number),

@@ -22,9 +22,7 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(("flash_attention", "xformers_attention", "sdp_attention", "attn_implementation"), KERNEL),
     **dict.fromkeys(("attention", "flash_", "s2_attention", "flex_attention", "liger_"), KERNEL),
     **dict.fromkeys(("cut_cross_entropy", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), KERNEL),
-    **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_", "tensor_parallel_size", "context_parallel_size", "dp_shard_size"), _MESH
-    ),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_", "tensor_parallel_size", "dp_shard_size"), _MESH),
     **dict.fromkeys(("wandb_", "trackio_"), _TRACKER),
     **dict.fromkeys(("mlflow_", "comet_", "use_mlflow", "use_comet"), _NO_TRACKER),
     **dict.fromkeys(("model_type", "tokenizer_", "trust_remote_code", "is_llama_derived_model"), _LOADING),
