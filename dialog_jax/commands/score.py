@@ -87,6 +87,7 @@ def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, co
     """Writes the file, complete or not at all; returns a summary. Warnings go to the console."""
     totals: collections.Counter[str] = collections.Counter()
     nll: collections.Counter[str] = collections.Counter()  # by field of a turn
+    ids: collections.Counter[str | int] = collections.Counter()
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -96,6 +97,7 @@ def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, co
     ):
         for score in scores:
             lines.write(json.dumps(score.record, ensure_ascii=False) + "\n")
+            ids[score.record["id"]] += 1
             totals["dialogues"] += 1
             totals["turns"] += len(score.record["turns"])
             totals["tokens"] += score.record["tokens"]
@@ -112,6 +114,13 @@ def write_scores(scores: Iterable[Score], out: pathlib.Path, *, context: int, co
     if totals["warnings"] > _WARNINGS_SHOWN:
         unnamed = totals["warnings"] - _WARNINGS_SHOWN
         console.print(f"warning: {unnamed:,} more; their lines have turns_cut, or no turns", soft_wrap=True)
+    if repeated := [identifier for identifier, count in ids.items() if count > 1]:
+        console.print(
+            f"warning: {len(repeated):,} ids, such as {repeated[0]!r}, belong to several dialogues; dialog_jax select "
+            "would stop with an error",
+            markup=False,
+            soft_wrap=True,
+        )
     summary = [
         f"{out}: {totals['dialogues']:,} dialogues, {totals['turns']:,} responses of {totals['tokens']:,} tokens"
     ]

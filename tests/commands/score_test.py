@@ -372,6 +372,15 @@ class ScoreTest(parameterized.TestCase):
         self.assertLen(written, 2)
         self.assertIn("2 dialogues, 0 responses of 0 tokens", told)
 
+    def test_ids_that_several_dialogues_have_are_counted(self):
+        self.save_model("chatml")
+        records = [{"id": identifier, "messages": [{"role": "user", "content": "Hi"}]} for identifier in "abbab"]
+        written, _, error = self.score(records)
+        self.assertLen(written, 5)
+        self.assertIn("warning: 2 ids, such as 'a', belong to several dialogues; dialog_jax select would stop", error)
+        _, _, error = self.score(records[:2])
+        self.assertNotIn("belong to several dialogues", error)
+
     def test_error_leaves_what_was_there_and_nothing_half_written(self):
         self.save_model("chatml")
         before = sorted(path.name for path in self.directory.iterdir())
