@@ -44,10 +44,10 @@ _ROOMS = {
     ),
     "inference": ("loading", "generation", "chat"),
     "training": (
-        "config_fields", "optimizer_config", "config", "data_sources", "config_renderer", "optimizer", "sharding",
-        "trainable", "loss", "train_step", "score_steps", "distributed", "signals", "checksums", "checkpoints",
-        "metrics", "sessions", "run_inputs", "run_directory", "initial_state", "model_card", "trained_models", "export",
-        "compilation_cache", "console", "trackers", "loop", "run",
+        "config_fields", "data_config", "optimizer_config", "config", "data_sources", "config_renderer", "optimizer",
+        "sharding", "trainable", "loss", "train_step", "score_steps", "distributed", "signals", "checksums",
+        "checkpoints", "metrics", "sessions", "run_inputs", "run_directory", "initial_state", "model_card",
+        "trained_models", "export", "compilation_cache", "console", "trackers", "loop", "run",
     ),
     "evaluation": (
         "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",
@@ -138,6 +138,7 @@ class ImportGraphTest(absltest.TestCase):
     def test_config_and_the_data_it_names_import_no_jax(self):
         for module in (
             "training.config_fields",
+            "training.data_config",
             "training.optimizer_config",
             "training.config",
             "training.data_sources",
@@ -148,6 +149,7 @@ class ImportGraphTest(absltest.TestCase):
             self.assertEmpty([name for name in names for package in _JAX if _is_within(name, package)])
             ours = names.intersection(_graph()) - {
                 "training.config",
+                "training.data_config",
                 "training.optimizer_config",
                 "training.config_fields",
                 *_CONFIGS,

@@ -36,9 +36,11 @@ def _read(name: str) -> str:
 
 
 def _defined_names(file: pathlib.Path) -> set[str]:
-    """Returns the names that a module defines at its top level, and `Class.attribute` for its classes."""
+    """Returns the names that a module has, defined or imported, and `Class.attribute` for the classes it defines."""
     names = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):

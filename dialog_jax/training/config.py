@@ -1,23 +1,19 @@
 """`TrainConfig`, everything that determines a run, as a frozen dataclass and as the ConfigDict that flags override.
 
-Imports no JAX, so that commands which only look at data start quickly. This is why the configs of data, loss and mesh
-are here and not beside what they configure.
+Imports no JAX, so that commands which only look at data start quickly. This is why the configs of loss and mesh are
+here and not beside what they configure.
 """
 
 import dataclasses
-import datetime
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import ml_collections
 
-from dialog_jax.batching import mixture
-from dialog_jax.dialogues import parsing
 from dialog_jax.errors import UserError
 from dialog_jax.model.lora_config import LoraConfig
 from dialog_jax.model.soft_prompt_config import SoftPromptConfig
 from dialog_jax.training import config_fields
+from dialog_jax.training.data_config import DataConfig
 from dialog_jax.training.optimizer_config import (
     LEARNING_RATE,
     LORA_LEARNING_RATE,
@@ -28,62 +24,10 @@ from dialog_jax.trees.dialogue_trees import TreeConfig
 from dialog_jax.trees.objectives import ObjectiveConfig
 
 REMAT = ("none", "attention", "dots", "full")
-RESPONSES = ("rendered", "verbatim")
 ATTENTION = ("auto", "blockwise", "pallas", "splash")
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "int8", "nf4")
 MESH_AXES = ("dcn_data", "data", "fsdp", "tensor")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where dialogues come from, how they are rendered, and how long a row is."""
-
-    train: str = ""
-    """Dialogues to train on: a .jsonl, .ndjson, .json or .parquet file, all but the last also compressed (.gz, .bz2,
-    .xz, .zst), or the name of a hub data set."""
-    mix: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Several sets instead of `train`: {name: {"train": source, "weight": share}}, or "epochs" in place of "weight"."""
-    validation: str = ""
-    """Held-out dialogues, as `train`; empty to hold out a share of the training data."""
-    validation_share: float = 0.05
-    """Share of the training data that is held out if `validation` is empty, chosen by a hash of each dialogue."""
-    teacher: str = ""
-    """A teacher's predictions on the training data, for loss.distillation: a file from dialog_jax score --top_k=N."""
-    weights: str = ""
-    """Other weights for the responses of `train`: a file from dialog_jax select. They multiply those of the data."""
-    train_split: str = "train"
-    """The split of a hub data set that `train` names; files have none."""
-    validation_split: str = "validation"
-    """The split of a hub data set that `validation` names."""
-    max_length: int = 1024
-    """Tokens per row. A response is trained with all of its history if both have at most this many tokens."""
-    truncate: str = "split"
-    """What happens to longer ones: `split` trains the response behind the system prompt and the most recent turns,
-    `turns` leaves it out, `drop` leaves its dialogue out, `error` stops."""
-    share_prefixes: bool = False
-    """Compute a system prompt once for all dialogues of a row that begin with it: the same loss from fewer tokens."""
-    chat_template: str = ""
-    """A Jinja file, or the text of the template; empty for the tokenizer's own."""
-    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further variables of the chat template, such as {"enable_thinking": False}."""
-    template_time: str = ""
-    """The date or time, such as 2026-07-01 or 2026-07-01T12:00, that a chat template takes for the current one; empty
-    for the time at which the run or command starts. A run keeps it in its config.json."""
-    allow_special_tokens: bool = False
-    """Parse special tokens that the text of a message spells; otherwise they are ordinary text there."""
-    responses: str = "rendered"
-    """`rendered` trains responses as the chat template renders them; `verbatim` trains the recorded content and the
-    template's end of turn, so that nothing recorded is lost, whatever the template cuts out."""
-    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Further names of roles in the data: {"Bot": "assistant"}, or {"developer": "user"} instead of system."""
-    on_error: str = "stop"
-    """What happens to a record that is no valid dialogue, or that the chat template refuses: `stop` ends the command
-    with its error, `skip` leaves it out, counts it and lists it in skipped.txt."""
-    cache_dir: str = ""
-    """Directory for prepared data, which several runs can share; empty for the run's own directory."""
-    workers: int = -1
-    """Processes that prepare data; 0 for the main process alone, -1 for one per processor, at most 16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,19 +137,11 @@ class TrainConfig:
     """Of the order of the data, of new adapters, and of dropout."""
 
     def __post_init__(self):
-        if self.data.mix and (self.data.train or self.data.teacher or self.data.weights):
-            raise UserError(
-                f"data.mix names {', '.join(self.data.mix)} beside data.train {self.data.train!r}, data.teacher "
-                f"{self.data.teacher!r} and data.weights {self.data.weights!r}; leave data.train empty, and a teacher "
-                "and weights to a single set."
-            )
-        mixture.check_mix(self.data.mix)
         if self.data.weights and self.objective.needs_full_rendering:
             raise UserError(
                 f"data.weights chooses responses, and objective.name={self.objective.name!r} also trains on other "
                 "tokens, whatever their weights. Use conditional or last, or leave data.weights empty."
             )
-        parsing.check_roles(self.data.roles)
         if bool(self.data.teacher) != (self.loss.distillation > 0):
             raise UserError(
                 f"data.teacher is {self.data.teacher!r} and loss.distillation is {self.loss.distillation}; set both (a "
@@ -222,8 +158,6 @@ class TrainConfig:
             if getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         self.make_tree_config()
-        if not 0 < self.data.validation_share < 1:
-            raise UserError(f"data.validation_share is {self.data.validation_share}; it must be above 0 and below 1.")
         if self.steps < 0 or (not self.steps and not 0 < self.epochs < math.inf):
             raise UserError(f"steps is {self.steps} and epochs {self.epochs}; one of them must be above 0, and finite.")
         if self.checkpoint_every % self.evaluate_every:
@@ -237,17 +171,6 @@ class TrainConfig:
             raise UserError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTION)}.")
         if self.remat not in REMAT:
             raise UserError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}.")
-        try:
-            datetime.datetime.fromisoformat(self.data.template_time or "2026-07-01")
-        except ValueError:
-            raise UserError(
-                f"data.template_time is {self.data.template_time!r}; it must be a date or time such as 2026-07-01 or "
-                "2026-07-01T12:00."
-            ) from None
-        if self.data.responses not in RESPONSES:
-            raise UserError(f"data.responses is {self.data.responses!r}; it must be one of {', '.join(RESPONSES)}.")
-        if self.data.workers < -1:
-            raise UserError(f"data.workers is {self.data.workers}; it must be at least 0, or -1 for one a processor.")
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"compute_dtype is {self.compute_dtype!r}; it must be auto, float32 or bfloat16.")
         if self.frozen_dtype not in FROZEN_DTYPES:

@@ -115,26 +115,9 @@ class ConfigTest(parameterized.TestCase):
         ({"steps": 0, "epochs": 0.0}, "one of them must be above 0"),
         ({"loss": LossConfig(distillation=0.5)}, "data.teacher is '' and loss.distillation is 0.5; set both"),
         ({"data": DataConfig(train="t", validation="v", teacher="s")}, "data.teacher is 's' and .* 0.0; set both"),
-        ({"data": DataConfig(validation="v", mix={"a": {"train": "a"}})}, "data.mix has neither weight nor epochs"),
-        (
-            {"data": DataConfig(train="t", validation="v", mix={"a": {"train": "a", "weight": 1}})},
-            "data.mix names a beside data.train 't', data.teacher '' and data.weights ''; leave data.train empty",
-        ),
-        (
-            {"data": DataConfig(validation="v", weights="w", mix={"a": {"train": "a", "weight": 1}})},
-            "data.weights 'w'; leave data.train empty, and a teacher and weights to a single set",
-        ),
         (
             {"data": DataConfig(train="t", validation="v", weights="w"), "objective": ObjectiveConfig(name="joint")},
             "data.weights chooses responses, and objective.name='joint' also trains on other tokens",
-        ),
-        (
-            {"data": DataConfig(train="t", validation="v", workers=-2)},
-            "data.workers is -2; it must be at least 0, or -1",
-        ),
-        (
-            {"data": DataConfig(train="t", template_time="July")},
-            "data.template_time is 'July'; it must be a date or time",
         ),
         ({"compute_dtype": "float16"}, "must be auto, float32 or bfloat16"),
         ({"lora": LoraConfig(targets=("q_proj",))}, "lora.targets is .*no effect without lora.rank"),
@@ -152,6 +135,26 @@ class ConfigTest(parameterized.TestCase):
     def test_bad_value_is_refused(self, changes, message):
         with self.assertRaisesRegex(ValueError, message):
             example(**changes)
+
+    @parameterized.parameters(
+        ({"mix": {"a": {"train": "a"}}}, "data.mix has neither weight nor epochs"),
+        (
+            {"train": "t", "mix": {"a": {"train": "a", "weight": 1}}},
+            "data.mix names a beside data.train 't', data.teacher '' and data.weights ''; leave data.train empty",
+        ),
+        (
+            {"weights": "w", "mix": {"a": {"train": "a", "weight": 1}}},
+            "data.weights 'w'; leave data.train empty, and a teacher and weights to a single set",
+        ),
+        ({"workers": -2}, "data.workers is -2; it must be at least 0, or -1"),
+        ({"template_time": "July"}, "data.template_time is 'July'; it must be a date or time"),
+        ({"validation_share": 1.0}, "data.validation_share is 1.0; it must be above 0 and below 1"),
+        ({"responses": "raw"}, "data.responses is 'raw'; it must be one of rendered, verbatim"),
+        ({"roles": {"Bot": "robot"}}, "data.roles"),
+    )
+    def test_bad_value_of_the_data_is_refused(self, fields, message):
+        with self.assertRaisesRegex(UserError, message):
+            DataConfig(**fields)
 
     @parameterized.parameters(
         ({"tokens": -1}, "soft_prompt.tokens is -1; it must be at least 1, or 0 for no soft prompt"),
