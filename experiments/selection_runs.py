@@ -36,7 +36,6 @@ CRITERIA = (BASELINE, "perplexity", "ifd", "history_gain", "rho", "longest")
 SHARES = (0.1, 0.3)
 POOLS = ("clean", "planted")
 """The dialogues to choose from, and some of them with wrong responses."""
-MAX_LENGTH = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,8 @@ class Sizes:
     updates: int = 8
     """About how many each run has; what differs is the number of rows of an update."""
     tuning_updates: int = 8
+    max_length: int = 256
+    """Tokens of a row. Short rows, because an update has whole ones, and runs should have equally many updates."""
     learning_rate: float = 1e-3
     rank: int = 16
     """Of LoRA."""
@@ -156,7 +157,7 @@ def score_pools(experiment: Experiment, base: Model) -> None:
 
 
 def make_config(
-    experiment: Experiment, data: pathlib.Path, *, steps: int, rows: int = 2, weights: str = "", seed: int = 0
+    experiment: Experiment, data: pathlib.Path, *, steps: int, rows: int = 4, weights: str = "", seed: int = 0
 ) -> TrainConfig:
     """Returns the config of a run.
 
@@ -171,7 +172,7 @@ def make_config(
             train=str(data),
             validation=str(experiment.file("held_out")),
             weights=weights,
-            max_length=MAX_LENGTH,
+            max_length=experiment.sizes.max_length,
             workers=0,
         ),
         lora=LoraConfig(rank=sizes.rank),
@@ -217,8 +218,8 @@ def train(experiment: Experiment, choice: Choice, base: Model) -> None:
     selection = choose(experiment, choice)
     weight_file.write_file(weights, selection_lib.make_lines(read_scores(experiment, "clean", "base"), selection))
     weighted = weight_file.read_file(weights).apply(read_dialogues(str(data)))
-    trees = dataset.prepare(weighted, base.renderer, TreeConfig(max_length=MAX_LENGTH))
-    plan = Plan(trees, max_length=MAX_LENGTH, rows=1, micro_batches=1, seed=choice.seed)
+    trees = dataset.prepare(weighted, base.renderer, TreeConfig(max_length=experiment.sizes.max_length))
+    plan = Plan(trees, max_length=experiment.sizes.max_length, rows=1, micro_batches=1, seed=choice.seed)
     rows, updates = plan_updates(int(trees.sizes()[1].sum()), plan.rows_per_epoch, experiment.sizes)
     config = make_config(experiment, data, steps=updates, rows=rows, weights=str(weights), seed=choice.seed)
     directory = experiment.directory / choice.name
