@@ -51,7 +51,7 @@ _ROOMS = {
     ),
     "evaluation": (
         "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",
-        "k_pass_scores", "differences", "agreement", "selection",
+        "k_pass_losses", "k_pass_scores", "differences", "agreement", "selection",
     ),
     "planning": ("hlo", "model_shapes", "simulated_devices", "compiling", "workload", "estimating"),
     "drafting": (
