@@ -43,15 +43,15 @@ MAX_LENGTH = 512
 class Sizes:
     """Numbers of dialogues, and what a run has."""
 
-    pool: int = 100
-    planted: int = 60
+    pool: int = 200
+    planted: int = 120
     """Dialogues of the pool of which a share of the responses is exchanged for those of others, in a second pool."""
-    tuning: int = 80
+    tuning: int = 120
     """Other dialogues, on which the second model of `rho` is tuned."""
-    held_out: int = 48
-    tokens: int = 1200
+    held_out: int = 96
+    tokens: int = 2000
     """Response tokens that each run is trained on."""
-    updates: int = 6
+    updates: int = 8
     """About how many each run has; what differs is the number of rows of an update."""
     tuning_updates: int = 8
     learning_rate: float = 1e-3
