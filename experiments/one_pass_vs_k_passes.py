@@ -39,7 +39,7 @@ from dialog_jax.batching.batches import Batch
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.dialogues.parsing import read_dialogues
 from dialog_jax.errors import UserError
-from dialog_jax.evaluation import k_passes
+from dialog_jax.evaluation import k_pass_losses, k_passes
 from dialog_jax.inference import loading
 from dialog_jax.model import decoder
 from dialog_jax.rendering.sequences import Renderer
@@ -173,7 +173,7 @@ def measure(model: loading.Model, dialogue: Dialogue, name: str) -> dict[str, An
     of_one, value, gradient = measure_cost(
         config, parameters, fill_rows([dialogue], model.renderer), f"{name}, one pass"
     )
-    nll, expected = k_passes.compute_nll_and_gradient(
+    nll, expected = k_pass_losses.compute_nll_and_gradient(
         config, parameters, k_passes.make_passes(dialogue, model.tokenizer)
     )
     total = math.fsum(math.fsum(each) for each in nll)

@@ -45,13 +45,13 @@ _ROOMS = {
     "inference": ("loading", "generation", "chat"),
     "training": (
         "config_fields", "data_config", "optimizer_config", "config", "data_sources", "config_renderer", "optimizer",
-        "sharding", "trainable", "loss", "train_step", "score_steps", "distributed", "signals", "checksums",
-        "checkpoints", "metrics", "sessions", "run_inputs", "run_directory", "initial_state", "model_card",
-        "trained_models", "export", "compilation_cache", "console", "trackers", "loop", "run",
+        "sharding", "expert_sharding", "trainable", "loss", "train_step", "score_steps", "distributed", "signals",
+        "checksums", "checkpoints", "metrics", "sessions", "run_inputs", "run_directory", "initial_state",
+        "model_card", "trained_models", "export", "compilation_cache", "console", "trackers", "loop", "run",
     ),
     "evaluation": (
         "tree_scores", "contexts", "scored_trees", "scoring", "token_scores", "escaping", "response_text", "k_passes",
-        "k_pass_scores", "differences", "agreement", "selection",
+        "k_pass_losses", "k_pass_scores", "differences", "agreement", "selection",
     ),
     "planning": ("hlo", "model_shapes", "simulated_devices", "compiling", "workload", "estimating"),
     "drafting": (

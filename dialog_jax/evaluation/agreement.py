@@ -20,7 +20,7 @@ import optax
 from dialog_jax.batching import batches, row_stream
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.evaluation import differences, k_passes
+from dialog_jax.evaluation import differences, k_pass_losses, k_passes
 from dialog_jax.evaluation.differences import Agreement, Target
 from dialog_jax.evaluation.k_passes import Pass
 from dialog_jax.formats import tokenizer_files
@@ -204,7 +204,9 @@ def _compare_rows(
 
         all_passes = [one for index in targets for one in pairs[index][1]]
         report_progress(f"{place}: a pass for each of {len(all_passes):,} responses")
-        k_pass_nll, gradient = k_passes.compute_nll_and_gradient(model, state.trained, all_passes, frozen=state.frozen)
+        k_pass_nll, gradient = k_pass_losses.compute_nll_and_gradient(
+            model, state.trained, all_passes, frozen=state.frozen
+        )
         remaining = iter(k_pass_nll)
         for index, dialogue_targets in targets.items():
             dialogue, passes = pairs[index]

@@ -9,7 +9,7 @@ import transformers
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
-from dialog_jax.evaluation import k_passes, scoring
+from dialog_jax.evaluation import k_pass_losses, k_passes, scoring
 from dialog_jax.evaluation.contexts import EMPTY_MESSAGE
 from dialog_jax.evaluation.scoring import Score
 from dialog_jax.model import decoder
@@ -53,7 +53,9 @@ def score_dialogues(
                 continue
             turn: dict[str, Any] = {"turn": one.turn, "message": one.message, "tokens": len(one.tokens) - one.start}
             for name, variant in variants.items():
-                nll = math.fsum(k_passes.compute_response_nll(model, parameters, variant, compute_dtype=compute_dtype))
+                nll = math.fsum(
+                    k_pass_losses.compute_response_nll(model, parameters, variant, compute_dtype=compute_dtype)
+                )
                 if not math.isfinite(nll):
                     raise UserError(
                         f"{dialogue.name}: the loss of message {one.message} is {nll}. The model's weights are damaged "

@@ -1,28 +1,22 @@
 """The K passes that one pass replaces: each response alone after its prompt, as a plain causal sequence.
 
 The reference for everything else (`evaluation.agreement`, `evaluation.k_pass_scores`), and therefore naive: text
-from the tokenizer's `apply_chat_template`, tokens from the tokenizer's own call, the logits of all positions and their
-log-softmax. Knows no tree, row, target list or fused loss; shares only the decoder with training.
+from the tokenizer's `apply_chat_template`, and tokens from the tokenizer's own call. Knows no tree, row or target list;
+shares no code with `rendering`. `evaluation.k_pass_losses` has the forward passes.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import transformers
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Float32, Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue, Message
 from dialog_jax.errors import UserError
 from dialog_jax.evaluation import escaping, response_text
-from dialog_jax.model import decoder, parameter_trees
-from dialog_jax.model.decoder_config import DecoderConfig
 
-_SHORTEST_LENGTH = 128
 _PROBE = "Qx7 zebra"  # a text that no template contains
 
 
@@ -157,35 +151,6 @@ def replace_prompt(
     return one._replace(tokens=tokens, start=len(prompt_ids)), has_empty_message
 
 
-def compute_response_nll(
-    model: DecoderConfig, parameters: dict, one: Pass, *, compute_dtype: jax.typing.DTypeLike = jnp.float32
-) -> Float32[np.ndarray, " r"]:
-    """Returns -log p of each token of the response, in nats, from a forward pass over prompt and response."""
-    nll = _forward(model, compute_dtype, parameters, _pad(one.tokens))
-    return np.asarray(nll)[one.start - 1 : len(one.tokens) - 1]
-
-
-def compute_nll_and_gradient(
-    model: DecoderConfig, trained: dict, passes: Sequence[Pass], *, frozen: dict | None = None, remat: str = "dots"
-) -> tuple[list[Float32[np.ndarray, " r"]], dict]:
-    """Returns (`compute_response_nll` of each pass, gradient of the sum over all tokens of weight * nll).
-
-    Args:
-      trained: the parameters that the gradient is of.
-      frozen: the others.
-      remat: see `decoder.hidden_states`.
-    """
-    all_nll, gradient = [], jax.tree.map(jnp.zeros_like, trained)
-    for one in passes:
-        tokens = _pad(one.tokens)
-        weight = np.zeros(tokens.shape[1] - 1, np.float32)
-        response = slice(one.start - 1, len(one.tokens) - 1)
-        weight[response] = one.weight
-        nll, gradient = _add_gradient(model, remat, trained, frozen or {}, gradient, tokens, weight)
-        all_nll.append(np.asarray(nll)[response])
-    return all_nll, gradient
-
-
 def _check_escaped(original: Dialogue, escaped: str, indices: Sequence[int], tokenizer, kwargs) -> None:
     """Raises UserError if escaped texts are rendered differently from the original ones."""
     text = _render(original, indices, tokenizer, kwargs)
@@ -267,48 +232,3 @@ def _encode_continuation(tokenizer, text: str, encode: Callable, front: str) -> 
     ids, ends = encode(tokenizer, front + text)
     skipped = sum(end <= len(front) for end in ends)
     return ids[skipped:], [end - len(front) for end in ends[skipped:]]
-
-
-def _pad(tokens: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, "1 T"]:
-    """Returns the tokens padded with zeros to 128, 192, 256, 384, 512, ..., so that few programs are compiled."""
-    length = _SHORTEST_LENGTH
-    while length < len(tokens):
-        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
-    return np.pad(tokens, (0, length - len(tokens)))[None]
-
-
-def _compute_token_nll(
-    model: DecoderConfig, parameters: dict, tokens: Int[Array, "1 T"], compute_dtype, remat: str
-) -> Float[Array, " T-1"]:
-    """Returns -log p of every token but the first under the causal mask."""
-    length = tokens.shape[1]
-    hidden = decoder.hidden_states(
-        model,
-        parameters,
-        tokens,
-        jnp.arange(length, dtype=jnp.int32)[None],
-        jnp.full((1, length), length, jnp.int32),
-        compute_dtype=compute_dtype,
-        remat=remat,
-    )
-    unembedding = decoder.unembedding(model, parameters)
-    logits = hidden[0, :-1].astype(jnp.float32) @ unembedding.astype(jnp.float32).T  # [T-1, V]
-    logits = decoder.cap_logits(model, logits)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=1)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(model, compute_dtype, parameters, tokens):
-    return _compute_token_nll(model, parameters, tokens, compute_dtype, "none")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _add_gradient(model, remat, trained, frozen, gradient, tokens, weight):
-    """Returns (-log p of every token but the first, `gradient` plus the gradient of sum(weight * -log p))."""
-
-    def loss(trained):
-        nll = _compute_token_nll(model, parameter_trees.merge(trained, frozen), tokens, jnp.float32, remat)
-        return jnp.sum(weight * nll), nll
-
-    pass_gradient, nll = jax.grad(loss, has_aux=True)(trained)
-    return nll, jax.tree.map(jnp.add, gradient, pass_gradient)

@@ -176,6 +176,15 @@ class Encoder:
             last = first
         return None
 
+    def find_longer(self, tokenized: Tokenized, length: int) -> str:
+        """Returns a beginning of a text such that every text that begins with it has over `length` tokens.
+
+        It ends with a special token, which divides a text, so that the tokens before it do not depend on what follows.
+        Empty if there is none.
+        """
+        special = np.flatnonzero(self.special[tokenized.ids[length:]])
+        return tokenized.text[: tokenized.ends[length + special[0]]] if len(special) else ""
+
     def response_length(self, ids: Int32[np.ndarray, " n"]) -> int:
         """Returns how many of the tokens from a response on belong to it.
 

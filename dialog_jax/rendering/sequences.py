@@ -23,12 +23,12 @@ from dialog_jax.errors import UserError
 from dialog_jax.rendering import tokenizers, written
 from dialog_jax.rendering import virtual_tokens as virtual_tokens_lib
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
-from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
+from dialog_jax.rendering.encoder import Encoder, Tokenized
 from dialog_jax.rendering.rendered_sequence import RenderedSequence
 from dialog_jax.rendering.responses import ResponseFinder
 from dialog_jax.rendering.special_tokens import EscapedDialogue, SpecialTokenEscaper
 from dialog_jax.rendering.template_process import TemplateStopped
-from dialog_jax.rendering.token_spans import MessageSpan, SpanFinder
+from dialog_jax.rendering.token_spans import NewSpans, SpanFinder
 from dialog_jax.rendering.virtual_tokens import VirtualTokens
 
 _SHARED_PREFIXES_KEPT = 4096
@@ -218,25 +218,13 @@ class Renderer:
         full: bool,
         locate: Callable[[Message], bool] | None,
     ) -> Iterator[RenderedSequence]:
-        finder = SpanFinder(self._template, self._encoder, dialogue)
         indices = [i for i, message in enumerate(dialogue.messages) if locate is not None and locate(message)]
-        stops: dict[int, int] = {}  # token after the last one of each message in the previous sequence
-        previous = beginning.ids[:0]
-
-        def find_new(tokenized: Tokenized, count: int, *, is_prompt: bool) -> tuple[MessageSpan, ...]:
-            """Returns the spans of messages that are not entirely in the tokens shared with the previous sequence."""
-            shared = count_shared(tokenized.ids, previous)
-            for index in [index for index, stop in stops.items() if stop > shared]:
-                del stops[index]
-            new_indices = [index for index in indices if index < count and index not in stops]
-            spans = tuple(finder.find_message(tokenized, count, index, is_prompt=is_prompt) for index in new_indices)
-            stops.update({span.message_index: span.stop for span in spans})
-            return spans
-
+        finder = SpanFinder(self._template, self._encoder, dialogue)
+        new_spans = NewSpans(finder, indices)
         roles = [message.role for message in dialogue.messages]
         plain = self._escaper.unescape_dialogue(dialogue) if isinstance(dialogue, EscapedDialogue) else dialogue
         checked = 0  # number of messages that were looked for in a prompt
-        too_long = self._find_too_long(beginning, max_length)
+        too_long = self._encoder.find_longer(beginning, max_length) if max_length else ""
         references = [beginning]
         for index, prompt, rendered in self._template.turns(dialogue):
             if too_long and prompt.startswith(too_long):
@@ -252,9 +240,9 @@ class Renderer:
             if np.array_equal(tokenized.ids, beginning.ids[: len(tokenized.ids)]):  # share memory
                 tokenized = tokenized._replace(ids=beginning.ids[: len(tokenized.ids)])
             references = [beginning, complete]
-            message_spans = find_new(tokenized.cut(prompt, start), index, is_prompt=True)
+            message_spans = new_spans.find(tokenized.cut(prompt, start), index, is_prompt=True)
+            new_spans.end_sequence(tokenized.ids, index)
             part_spans = finder.find_response_parts(tokenized, index, start, len(prompt))
-            stops[index], previous = len(tokenized.ids), tokenized.ids
             turn = roles[:index].count("assistant")
             end = int(tokenized.ends[-1]) if len(tokenized.ends) else 0
             is_verbatim = self._finder.is_verbatim(dialogue, index, prompt, rendered, text[len(prompt) : end])
@@ -282,24 +270,13 @@ class Renderer:
         if full:
             tokenized = self._encoder.tokenize_like(full_text, [beginning])
             if not max_length or len(tokenized.ids) <= max_length:
-                message_spans = find_new(tokenized, len(roles), is_prompt=False)
+                message_spans = new_spans.find(tokenized, len(roles), is_prompt=False)
                 others = written.find_in_prompt(
                     plain.messages, range(checked, len(roles)), self._escaper.unescape(full_text)
                 )
                 yield RenderedSequence(
                     tokenized.ids, len(tokenized.ids), -1, -1, message_spans, unwritten=tuple(others)
                 )
-
-    def _find_too_long(self, beginning: Tokenized, max_length: int) -> str:
-        """Returns a beginning of the text such that every text that begins with it has over `max_length` tokens.
-
-        It ends with a special token, which divides a text, so that the tokens before it do not depend on what follows.
-        Empty if there is none.
-        """
-        if not max_length or not self._encoder.special[beginning.ids[max_length:]].any():
-            return ""
-        special = max_length + int(self._encoder.special[beginning.ids[max_length:]].argmax())
-        return beginning.text[: beginning.ends[special]]
 
     def _tokenize_response(
         self, dialogue: Dialogue, index: int, prompt: Tokenized, text: str, beginning: Tokenized

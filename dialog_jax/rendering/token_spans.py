@@ -6,14 +6,16 @@ objective.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from dialog_jax.dialogues.dialogue import Dialogue
 from dialog_jax.errors import UserError
 from dialog_jax.rendering.chat_template import PROBE, ChatTemplate
-from dialog_jax.rendering.encoder import Encoder, Tokenized
+from dialog_jax.rendering.encoder import Encoder, Tokenized, count_shared
 
 
 class MessageSpan(NamedTuple):
@@ -119,3 +121,36 @@ class SpanFinder:
             )
         edges = begin + place + np.cumsum([0] + [len(part.text) for part in message.parts])
         return tuple(itertools.pairwise(np.searchsorted(tokenized.ends, edges, "right").tolist()))
+
+
+class NewSpans:
+    """Finds the messages of each sequence that are new: not entirely in the tokens shared with the sequence before it.
+
+        sequence 0    <user> Hi <end> <assistant> Hello <end>                      new: message 0
+        sequence 1    <user> Hi <end> <assistant> Hello <end> <user> Bye <end>     new: message 2
+
+    Message 1 is not new in sequence 1: it is the response with which sequence 0 ended.
+
+    Args:
+      message_indices: of the messages to find.
+    """
+
+    def __init__(self, finder: SpanFinder, message_indices: Sequence[int]):
+        self._finder = finder
+        self._message_indices = message_indices
+        self._stops: dict[int, int] = {}  # token after the last one of each message in the previous sequence
+        self._previous: Int32[np.ndarray, " n"] = np.zeros(0, np.int32)
+
+    def find(self, tokenized: Tokenized, count: int, *, is_prompt: bool) -> tuple[MessageSpan, ...]:
+        """Returns the new messages in a rendering of the first `count`; raises what `SpanFinder.find_message` does."""
+        shared = count_shared(tokenized.ids, self._previous)
+        self._stops = {index: stop for index, stop in self._stops.items() if stop <= shared}
+        new_indices = [index for index in self._message_indices if index < count and index not in self._stops]
+        spans = tuple(self._finder.find_message(tokenized, count, index, is_prompt=is_prompt) for index in new_indices)
+        self._stops.update({span.message_index: span.stop for span in spans})
+        return spans
+
+    def end_sequence(self, ids: Int32[np.ndarray, " n"], response_index: int) -> None:
+        """Makes `ids`, whose last tokens are a response, the sequence that the next one is compared with."""
+        self._stops[response_index] = len(ids)
+        self._previous = ids

@@ -23,6 +23,18 @@ def quiet_libraries() -> None:
     logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)
 
 
+def make_console(*, quiet: bool) -> rich.console.Console:
+    """Returns the console of a run. In a notebook it prints plain lines: rich's bars need widgets there."""
+    in_notebook = rich.console.Console().is_jupyter
+    return rich.console.Console(
+        highlight=False,
+        soft_wrap=True,
+        quiet=quiet,
+        force_jupyter=False,
+        force_terminal=False if in_notebook else None,
+    )
+
+
 class Clock:
     """Measures seconds between updates, without evaluations and saves."""
 

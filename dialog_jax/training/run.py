@@ -42,7 +42,7 @@ from dialog_jax.training import (
     trainable,
 )
 from dialog_jax.training.config import TrainConfig, require_fields, set_template_time
-from dialog_jax.training.console import Startup
+from dialog_jax.training.console import Startup, make_console
 from dialog_jax.training.loop import Run
 from dialog_jax.training.run_inputs import Inputs
 from dialog_jax.training.trainable import Selection
@@ -86,7 +86,7 @@ def run(
     config = config.resolve()
     require_fields(config, "training", "model", "data.train")
     startup = Startup(start_time)
-    console = console or _make_console()
+    console = console or make_console(quiet=not distributed.is_primary())
     directory = atomic_files.expand_home(output_dir)
     distributed.check_same("config", run_directory.flatten_config(config))
     mesh = sharding.make_mesh(config.mesh)
@@ -172,18 +172,6 @@ def run(
         distributed.run_on_all_hosts(lambda: None)  # wait until process 0 has written everything
     evaluations = metrics.read_records(directory / "evaluation.jsonl")
     return RunResult(max(steps, start), evaluations[0], evaluations[-1])
-
-
-def _make_console() -> rich.console.Console:
-    """Returns the console of process 0. In a notebook it prints plain lines: rich's bars need widgets there."""
-    in_notebook = rich.console.Console().is_jupyter
-    return rich.console.Console(
-        highlight=False,
-        soft_wrap=True,
-        quiet=not distributed.is_primary(),
-        force_jupyter=False,
-        force_terminal=False if in_notebook else None,
-    )
 
 
 def _check_rows(config: TrainConfig, mesh: Mesh) -> None:

@@ -14,7 +14,7 @@ from dialog_jax.attention.dispatch import Attend
 from dialog_jax.batching.batches import Batch
 from dialog_jax.model import decoder, experts, parameter_trees
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.training import loss, sharding, train_step
+from dialog_jax.training import expert_sharding, loss, sharding, train_step
 from dialog_jax.training.trainable import Parameters
 
 
@@ -50,7 +50,7 @@ def make_evaluation_step(
 
     def evaluate(parameters: dict, batch: Batch) -> EvaluationSums:
         batch = jax.tree.map(lambda array: array[0], batch)
-        run_experts = sharding.shard_experts(mesh)
+        run_experts = expert_sharding.shard_experts(mesh)
         scores = _compute_scores(model, parameters, batch, compute_dtype, attend, run_experts, score)
         bins = jnp.clip(batch.turn, -1, turns) + 1
 

@@ -20,7 +20,7 @@ from dialog_jax.attention.dispatch import Attend
 from dialog_jax.batching.batches import Batch
 from dialog_jax.model import adapters, decoder, parameter_trees
 from dialog_jax.model.decoder_config import DecoderConfig
-from dialog_jax.training import loss, sharding
+from dialog_jax.training import expert_sharding, loss, sharding
 from dialog_jax.training.config import LossConfig
 from dialog_jax.training.trainable import Parameters
 
@@ -149,7 +149,7 @@ def make_train_step(
             remat=remat,
             constrain=lambda x: jax.lax.with_sharding_constraint(x, activation_sharding),
             attend_trees=attend,
-            run_experts=sharding.shard_experts(mesh),
+            run_experts=expert_sharding.shard_experts(mesh),
         )
         unembedding = decoder.unembedding(model, parameters)
         value, nll = loss.weighted_loss(

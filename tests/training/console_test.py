@@ -100,5 +100,13 @@ class QuietTest(absltest.TestCase):
         self.assertEqual((done.stdout, done.stderr), ("ours\n", ""))
 
 
+class ConsoleTest(absltest.TestCase):
+    def test_console_in_a_notebook_prints_plain_lines(self):
+        with mock.patch("rich.console._is_jupyter", return_value=True), mock.patch("sys.stdout.isatty", lambda: True):
+            self.assertTrue(rich.console.Console().is_jupyter)
+            made = console.make_console(quiet=False)
+        self.assertEqual((made.is_jupyter, made.is_terminal), (False, False))
+
+
 if __name__ == "__main__":
     absltest.main()

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from dialog_jax.model import decoder, experts, grouped_products
 from dialog_jax.model.decoder_config import Experts
-from dialog_jax.training import optimizer, score_steps, sharding, train_step
+from dialog_jax.training import expert_sharding, optimizer, score_steps, sharding, train_step
 from dialog_jax.training.config import MeshConfig
 from tests.training import tiny, train_step_test
 
@@ -93,7 +93,7 @@ class ShardExpertsTest(parameterized.TestCase):
 
             return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(x, weights, parameters)
 
-        expected, got = compute(experts.run), compute(sharding.shard_experts(mesh))
+        expected, got = compute(experts.run), compute(expert_sharding.shard_experts(mesh))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
@@ -130,7 +130,7 @@ class ShardExpertsTest(parameterized.TestCase):
         tokens = jnp.zeros((8, 16), jnp.int32)
 
         def loss(parameters):
-            run = sharding.shard_experts(mesh)
+            run = expert_sharding.shard_experts(mesh)
             return jnp.sum(decoder.hidden_states(model, parameters, tokens, tokens, tokens + 16, run_experts=run))
 
         parameters = tiny.parameters(model)

@@ -638,13 +638,5 @@ class RunTest(parameterized.TestCase):
             self.run_in("run", data=data)
 
 
-class ConsoleTest(absltest.TestCase):
-    def test_console_in_a_notebook_prints_plain_lines(self):
-        with mock.patch("rich.console._is_jupyter", return_value=True), mock.patch("sys.stdout.isatty", lambda: True):
-            self.assertTrue(rich.console.Console().is_jupyter)
-            console = run_lib._make_console()
-        self.assertEqual((console.is_jupyter, console.is_terminal), (False, False))
-
-
 if __name__ == "__main__":
     absltest.main()
