@@ -9,11 +9,11 @@ Time:      45 min: 27 min for the updates of 39 runs, the rest for scores of the
 Result:    no. Random responses lower the held-out loss from 4.320 to 3.784 (10 %) and 3.769 (30 %). All criteria are
            above them: ifd by 0.026 ± 0.025 nats per token at 10 % and 0.023 ± 0.022 at 30 %, longest by 0.059 ± 0.029
            and 0.042 ± 0.025, history_gain by 0.083 ± 0.027 and 0.026 ± 0.025, perplexity by 0.232 ± 0.046 and 0.074 ±
-           0.032, rho by 0.279 ± 0.042 and 0.096 ± 0.033. Those that are furthest above choose the shortest responses,
-           and so see each most often: rho's have 4.5 tokens and are seen 7.3 times. Everything does not differ from
-           30 % of random responses (-0.005 ± 0.022). Wrong responses are ranked low by perplexity (area under the ROC
-           curve 0.61 ± 0.07), perhaps by history_gain (0.58 ± 0.07), and high by rho (0.42 ± 0.08). Of ten comparisons
-           with random responses, those of ifd and that of history_gain at 30 % are near their own error.
+           0.032, rho by 0.279 ± 0.042 and 0.096 ± 0.033; rho's 10 % have 4.5 tokens each and are seen 7.3 times.
+           Everything does not differ from 30 % of random responses (-0.005 ± 0.022). Wrong responses are ranked low by
+           perplexity (area under the ROC curve 0.61 ± 0.07), perhaps by history_gain (0.58 ± 0.07), and high by rho
+           (0.42 ± 0.08). Of the ten comparisons with random responses, those of ifd and that of history_gain at 30 %
+           are near their own error.
            experiments/results/selection.md, selection.png
 """
 
