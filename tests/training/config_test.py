@@ -150,7 +150,7 @@ class ConfigTest(parameterized.TestCase):
         ({"template_time": "July"}, "data.template_time is 'July'; it must be a date or time"),
         ({"validation_share": 1.0}, "data.validation_share is 1.0; it must be above 0 and below 1"),
         ({"responses": "raw"}, "data.responses is 'raw'; it must be one of rendered, verbatim"),
-        ({"roles": {"Bot": "robot"}}, "data.roles"),
+        ({"roles": {"Bot": "robot"}}, "data.roles maps 'Bot' to 'robot'; needed one of"),
     )
     def test_bad_value_of_the_data_is_refused(self, fields, message):
         with self.assertRaisesRegex(UserError, message):
